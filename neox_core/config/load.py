@@ -1,0 +1,131 @@
+"""YAML to RunConfig, with errors that name the key, the value and the nearest right spelling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from neox_core.config.schema import RunConfig
+from neox_core.errors import ConfigError
+
+_INCLUDE = "include"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML's default silently keeps the last."""
+
+
+def _construct_mapping(
+    loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False
+) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given more than once")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, repeats a key, or is not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"config file {path}, {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold a mapping of sections, not {type(content).__name__}")
+    return content
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; `override` wins, other values are kept."""
+    merged = dict(base)
+    for key, value in override.items():
+        both_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """Load a run's configuration; the file may `include:` others (a name or a list), which it overrides.
+
+    Relative paths are relative to the folder of `path`.
+
+    Raises:
+        ConfigError: anything that keeps the configuration from being run, in one line.
+    """
+    path = Path(path)
+    return parse_config(_with_includes(path, seen=()), base=path.parent, origin=str(path))
+
+
+def parse_config(content: Mapping[str, Any], base: Path, origin: str = "config") -> RunConfig:
+    """Validate a nested mapping. Relative paths are relative to `base`; `origin` names it in errors.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has a wrong value.
+    """
+    try:
+        return RunConfig.model_validate(content, context={"base": base.resolve()})
+    except ValidationError as error:
+        # A misspelt key also counts as missing under its right name: show the misspelling first.
+        ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = [_describe(problem) for problem in ordered]
+        more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:3])})" if len(problems) > 1 else ""
+        raise ConfigError(f"{origin}: {problems[0]}{more}") from None
+
+
+def _with_includes(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"config file {path} includes itself")
+    content = read_yaml(path)
+    names = content.pop(_INCLUDE, [])
+    merged: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        merged = merge(merged, _with_includes(path.parent / name, (*seen, path.resolve())))
+    return merge(merged, content)
+
+
+def _describe(problem: Any) -> str:
+    """One line for one pydantic error, with the dotted key and a suggestion."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
+        hint = f": did you mean {'.'.join([*location[:-1], nearest[0]])!r}?" if nearest else ""
+        known = "" if nearest else f"; known keys: {', '.join(_keys_at(location[:-1]))}"
+        return f"unknown key {key!r}{hint}{known}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing: add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} is {problem['input']!r}: {message}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """Names of the keys that the schema knows below `location`."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part not in section.model_fields:  # a user-named entry, such as a source
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    return list(section.model_fields)

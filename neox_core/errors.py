@@ -1,0 +1,29 @@
+"""The exceptions that users meet. Each message says what happened, with which values, and what to do."""
+
+
+class LlemmaError(Exception):
+    """Base class: the command line shows the message alone, without a traceback."""
+
+
+class ConfigError(LlemmaError):
+    """A configuration that cannot be run."""
+
+
+class DataError(LlemmaError):
+    """Input text, token files or a mixture that cannot be used."""
+
+
+class CheckpointError(LlemmaError):
+    """Weights or training state that are missing, damaged, or not what was promised."""
+
+
+class StorageError(LlemmaError):
+    """The object store cannot be reached or refuses a request."""
+
+
+class LaunchError(LlemmaError):
+    """A job that cannot be submitted, or that ended without a result."""
+
+
+class TrainingError(LlemmaError):
+    """Training stopped because going on would spoil the model."""
