@@ -147,9 +147,7 @@ def read_artifact(folder: Path) -> Artifact:
         content["files"] = tuple(FileRecord(**record) for record in content["files"])
         return Artifact(**content, folder=folder)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no {ARTIFACT_FILE}: the stage that makes it has not finished"
-        ) from None
+        raise CheckpointError(f"{folder} holds no {ARTIFACT_FILE}: the stage that makes it has not finished") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{folder / ARTIFACT_FILE} is damaged ({error}): delete the folder to rebuild it"

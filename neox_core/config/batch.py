@@ -33,9 +33,7 @@ def batch_geometry(config: RunConfig, nodes: int | None = None) -> BatchGeometry
     geometry = _try_geometry(config, nodes)
     if isinstance(geometry, str):
         fits = [n for n in range(1, max(64, 2 * nodes) + 1) if not isinstance(_try_geometry(config, n), str)]
-        advice = (
-            f"numbers of nodes that work: {', '.join(map(str, fits))}" if fits else _no_nodes_advice(config)
-        )
+        advice = f"numbers of nodes that work: {', '.join(map(str, fits))}" if fits else _no_nodes_advice(config)
         raise ConfigError(f"{geometry}; {advice}")
     return geometry
 

@@ -38,9 +38,7 @@ class StorageConfig(Section):
     """The object store that holds the checkpoints. Credentials come from the environment, as boto3 reads them."""
 
     url: str = Field(pattern=r"^s3://[^/]+(/.*)?$", description="s3://bucket/prefix")
-    endpoint_url: str | None = Field(
-        None, description="None: AWS. 'embedded': a server on loopback, kept in workdir"
-    )
+    endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
     region: str = "us-east-1"
 
 
@@ -54,9 +52,7 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
 
-    weight: NonNegativeFloat = Field(
-        description="share of training sequences, normalised by the sum over sources"
-    )
+    weight: NonNegativeFloat = Field(description="share of training sequences, normalised by the sum over sources")
 
 
 class DataConfig(Section):
@@ -73,9 +69,7 @@ class DataConfig(Section):
         if sum(source.weight for source in self.sources.values()) <= 0:
             raise ValueError("all weights are 0: give at least one source a positive weight")
         if unknown := [name for name in self.eval_sources if name not in self.sources]:
-            raise ValueError(
-                f"eval_sources names {unknown}, which are not among sources {sorted(self.sources)}"
-            )
+            raise ValueError(f"eval_sources names {unknown}, which are not among sources {sorted(self.sources)}")
         return self
 
     @property
@@ -88,9 +82,7 @@ class BaseModelConfig(Section):
     """The weights to start from, in Meta's raw format (params.json and consolidated.NN.pth)."""
 
     path: ConfigPath
-    random_seed: int | None = Field(
-        None, description="toys only: make random weights at `path` when it is missing"
-    )
+    random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
 
 
 class ModelConfig(Section):
@@ -175,9 +167,7 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint_interval: PositiveInt
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="master weights and gradients are fp32 in both"
-    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
     gradient_clip: PositiveFloat = 1.0
     activation_checkpointing: Literal["none", "full"] = "full"
     log_interval: PositiveInt = 1
@@ -191,9 +181,7 @@ class TrainConfig(Section):
 class LaunchConfig(Section):
     """Where jobs run. One task is one rank."""
 
-    executor: Literal["auto", "slurm", "local"] = Field(
-        "auto", description="auto: slurm if sbatch is on the PATH"
-    )
+    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: slurm if sbatch is on the PATH")
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt = 8
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -214,9 +202,7 @@ class EvaluateConfig(Section):
 
     poll_seconds: PositiveFloat = 60.0
     micro_batch_size: PositiveInt = 8
-    max_sequences: PositiveInt | None = Field(
-        None, description="per source; None: the whole validation split"
-    )
+    max_sequences: PositiveInt | None = Field(None, description="per source; None: the whole validation split")
 
 
 class WandbConfig(Section):
