@@ -259,5 +259,6 @@ def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
             )
     if parallel.pipeline > model.num_layers:
         raise ValueError(
-            f"parallel.pipeline {parallel.pipeline} exceeds model.num_layers {model.num_layers}: every stage needs a layer"
+            f"parallel.pipeline {parallel.pipeline} exceeds model.num_layers {model.num_layers}: "
+            "every stage needs a layer"
         )
