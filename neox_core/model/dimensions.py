@@ -1,0 +1,48 @@
+"""The numbers that shape a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from neox_core.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Shape of the model, or of the narrower model that one tensor-parallel rank computes."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    norm_eps: float
+    sequence_length: int
+    """Longest sequence; the size of the RoPE tables."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, sequence_length: int) -> ModelDimensions:
+        """The whole model's dimensions."""
+        return cls(
+            hidden_size=model.hidden_size,
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            rope_theta=model.rope_theta,
+            norm_eps=model.norm_eps,
+            sequence_length=sequence_length,
+        )
+
+    def shard(self, tensor_parallel: int) -> ModelDimensions:
+        """What one of `tensor_parallel` ranks computes: fewer heads, a narrower MLP, a part of the vocabulary."""
+        return replace(
+            self,
+            num_heads=self.num_heads // tensor_parallel,
+            num_kv_heads=self.num_kv_heads // tensor_parallel,
+            intermediate_size=self.intermediate_size // tensor_parallel,
+            vocab_size=self.vocab_size // tensor_parallel,
+        )

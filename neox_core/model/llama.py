@@ -1,0 +1,130 @@
+"""The Llama architecture (arXiv 2302.13971, 2307.09288): what one rank computes.
+
+Shapes: B batch, T tokens, D hidden size, N query heads, K key-value heads, H head width, V vocabulary.
+Parameter names are GPT-NeoX's, so that a layer's state_dict is its checkpoint file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox_core.model.attention_kernel import causal_attention
+from neox_core.model.dimensions import ModelDimensions
+from neox_core.model.rope import rope_tables, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, with the mean in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        x32 = x.float()
+        normalized = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.scale * normalized.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries (arXiv 2305.13245)."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.dims = dims
+        query_width = dims.num_heads * dims.head_dim
+        kv_width = dims.num_kv_heads * dims.head_dim
+        self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=False)
+        self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
+        cos, sin = rope_tables(dims.head_dim, dims.sequence_length, dims.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        q_BTNH = rotate(q_BTNH, self.rope_cos, self.rope_sin)
+        k_BTKH = rotate(k_BTKH, self.rope_cos, self.rope_sin)
+        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
+        return self.dense(out_BTNH.flatten(2))
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values from NeoX's fused rows: per query head its q, then its slices of k and v."""
+        heads, kv_heads, head_dim = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
+        kv_slice = head_dim * kv_heads // heads
+        fused = self.query_key_value(x_BTD).unflatten(-1, (heads, head_dim + 2 * kv_slice))
+        q, k, v = fused.split((head_dim, kv_slice, kv_slice), dim=-1)
+        return q, k.flatten(2).unflatten(-1, (kv_heads, head_dim)), v.flatten(2).unflatten(-1, (kv_heads, head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (arXiv 2002.05202)."""
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
+        self.w2 = nn.Linear(dims.intermediate_size, dims.hidden_size, bias=False)
+        self.w3 = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+
+class TokenEmbedding(nn.Module):
+    """A vector for each token id."""
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(dims.vocab_size, dims.hidden_size)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B,T] -> [B,T,D]"""
+        return self.word_embeddings(ids_BT)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each with its norm before it and a residual around it."""
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
+        self.attention = Attention(dims)
+        self.post_attention_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
+        self.mlp = MLP(dims)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD))
+        return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
+
+
+class FinalNorm(nn.Module):
+    """The norm after the last block."""
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dims.hidden_size, dims.norm_eps)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        return self.norm(x_BTD)
+
+
+class OutputHead(nn.Module):
+    """Logits over the vocabulary; its weights are not tied to the embedding."""
+
+    def __init__(self, dims: ModelDimensions) -> None:
+        super().__init__()
+        self.final_linear = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,V]"""
+        return self.final_linear(x_BTD)
