@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.dimensions import ModelDimensions
-from neox_core.model.rope import rope_tables, rotate
+from neox_core.model.rope import RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
@@ -33,9 +33,6 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries (arXiv 2305.13245)."""
 
-    rope_cos: Tensor
-    rope_sin: Tensor
-
     def __init__(self, dims: ModelDimensions) -> None:
         super().__init__()
         self.dims = dims
@@ -43,16 +40,12 @@ class Attention(nn.Module):
         kv_width = dims.num_kv_heads * dims.head_dim
         self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=False)
         self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
-        cos, sin = rope_tables(dims.head_dim, dims.sequence_length, dims.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        q_BTNH = rotate(q_BTNH, self.rope_cos, self.rope_sin)
-        k_BTKH = rotate(k_BTKH, self.rope_cos, self.rope_sin)
-        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
+        out_BTNH = causal_attention(self.rotary(q_BTNH), self.rotary(k_BTKH), v_BTKH)
         return self.dense(out_BTNH.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

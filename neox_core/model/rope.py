@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -15,14 +17,33 @@ def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Te
     Returns:
         Two fp32 tensors [positions, head_dim / 2].
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponents)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64, device="cpu"), theta**-exponents)
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its position's angles, in fp32; the result has the input's dtype."""
-    tokens = x_BTNH.shape[1]
-    cos, sin = cos[:tokens, None], sin[:tokens, None]
-    first, second = x_BTNH.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
+class RotaryEmbedding(nn.Module):
+    """Rotates queries or keys by their positions. Tables and arithmetic stay in fp32, whatever the model's dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, positions: int, theta: float) -> None:
+        super().__init__()
+        cos, sin = rope_tables(head_dim, positions, theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        """[B,T,N,H] -> [B,T,N,H], same dtype"""
+        tokens = x_BTNH.shape[1]
+        cos, sin = self.cos[:tokens, None], self.sin[:tokens, None]
+        first, second = x_BTNH.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(x_BTNH.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        # `model.bfloat16()`, which DeepSpeed calls, would round the tables: follow moves to a device only.
+        device = fn(self.cos).device
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        return self
