@@ -1,0 +1,175 @@
+"""Saves and uploads checkpoints while training goes on.
+
+DeepSpeed hands each rank's files to this engine, which copies them to host memory and returns. A thread then writes,
+hashes and uploads them; no rank waits for another. When all ranks have reported their files to the store, rank 0
+publishes the manifest, and only then does the checkpoint exist.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from neox_core.artifact import FileRecord, sha256_of
+from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_REPORT_TIMEOUT_SECONDS = 3600.0
+_KEPT_LOCALLY = 2
+
+
+class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's checkpoint engine of one rank.
+
+    Args:
+        store: where checkpoints go.
+        prefix: key below which `global_stepN/` lies.
+        rank: this rank.
+        world_size: number of ranks whose reports make a checkpoint complete.
+        attempt: an id that all ranks of this job share and no other job has; reports of a job that died are ignored.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str, rank: int, world_size: int, attempt: str) -> None:
+        super().__init__()
+        self._store, self._prefix, self._attempt = store, prefix, attempt
+        self._rank, self._world_size = rank, world_size
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._staged: list[tuple[Any, Path]] = []
+        self._pending: Future[None] | None = None
+        self._saved: list[list[Path]] = []
+        self._stop = threading.Event()
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """DeepSpeed starts a checkpoint: the one before must be through, so that host memory holds only one copy."""
+        self.wait()
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Take a copy of one file's content; training may change the tensors afterwards."""
+        self._staged.append((_to_host(state_dict), Path(path)))
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing: a checkpoint is complete when its manifest is published."""
+        return True
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file of a checkpoint that this software wrote and whose checksum was verified."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: the staged copies share no storage, so DeepSpeed need not clone."""
+        return False
+
+    def upload(self, manifest: Manifest) -> None:
+        """Start to write and upload what was saved. `manifest.files` is filled in by rank 0 from all ranks' reports."""
+        staged, self._staged = self._staged, []
+        self._pending = self._executor.submit(self._write, staged, manifest)
+
+    def wait(self) -> None:
+        """Wait until the last upload is through.
+
+        Raises:
+            StorageError, CheckpointError: it failed.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Finish the upload under way and stop the thread."""
+        try:
+            self.wait()
+        finally:
+            self._stop.set()
+            self._executor.shutdown()
+
+    def _write(self, staged: list[tuple[Any, Path]], manifest: Manifest) -> None:
+        started = time.monotonic()
+        key = f"{self._prefix}/{checkpoint_key(manifest.step)}"
+        records = []
+        for content, path in staged:
+            _save_atomically(content, path)
+            record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
+            self._store.put_file(path, f"{key}/{path.name}")
+            records.append(record)
+        report = json.dumps([asdict(record) for record in records])
+        self._store.put_text(f"{key}/reports/{self._attempt}/rank_{self._rank}.json", report)
+        if self._rank == 0:
+            files = self._collect_reports(f"{key}/reports/{self._attempt}/")
+            publish_manifest(self._store, self._prefix, replace(manifest, files=files))
+            logger.info("checkpoint of step %d is complete after %.1f s", manifest.step, time.monotonic() - started)
+        self._forget_old([path for _, path in staged])
+
+    def _collect_reports(self, prefix: str) -> tuple[FileRecord, ...]:
+        """Files of all ranks, once every rank has reported."""
+        deadline = time.monotonic() + _REPORT_TIMEOUT_SECONDS
+        while len(reports := self._store.list(prefix)) < self._world_size:
+            if time.monotonic() > deadline or self._stop.wait(0.5):
+                raise CheckpointError(
+                    f"only {len(reports)} of {self._world_size} ranks have uploaded their files to {prefix} after "
+                    f"{_REPORT_TIMEOUT_SECONDS:.0f} s: look for errors in the other ranks' logs"
+                )
+        texts = [self._store.get_text(report.key) for report in reports]
+        records = [FileRecord(**record) for text in texts for record in json.loads(text or "[]")]
+        self._store.delete([report.key for report in reports])
+        return tuple(sorted(records, key=lambda record: record.path))
+
+    def _forget_old(self, paths: list[Path]) -> None:
+        """Delete this rank's local files of older checkpoints, which the store holds."""
+        self._saved.append(paths)
+        while len(self._saved) > _KEPT_LOCALLY:
+            for path in self._saved.pop(0):
+                path.unlink(missing_ok=True)
+
+
+def _save_atomically(content: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _to_host(value: Any) -> Any:
+    """Copy all tensors in nested containers to host memory, where a copy from the GPU runs asynchronously."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu":
+            return value.detach().clone()
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        return type(value)((key, _to_host(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_to_host(item) for item in value)
+    return value
+
+
+def make_save(engine: Any, writer: CheckpointWriter, folder: Path) -> Callable[[Manifest], None]:
+    """A function that saves the engine's state and starts its upload. Collective over all ranks."""
+
+    def save(manifest: Manifest) -> None:
+        engine.save_checkpoint(
+            str(folder),
+            tag=checkpoint_key(manifest.step),
+            client_state={"sequences_consumed": manifest.sequences_consumed},
+            save_latest=False,
+        )
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()  # the copies to host memory must be done before training changes the tensors
+        writer.upload(manifest)
+
+    return save

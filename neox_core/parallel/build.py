@@ -1,0 +1,48 @@
+"""One rank's layers, in a stated order: shard -> load weights -> tensor parallel -> activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.tensor_parallel import apply_tensor_parallel
+
+LayerWeights = Callable[[int, int], dict[str, Tensor]]
+"""(NeoX layer index, tensor-parallel rank) -> the layer's state_dict for that rank."""
+
+
+def layer_types(num_layers: int) -> list[type[nn.Module] | None]:
+    """The class of each NeoX layer index; None where NeoX has a reshaping step and we have nothing."""
+    return [TokenEmbedding, None, *[TransformerBlock] * num_layers, None, FinalNorm, OutputHead]
+
+
+def build_layer(
+    layer_type: type[nn.Module],
+    index: int,
+    dims: ModelDimensions,
+    mesh: Mesh,
+    weights: LayerWeights,
+    dtype: torch.dtype,
+    recompute: bool,
+) -> nn.Module:
+    """Build one layer of this rank on its device, with its weights.
+
+    Args:
+        index: NeoX layer index, which names the layer in checkpoints.
+        dims: the whole model's dimensions.
+        recompute: recompute a transformer block's activations in the backward pass instead of keeping them.
+    """
+    with torch.device("meta"):
+        layer = layer_type(dims.shard(mesh.tensor_size))
+    layer = layer.to(dtype).to_empty(device=mesh.device)
+    layer.load_state_dict(weights(index, mesh.tensor_rank), strict=True)
+    apply_tensor_parallel(layer, mesh)
+    if recompute and layer_type is TransformerBlock:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return layer

@@ -1,0 +1,108 @@
+"""Who computes what: the ranks as a grid of pipeline stage x data-parallel rank x tensor-parallel rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from neox_core.config.schema import ParallelConfig
+from neox_core.errors import ConfigError, LaunchError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the grid. Tensor-parallel ranks are neighbours, so that they share a node."""
+
+    topology: PipeModelDataParallelTopology
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Degrees of parallelism, as checkpoints record them."""
+        return {"tensor": self.tensor_size, "pipeline": self.pipeline_size, "data": self.data_size}
+
+
+def init_distributed(device: str) -> torch.device:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    Args:
+        device: 'cuda' (NCCL), 'cpu' (gloo), or 'auto'.
+
+    Raises:
+        LaunchError: a variable is missing, or CUDA is demanded and absent.
+    """
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise LaunchError(
+            f"environment variables {missing} are not set: start with torchrun, or through the train flow"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("launch.device is 'cuda' but this rank sees no GPU: request GPUs or set launch.device: cpu")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _init_deepspeed("nccl" if use_cuda else "gloo")
+    if not use_cuda:
+        return torch.device("cpu")
+    # A launcher that shows each task only its own GPU leaves exactly one visible.
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _init_deepspeed(backend: str) -> None:
+    if backend == "gloo":
+        # Read when deepspeed is imported; without a GPU it would otherwise probe for other accelerators.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if backend == "gloo":
+        # Otherwise DeepSpeed compiles a C++ extension for a minute, and needs a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    """Place this rank in the grid and make its tensor-parallel group. Collective over all ranks.
+
+    Raises:
+        ConfigError: TP x PP does not divide the world size.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    data_size, remainder = divmod(world_size, parallel.tensor * parallel.pipeline)
+    if remainder:
+        raise ConfigError(
+            f"world size {world_size} is not divisible by parallel.tensor {parallel.tensor} x "
+            f"parallel.pipeline {parallel.pipeline}"
+        )
+    topology = PipeModelDataParallelTopology(num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size)
+    coordinates = topology.get_coord(rank)
+    return Mesh(
+        topology=topology,
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=coordinates.model,
+        tensor_size=parallel.tensor,
+        pipeline_rank=coordinates.pipe,
+        pipeline_size=parallel.pipeline,
+        data_rank=coordinates.data,
+        data_size=data_size,
+        tensor_group=_tensor_group(rank, world_size, parallel.tensor),
+        device=device,
+    )
+
+
+def _tensor_group(rank: int, world_size: int, tensor_size: int) -> dist.ProcessGroup:
+    """The group of `tensor_size` consecutive ranks that this rank is in. Every rank makes every group, in order."""
+    groups = [dist.new_group(list(range(first, first + tensor_size))) for first in range(0, world_size, tensor_size)]
+    return groups[rank // tensor_size]

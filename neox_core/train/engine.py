@@ -1,0 +1,147 @@
+"""The DeepSpeed engine: pipeline, ZeRO-1, fp32 master weights and gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from neox_core.config import BatchGeometry, RunConfig
+from neox_core.errors import CheckpointError
+from neox_core.model import ModelDimensions
+from neox_core.parallel.build import LayerWeights, build_layer, layer_types
+from neox_core.parallel.loss import token_losses
+from neox_core.parallel.mesh import Mesh
+
+
+class _LayerSpec(LayerSpec):  # type: ignore[misc]
+    """A layer that DeepSpeed builds on the ranks of its stage only."""
+
+    def __init__(self, layer_type: type[nn.Module], build: Callable[[], nn.Module]) -> None:
+        super().__init__(layer_type)
+        self._build = build
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self._build()
+
+
+def _pass_through(x: Tensor) -> Tensor:
+    """Stands where NeoX transposes, so that layer numbers agree. Must not be a Module: it has no file."""
+    return x
+
+
+def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineEngine:
+    """Build this rank's stage with its weights, and DeepSpeed's engine around it. Collective over all ranks.
+
+    Raises:
+        CheckpointError: the fp32 master weights are not the weights that were loaded.
+    """
+    import deepspeed
+
+    module = _build_module(config, mesh, weights)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(module, config.train.optimizer.weight_decay),
+        lr=config.train.optimizer.lr,
+        betas=config.train.optimizer.betas,
+        eps=config.train.optimizer.eps,
+        # Passed ready-made: DeepSpeed's own choice compiles an extension at start.
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(config, geometry), dist_init_required=False
+    )
+    verify_master_weights(engine)
+    return engine
+
+
+def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
+    """DeepSpeed's own settings for the recipe."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
+        "gradient_accumulation_steps": geometry.accumulation_steps,
+        "gradient_clipping": config.train.gradient_clip,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "pipeline": {"use_reentrant": False},
+        "checkpoint": {"parallel_write": {"pipeline_stage": True}},
+        "steps_per_print": 10**9,
+    }
+    if config.train.precision == "bf16":
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Without it the fp32 gradients are cast to bf16 before the data-parallel sum.
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def parameter_dtype(config: RunConfig) -> torch.dtype:
+    """dtype of the parameters in forward and backward."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def verify_master_weights(engine: PipelineEngine) -> None:
+    """Check that the optimizer's fp32 master weights round to the model's weights, on every rank. Collective.
+
+    If they do not, the first step looks right and the second throws the loaded weights away.
+
+    Raises:
+        CheckpointError: they differ; on every rank, so that none waits for another.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+        pairs = [
+            (master, partitions[dist.get_rank(optimizer.real_dp_process_group[i])])
+            for i, (master, partitions) in enumerate(
+                zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups, strict=True)
+            )
+        ]
+    else:  # ZeRO-1 on fp32 parameters
+        pairs = [
+            (master, partitions[dist.get_rank(optimizer.real_dp_process_group[i])])
+            for i, (master, partitions) in enumerate(
+                zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
+            )
+        ]
+    different = sum(int((master.detach().to(model.dtype) != model).sum()) for master, model in pairs)
+    total = torch.tensor([different], device=engine.device)
+    dist.all_reduce(total)
+    if total.item():
+        raise CheckpointError(
+            f"{total.item()} fp32 master weights differ from the model's weights ({different} on rank "
+            f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
+        )
+
+
+def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
+    dims = ModelDimensions.of(config.model, config.train.sequence_length)
+    recompute = config.train.activation_checkpointing == "full"
+    dtype = parameter_dtype(config)
+
+    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
+        if layer_type is None:
+            return _pass_through
+        return _LayerSpec(layer_type, lambda: build_layer(layer_type, index, dims, mesh, weights, dtype, recompute))
+
+    def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(logits, targets, mesh.tensor_group, mesh.tensor_rank).mean()
+
+    return PipelineModule(
+        layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
+        topology=mesh.topology,
+        loss_fn=mean_loss,
+        partition_method="type:transformerblock",
+    )
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms do not. Every pipeline stage has both groups, or DeepSpeed's reductions deadlock."""
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,96 @@
+"""The training loop: fetch, forward and backward, update, guard, log, validate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from neox_core.config import BatchGeometry, TrainConfig
+from neox_core.data.dataset import MixtureDataset
+from neox_core.data.sampler import micro_batches
+from neox_core.errors import TrainingError
+from neox_core.train.metrics import MetricsLog
+from neox_core.train.schedule import learning_rate
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Micro batches as the pipeline takes them: inputs [B,T] and targets [B,T]."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop works with. `save` is called with the step whose state is to be saved."""
+
+    engine: PipelineEngine
+    train: TrainConfig
+    geometry: BatchGeometry
+    data_rank: int
+    training_data: MixtureDataset
+    validation_data: MixtureDataset
+    metrics: MetricsLog
+    save: Callable[[int], None]
+    flops_per_token: float
+    peak_flops: float
+    """FLOP/s of all ranks together."""
+
+    def run(self, start: int) -> None:
+        """Train from the state after step `start` to `train.steps`.
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite; the state is not saved.
+        """
+        batches = pipeline_batches(
+            micro_batches(self.training_data, self.geometry, self.data_rank, start * self.geometry.sequences)
+        )
+        if start == 0:
+            self._validate(0)
+        for step in range(start + 1, self.train.steps + 1):
+            self._step(step, batches)
+            if step % self.train.validation.interval == 0 or step == self.train.steps:
+                self._validate(step)
+            if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
+                self.save(step)
+
+    def _step(self, step: int, batches: Batches) -> None:
+        started = time.perf_counter()
+        rate = learning_rate(step, self.train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss = float(self.engine.train_batch(batches))
+        norm = float(self.engine.get_global_grad_norm())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {step}: loss {loss}, gradient norm {norm}. This state is not saved: "
+                "run again to resume from the last checkpoint, with a lower learning rate if it happens again"
+            )
+        if step % self.train.log_interval and step != self.train.steps:
+            return
+        tokens_per_second = self.geometry.tokens / (time.perf_counter() - started)
+        self.metrics.log(
+            step,
+            train__loss=loss,
+            train__lr=rate,
+            train__gradient_norm=norm,
+            train__tokens_per_second=tokens_per_second,
+            train__mfu=tokens_per_second * self.flops_per_token / self.peak_flops,
+            train__sequences_consumed=step * self.geometry.sequences,
+        )
+
+    def _validate(self, step: int) -> None:
+        """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
+        batches = pipeline_batches(micro_batches(self.validation_data, self.geometry, self.data_rank))
+        losses = [float(self.engine.eval_batch(batches)) for _ in range(self.train.validation.iterations)]
+        self.metrics.log(step, validation__loss=sum(losses) / len(losses))
+
+
+def pipeline_batches(sequences: Iterator[np.ndarray]) -> Batches:
+    """Cut [B, T+1] sequences into inputs and the targets one position ahead."""
+    for batch in sequences:
+        ids = torch.from_numpy(batch)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

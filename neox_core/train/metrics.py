@@ -1,0 +1,73 @@
+"""Metrics: a JSONL file that the report reads, and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from neox_core.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes one row per call, on rank 0 only; on other ranks it does nothing.
+
+    A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, run_id: str, rank: int) -> None:
+        self._active = rank == 0
+        self._wandb: Any = None
+        if not self._active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        if config.wandb.mode != "disabled":
+            self._wandb = _start_wandb(config, folder, run_id)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
+
+    def log(self, step: int, **values: float) -> None:
+        """Record values of one step; `__` in a name stands for the `/` that groups charts."""
+        if not self._active:
+            return
+        row = {name.replace("__", "/"): value for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
+        self._file.flush()
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+
+def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.init(
+        mode=config.wandb.mode,
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.name,
+        id=run_id[:16],
+        resume="allow",
+        dir=folder,
+        config=config.model_dump(mode="json"),
+    )

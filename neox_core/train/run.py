@@ -1,0 +1,157 @@
+"""One rank's training job, from the process group to the summary."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from neox_core.artifact import software
+from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint, list_checkpoints
+from neox_core.checkpoint.neox import NeoxCheckpoint
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.checkpoint.writer import CheckpointWriter, make_save
+from neox_core.config import BatchGeometry, RunConfig, batch_geometry
+from neox_core.data.dataset import open_training_data, open_validation_data
+from neox_core.errors import CheckpointError, ConfigError
+from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.plan import model_flops_per_token
+from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
+from neox_core.train.hardware import peak_flops
+from neox_core.train.loop import Loop
+from neox_core.train.metrics import MetricsLog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What one training job reads and writes."""
+
+    data: Path
+    """Folder of token datasets, as prepare-data makes it."""
+    weights: Path
+    """Folder of NeoX shards, as convert makes it."""
+    output: Path
+    """Folder for metrics and local checkpoint files."""
+    fingerprint: str
+    """Identity of the training; checkpoints of another one are never resumed."""
+
+    @property
+    def prefix(self) -> str:
+        """Key of this training's checkpoints in the store."""
+        return f"train-{self.fingerprint[:16]}"
+
+
+def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
+    """Train on this rank, resuming from the newest complete checkpoint in the store. Collective over all ranks.
+
+    Returns:
+        The step that training started from, and where the checkpoints are.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, StorageError, TrainingError: see the message.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    device = init_distributed(config.launch.device)
+    mesh = build_mesh(config.parallel, device)
+    geometry = _geometry(config, mesh)
+    store = ObjectStore(config.storage)
+    data = open_training_data(job.data, config)
+    engine = build_engine(config, mesh, geometry, NeoxCheckpoint(job.weights).layer)
+    writer = CheckpointWriter(store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id())
+    engine.checkpoint_engine = writer
+    start = _resume(engine, store, job, mesh)
+    save_state = make_save(engine, writer, job.output / "checkpoints")
+
+    def save(step: int) -> None:
+        save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.mixture.consumed))
+
+    with MetricsLog(config, job.output, job.fingerprint, mesh.rank) as metrics:
+        Loop(
+            engine=engine,
+            train=config.train,
+            geometry=geometry,
+            data_rank=mesh.data_rank,
+            training_data=data,
+            validation_data=open_validation_data(job.data, config),
+            metrics=metrics,
+            save=save,
+            flops_per_token=model_flops_per_token(config.model, config.train.sequence_length),
+            peak_flops=peak_flops(device, parameter_dtype(config)) * mesh.world_size,
+        ).run(start)
+    writer.close()
+    # Rank 0 publishes the last manifest: nobody leaves before it.
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"started_from_step": start, "prefix": store.url(job.prefix)}
+
+
+def _geometry(config: RunConfig, mesh: Mesh) -> BatchGeometry:
+    if mesh.world_size != config.launch.world_size:
+        raise ConfigError(
+            f"this job has {mesh.world_size} ranks, but launch.nodes {config.launch.nodes} x launch.ranks_per_node "
+            f"{config.launch.ranks_per_node} = {config.launch.world_size}: make them agree"
+        )
+    return batch_geometry(config)
+
+
+def _shared_attempt_id() -> str:
+    ids = [uuid.uuid4().hex]
+    dist.broadcast_object_list(ids, src=0)
+    return ids[0]
+
+
+def _resume(engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh) -> int:
+    """Load the newest complete checkpoint, if there is one, and return its step."""
+    manifest = _newest_checkpoint(store, job)
+    if manifest is None:
+        return 0
+    if manifest.layout != mesh.layout:
+        raise CheckpointError(
+            f"checkpoint {store.url(job.prefix)}/{checkpoint_key(manifest.step)} was written with layout "
+            f"{manifest.layout}, this job has {mesh.layout}: use the same parallel sections and number of nodes"
+        )
+    own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{_model_rank(mesh):02d}_optim_states.pt"
+    folder = job.output / "checkpoints"
+    # Weights and metadata once per node, and this rank's own share of the optimizer state.
+    if dist.get_rank() == 0 or mesh.device.index == 0:
+        download_checkpoint(store, job.prefix, manifest, folder, lambda name: "optim_states" not in name)
+    download_checkpoint(store, job.prefix, manifest, folder, lambda name: name.endswith(own_state))
+    dist.barrier()
+    engine.load_checkpoint(str(folder), tag=checkpoint_key(manifest.step))
+    verify_master_weights(engine)
+    logger.info("resumed from step %d, %d sequences consumed", manifest.step, manifest.sequences_consumed)
+    return manifest.step
+
+
+def _model_rank(mesh: Mesh) -> int:
+    """DeepSpeed's `mp_rank`: the index among ranks that share a data-parallel rank."""
+    return mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
+
+
+def _newest_checkpoint(store: ObjectStore, job: TrainJob) -> Manifest | None:
+    """Rank 0 decides for all, so that no two ranks resume from different steps."""
+    found: list[Manifest | None] = [None]
+    if dist.get_rank() == 0:
+        checkpoints = list_checkpoints(store, job.prefix)
+        found = [checkpoints[-1] if checkpoints else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _manifest(config: RunConfig, job: TrainJob, mesh: Mesh, step: int, sequences: int, consumed: Any) -> Manifest:
+    return Manifest(
+        step=step,
+        sequences_consumed=sequences,
+        files=(),
+        layout=mesh.layout,
+        fingerprint=job.fingerprint,
+        config=config.model_dump(mode="json"),
+        consumed=consumed(sequences),
+        software=software(),
+    )
