@@ -1,0 +1,196 @@
+"""The planner against transformers, real modules, autograd and published figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig, load_config
+from neox_core.errors import ConfigError
+from neox_core.memory import block_activation_bytes, fullest_stage, parameter_count, stage_layers, stage_memory
+from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.plan import flops_per_token, plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = ("llemma_7b", "llemma_34b", "toy")
+
+
+def load(name: str, **parallel: int) -> RunConfig:
+    config = load_config(CONFIGS / f"{name}.yml")
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+
+
+def with_train(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def transformers_model(model: ModelConfig) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                num_hidden_layers=model.num_layers,
+                hidden_size=model.hidden_size,
+                num_attention_heads=model.num_attention_heads,
+                num_key_value_heads=model.num_kv_heads,
+                intermediate_size=model.intermediate_size,
+                vocab_size=model.vocab_size,
+                tie_word_embeddings=False,
+            )
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_count_equals_transformers(name: str) -> None:
+    model = load(name).model
+    reference = transformers_model(model)
+    total = sum(parameter.numel() for parameter in reference.parameters())
+    embedding = reference.get_input_embeddings().weight.numel()
+    assert parameter_count(model) == total
+    assert parameter_count(model, input_embedding=False) == total - embedding
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (8, 4), (4, 5)])
+def test_weights_of_a_stage_equal_the_modules_it_holds(tensor: int, pipeline: int) -> None:
+    config = load("llemma_34b", tensor=tensor, pipeline=pipeline)
+    geometry = geometry_of(data_parallel=3, accumulation_steps=4)
+    dims = ModelDimensions.of(config.model, sequence_length=8).shard(tensor)
+    assert sum(stage_layers(config, stage) for stage in range(pipeline)) == config.model.num_layers
+    for stage in range(pipeline):
+        with torch.device("meta"):
+            modules: list[torch.nn.Module] = [TransformerBlock(dims) for _ in range(stage_layers(config, stage))]
+            modules += [TokenEmbedding(dims)] if stage == 0 else []
+            modules += [FinalNorm(dims), OutputHead(dims)] if stage == pipeline - 1 else []
+        held = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        memory = stage_memory(config, geometry, stage)
+        assert memory.weights == 2 * held
+        assert memory.gradients == 4 * held
+        assert memory.master == 4 * -(-held // 3)
+        assert memory.adam == 2 * memory.master
+
+
+def geometry_of(data_parallel: int, accumulation_steps: int) -> BatchGeometry:
+    return BatchGeometry(data_parallel, data_parallel, 1, accumulation_steps, 1, 1)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_block_activations_equal_what_autograd_keeps(tensor: int, precision: str) -> None:
+    config = with_train(load("toy", tensor=tensor), precision=precision, micro_batch_size=2, sequence_length=64)
+    # Without grouped queries: the CPU kernel expands k and v to all heads, GPU kernels do not.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_kv_heads": 8})})
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    block = TransformerBlock(ModelDimensions.of(config.model, 64).shard(tensor)).to(dtype)
+    ignored = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    ignored |= {buffer.untyped_storage().data_ptr() for buffer in block.buffers()}
+    kept: dict[int, int] = {}
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(2, 64, config.model.hidden_size, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved):
+        y = block(x)
+    assert y.requires_grad
+    assert block_activation_bytes(config) == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_ahead() -> None:
+    config = with_train(load("llemma_34b", pipeline=4), activation_checkpointing="none")
+    one_layer = block_activation_bytes(config)
+    many, few = geometry_of(8, accumulation_steps=64), geometry_of(8, accumulation_steps=2)
+    assert [stage_memory(config, many, s).activations // one_layer for s in range(4)] == [48, 36, 24, 12]
+    assert [stage_memory(config, few, s).activations // one_layer for s in range(4)] == [24, 24, 24, 12]
+
+
+def test_full_checkpointing_keeps_block_inputs_and_one_recomputed_block() -> None:
+    config = load("llemma_34b")
+    inputs = 48 * (2 * 4096 * 8192 * 2)  # layers x micro batch x sequence x hidden x bf16
+    memory = stage_memory(config, geometry_of(32, 16), 0)
+    assert memory.activations == inputs + block_activation_bytes(config)
+
+
+def test_logits_are_only_on_the_last_stage_and_the_fullest_stage_is_found() -> None:
+    config = load("llemma_34b", pipeline=2)
+    geometry = geometry_of(16, accumulation_steps=32)
+    stages = [stage_memory(config, geometry, stage) for stage in range(2)]
+    assert stages[0].logits == 0
+    assert stages[1].logits == 2 * 4096 * 32000 // 8 * (2 + 2 + 3 * 4)
+    stage, memory = fullest_stage(config, geometry)
+    assert memory.total == max(entry.total for entry in stages)
+    assert stages[stage] == memory
+
+
+def test_llemma_fits_its_gpus() -> None:
+    """Both ran on A100-40GB; the plan must leave room for the CUDA context and say that one GPU is well used."""
+    for name in ("llemma_7b", "llemma_34b"):
+        assert 20 * 2**30 < plan(load(name)).memory.total < 38 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_second", "utilisation", "gpu_hours"),
+    [("llemma_7b", 2416, 0.36, 23_000), ("llemma_34b", 296, 0.21, 47_000)],
+)
+def test_published_speed_gives_published_hours(
+    name: str, tokens_per_second: float, utilisation: float, gpu_hours: float
+) -> None:
+    """arXiv 2310.10631: GPU hours and tokens, hence speed, hence utilisation, for the runs as planned."""
+    config = load(name)
+    reached = tokens_per_second * flops_per_token(config.model, 4096) / 312e12
+    assert reached == pytest.approx(utilisation, abs=0.005)
+    made = plan(config, utilisation=reached)
+    assert made.tokens_per_second_per_gpu == pytest.approx(tokens_per_second)
+    assert made.gpu_hours == pytest.approx(gpu_hours, rel=0.02)
+
+
+def test_flops_by_hand() -> None:
+    """Multiply-adds of every matrix product of the toy model, counted one by one."""
+    model = load("toy").model
+    length, width, kv_width = 256, 256, 64
+    per_layer = width * (width + 2 * kv_width) + width * width + 3 * width * 688
+    attention = 2 * length * width  # scores over all positions, and their product with the values
+    forward = model.num_layers * (per_layer + attention) + width * 2048
+    norms = (2 * model.num_layers + 1) * width  # counted by 6·N as if they were products
+    assert flops_per_token(model, length) == 3 * 2 * (forward + norms)
+    half_attention = model.num_layers * length * width
+    assert flops_per_token(model, length, causal=True) == 3 * 2 * (forward + norms - half_attention)
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [("llemma_7b", 2), ("llemma_34b", 16)])
+def test_batch_on_256_gpus(name: str, accumulation: int) -> None:
+    made = plan(load(name), nodes=32)
+    assert made.batch.tokens == 4_194_304
+    assert made.batch.sequences == 1024
+    assert made.batch.accumulation_steps == accumulation
+    rows = dict(made.rows())
+    assert rows["global batch"] == "1,024 sequences = 4,194,304 tokens"
+    assert rows["gradient accumulation steps"].startswith(f"{accumulation} of micro batch")
+
+
+def test_other_node_counts_keep_the_batch_or_say_which_do() -> None:
+    assert plan(load("llemma_34b"), nodes=16).batch.accumulation_steps == 32
+    with pytest.raises(ConfigError, match=r"24 nodes; numbers of nodes that work: 1, 2, 4, 8, 16, 32, 64$"):
+        plan(load("llemma_34b"), nodes=24)
+
+
+def test_rows_are_readable() -> None:
+    rows = dict(plan(load("llemma_34b")).rows())
+    assert rows["parameters"] == "33,743,970,304"
+    assert rows["GPUs"] == "256 = TP 8 x PP 1 x DP 32"
+    assert rows["  gradients"] == "15.72 GiB"
+    assert rows["FLOPs per step"] == "923,663 TFLOP (883,130 TFLOP causal)"
+    assert rows["run"] == "12,000 steps = 50.33 billion tokens"
+    assert rows["run time"] == "96.37 hours = 24,670 GPU hours"
+
+
+def test_figures_out_of_range() -> None:
+    with pytest.raises(ConfigError, match=r"utilisation 40 is not a share"):
+        plan(load("toy"), utilisation=40)
+    with pytest.raises(ConfigError, match=r"peak_tflops 0 is not positive"):
+        plan(load("toy"), peak_tflops=0)
