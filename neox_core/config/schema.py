@@ -82,6 +82,9 @@ class BaseModelConfig(Section):
     """The weights to start from, in Meta's raw format (params.json and consolidated.NN.pth)."""
 
     path: ConfigPath
+    rope_theta: PositiveFloat | None = Field(
+        None, description="the base's RoPE theta where the run changes it on purpose; None: model.rope_theta"
+    )
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
 
 

@@ -19,6 +19,8 @@ class Mesh:
 
     topology: PipeModelDataParallelTopology
     rank: int
+    local_rank: int
+    """Index among the ranks of this node."""
     world_size: int
     tensor_rank: int
     tensor_size: int
@@ -51,13 +53,16 @@ def init_distributed(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise LaunchError("launch.device is 'cuda' but this rank sees no GPU: request GPUs or set launch.device: cpu")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     _init_deepspeed("nccl" if use_cuda else "gloo")
     if not use_cuda:
         return torch.device("cpu")
     # A launcher that shows each task only its own GPU leaves exactly one visible.
-    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _init_deepspeed(backend: str) -> None:
@@ -90,6 +95,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     return Mesh(
         topology=topology,
         rank=rank,
+        local_rank=_local_rank(),
         world_size=world_size,
         tensor_rank=coordinates.model,
         tensor_size=parallel.tensor,

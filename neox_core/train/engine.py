@@ -93,20 +93,12 @@ def verify_master_weights(engine: PipelineEngine) -> None:
         CheckpointError: they differ; on every rank, so that none waits for another.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
-        pairs = [
-            (master, partitions[dist.get_rank(optimizer.real_dp_process_group[i])])
-            for i, (master, partitions) in enumerate(
-                zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups, strict=True)
-            )
-        ]
-    else:  # ZeRO-1 on fp32 parameters
-        pairs = [
-            (master, partitions[dist.get_rank(optimizer.real_dp_process_group[i])])
-            for i, (master, partitions) in enumerate(
-                zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
-            )
-        ]
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 parameters: BF16_Optimizer
+        masters, partitions = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
+    else:  # fp32 parameters: ZeRO-1
+        masters, partitions = optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups
+    data_ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
+    pairs = [(master, parts[rank]) for master, parts, rank in zip(masters, partitions, data_ranks, strict=True)]
     different = sum(int((master.detach().to(model.dtype) != model).sum()) for master, model in pairs)
     total = torch.tensor([different], device=engine.device)
     dist.all_reduce(total)

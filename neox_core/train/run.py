@@ -19,7 +19,7 @@ from neox_core.config import BatchGeometry, RunConfig, batch_geometry
 from neox_core.data.dataset import open_training_data, open_validation_data
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
-from neox_core.plan import model_flops_per_token
+from neox_core.plan import flops_per_token
 from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
 from neox_core.train.hardware import peak_flops
 from neox_core.train.loop import Loop
@@ -81,7 +81,7 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
             validation_data=open_validation_data(job.data, config),
             metrics=metrics,
             save=save,
-            flops_per_token=model_flops_per_token(config.model, config.train.sequence_length),
+            flops_per_token=flops_per_token(config.model, config.train.sequence_length),
             peak_flops=peak_flops(device, parameter_dtype(config)) * mesh.world_size,
         ).run(start)
     writer.close()
@@ -119,7 +119,7 @@ def _resume(engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh) -> int:
     own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{_model_rank(mesh):02d}_optim_states.pt"
     folder = job.output / "checkpoints"
     # Weights and metadata once per node, and this rank's own share of the optimizer state.
-    if dist.get_rank() == 0 or mesh.device.index == 0:
+    if mesh.local_rank == 0:
         download_checkpoint(store, job.prefix, manifest, folder, lambda name: "optim_states" not in name)
     download_checkpoint(store, job.prefix, manifest, folder, lambda name: name.endswith(own_state))
     dist.barrier()

@@ -1,0 +1,90 @@
+"""A stage: a function of its config and its input artifacts that yields an artifact, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint, publish
+from neox_core.config import RunConfig
+from neox_core.errors import LlemmaError
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage's result depends on."""
+
+    name: str
+    config: RunConfig
+    logical: Mapping[str, Any]
+    """The config values that change the result."""
+    inputs: Mapping[str, str]
+    """Fingerprints of input artifacts, or digests of input files, by logical name."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the result."""
+        return fingerprint(self.name, self.logical, self.inputs)
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact lies."""
+        return self.config.workdir / f"{self.name}-{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage."""
+
+    artifact: Artifact
+    skipped: bool
+    """It was finished before and nothing was done."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to make the artifact."""
+        return float(self.artifact.summary["seconds"])
+
+
+def digest_cache(config: RunConfig) -> DigestCache:
+    """The memory of file digests that all stages of a run share."""
+    return DigestCache(config.workdir / ".digests.json")
+
+
+def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> StageResult:
+    """Return the stage's artifact, building it if no verified one exists.
+
+    Args:
+        build: fills the folder, resuming from what an interrupted call left there, and returns the summary.
+    """
+    cache = digest_cache(spec.config)
+    finished = find_verified(spec.folder, spec.fingerprint, cache)
+    if finished is not None:
+        return StageResult(finished, skipped=True)
+    started = time.monotonic()
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    summary = build(spec.folder)
+    draft = Artifact(
+        name=spec.name,
+        fingerprint=spec.fingerprint,
+        inputs=spec.inputs,
+        config=spec.config.model_dump(mode="json"),
+        files=(),
+        summary={**summary, "seconds": round(time.monotonic() - started, 2)},
+    )
+    return StageResult(publish(draft, spec.folder, cache), skipped=False)
+
+
+def require(spec: StageSpec) -> Artifact:
+    """The finished artifact of an earlier stage.
+
+    Raises:
+        LlemmaError: it is not there or does not verify.
+    """
+    artifact = find_verified(spec.folder, spec.fingerprint, digest_cache(spec.config))
+    if artifact is None:
+        raise LlemmaError(f"stage {spec.name} has no finished, intact artifact at {spec.folder}: run {spec.name} first")
+    return replace(artifact, folder=spec.folder)
