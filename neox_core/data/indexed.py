@@ -1,0 +1,221 @@
+"""Token files in the Megatron / GPT-NeoX mmap format: `<prefix>.bin` holds ids, `<prefix>.idx` says where they lie.
+
+`.idx`, little-endian: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 sequences, u64 length of the document index,
+i32 sizes in tokens, i64 offsets in bytes, i64 document index (sequence at which each document starts, then their
+number). One sequence is one document here, as GPT-NeoX's preprocess_data writes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import uuid
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from neox_core.errors import DataError
+
+Tokens = np.ndarray[Any, np.dtype[Any]]
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f4", 7: "<f8", 8: "<u2"}
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+_COPY_SIZE = 1 << 22
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type of an id on disk, by Megatron's rule: u16 below 65,500 pieces, else i32."""
+    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
+
+
+def bin_path(prefix: Path) -> Path:
+    """The file of ids."""
+    return prefix.with_name(f"{prefix.name}.bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """The file that says where each sequence lies."""
+    return prefix.with_name(f"{prefix.name}.idx")
+
+
+class IndexedWriter:
+    """Writes one dataset; a context manager. Nothing lies under the final names before it closes without an error."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        self._sizes = array("i")
+        # Names of their own, so that two runs on one folder by mistake cannot write into each other's file.
+        token = uuid.uuid4().hex[:12]
+        self._bin, self._idx = (path.with_name(f".{path.name}.{token}.tmp") for path in _paths(prefix))
+
+    def __enter__(self) -> IndexedWriter:
+        self._prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = self._bin.open("wb")
+        return self
+
+    def add_document(self, ids: Tokens | Sequence[int]) -> None:
+        """Append one document.
+
+        Raises:
+            DataError: an id does not fit the dtype.
+        """
+        given = np.asarray(ids)
+        tokens = given.astype(self._dtype)
+        if given.dtype != self._dtype and not np.array_equal(tokens, given):
+            raise DataError(
+                f"document {len(self._sizes)} of {self._prefix} has ids from {given.min()} to {given.max()}, "
+                f"which {self._dtype.name} cannot hold: use a wider type"
+            )
+        self._file.write(tokens.tobytes())
+        self._sizes.append(len(tokens))
+
+    def add_dataset(self, other: IndexedDataset) -> None:
+        """Append another dataset's sequences, each as one document.
+
+        Raises:
+            DataError: its dtype differs.
+        """
+        if other.dtype != self._dtype:
+            raise DataError(f"{other.prefix} holds {other.dtype.name}, {self._prefix} {self._dtype.name}: cannot merge")
+        with bin_path(other.prefix).open("rb") as source:
+            shutil.copyfileobj(source, self._file, _COPY_SIZE)
+        self._sizes.frombytes(other.sizes.tobytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._file.close()
+            self._bin.unlink(missing_ok=True)
+            self._idx.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        _flush(self._file)
+        with self._idx.open("wb") as file:
+            _write_index(file, self._dtype, np.frombuffer(self._sizes, dtype=np.int32))
+            _flush(file)
+        # A reader opens the .idx first: an old one must never describe the new .bin.
+        final_bin, final_idx = _paths(self._prefix)
+        final_idx.unlink(missing_ok=True)
+        self._bin.replace(final_bin)
+        self._idx.replace(final_idx)
+
+
+class IndexedDataset:
+    """Reads one dataset through mmap; opening costs the same for any size."""
+
+    def __init__(self, prefix: Path) -> None:
+        """Open `<prefix>.bin` and `<prefix>.idx`.
+
+        Raises:
+            DataError: a file is missing, is not in the format, or the two don't fit each other.
+        """
+        self.prefix = Path(prefix)
+        for path in _paths(self.prefix):
+            if not path.is_file():
+                raise DataError(f"token file {path} does not exist: run prepare-data")
+        index = idx_path(self.prefix)
+        with index.open("rb") as file:
+            self.dtype, sequences, documents = _read_header(file.read(_HEADER.size), index)
+        _check_size(index, _HEADER.size + sequences * (4 + 8) + documents * 8)
+        raw = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
+        self.sizes: Tokens = raw[_HEADER.size :][: 4 * sequences].view("<i4")
+        """i32 [sequences], in tokens."""
+        self.offsets: Tokens = raw[_HEADER.size + 4 * sequences :][: 8 * sequences].view("<i8")
+        """i64 [sequences], in bytes."""
+        self.document_index: Tokens = raw[_HEADER.size + 12 * sequences :].view("<i8")
+        """i64 [documents + 1]: first sequence of each document, then the number of sequences."""
+        self._check_ends()
+        self.tokens: Tokens = _map_tokens(bin_path(self.prefix), self.dtype)
+        """All ids in order, [tokens]."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Tokens:
+        """Ids of one sequence."""
+        start = int(self.offsets[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[index])]
+
+    def _check_ends(self) -> None:
+        # Only the ends, so that opening 10^9 documents costs no more than opening one.
+        used = int(self.offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if len(self.sizes) else 0
+        _check_size(bin_path(self.prefix), used)
+        if len(self.sizes) and int(self.offsets[0]) != 0:
+            raise DataError(
+                f"{idx_path(self.prefix)} is damaged (first offset {self.offsets[0]}, not 0): make it again"
+            )
+        if not len(self.document_index) or int(self.document_index[-1]) != len(self.sizes):
+            raise DataError(
+                f"{idx_path(self.prefix)} is damaged (its document index does not end at sequence "
+                f"{len(self.sizes)}): make it again"
+            )
+
+
+def merge(parts: Sequence[Path], prefix: Path) -> None:
+    """Concatenate datasets, in the order given, into a new one.
+
+    Raises:
+        DataError: there are no parts, one cannot be read, or their dtypes differ.
+    """
+    if not parts:
+        raise DataError(f"nothing to merge into {prefix}: no parts")
+    with IndexedWriter(prefix, IndexedDataset(parts[0]).dtype) as writer:
+        for part in parts:
+            writer.add_dataset(IndexedDataset(part))
+
+
+def _paths(prefix: Path) -> tuple[Path, Path]:
+    return bin_path(prefix), idx_path(prefix)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_index(file: BinaryIO, dtype: np.dtype[Any], sizes: Tokens) -> None:
+    count = len(sizes)
+    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
+    file.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[dtype], count, count + 1))
+    file.write(sizes.astype("<i4").tobytes())
+    file.write((ends - sizes * np.int64(dtype.itemsize)).astype("<i8").tobytes())
+    file.write(np.arange(count + 1, dtype="<i8").tobytes())
+
+
+def _read_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
+    if len(header) < _HEADER.size:
+        raise DataError(f"{path} is too short for an index ({len(header)} bytes): make it again")
+    magic, version, code, sequences, documents = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise DataError(f"{path} does not begin with {_MAGIC!r} but {magic!r}: it is not a Megatron mmap index")
+    if version != _VERSION:
+        raise DataError(f"{path} has index version {version}; only version {_VERSION} can be read")
+    if code not in _DTYPES:
+        raise DataError(f"{path} has dtype code {code}; known codes: {', '.join(map(str, _DTYPES))}")
+    return np.dtype(_DTYPES[code]), sequences, documents
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size
+    if size != expected:
+        raise DataError(
+            f"{path} has {size} bytes where its index says {expected}: truncated or not its own; make it again"
+        )
+
+
+def _map_tokens(path: Path, dtype: np.dtype[Any]) -> Tokens:
+    if path.stat().st_size == 0:  # mmap refuses an empty file
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
