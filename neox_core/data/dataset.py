@@ -28,7 +28,7 @@ class SequenceDataset:
         """
         dataset = tokens if isinstance(tokens, IndexedDataset) else IndexedDataset(tokens)
         self._tokens = dataset.tokens
-        self._length, self._key = sequence_length, key
+        self.sequence_length, self._key = sequence_length, key
         self.num_sequences = windows_in(len(self._tokens), sequence_length)
         """Sequences of one epoch. The ids past the last whole window, fewer than S, are not used."""
         if self.num_sequences == 0:
@@ -44,9 +44,9 @@ class SequenceDataset:
     def sequences(self, indices: Indices) -> Tokens:
         """Ids of several sequences, int64 [n, S + 1]; indices [n] count on through the epochs."""
         windows = self._windows(np.asarray(indices, dtype=np.int64))
-        output = np.empty((len(windows), self._length + 1), dtype=np.int64)
-        for row, start in enumerate((windows * self._length).tolist()):
-            output[row] = self._tokens[start : start + self._length + 1]
+        output = np.empty((len(windows), self.sequence_length + 1), dtype=np.int64)
+        for row, start in enumerate((windows * self.sequence_length).tolist()):
+            output[row] = self._tokens[start : start + self.sequence_length + 1]
         return output
 
     def _windows(self, indices: Indices) -> Indices:
@@ -72,15 +72,15 @@ class MixtureDataset:
             raise DataError(f"the mixture draws from {', '.join(missing)}, of which there is no data: run prepare-data")
         self.mixture = mixture
         self._sources = {mixture.names.index(name): sources[name] for name in drawn}
+        self._width = 1 + sources[drawn[0]].sequence_length
 
     def sequences(self, indices: Indices) -> Tokens:
         """Ids of the sequences with these global indices [n]: int64 [n, S + 1]."""
         source_ids, within = self.mixture.locate(indices)
-        parts = [(source_ids == source_id, dataset) for source_id, dataset in self._sources.items()]
-        drawn = [(here, dataset.sequences(within[here])) for here, dataset in parts if here.any()]
-        output = np.empty((len(source_ids), drawn[0][1].shape[1]), dtype=np.int64)
-        for here, sequences in drawn:
-            output[here] = sequences
+        output = np.empty((len(source_ids), self._width), dtype=np.int64)
+        for source_id, dataset in self._sources.items():
+            here = source_ids == source_id
+            output[here] = dataset.sequences(within[here])
         return output
 
 

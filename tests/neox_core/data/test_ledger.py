@@ -1,0 +1,56 @@
+"""The ledger: what the run takes of each source, and what it refuses to start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from neox_core.config import RunConfig, load_config
+from neox_core.data.ledger import run_ledger
+from neox_core.errors import DataError
+
+
+def config(**data: Any) -> RunConfig:
+    """100 steps x 16 sequences of 256 tokens."""
+    base = load_config("configs/toy.yml")
+    content = {"input": base.data.input, "sources": {"a": {"weight": 3}, "b": {"weight": 1}, "z": {"weight": 0}}} | data
+    return base.model_copy(update={"data": type(base.data).model_validate(content)})
+
+
+def counts(**tokens: int) -> dict[str, dict[str, dict[str, int]]]:
+    return {name: {"train": {"documents": 3, "bytes": 4 * n, "tokens": n}} for name, n in tokens.items()}
+
+
+def test_shares_sequences_tokens_and_epochs() -> None:
+    given = counts(a=256 * 600 + 1, b=256 * 800 + 255, z=5)
+    ledger = run_ledger(given, config())
+    assert ledger["sources"] == given
+    assert ledger["run"] == {
+        "a": {"share": 0.75, "sequences": 1200, "tokens": 1200 * 256, "epochs": 2.0},
+        "b": {"share": 0.25, "sequences": 400, "tokens": 400 * 256, "epochs": 0.5},
+        "z": {"share": 0.0, "sequences": 0, "tokens": 0, "epochs": 0.0},
+    }
+
+
+def test_too_many_epochs_says_what_to_change() -> None:
+    given = counts(a=256 * 300 + 1, b=256 * 800, z=5)
+    with pytest.raises(DataError) as caught:
+        run_ledger(given, config(max_epochs=3.9))
+    message = str(caught.value)
+    for part in ("'a'", "4.00 times", "max_epochs 3.9", "data.sources.a.weight (3)", "train.steps (100)"):
+        assert part in message
+    assert run_ledger(given, config(max_epochs=4.0))["run"]["a"]["epochs"] == 4.0
+
+
+def test_source_shorter_than_a_sequence() -> None:
+    with pytest.raises(DataError, match=r"'b' has 256 train tokens, fewer than one sequence of 256 \+ 1"):
+        run_ledger(counts(a=10**6, b=256, z=0), config())
+
+
+def test_validation_shorter_than_a_sequence() -> None:
+    given = counts(a=10**6, b=10**6, z=0)
+    given["b"]["validation"] = {"documents": 1, "bytes": 9, "tokens": 9}
+    with pytest.raises(DataError, match="'b' has 9 validation tokens"):
+        run_ledger(given, config(eval_sources=["a", "b"]))
+    assert run_ledger(given, config(eval_sources=["a"]))["run"]["b"]["sequences"] == 400

@@ -1,0 +1,97 @@
+"""The mixture: shares exact at any prefix, random access, no state."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from neox_core.data.mixture import Mixture
+from neox_core.errors import DataError
+
+LLEMMA = {"arxiv": 2, "open-web-math": 4, "algebraic-stack": 1, "pile-sample": 0.147368, "code": 0.221053}
+RANDOM = {f"s{i}": float(weight) for i, weight in enumerate(np.random.default_rng(0).random(40) ** 4 + 1e-3)}
+CASES = [LLEMMA, RANDOM, {"a": 1}, {"a": 1, "b": 1}, {"a": 0.998, "b": 0.001, "c": 0.001}, {"a": 3, "b": 0, "c": 4}]
+
+
+@pytest.mark.parametrize("weights", CASES)
+def test_every_prefix_is_within_one_of_the_exact_share(weights: dict[str, float]) -> None:
+    mixture = Mixture(weights)
+    total = 2 * mixture.period + 1000
+    source_ids, _ = mixture.locate(np.arange(total))
+    steps = np.arange(1, total + 1)
+    for name, weight in weights.items():
+        share = mixture.consumed(mixture.period)[name] / mixture.period
+        assert abs(share - weight / sum(weights.values())) < 1 / mixture.period
+        counts = np.cumsum(source_ids == mixture.names.index(name))
+        assert np.abs(counts - steps * share).max() < 1
+
+
+def test_shares_over_any_window() -> None:
+    mixture = Mixture(LLEMMA)
+    window = 1024
+    source_ids, _ = mixture.locate(np.arange(20_000))
+    for name, weight in LLEMMA.items():
+        counts = np.cumsum(source_ids == mixture.names.index(name))
+        in_windows = counts[window:] - counts[:-window]
+        assert np.abs(in_windows - window * weight / sum(LLEMMA.values())).max() < 2.02
+
+
+@pytest.mark.parametrize("weights", CASES)
+def test_indices_within_a_source_count_up(weights: dict[str, float]) -> None:
+    mixture = Mixture(weights)
+    source_ids, within = mixture.locate(np.arange(3 * mixture.period // 2))
+    for source_id in np.unique(source_ids):
+        drawn = within[source_ids == source_id]
+        assert np.array_equal(drawn, np.arange(len(drawn)))
+
+
+def test_random_access_far_ahead_agrees_with_the_counts() -> None:
+    mixture = Mixture(LLEMMA)
+    for start in (0, 1, 65_535, 65_536, 65_537, 10**9 + 7, 10**12):
+        before = mixture.consumed(start)
+        assert sum(before.values()) == start
+        source_ids, within = mixture.locate(np.array([start]))
+        assert within[0] == before[mixture.names[source_ids[0]]]
+        after = mixture.consumed(start + 1)
+        assert {name for name in before if after[name] != before[name]} == {mixture.names[source_ids[0]]}
+
+
+def test_counts_are_the_largest_remainders() -> None:
+    total = sum(Fraction(str(weight)) for weight in LLEMMA.values())
+    exact = {name: Fraction(str(weight)) / total * 65_536 for name, weight in LLEMMA.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: 65_536 - sum(counts.values())]:
+        counts[name] += 1
+    assert Mixture(LLEMMA).consumed(65_536) == counts
+
+
+def test_order_of_the_weights_and_their_scale_do_not_matter() -> None:
+    indices = np.arange(5000)
+    one, other = Mixture(LLEMMA), Mixture({name: 10 * LLEMMA[name] for name in reversed(LLEMMA)})
+    assert one.names == other.names
+    assert np.array_equal(one.locate(indices)[0], other.locate(indices)[0])
+
+
+def test_zero_weight_is_never_drawn_but_named() -> None:
+    mixture = Mixture({"a": 3, "b": 0, "c": 4})
+    assert mixture.names == ("a", "b", "c")
+    assert mixture.consumed(10**6)["b"] == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({"a": 0.0}, "no source has a positive weight"),
+        ({}, "no source has a positive weight"),
+        ({"a": 1, "b": -1}, "'b' is -1"),
+        ({"a": 1, "b": float("nan")}, "'b' is nan"),
+        ({"a": 1, "b": float("inf")}, "'b' is inf"),
+        ({"a": 1, "b": 1e-7}, "'b' is a share of 1e-07, below the smallest"),
+    ],
+)
+def test_bad_weights(weights: dict[str, float], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        Mixture(weights)
