@@ -38,7 +38,7 @@ def save_file(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, lambda temporary: torch.save(_compact(content), temporary))
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it; a failure leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,148 @@
+"""A SentencePiece model as the files that transformers' AutoTokenizer reads, with the same ids for every text.
+
+transformers builds a tokenizer from tokenizer.model by rules of its own that give other ids for most documents. So the
+BPE is written out here: SentencePiece merges the neighbours whose union has the highest score, which is a list of
+merges ordered by score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from neox_core.errors import CheckpointError
+
+TOKENIZER_MODEL = "tokenizer.model"
+_SPACE = "\u2581"
+"""SentencePiece's mark for a blank."""
+_Piece = proto.ModelProto.SentencePiece
+
+
+def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Load a SentencePiece model.
+
+    Raises:
+        CheckpointError: the file is missing or not a SentencePiece model.
+    """
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"tokenizer {path} cannot be loaded: {' '.join(str(error).split())[:120]}") from None
+
+
+def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json of a SentencePiece model, by name.
+
+    As in the training data, nothing is put before or after a text, and a text that spells `<s>` is text.
+
+    Raises:
+        CheckpointError: the model is missing, or is of a kind that cannot be expressed exactly.
+    """
+    processor = load_sentencepiece(path)
+    model = proto.ModelProto.FromString(processor.serialized_model_proto())
+    _check_supported(path, model)
+    special = {
+        "bos_token": processor.id_to_piece(processor.bos_id()),
+        "eos_token": processor.id_to_piece(processor.eos_id()),
+        "unk_token": processor.id_to_piece(processor.unk_id()),
+    }
+    config = {
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": sequence_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return {
+        "tokenizer.json": _build(model).to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+
+
+def _check_supported(path: Path, model: Any) -> None:
+    """Refuse what a list of merges cannot express.
+
+    Raises:
+        CheckpointError: naming the property.
+    """
+    ids = model.trainer_spec
+    kinds = {_Piece.USER_DEFINED: "user-defined", _Piece.UNUSED: "unused"}
+    odd = next((piece for piece in model.pieces if piece.type in kinds), None)
+    problem = None
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        problem = "is not a BPE model"
+    elif model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
+        problem = f"normalizes text ({model.normalizer_spec.name}, remove_extra_whitespaces)"
+    elif odd is not None:
+        problem = f"has the {kinds[odd.type]} piece {odd.piece!r}"
+    elif min(ids.bos_id, ids.eos_id, ids.unk_id) < 0:
+        problem = "lacks a begin, end or unknown id"
+    if problem:
+        raise CheckpointError(f"tokenizer {path} {problem}: an equal tokenizer.json cannot be written for it")
+
+
+def _build(model: Any) -> Any:
+    """The tokenizers.Tokenizer that gives SentencePiece's ids."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    unknown = next(piece.piece for piece in model.pieces if piece.type == _Piece.UNKNOWN)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=list(_merges(model)),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=model.trainer_spec.byte_fallback,
+        )
+    )
+    prefix = model.normalizer_spec.add_dummy_prefix
+    prepend = [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges(model: Any) -> Iterator[tuple[str, str]]:
+    """Every way to put a normal piece together from two, the highest score first."""
+    normal = {piece.piece: number for number, piece in enumerate(model.pieces) if piece.type == _Piece.NORMAL}
+    for piece in sorted(normal, key=lambda piece: (-model.pieces[normal[piece]].score, normal[piece])):
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        known = [(left, right) for left, right in halves if left in normal and right in normal]
+        yield from sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+
+
+def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
+    """Encode texts with the folder's AutoTokenizer and with its SentencePiece model; yields the number of tokens.
+
+    Raises:
+        CheckpointError: the ids of a text differ; the message says where.
+    """
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    original = load_sentencepiece(folder / TOKENIZER_MODEL)
+    tokens = 0
+    for number, text in enumerate(texts):
+        expected, found = original.encode(text), ours(text, verbose=False)["input_ids"]
+        if expected != found:
+            place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), -1)
+            near = original.decode(expected[max(0, place - 3) : place + 5])
+            raise CheckpointError(
+                f"{folder}: the tokenizer's ids differ from SentencePiece's in text {number}, token {place}, "
+                f"near {near!r}"
+            )
+        tokens += len(expected)
+    return tokens
