@@ -1,0 +1,73 @@
+"""Processes that outlive whoever started them: known by pid and start time, so that a reused pid is never mistaken."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
+
+_SAME_START_SECONDS = 2.0
+"""The start time is computed from the boot time, which moves a little when the clock is set."""
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """A process; `started` is in unix seconds."""
+
+    pid: int
+    started: float
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessRecord:
+        """Record a running process.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
+        try:
+            return cls(pid, float(psutil.Process(pid).create_time()))
+        except psutil.NoSuchProcess:
+            raise ProcessLookupError(f"process {pid} has ended") from None
+
+    def is_alive(self) -> bool:
+        """Whether this very process still runs (an ended one that nobody has waited for does not)."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal if it still runs."""
+        if self.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def end_processes(records: Iterable[ProcessRecord], grace_seconds: float) -> None:
+    """SIGTERM, then SIGKILL to what still runs after the grace; returns when all have ended."""
+    records = tuple(records)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for record in records:
+            record.send(number)
+        wait_for_end(records, grace_seconds)
+
+
+def wait_for_end(records: Iterable[ProcessRecord], timeout_seconds: float) -> bool:
+    """Wait until all have ended; False after the timeout. Ended children of this process are reaped."""
+    records = tuple(records)
+    deadline = time.monotonic() + timeout_seconds
+    while any(record.is_alive() for record in records):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    for record in records:
+        with contextlib.suppress(ChildProcessError):  # not our child: its parent, or init, reaps it
+            os.waitpid(record.pid, os.WNOHANG)
+    return True

@@ -1,0 +1,180 @@
+"""Checkpoints in the object store: `<prefix>/global_stepN/<files>`, and `manifest.json` last.
+
+A checkpoint exists when its manifest is there and every file that it lists has the size that it says. Anything else
+is a checkpoint in the making, or the remains of one: never used, and never deleted here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from neox_core.artifact import FileRecord, sha256_of
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+_FOLDER = re.compile(r"global_step(\d+)")
+_PARALLEL = 4  # files at a time; large ones are cut into parts besides
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is made of and how far training was. JSON values only."""
+
+    step: int
+    sequences_consumed: int
+    """The sampler's whole state."""
+    files: tuple[FileRecord, ...]
+    """Paths are relative to the checkpoint's folder."""
+    layout: Mapping[str, int]
+    """Ranks along 'tensor', 'pipeline' and 'data'."""
+    fingerprint: str
+    """Of the train stage."""
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    consumed: Mapping[str, int] = field(default_factory=dict)
+    """Sequences consumed per source."""
+    software: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As it is stored."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: it is not a manifest, or names files outside its folder.
+        """
+        try:
+            content = json.loads(text)
+            files = tuple(FileRecord(**record) for record in content.pop("files"))
+            manifest = cls(**content, files=files)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"damaged {MANIFEST_FILE}: {type(error).__name__}: {error}") from None
+        for record in files:
+            path = PurePosixPath(record.path)
+            if path.is_absolute() or ".." in path.parts:
+                raise CheckpointError(f"{MANIFEST_FILE} of step {manifest.step} names a file outside: {record.path}")
+        return manifest
+
+
+def checkpoint_key(step: int) -> str:
+    """Name of a step's checkpoint, as NeoX and DeepSpeed have it."""
+    return f"global_step{step}"
+
+
+def object_key(prefix: str, step: int, name: str) -> str:
+    """Key of one file of a checkpoint, relative to the store."""
+    return "/".join(part for part in (prefix.strip("/"), checkpoint_key(step), name) if part)
+
+
+def publish_manifest(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
+    """Make a checkpoint exist: check that every file is there with its size, then write its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or has another size; nothing is published.
+        StorageError: the store cannot be reached.
+    """
+    sizes = {info.key: info.size for info in store.list(object_key(prefix, manifest.step, "") + "/")}
+    if problem := _first_problem(sizes, prefix, manifest):
+        raise CheckpointError(
+            f"{store.url(object_key(prefix, manifest.step, ''))} is incomplete and is not published: {problem}"
+        )
+    store.put_text(object_key(prefix, manifest.step, MANIFEST_FILE), manifest.to_json())
+
+
+def list_checkpoints(store: ObjectStore, prefix: str) -> list[Manifest]:
+    """The complete checkpoints, sorted by step; incomplete ones are logged and left alone.
+
+    Raises:
+        StorageError: the store cannot be reached.
+    """
+    base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+    sizes = {info.key: info.size for info in store.list(base)}
+    folders = {key.removeprefix(base).rpartition("/")[0].split("/")[0] for key in sizes}
+    steps = sorted(int(match[1]) for folder in folders if (match := _FOLDER.fullmatch(folder)))
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        found = pool.map(partial(_read_complete, store, prefix, sizes), steps)
+        return [manifest for manifest in found if manifest]
+
+
+def _read_complete(store: ObjectStore, prefix: str, sizes: Mapping[str, int], step: int) -> Manifest | None:
+    key = object_key(prefix, step, MANIFEST_FILE)
+    text = store.get_text(key) if key in sizes else None
+    if text is None:
+        logger.info("%s has no manifest (yet): ignored", store.url(object_key(prefix, step, "")))
+        return None
+    try:
+        manifest = Manifest.from_json(text)
+    except CheckpointError as error:
+        logger.warning("%s ignored: %s", store.url(key), error)
+        return None
+    problem = _first_problem(sizes, prefix, manifest)
+    if manifest.step != step:
+        problem = f"its manifest is of step {manifest.step}"
+    if problem:
+        logger.warning("%s is incomplete and ignored: %s", store.url(object_key(prefix, step, "")), problem)
+        return None
+    return manifest
+
+
+def _first_problem(sizes: Mapping[str, int], prefix: str, manifest: Manifest) -> str | None:
+    for record in manifest.files:
+        size = sizes.get(object_key(prefix, manifest.step, record.path))
+        if size is None:
+            return f"{record.path} is missing"
+        if size != record.size:
+            return f"{record.path} has {size} bytes instead of {record.size}"
+    return None
+
+
+def download_checkpoint(
+    store: ObjectStore, prefix: str, manifest: Manifest, folder: Path, wanted: Callable[[str], bool]
+) -> Path:
+    """Bring the wanted files of a checkpoint to `folder`/global_stepN, in parallel, and verify each one's SHA-256.
+
+    Files that are there already, with the right size and SHA-256, are not fetched again.
+
+    Args:
+        wanted: called with a file's path relative to the checkpoint; True for those to bring.
+
+    Returns:
+        `folder`/global_stepN.
+
+    Raises:
+        CheckpointError: a file's content is not what the manifest says.
+        StorageError: a file cannot be fetched.
+    """
+    target = folder / checkpoint_key(manifest.step)
+    target.mkdir(parents=True, exist_ok=True)
+    records = [record for record in manifest.files if wanted(record.path)]
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        list(pool.map(partial(_download, store, prefix, manifest.step, target), records))
+    return target
+
+
+def _download(store: ObjectStore, prefix: str, step: int, target: Path, record: FileRecord) -> None:
+    path = target / record.path
+    if path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256:
+        return
+    key = object_key(prefix, step, record.path)
+    store.get_file(key, path)
+    found = sha256_of(path)
+    if found != record.sha256:
+        path.unlink()
+        raise CheckpointError(
+            f"{store.url(key)} is damaged: SHA-256 {found} instead of {record.sha256}; "
+            f"resume from another checkpoint, or delete {store.url(object_key(prefix, step, ''))}"
+        )

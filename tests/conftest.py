@@ -1,0 +1,47 @@
+"""The real S3 server that tests of several folders use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from infra.s3.embedded import embedded_s3
+from infra.s3.server import S3Endpoint
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.config import StorageConfig
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
+    """The embedded S3 server, started once per test session (about a second)."""
+    with embedded_s3(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def storage_config(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> StorageConfig:
+    """A prefix in a fresh bucket of the embedded server, with its keys in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_endpoint.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_endpoint.secret_key)
+    config = StorageConfig(url=f"s3://test-{uuid4().hex}/some/prefix", endpoint_url=s3_endpoint.url)
+    ObjectStore(config).check(create_bucket=True)
+    return config
+
+
+@pytest.fixture
+def store(storage_config: StorageConfig) -> ObjectStore:
+    """An object store in a fresh bucket of the embedded server."""
+    return ObjectStore(storage_config)
+
+
+@pytest.fixture
+def no_aws_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials but those of the environment."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
