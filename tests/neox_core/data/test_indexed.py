@@ -137,3 +137,19 @@ def test_missing_or_truncated_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=f"{name} does not exist"):
         IndexedDataset(tmp_path / "d")
+
+
+def test_kill_between_the_two_renames_leaves_no_false_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write(tmp_path / "d", DOCUMENTS)
+    rename = Path.replace
+
+    def rename_ids_only(path: Path, target: Path) -> Path:
+        if target.name.endswith(".idx"):
+            raise OSError("killed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", rename_ids_only)
+    with pytest.raises(OSError, match="killed"):
+        write(prefix, DOCUMENTS[::-1])  # of the same size, so that the old index would fit
+    with pytest.raises(DataError, match=r"d\.idx does not exist"):
+        IndexedDataset(prefix)
