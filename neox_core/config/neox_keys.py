@@ -1,8 +1,8 @@
 """The keys of GPT-NeoX's configuration that the importer knows, and what becomes of each.
 
-After GPT-NeoX's configs/neox_arguments.md and the two configurations of Llemma. Every key is in exactly one table:
-MAPPED (has a counterpart here), FIXED (one behaviour here, so only that value is accepted), OFF (a feature that is
-absent here), or INEFFECTIVE (changes nothing that a run here computes).
+After GPT-NeoX's configs/neox_arguments.md and Llemma's two configurations. Every key is in exactly one table: MAPPED
+(has a counterpart here), FIXED (one behaviour here, so only that value is accepted), OFF (a feature that is absent
+here), or INEFFECTIVE (changes nothing that a run here computes).
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ class Fixed:
     """What GPT-NeoX does when the key is absent; None: nothing that matters here."""
 
 
+def _by_key(keys_of: Mapping[str, str]) -> dict[str, str]:
+    """{reason: 'key key'} -> {key: reason}."""
+    return {key: reason for reason, keys in keys_of.items() for key in keys.split()}
+
+
 MAPPED = frozenset(
-    """
-    num_layers hidden_size num_attention_heads num_kv_heads attention_type intermediate_size mlp_multiple_of seq_length
-    rotary_emb_base rms_norm_epsilon padded_vocab_size make_vocab_size_divisible_by vocab_file
-    model_parallel_size pipe_parallel_size
-    optimizer weight_decay gradient_clipping clip_grad
-    train_iters lr_decay_iters warmup warmup_iters min_lr decay_lr_to
-    train_micro_batch_size_per_gpu batch_size gradient_accumulation_steps gas train_batch_size
-    num_nodes num_gpus world_size global_num_gpus launcher
-    checkpoint_factor eval_interval eval_iters log_interval checkpoint_activations precision bf16 fp16
-    data_path train_data_paths train_data_weights valid_data_paths test_data_paths valid_data_weights test_data_weights
-    seed use_wandb wandb_project wandb_team s3_path zero_optimization
-    """.split()
+    _by_key(
+        {
+            "model": """num_layers hidden_size num_attention_heads num_kv_heads attention_type intermediate_size
+                mlp_multiple_of seq_length rotary_emb_base rms_norm_epsilon""",
+            "tokenizer": "padded_vocab_size make_vocab_size_divisible_by vocab_file",
+            "parallel": "model_parallel_size pipe_parallel_size zero_optimization",
+            "optimizer": "optimizer lr weight_decay gradient_clipping clip_grad",
+            "schedule": "train_iters lr_decay_iters warmup warmup_iters min_lr decay_lr_to",
+            "batch": """train_micro_batch_size_per_gpu batch_size gradient_accumulation_steps gas train_batch_size
+                num_nodes num_gpus world_size global_num_gpus launcher""",
+            "loop": "checkpoint_factor eval_interval eval_iters log_interval checkpoint_activations seed",
+            "precision": "precision bf16 fp16 data_types",
+            "data": "data_path train_data_paths train_data_weights valid_data_paths test_data_paths",
+            "other": "use_wandb wandb_project wandb_team s3_path",
+        }
+    )
 )
 
 FIXED: Mapping[str, Fixed] = {
@@ -42,7 +51,7 @@ FIXED: Mapping[str, Fixed] = {
     "pos_emb": Fixed(("rotary",), "rotary positions are the only ones", default="learned"),
     "rotary_pct": Fixed((1,), "the whole head is rotated"),
     "mlp_type": Fixed(("llama",), "SwiGLU with three matrices is the only MLP", default="regular"),
-    "activation": Fixed(("silu", "swish"), "SwiGLU's activation", default="gelu"),
+    "activation": Fixed(("silu", "swish"), "SwiGLU's activation is the only one", default="gelu"),
     "no_weight_tying": Fixed((True,), "embedding and output head are untied", default=False),
     "use_bias_in_attn_linear": Fixed((False,), "there are no biases", default=True),
     "use_bias_in_norms": Fixed((False,), "there are no biases"),
@@ -57,87 +66,93 @@ FIXED: Mapping[str, Fixed] = {
     "moe_num_experts": Fixed((1,), "there are no experts"),
     "context_parallel_size": Fixed((1,), "sequences are not split for attention"),
     "train_impl": Fixed(("normal",), "the loss is next-token cross-entropy"),
+    "pack_impl": Fixed(("packed",), "documents are packed into full sequences"),
     "checkpoint_scale": Fixed(("linear",), "checkpoints come at a fixed interval"),
     "fp32_allreduce": Fixed((True,), "gradients are always reduced in fp32"),
     "communication_data_type": Fixed(("fp32",), "gradients are always reduced in fp32"),
+    "gradient_predivide_factor": Fixed((1,), "gradients are averaged in fp32"),
     "mup_init_scale": Fixed((1,), "there is no muP"),
     "mup_attn_temp": Fixed((1,), "there is no muP"),
     "mup_output_temp": Fixed((1,), "there is no muP"),
     "mup_embedding_mult": Fixed((1,), "there is no muP"),
-    "gradient_predivide_factor": Fixed((1,), "gradients are averaged in fp32"),
 }
 
-_UNSUPPORTED = {
-    "gpt_j_residual gpt_j_tied": "attention and MLP follow each other, each with its own norm",
-    "apply_query_key_layer_scaling": "attention scores are scaled by the head's width alone",
-    "use_qk_layernorm rotary_interleaved sliding_window_width":
-        "attention is Llama's",
-    "sparsity_config sparse_attention": "attention is dense",
-    "num_unique_layers": "layers do not share parameters",
-    "soft_prompt_tuning": "all parameters are trained",
-    "fp16_lm_cross_entropy": "the loss is computed in fp32",
-    "te_fp8 amp": "training is in bf16 or fp32",
-    "use_bnb_optimizer sparse_gradients prescale_gradients": "the optimizer is AdamW with fp32 states",
-    "use_mup coord_check save_base_shapes": "there is no muP",
-    "scheduler": "the schedule is warmup and cosine",
-    "weight_by_num_documents": "weights are given, not made from document counts",
-    "eod_mask_loss loss_on_targets_only label_data_paths packing": "every token counts in the loss",
-    "curriculum_learning data_efficiency elasticity compression_training": "the recipe is fixed for the whole run",
-    "deepspeed_extra_args": "DeepSpeed is configured here, so that nothing in it changes the numbers",
-    "train_epochs": "the length of a run is given in steps",
-    "lr_decay_fraction": "the length of the decay is given in steps: use lr_decay_iters",
-    "extra_save_iters": "checkpoints come at a fixed interval",
-    "checkpoint_in_cpu": "activations stay on the device",
-}
-OFF: Mapping[str, str] = {key: reason for keys, reason in _UNSUPPORTED.items() for key in keys.split()}
+OFF: Mapping[str, str] = _by_key(
+    {
+        "attention and MLP follow each other, each with its own norm": "gpt_j_residual gpt_j_tied",
+        "attention scores are scaled by the head's width alone": "apply_query_key_layer_scaling",
+        "attention is Llama's": "use_qk_layernorm rotary_interleaved sliding_window_width",
+        "attention is dense": "sparsity_config sparse_attention",
+        "layers do not share parameters": "num_unique_layers",
+        "all parameters are trained": "soft_prompt_tuning",
+        "the loss is computed in fp32": "fp16_lm_cross_entropy",
+        "training is in bf16 or fp32": "te_fp8 amp",
+        "the optimizer is AdamW with fp32 states": "use_bnb_optimizer sparse_gradients prescale_gradients",
+        "there is no muP": "use_mup coord_check save_base_shapes",
+        "the schedule is warmup and cosine": "scheduler",
+        "weights are given, not made from document counts": "weight_by_num_documents",
+        "every token counts in the loss": "eod_mask_loss loss_on_targets_only label_data_paths packing",
+        "the recipe is the same for the whole run": """curriculum_learning data_efficiency elasticity
+            compression_training""",
+        "DeepSpeed is configured here, so that nothing in it changes the numbers": "deepspeed_extra_args",
+        "the length of a run is given in steps": "train_epochs",
+        "the length of the decay is given in steps, by lr_decay_iters": "lr_decay_fraction",
+        "checkpoints come at a fixed interval": "extra_save_iters",
+        "activations stay on the device": "checkpoint_in_cpu",
+    }
+)
 
-_WITHOUT_EFFECT = {
-    "attention_config": "every layer has dense causal attention; the kernel is chosen when training starts",
-    "max_position_embeddings": "rotary positions need no table of a given size",
-    "layernorm_epsilon scalenorm_epsilon": "the norm is RMSNorm",
-    "rpe_num_buckets rpe_max_distance opt_pos_emb_offset gmlp_attn_dim": "it belongs to another architecture",
-    "moe_top_k moe_type moe_loss_coeff moe_expert_interval moe_expert_parallel_size": "there are no experts",
-    "init_method init_method_std output_layer_init_method use_cpu_initialization": "weights come from base_model",
-    "output_layer_parallelism": "the output head is split over the vocabulary; the numbers are the same",
-    "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_gelu_fusion bias_dropout_fusion"
-    " rope_fusion rmsnorm_fusion layernorm_fusion attention_softmax_in_fp32":
-        "kernels are chosen here, and softmax is computed in fp32",
-    "sequence_parallel pipe_partition_method is_pipe_parallel": "it changes speed, not numbers",
-    "param_sharing_style weighted_sampler_alpha base_shapes_file mup_width_scale mup_rp_embedding_mult":
-        "the feature that it belongs to is off",
-    "checkpoint_num_layers partition_activations synchronize_each_layer contiguous_checkpointing profile_backward"
-    " deepspeed_activation_checkpointing activation_checkpointing":
-        "activation checkpointing is per block (train.activation_checkpointing); the numbers are the same",
-    "data_impl mmap_warmup use_shared_fs num_workers short_seq_prob split":
-        "prepare-data makes token files from text, one folder per split",
-    "merge_file": "a SentencePiece model needs no merge file",
-    "override_lr_scheduler use_checkpoint_lr_scheduler": "the schedule always follows the configuration",
-    "save": "checkpoints go to storage.url",
-    "load": "weights are converted from base_model.path, in Meta's format",
-    "finetune iteration no_load_optim no_load_rng load_universal":
-        "a run starts from base_model, or resumes by itself from its own last checkpoint",
-    "no_save_optim no_save_rng keep_last_n_checkpoints checkpoint s3_chunk_size":
-        "checkpoints are whole, and all are kept in the object store",
-    "checkpoint_validation_with_forward_pass": "convert and export compare logits themselves",
-    "do_train do_valid do_test save_iters exit_interval config_files git_hash user_script":
-        "the flow decides what runs",
-    "wandb_group wandb_host wandb_init_all_ranks wandb": "W&B runs are named after the run; the host is W&B's own setting",
-    "tensorboard_dir tensorboard csv_monitor log_dir log_grad_pct_zeros log_param_norm log_grad_norm"
-    " log_optimizer_states log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload"
-    " steps_per_print wall_clock_breakdown dump_state flops_profiler comms_logger char_level_ppl memory_profiling"
-    " memory_profiling_path profile profile_step_start profile_step_stop":
-        "metrics go to W&B and to metrics.jsonl",
-    "distributed_backend local_rank rank lazy_mpu_init deepspeed deepscale deepscale_config deepspeed_mpi"
-    " deepspeed_slurm adlr_autoresume adlr_autoresume_interval onnx_safe autotuning autotuning_run":
-        "the engine sets it itself",
-    "hostfile include exclude master_port master_addr force_multi detect_nvlink_pairs no_ssh_check comment account":
-        "launch describes the job; SLURM places it",
-    "loss_scale loss_scale_window hysteresis min_scale dynamic_loss_scale": "bf16 needs no loss scaling",
-    "text_gen_type temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file"
-    " sample_output_file num_samples recompute eval_results_prefix eval_tasks": "it concerns text generation",
-    "curriculum_seqlen": "it is a variable of GPT-NeoX's own",
-}
-INEFFECTIVE: Mapping[str, str] = {key: reason for keys, reason in _WITHOUT_EFFECT.items() for key in keys.split()}
+INEFFECTIVE: Mapping[str, str] = _by_key(
+    {
+        "every layer has dense causal attention; its kernel is chosen when training starts": "attention_config",
+        "rotary positions need no table of a given size": "max_position_embeddings",
+        "the norm is RMSNorm": "layernorm_epsilon scalenorm_epsilon",
+        "it belongs to another architecture": "rpe_num_buckets rpe_max_distance opt_pos_emb_offset gmlp_attn_dim",
+        "there are no experts": "moe_top_k moe_type moe_loss_coeff moe_expert_interval moe_expert_parallel_size",
+        "weights come from base_model": """init_method init_method_std output_layer_init_method
+            use_cpu_initialization""",
+        "the output head is split over the vocabulary; the numbers are the same": "output_layer_parallelism",
+        "kernels are chosen here, and softmax is in fp32": """scaled_upper_triang_masked_softmax_fusion
+            scaled_masked_softmax_fusion bias_gelu_fusion bias_dropout_fusion rope_fusion rmsnorm_fusion
+            layernorm_fusion attention_softmax_in_fp32""",
+        "it changes speed, not numbers": "sequence_parallel pipe_partition_method is_pipe_parallel",
+        "the feature that it belongs to is off": """param_sharing_style weighted_sampler_alpha base_shapes_file
+            mup_width_scale mup_rp_embedding_mult""",
+        "each block is one checkpointed unit (train.activation_checkpointing)": """checkpoint_num_layers
+            partition_activations synchronize_each_layer contiguous_checkpointing profile_backward
+            deepspeed_activation_checkpointing activation_checkpointing""",
+        "prepare-data makes token files from text, one folder per split": """data_impl mmap_warmup use_shared_fs
+            num_workers short_seq_prob split""",
+        "each source is evaluated on its own": "valid_data_weights test_data_weights",
+        "a SentencePiece model needs no merge file": "merge_file",
+        "the schedule always follows the configuration": "override_lr_scheduler use_checkpoint_lr_scheduler",
+        "checkpoints go to storage.url": "save",
+        "weights are converted from base_model.path, in Meta's format": "load",
+        "a run starts from base_model, or resumes by itself from its own last checkpoint": """finetune iteration
+            no_load_optim no_load_rng load_universal""",
+        "checkpoints are whole, and all are kept in the object store": """no_save_optim no_save_rng
+            keep_last_n_checkpoints checkpoint s3_chunk_size""",
+        "convert and export compare logits themselves": "checkpoint_validation_with_forward_pass",
+        "the flow decides what runs": """do_train do_valid do_test save_iters exit_interval config_files git_hash
+            user_script""",
+        "W&B runs are named after the run; the host is W&B's own setting": """wandb_group wandb_host
+            wandb_init_all_ranks wandb""",
+        "metrics go to W&B and to metrics.jsonl": """tensorboard_dir tensorboard csv_monitor log_dir
+            log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states log_gradient_noise_scale
+            gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload steps_per_print wall_clock_breakdown
+            dump_state flops_profiler comms_logger char_level_ppl memory_profiling memory_profiling_path profile
+            profile_step_start profile_step_stop""",
+        "the engine sets it itself": """distributed_backend local_rank rank lazy_mpu_init deepspeed deepscale
+            deepscale_config deepspeed_mpi deepspeed_slurm adlr_autoresume adlr_autoresume_interval onnx_safe
+            autotuning autotuning_run""",
+        "launch describes the job; SLURM places it": """hostfile include exclude master_port master_addr force_multi
+            detect_nvlink_pairs no_ssh_check comment account""",
+        "bf16 needs no loss scaling": "loss_scale loss_scale_window hysteresis min_scale dynamic_loss_scale",
+        "it concerns text generation": """text_gen_type temperature top_p top_k return_logits maximum_tokens
+            prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks""",
+        "it is a variable of GPT-NeoX's own": "curriculum_seqlen",
+    }
+)
 
 ZERO_FIXED: Mapping[str, Fixed] = {
     "stage": FIXED["zero_stage"],
@@ -146,8 +161,16 @@ ZERO_FIXED: Mapping[str, Fixed] = {
     "offload_param": Fixed((False,), "parameters stay on the device"),
 }
 ZERO_INEFFECTIVE = frozenset(
-    """allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size contiguous_gradients
-    load_from_fp32_weights round_robin_gradients elastic_checkpoint ignore_unused_parameters""".split()
+    _by_key(
+        {
+            "speed": """allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size
+                contiguous_gradients load_from_fp32_weights round_robin_gradients elastic_checkpoint
+                ignore_unused_parameters"""
+        }
+    )
 )
+DATA_TYPES: Mapping[str, Fixed] = {
+    "grad_accum_dtype": Fixed(("fp32",), "gradients are always accumulated in fp32"),
+}
 
-KNOWN_KEYS = MAPPED | FIXED.keys() | OFF.keys() | INEFFECTIVE.keys() | {"data_types"}
+KNOWN_KEYS = MAPPED | FIXED.keys() | OFF.keys() | INEFFECTIVE.keys()

@@ -1,0 +1,194 @@
+"""What a configuration may say, how batches are cut, and the facts in configs/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from neox_core import config as schema
+from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def toy(tmp_path: Path, extra: str) -> RunConfig:
+    path = tmp_path / "run.yml"
+    path.write_text(f"include: {CONFIGS / 'toy.yml'}\n{extra}\n")
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (
+            "parallel: {tensor: 3}",
+            r"parallel.tensor 3 does not divide model.num_attention_heads 8: use one of \[1, 2\]",
+        ),
+        ("parallel: {tensor: 4}", r"parallel.tensor 4 does not divide model.num_kv_heads 2: use one of \[1, 2\]"),
+        ("model: {intermediate_size: 687}", "parallel.tensor 2 does not divide model.intermediate_size 687"),
+        ("model: {vocab_size: 2047}", "parallel.tensor 2 does not divide model.vocab_size 2047"),
+        ("parallel: {pipeline: 5}", "parallel.pipeline 5 exceeds model.num_layers 4"),
+        ("model: {hidden_size: 250}", "hidden_size 250 is not divisible by num_attention_heads 8"),
+        ("model: {num_kv_heads: 3}", "num_attention_heads 8 is not divisible by num_kv_heads 3"),
+        (
+            "train: {global_batch_tokens: 4097}",
+            "global_batch_tokens 4097 is not divisible by train.sequence_length 256",
+        ),
+        ("data: {eval_sources: [wiki]}", r"eval_sources names \['wiki'\]"),
+        ("data: {sources: {arxiv: {weight: -1}}}", "data.sources.arxiv.weight is -1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(extra: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        toy(tmp_path, extra)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_weights_zero(tmp_path: Path) -> None:
+    names = load_config(CONFIGS / "toy.yml").data.sources
+    weights = ", ".join(f"{name}: {{weight: 0}}" for name in names)
+    with pytest.raises(ConfigError, match="all weights are 0"):
+        toy(tmp_path, f"data: {{sources: {{{weights}}}}}")
+
+
+def test_world_size_that_the_model_does_not_divide_names_node_counts(tmp_path: Path) -> None:
+    config = toy(
+        tmp_path, "parallel: {pipeline: 2}\nlaunch: {nodes: 3, ranks_per_node: 2}\ntrain: {micro_batch_size: 1}"
+    )
+    expected = (
+        r"3 nodes x 2 ranks = world size 6, which .* = 4 does not divide; numbers of nodes that work: 2, 4, 8, 16, 32$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        batch_geometry(config)
+
+
+def test_batch_that_the_ranks_do_not_divide_names_node_counts(tmp_path: Path) -> None:
+    config = toy(tmp_path, "train: {micro_batch_size: 4}")
+    with pytest.raises(ConfigError, match=r"16 sequences .* 3 data-parallel .* on 3 nodes; .* work: 1, 2, 4$"):
+        batch_geometry(config, nodes=3)
+    hopeless = toy(tmp_path, "train: {micro_batch_size: 5}")
+    with pytest.raises(ConfigError, match=r"no number of nodes works with launch.ranks_per_node 2"):
+        batch_geometry(hopeless)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_batch_in_tokens_does_not_depend_on_nodes(nodes: int, tmp_path: Path) -> None:
+    geometry = batch_geometry(toy(tmp_path, "train: {micro_batch_size: 4}"), nodes)
+    assert geometry.tokens == 4096
+    assert geometry.data_parallel * geometry.micro_batch_size * geometry.accumulation_steps == geometry.sequences == 16
+
+
+def test_config_is_frozen() -> None:
+    config = load_config(CONFIGS / "toy.yml")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.optimizer.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 2  # type: ignore[misc]
+
+
+FIELDS = {
+    "RunConfig": 13,
+    "StorageConfig": 3,
+    "TokenizerConfig": 2,
+    "DataConfig": 5,
+    "SourceConfig": 1,
+    "BaseModelConfig": 3,
+    "ModelConfig": 8,
+    "ParallelConfig": 2,
+    "TrainConfig": 12,
+    "OptimizerConfig": 4,
+    "ScheduleConfig": 3,
+    "ValidationConfig": 2,
+    "LaunchConfig": 9,
+    "EvaluateConfig": 3,
+    "WandbConfig": 3,
+}
+
+
+def test_number_of_settings() -> None:
+    """Each setting is one more thing to understand. Change this table only when a new one is worth that."""
+    sections = {
+        name: len(item.model_fields)
+        for name, item in vars(schema).items()
+        if isinstance(item, type) and issubclass(item, BaseModel)
+    }
+    assert sections == FIELDS
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS.glob("*.yml") if p.name != "data_mixture.yml"], ids=lambda p: p.stem
+)
+def test_every_config_loads_and_its_batch_fits(path: Path) -> None:
+    config = load_config(path)
+    assert batch_geometry(config).tokens == config.train.global_batch_tokens
+
+
+COMMON: dict[str, Any] = {
+    "model.norm_eps": 1e-5,
+    "parallel.pipeline": 1,
+    "train.sequence_length": 4096,
+    "train.global_batch_tokens": 4_194_304,
+    "train.precision": "bf16",
+    "train.gradient_clip": 1.0,
+    "train.activation_checkpointing": "full",
+    "train.optimizer.betas": (0.9, 0.95),
+    "train.optimizer.eps": 1e-8,
+    "train.optimizer.weight_decay": 0.1,
+    "train.schedule.warmup_steps": 500,
+    "train.schedule.min_lr_ratio": 0.033,
+    "train.validation.interval": 250,
+    "launch.world_size": 256,
+    "launch.nodes": 32,
+    "data.eval_sources": ("arxiv", "open-web-math", "algebraic-stack"),
+}
+LLEMMA_7B: dict[str, Any] = {
+    "model.num_layers": 32,
+    "model.hidden_size": 4096,
+    "model.num_attention_heads": 32,
+    "model.num_kv_heads": 32,
+    "model.intermediate_size": 11008,
+    "model.vocab_size": 32016,
+    "model.rope_theta": 10000,
+    "train.optimizer.lr": 1e-4,
+    "parallel.tensor": 2,
+    "train.micro_batch_size": 4,
+    "train.steps": 48000,
+    "train.decay_steps": 48000,
+    "train.validation.iterations": 50,
+    "train.checkpoint_interval": 500,
+}
+LLEMMA_34B: dict[str, Any] = {
+    "model.num_layers": 48,
+    "model.hidden_size": 8192,
+    "model.num_attention_heads": 64,
+    "model.num_kv_heads": 8,
+    "model.intermediate_size": 22016,
+    "model.vocab_size": 32000,
+    "model.rope_theta": 1000000,
+    "train.optimizer.lr": 5e-5,
+    "parallel.tensor": 8,
+    "train.micro_batch_size": 2,
+    "train.steps": 12000,
+    "train.decay_steps": 12000,
+    "train.validation.iterations": 25,
+    "train.checkpoint_interval": 250,
+}
+WEIGHTS = {"arxiv": 2, "open-web-math": 4, "algebraic-stack": 1, "pile-sample": 0.147368, "code": 0.221053}
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "accumulation"), [("llemma_7b", LLEMMA_7B, 2), ("llemma_34b", LLEMMA_34B, 16)]
+)
+def test_llemma_configs_carry_the_published_facts(name: str, facts: dict[str, Any], accumulation: int) -> None:
+    config = load_config(CONFIGS / f"{name}.yml")
+    for key, expected in (COMMON | facts).items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected, key
+    assert {source: entry.weight for source, entry in config.data.sources.items()} == WEIGHTS
+    assert batch_geometry(config).accumulation_steps == accumulation
