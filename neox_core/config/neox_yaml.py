@@ -108,4 +108,5 @@ def _base_model(settings: NeoxSettings) -> dict[str, Any]:
     load = settings.get("load")
     found = f"; GPT-NeoX's 'load' names its converted form, {load}" if load else ""
     settings.todo.append(("base_model.path", f"name the folder with Meta's params.json and consolidated.*.pth{found}"))
+    settings.todo.append(("base_model.rope_theta", "add it if it is not model.rope_theta (CodeLlama: 1000000)"))
     return {"path": "../models/base"}
