@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,20 @@ def digest_cache(config: RunConfig) -> DigestCache:
     return DigestCache(config.workdir / ".digests.json")
 
 
-def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> StageResult:
+def run_stage(
+    spec: StageSpec,
+    build: Callable[[Path], Mapping[str, Any]],
+    still_valid: Callable[[Artifact], bool] = lambda artifact: True,
+) -> StageResult:
     """Return the stage's artifact, building it if no verified one exists.
 
     Args:
         build: fills the folder, resuming from what an interrupted call left there, and returns the summary.
+        still_valid: checks what lies outside the artifact's folder.
     """
     cache = digest_cache(spec.config)
     finished = find_verified(spec.folder, spec.fingerprint, cache)
-    if finished is not None:
+    if finished is not None and still_valid(finished):
         return StageResult(finished, skipped=True)
     started = time.monotonic()
     spec.folder.mkdir(parents=True, exist_ok=True)
@@ -87,4 +92,4 @@ def require(spec: StageSpec) -> Artifact:
     artifact = find_verified(spec.folder, spec.fingerprint, digest_cache(spec.config))
     if artifact is None:
         raise LlemmaError(f"stage {spec.name} has no finished, intact artifact at {spec.folder}: run {spec.name} first")
-    return replace(artifact, folder=spec.folder)
+    return artifact

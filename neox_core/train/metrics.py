@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -20,16 +21,23 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes one row per call, on rank 0 only; on other ranks it does nothing.
 
-    A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint.
+    A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint. `backup` puts the
+    file beside the checkpoints in the store, from where it comes back if the folder is lost.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str, rank: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, store: ObjectStore, prefix: str, run_id: str, rank: int
+    ) -> None:
         self._active = rank == 0
         self._wandb: Any = None
         if not self._active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._path = folder / METRICS_FILE
+        self._store, self._key = store, f"{prefix}/{METRICS_FILE}"
+        if not self._path.exists():
+            self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(config, folder, run_id)
 
@@ -55,6 +63,11 @@ class MetricsLog:
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in row.items()))
         if self._wandb is not None:
             self._wandb.log(row, step=step)
+
+    def backup(self) -> None:
+        """Copy the rows so far to the store."""
+        if self._active:
+            self._store.put_text(self._key, self._path.read_text(encoding="utf-8"))
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:

@@ -44,7 +44,12 @@ class TrainJob:
     @property
     def prefix(self) -> str:
         """Key of this training's checkpoints in the store."""
-        return f"train-{self.fingerprint[:16]}"
+        return training_prefix(self.fingerprint)
+
+
+def training_prefix(fingerprint: str) -> str:
+    """Key below which the store holds the checkpoints of the training with this identity."""
+    return f"train-{fingerprint[:16]}"
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -68,10 +73,12 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
     start = _resume(engine, store, job, mesh)
     save_state = make_save(engine, writer, job.output / "checkpoints")
 
-    def save(step: int) -> None:
-        save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.mixture.consumed))
+    with MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics:
 
-    with MetricsLog(config, job.output, job.fingerprint, mesh.rank) as metrics:
+        def save(step: int) -> None:
+            metrics.backup()
+            save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.mixture.consumed))
+
         Loop(
             engine=engine,
             train=config.train,

@@ -1,0 +1,26 @@
+"""Flow: the last checkpoint as a Hugging Face model."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.stage_flow import Row, run_stage_flow
+from neox_core.config import RunConfig
+from tasks.export import export as export_stage
+from tasks.stage import StageResult
+
+
+@flow(name="export", flow_run_name="export {config}")
+def export(config: str) -> StageResult:
+    """Write the last step's model in Hugging Face's format, and prove that it computes the same.
+
+    Args:
+        config: path of the run's YAML file.
+    """
+    return run_stage_flow("export", config, export_stage, export_table)
+
+
+def export_table(config: RunConfig, result: StageResult) -> list[Row]:
+    """What the comparison found, and the files."""
+    proof = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
+    return proof + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]

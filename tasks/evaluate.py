@@ -1,0 +1,113 @@
+"""evaluate: perplexity of each checkpoint as it appears in the object store."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neox_core.artifact import Artifact, fingerprint, write_atomically
+from neox_core.config import RunConfig
+from neox_core.errors import LlemmaError
+from neox_core.progress import Progress
+from tasks.launch import find_job, submit_or_attach
+from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
+from tasks.stage import StageResult, require, run_stage
+from tasks.train import FAILURE_FILE, checkpoints, scratch_folder
+
+EVALUATIONS_FILE = "evaluations.json"
+_BASE_STEP = 0
+_PATIENCE_SECONDS = 60.0
+
+
+def evaluate(config: RunConfig, progress: Progress) -> StageResult:
+    """Evaluate the base weights and every checkpoint until the last step's is through.
+
+    Raises:
+        LlemmaError: training ended without its last checkpoint; evaluations so far are kept.
+        LaunchError: an evaluation job failed.
+    """
+    started = time.time()
+    data, weights = require(prepare_spec(config)), require(convert_spec(config))
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        results = _load(folder)
+        while config.train.steps not in results:
+            todo = [step for step in _available(config) if step not in results]
+            if todo:
+                for result in _run_job(config, data, weights, todo):
+                    results[result["step"]] = result
+                _store(folder, results)
+                progress(max(results) / config.train.steps, _describe(results[max(results)]))
+                continue
+            if _training_failed(config, started):
+                raise LlemmaError(
+                    f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
+                    "Run train again, then evaluate"
+                )
+            time.sleep(config.evaluate.poll_seconds)
+        return {"evaluations": [results[step] for step in sorted(results)]}
+
+    return run_stage(evaluate_spec(config), build)
+
+
+def _available(config: RunConfig) -> list[int]:
+    return [_BASE_STEP, *(manifest.step for manifest in checkpoints(config)[2])]
+
+
+def _training_failed(config: RunConfig, since: float) -> bool:
+    """Whether the train stage failed since then, or its job died without anyone to notice.
+
+    What an earlier attempt left does not count: the train stage that starts beside this one replaces it.
+    """
+    failure = scratch_folder(config) / FAILURE_FILE
+    if failure.is_file():
+        return failure.stat().st_mtime > since
+    job = find_job(config.workdir / "jobs", train_spec(config).fingerprint)
+    return job is not None and job.state() in ("failed", "cancelled") and time.time() - since > _PATIENCE_SECONDS
+
+
+def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[int]) -> list[dict[str, Any]]:
+    """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
+    from neox_core.evaluate import EvaluateJob, evaluate_checkpoints
+    from neox_core.train.run import training_prefix
+
+    spec = evaluate_spec(config)
+    prefix = training_prefix(train_spec(config).fingerprint)
+    counts = {
+        source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
+    }
+    scratch = config.workdir / "scratch" / spec.folder.name
+    job = submit_or_attach(
+        config.launch,
+        config.workdir / "jobs",
+        "evaluate",
+        fingerprint("evaluate-job", {"steps": steps}, {"evaluate": spec.fingerprint}),
+        evaluate_checkpoints,
+        (config, EvaluateJob(data.folder, weights.folder, prefix, tuple(steps), counts, scratch)),
+        1,
+        config.parallel.tensor,
+    )
+    while not job.done():
+        time.sleep(0.2)
+    results: list[dict[str, Any]] = job.results()[0]
+    return results
+
+
+def _load(folder: Path) -> dict[int, dict[str, Any]]:
+    """Results that an interrupted call left."""
+    path = folder / EVALUATIONS_FILE
+    if not path.is_file():
+        return {}
+    return {result["step"]: result for result in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def _store(folder: Path, results: Mapping[int, dict[str, Any]]) -> None:
+    write_atomically(folder / EVALUATIONS_FILE, json.dumps([results[step] for step in sorted(results)], indent=1))
+
+
+def _describe(result: Mapping[str, Any]) -> str:
+    perplexities = ", ".join(f"{name} {values['perplexity']:.1f}" for name, values in result["sources"].items())
+    return f"step {result['step']}: perplexity {perplexities}"

@@ -1,0 +1,64 @@
+"""export: the last checkpoint as a Hugging Face model, proven to compute the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neox_core.config import RunConfig
+from neox_core.data.text import documents, source_files
+from neox_core.progress import Progress
+from tasks.specs import export_spec, train_spec
+from tasks.stage import StageResult, require, run_stage
+
+_SAMPLE_DOCUMENTS = 3
+
+
+def export(config: RunConfig, progress: Progress) -> StageResult:
+    """Write the model of the last step in Hugging Face's format, or find it done.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or the exported model's logits or token ids differ.
+    """
+    require(train_spec(config))
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        from neox_core.checkpoint.export import export_huggingface, prove_export
+        from neox_core.checkpoint.neox import NeoxCheckpoint
+
+        with _last_weights(config, progress) as weights:
+            export_huggingface(
+                weights, folder, config.model, config.tokenizer.model, config.train.sequence_length, progress
+            )
+            progress(1.0, "comparing logits with ours")
+            return prove_export(NeoxCheckpoint(weights), folder, config.model, _sample_texts(config))
+
+    return run_stage(export_spec(config), build)
+
+
+@contextmanager
+def _last_weights(config: RunConfig, progress: Progress) -> Iterator[Path]:
+    """Folder of the last step's weights, fetched from the store and removed afterwards."""
+    from neox_core.checkpoint.manifest import download_checkpoint
+    from tasks.train import last_manifest
+
+    store, prefix, manifest = last_manifest(config)
+    scratch = config.workdir / "scratch" / export_spec(config).folder.name
+    progress(0.0, f"fetching step {manifest.step}")
+    try:
+        yield download_checkpoint(store, prefix, manifest, scratch, lambda name: name.startswith("layer_"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sample_texts(config: RunConfig) -> list[str]:
+    """The first documents of each source's training text."""
+    return [
+        document.text
+        for source in config.data.sources
+        for document in islice(documents(source_files(config.data, source, "train")[0]), _SAMPLE_DOCUMENTS)
+    ]

@@ -1,0 +1,144 @@
+"""train: submit the job or re-attach to it, and follow it to its end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neox_core.config import RunConfig
+from neox_core.errors import CheckpointError
+from neox_core.progress import Progress
+from tasks.launch import Job, submit_or_attach
+from tasks.report import read_metrics
+from tasks.specs import convert_spec, prepare_spec, train_spec
+from tasks.stage import StageResult, require, run_stage
+
+if TYPE_CHECKING:
+    from neox_core.checkpoint.manifest import Manifest
+    from neox_core.checkpoint.store import ObjectStore
+
+METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failed"
+"""Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
+_POLL_SECONDS = 1.0
+
+
+def train(config: RunConfig, progress: Progress) -> StageResult:
+    """Train to the last step, or find it done. A job that is running already is followed, not submitted again.
+
+    The artifact holds metrics.jsonl; the checkpoints lie in the store.
+
+    Raises:
+        LaunchError: the job failed; the message is the failing rank's.
+    """
+    failure = scratch_folder(config) / FAILURE_FILE
+    failure.unlink(missing_ok=True)
+    try:
+        return _train(config, progress)
+    except BaseException as error:
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        failure.write_text(str(error), encoding="utf-8")
+        raise
+
+
+def _train(config: RunConfig, progress: Progress) -> StageResult:
+    spec = train_spec(config)
+    data, weights = require(prepare_spec(config)), require(convert_spec(config))
+    scratch = scratch_folder(config)
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        from neox_core.train.run import TrainJob
+        from neox_core.train.run import train as train_rank
+
+        job = submit_or_attach(
+            config.launch,
+            config.workdir / "jobs",
+            "train",
+            spec.fingerprint,
+            train_rank,
+            (config, TrainJob(data.folder, weights.folder, scratch, spec.fingerprint)),
+            config.launch.nodes,
+            config.launch.ranks_per_node,
+            # What an earlier job made may be gone since; a new one finds in the store what is left to do.
+            accept_completed=_is_complete(config) and (scratch / METRICS_FILE).is_file(),
+        )
+        _follow(job, config, scratch / METRICS_FILE, progress)
+        result = job.results()[0]
+        shutil.copyfile(scratch / METRICS_FILE, folder / METRICS_FILE)
+        return _summary(config, folder, result)
+
+    return run_stage(spec, build, still_valid=lambda _: _is_complete(config))
+
+
+def scratch_folder(config: RunConfig) -> Path:
+    """Where the job writes while it runs: metrics, W&B's files, checkpoints on their way to the store."""
+    return config.workdir / "scratch" / train_spec(config).folder.name
+
+
+def checkpoints(config: RunConfig) -> tuple[ObjectStore, str, list[Manifest]]:
+    """The store, the key below which this training's checkpoints lie, and the complete ones by step."""
+    from neox_core.checkpoint.manifest import list_checkpoints
+    from neox_core.checkpoint.store import ObjectStore
+    from neox_core.train.run import training_prefix
+
+    store, prefix = ObjectStore(config.storage), training_prefix(train_spec(config).fingerprint)
+    return store, prefix, list_checkpoints(store, prefix)
+
+
+def last_manifest(config: RunConfig) -> tuple[ObjectStore, str, Manifest]:
+    """The store, the key and the manifest of the last step's checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete.
+    """
+    store, prefix, manifests = checkpoints(config)
+    if not manifests or manifests[-1].step != config.train.steps:
+        raise CheckpointError(
+            f"{store.url(prefix)} holds no complete checkpoint of step {config.train.steps}, only of "
+            f"{[manifest.step for manifest in manifests]}: run train first"
+        )
+    return store, prefix, manifests[-1]
+
+
+def _complete_steps(config: RunConfig) -> list[int]:
+    return [manifest.step for manifest in checkpoints(config)[2]]
+
+
+def _is_complete(config: RunConfig) -> bool:
+    return _complete_steps(config)[-1:] == [config.train.steps]
+
+
+def _follow(job: Job, config: RunConfig, metrics: Path, progress: Progress) -> None:
+    """Report progress until the job has ended."""
+    while not job.done():
+        rows = [row for row in _rows(metrics) if "train/loss" in row]
+        if rows:
+            row = rows[-1]
+            text = f"step {row['step']} of {config.train.steps}, loss {row['train/loss']:.3f}"
+            progress(row["step"] / config.train.steps, f"{text}, {row['train/tokens_per_second']:,.0f} tokens/s")
+        else:
+            progress(0.0, f"job {job.job_id} {job.state()}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    return read_metrics(metrics) if metrics.is_file() else []
+
+
+def _summary(config: RunConfig, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/loss" in row]
+    # The first steps of a job warm up; the median is what the rest ran at.
+    rates = sorted(row["train/tokens_per_second"] for row in rows)
+    utilisations = sorted(row["train/mfu"] for row in rows)
+    return {
+        **result,
+        "first_loss": rows[0]["train/loss"],
+        "last_loss": rows[-1]["train/loss"],
+        "steps": rows[-1]["step"],
+        "tokens_per_second": rates[len(rates) // 2],
+        "mfu": utilisations[len(utilisations) // 2],
+        "checkpoints": _complete_steps(config),
+    }
