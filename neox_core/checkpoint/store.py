@@ -104,8 +104,8 @@ class ObjectStore:
         found: ObjectInfos = []
         with self._errors(prefix):
             pages = self._client.get_paginator("list_objects_v2")
-            wanted = {"Bucket": self.bucket, "Prefix": self._full(prefix)}
-            for page in pages.paginate(**wanted, PaginationConfig={"PageSize": _PAGE}):
+            settings: Any = {"PageSize": _PAGE}
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self._full(prefix), PaginationConfig=settings):
                 for entry in page.get("Contents", ()):
                     found.append(ObjectInfo(entry["Key"].removeprefix(self._prefix), entry["Size"]))
         return sorted(found, key=lambda info: info.key)
