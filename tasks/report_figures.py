@@ -1,0 +1,134 @@
+"""The report's charts, as HTML fragments that need plotly.js on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+INK, MUTED, GRID, ACCENT, SECOND = "#1f2733", "#667085", "#e6e9ef", "#3b5bdb", "#e8590c"
+SOURCE_COLOURS = ("#3b5bdb", "#e8590c", "#0f9d77", "#c2255c", "#7048b6", "#8d6e2f", "#1c8db0", "#5c677d")
+"""Told apart by people with colour-blindness too, and dark enough for text on white."""
+_FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+_LOG_ABOVE = 5.0
+"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def source_colours(names: Sequence[str]) -> dict[str, str]:
+    """The colour of each source, the same in every chart and table."""
+    return {name: SOURCE_COLOURS[index % len(SOURCE_COLOURS)] for index, name in enumerate(names)}
+
+
+def loss_figure(metrics: Rows) -> str | None:
+    """Training and validation loss over steps; None without either."""
+    train, validation = _series(metrics, "train/loss"), _series(metrics, "validation/loss")
+    if not train and not validation:
+        return None
+    figure = _figure(height=360)
+    if train:
+        figure.add_scatter(**_points(train), name="training", mode="lines", line={"color": ACCENT, "width": 1.8})
+    if validation:
+        style = {"color": SECOND, "width": 2, "dash": "dot"}
+        figure.add_scatter(
+            **_points(validation), name="validation", mode="lines+markers", line=style, marker={"size": 8}
+        )
+    return _html(figure, "loss", "step", "loss, nats per token")
+
+
+def metric_figure(metrics: Rows, key: str, label: str, number_format: str = ".4~g") -> str | None:
+    """One training metric over steps; None if no line has it."""
+    series = _series(metrics, key)
+    if not series:
+        return None
+    figure = _figure(height=230)
+    figure.add_scatter(**_points(series), name=label, mode="lines", line={"color": ACCENT, "width": 1.6})
+    figure.update_yaxes(rangemode="tozero", hoverformat=number_format)
+    return _html(figure, key.replace("/", "-"), "step", label)
+
+
+def evaluation_figure(evaluations: Rows, measure: str, label: str, colours: Mapping[str, str]) -> str | None:
+    """A measure of each source over checkpoints; None without evaluations.
+
+    Args:
+        measure: 'perplexity' or 'bits_per_byte'.
+    """
+    figure = _figure(height=340)
+    values: list[float] = []
+    for name, colour in colours.items():
+        series = [(e["step"], e["sources"][name][measure]) for e in evaluations if name in e["sources"]]
+        if series:
+            values += [value for _, value in series]
+            figure.add_scatter(**_points(series), name=name, mode="lines+markers", line={"color": colour, "width": 2.2})
+    if not values:
+        return None
+    if min(values) > 0 and max(values) / min(values) > _LOG_ABOVE:
+        figure.update_yaxes(type="log", dtick="D2")
+    return _html(figure, measure.replace("_", "-"), "step of the checkpoint", label)
+
+
+def mixture_figure(run: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> str | None:
+    """Share of training sequences and epochs, per source; None without a ledger."""
+    if not run:
+        return None
+    from plotly.subplots import make_subplots
+
+    names = list(run)[::-1]  # plotly draws the first bar at the bottom
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    shares, epochs = [100 * run[name]["share"] for name in names], [run[name]["epochs"] for name in names]
+    for column, (values, text) in enumerate(((shares, "%{x:.1f}%"), (epochs, "%{x:.3~g}")), start=1):
+        bars = {"x": values, "y": names, "orientation": "h", "texttemplate": text, "textposition": "outside"}
+        figure.add_bar(**bars, marker_color=[colours[name] for name in names], cliponaxis=False, row=1, col=column)
+        figure.update_xaxes(range=[0, 1.22 * max(values, default=1) or 1], row=1, col=column)
+    _style(figure, height=72 + 40 * len(names))
+    figure.update_layout(showlegend=False, hovermode="closest", bargap=0.35)
+    figure.update_xaxes(title_text="share of training sequences, %", row=1, col=1)
+    figure.update_xaxes(title_text="epochs in this run", row=1, col=2)
+    figure.update_yaxes(gridcolor="rgba(0,0,0,0)")
+    return _html(figure, "mixture")
+
+
+def _series(metrics: Rows, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+
+
+def _points(series: Sequence[tuple[int, float]]) -> dict[str, list[Any]]:
+    return {"x": [step for step, _ in series], "y": [value for _, value in series]}
+
+
+def _figure(height: int) -> Figure:
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    _style(figure, height)
+    return figure
+
+
+def _style(figure: Figure, height: int) -> None:
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 64, "r": 20, "t": 16, "b": 48},
+        font={"family": _FONT, "size": 13, "color": INK},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="x unified",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left"},
+        hoverlabel={"font": {"family": _FONT}},
+    )
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "tickfont": {"color": MUTED}, "automargin": True}
+    figure.update_xaxes(**axis, title_font={"color": MUTED, "size": 12}, title_standoff=8)
+    figure.update_yaxes(**axis, title_font={"color": MUTED, "size": 12}, title_standoff=8)
+
+
+def _html(figure: Figure, name: str, x_title: str | None = None, y_title: str | None = None) -> str:
+    if x_title:
+        figure.update_xaxes(title_text=x_title)
+    if y_title:
+        figure.update_yaxes(title_text=y_title)
+    options = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+    html: str = figure.to_html(include_plotlyjs=False, full_html=False, div_id=f"chart-{name}", config=options)
+    return html
