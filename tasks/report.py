@@ -106,7 +106,8 @@ def headline(data: ReportData) -> list[tuple[str, str, str]]:
     if before_after:
         improved = sum(after < before for before, after in before_after)
         gain = sum(1 - after / before for before, after in before_after) / len(before_after)
-        cards.append(("perplexity", f"{-gain:+.0%}", f"lower on {improved} of {len(before_after)} sources"))
+        change = f"{-gain:+.0%}".replace("-", "\u2212")
+        cards.append(("perplexity", change, f"lower on {improved} of {len(before_after)} sources"))
     if train.get("steps") is not None:
         tokens = sum(entry["tokens"] for entry in data.ledger.get("run", {}).values())
         cards.append(("steps", f"{train['steps']:,}", f"{_count(tokens)} tokens" if tokens else ""))

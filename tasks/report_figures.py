@@ -66,7 +66,8 @@ def evaluation_figure(evaluations: Rows, measure: str, label: str, colours: Mapp
     if not values:
         return None
     if min(values) > 0 and max(values) / min(values) > _LOG_ABOVE:
-        figure.update_yaxes(type="log", dtick="D2")
+        ticks = [digit * 10**power for power in range(-3, 7) for digit in (1, 2, 5)]
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     return _html(figure, measure.replace("_", "-"), "step of the checkpoint", label)
 
 
@@ -129,6 +130,6 @@ def _html(figure: Figure, name: str, x_title: str | None = None, y_title: str | 
         figure.update_xaxes(title_text=x_title)
     if y_title:
         figure.update_yaxes(title_text=y_title)
-    options = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+    options = {"displayModeBar": False, "responsive": True}
     html: str = figure.to_html(include_plotlyjs=False, full_html=False, div_id=f"chart-{name}", config=options)
     return html
