@@ -98,17 +98,18 @@ def _submit(
     ranks_per_node: int,
 ) -> JobRecord:
     kind = _choose_executor(launch)
-    executor = _slurm_executor(launch, folder) if kind == "slurm" else _local_executor(launch, folder, nodes)
-    executor.update_parameters(
-        nodes=nodes,
-        tasks_per_node=ranks_per_node,
-        gpus_per_node=_gpus_per_node(launch, kind, ranks_per_node),
-        timeout_min=launch.time_limit_minutes,
-        stderr_to_stdout=True,
-        **(_slurm_parameters(launch, job_name) if kind == "slurm" else {}),
-    )
+    gpus = _gpus_per_node(launch, kind, ranks_per_node)
     task = RankTask(function, args, folder, local_port=_free_port() if kind == "local" else None)
     try:
+        executor = _slurm_executor(launch, folder) if kind == "slurm" else _local_executor(folder, nodes)
+        executor.update_parameters(
+            nodes=nodes,
+            tasks_per_node=ranks_per_node,
+            gpus_per_node=gpus or None,  # a cluster without GPUs may refuse even 0
+            timeout_min=launch.time_limit_minutes,
+            stderr_to_stdout=True,
+            **(_slurm_parameters(launch, job_name) if kind == "slurm" else {}),
+        )
         job_id = str(executor.submit(task).job_id)
     except (OSError, RuntimeError) as error:
         raise LaunchError(f"{job_name} cannot be submitted: {' '.join(str(error).split())}") from error
@@ -131,7 +132,7 @@ def _slurm_executor(launch: LaunchConfig, folder: Path) -> Any:
     return submitit.AutoExecutor(folder, cluster="slurm", slurm_python=python)
 
 
-def _local_executor(launch: LaunchConfig, folder: Path, nodes: int) -> Any:
+def _local_executor(folder: Path, nodes: int) -> Any:
     if nodes > 1:
         raise LaunchError(
             f"launch.nodes is {nodes}, but without SLURM there is one: set it to 1, or run where sbatch is"

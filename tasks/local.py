@@ -32,7 +32,7 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "30",
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(self.parameters.get("gpus_per_node", 0))),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(self.parameters.get("gpus_per_node") or 0)),
         }
         # Its own files, not the submitter's: a pipe that the job holds open would keep the reader waiting. Its
         # session is the submitter's, so that Ctrl-C in the terminal ends the job as well.

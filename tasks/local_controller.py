@@ -21,7 +21,7 @@ from infra.processes import ProcessRecord
 from neox_core.artifact import write_atomically
 
 _POLL_SECONDS = 0.05
-_FAILURE_GRACE_SECONDS = 10.0
+_FAILURE_GRACE_SECONDS = 5.0
 """Time for the other ranks to notice a failed one by themselves and say what they saw."""
 
 

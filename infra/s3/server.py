@@ -30,6 +30,8 @@ _KINDS = ("proxy", "object", "container", "account")
 _STATE_FILE = "server.json"
 _START_TIMEOUT_SECONDS = 60.0
 _STOP_GRACE_SECONDS = 5.0
+_PORT_GRACE_SECONDS = 2.0
+"""The threads of a killed server may hold its port a moment longer than the process can be seen."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _prepare(folder: Path, state: ServerState | None) -> ServerState:
     """Choose ports that are free (the old ones if possible) and write rings and configuration for them."""
     if state is None:
         state = ServerState(_free_ports(), "llemma:llemma", secrets.token_hex(20))
-    elif not all(_is_free(port) for port in state.ports.values()):
+    elif not all(_becomes_free(port) for port in state.ports.values()):
         state = replace(state, ports=_free_ports())
     for name in ("etc", "log", "recon", "data/d1"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -197,6 +199,13 @@ def _accepts(port: int) -> bool:
     with socket.socket() as client:
         client.settimeout(1)
         return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _becomes_free(port: int) -> bool:
+    deadline = time.monotonic() + _PORT_GRACE_SECONDS
+    while not (free := _is_free(port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return free
 
 
 def _is_free(port: int) -> bool:
