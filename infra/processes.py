@@ -36,18 +36,28 @@ class ProcessRecord:
 
     def is_alive(self) -> bool:
         """Whether this very process still runs (an ended one that nobody has waited for does not)."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return self._status() not in (None, psutil.STATUS_ZOMBIE)
+
+    def reap(self) -> None:
+        """If it has ended and is a child of this process, wait until its last thread is gone too."""
+        if self._status() == psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(ChildProcessError):  # not our child: its parent, or init, reaps it
+                os.waitpid(self.pid, 0)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal if it still runs."""
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def _status(self) -> str | None:
+        """psutil's word for its state; None if it is gone, or the pid is another process's by now."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
+            return str(process.status()) if same else None
+        except psutil.NoSuchProcess:
+            return None
 
 
 def end_processes(records: Iterable[ProcessRecord], grace_seconds: float) -> None:
@@ -68,6 +78,5 @@ def wait_for_end(records: Iterable[ProcessRecord], timeout_seconds: float) -> bo
             return False
         time.sleep(0.02)
     for record in records:
-        with contextlib.suppress(ChildProcessError):  # not our child: its parent, or init, reaps it
-            os.waitpid(record.pid, os.WNOHANG)
+        record.reap()
     return True

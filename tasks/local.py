@@ -22,14 +22,15 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
 
     def _submit_command(self, command: str) -> Any:
         ranks = self.parameters.get("tasks_per_node", 1)
+        limit_seconds = int(60 * self.parameters["timeout_min"])
         environment = os.environ | {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
             "SUBMITIT_LOCAL_NTASKS": str(ranks),
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(int(60 * self.parameters["timeout_min"])),
-            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "30",
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(limit_seconds),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(min(30, limit_seconds // 2)),
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(self.parameters.get("gpus_per_node") or 0)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 
 from neox_core.artifact import write_atomically
 from neox_core.errors import LlemmaError
@@ -59,7 +60,9 @@ class RankTask:
 def write_failure(folder: Path, rank: int, error: BaseException) -> None:
     """Record an exception in one line."""
     message = " ".join(str(error).split())
-    if not isinstance(error, LlemmaError):
+    if isinstance(error, UncompletedJobError):  # raised by submitit's signal handler
+        message = f"its time limit (launch.time_limit_minutes) is over, or it was preempted: {message}"
+    elif not isinstance(error, LlemmaError):
         message = f"{type(error).__name__}: {message}"
     write_atomically(_failure_file(folder, rank), json.dumps(asdict(RankFailure(rank, time.time(), message))))
 

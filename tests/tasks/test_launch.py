@@ -113,6 +113,15 @@ def test_a_failed_job_is_submitted_again(tmp_path: Path) -> None:
     assert first.state() == "failed"
 
 
+def test_the_time_limit_ends_a_job(tmp_path: Path) -> None:
+    launch = LAUNCH.model_copy(update={"time_limit_minutes": 0.1})
+    args = (str(tmp_path),)
+    job = submit_or_attach(launch, tmp_path / "jobs", "test", KEY, rank_functions.sleep_for_ever, args, 1, 2)
+    with pytest.raises(LaunchError, match=r"time limit \(launch\.time_limit_minutes\) is over"):
+        job.results()
+    assert not any(is_running(int(path.read_text())) for path in tmp_path.glob("pid-*"))
+
+
 def test_cancel_leaves_no_process(tmp_path: Path) -> None:
     job = submit(tmp_path, rank_functions.sleep_for_ever, str(tmp_path))
     wait_for(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)))
