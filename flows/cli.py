@@ -92,7 +92,9 @@ def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 def _quiet_prefect(workdir: Path) -> None:
     """Before Prefect is imported: its embedded server keeps its data in the run's folder, and only errors are shown."""
-    os.environ.setdefault("PREFECT_HOME", str(workdir / "prefect"))
+    home = workdir / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_HOME", str(home))
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_ROOT_LEVEL", "WARNING")

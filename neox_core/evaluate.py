@@ -59,7 +59,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
         the loss in nats per token.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    device = init_distributed(config.launch.device)
+    device = init_distributed(config.launch)
     mesh = build_mesh(ParallelConfig(tensor=config.parallel.tensor), device)
     store = ObjectStore(config.storage)
     results = []

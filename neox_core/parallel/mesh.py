@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from neox_core.config.schema import ParallelConfig
+from neox_core.config.schema import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
 
 
@@ -37,11 +37,11 @@ class Mesh:
         return {"tensor": self.tensor_size, "pipeline": self.pipeline_size, "data": self.data_size}
 
 
-def init_distributed(device: str) -> torch.device:
+def init_distributed(launch: LaunchConfig) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
     Args:
-        device: 'cuda' (NCCL), 'cpu' (gloo), or 'auto'.
+        launch: `device` is 'cuda' (NCCL), 'cpu' (gloo) or 'auto'; on CPUs, each rank gets `cpus_per_rank` threads.
 
     Raises:
         LaunchError: a variable is missing, or CUDA is demanded and absent.
@@ -50,11 +50,13 @@ def init_distributed(device: str) -> torch.device:
         raise LaunchError(
             f"environment variables {missing} are not set: start with torchrun, or through the train flow"
         )
-    if device == "cuda" and not torch.cuda.is_available():
+    if launch.device == "cuda" and not torch.cuda.is_available():
         raise LaunchError("launch.device is 'cuda' but this rank sees no GPU: request GPUs or set launch.device: cpu")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
     _init_deepspeed("nccl" if use_cuda else "gloo")
     if not use_cuda:
+        # torch would give every rank as many threads as the machine has cores.
+        torch.set_num_threads(launch.cpus_per_rank)
         return torch.device("cpu")
     # A launcher that shows each task only its own GPU leaves exactly one visible.
     torch.cuda.set_device(_local_rank() % torch.cuda.device_count())

@@ -62,7 +62,7 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError, StorageError, TrainingError: see the message.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    device = init_distributed(config.launch.device)
+    device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
     geometry = _geometry(config, mesh)
     store = ObjectStore(config.storage)

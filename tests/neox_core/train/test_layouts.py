@@ -83,7 +83,7 @@ def train_rank(config: RunConfig, shards: Path) -> dict[str, Any]:
     from neox_core.train.engine import build_engine
     from neox_core.train.schedule import learning_rate
 
-    mesh = build_mesh(config.parallel, init_distributed("cpu"))
+    mesh = build_mesh(config.parallel, init_distributed(config.launch))
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
     _, logits = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
     batches = rank_batches(config, mesh.data_rank)
