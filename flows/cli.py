@@ -35,9 +35,13 @@ def run(config: ConfigArgument) -> None:
     """Run the whole chain here and now; finished stages are skipped."""
     workdir = load_config(config).workdir
     _quiet_prefect(workdir)
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
     from flows.llemma_pretrain import llemma_pretrain
 
-    report = llemma_pretrain(str(config))
+    # Heartbeats tell a server that a run on another machine lives; here they cost a second per flow.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        report = llemma_pretrain(str(config))
     _print_rows(f"llemma-pretrain {config}", report.rows)
 
 

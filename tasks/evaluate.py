@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.artifact import Artifact, fingerprint, write_atomically
+from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
@@ -72,7 +73,6 @@ def _training_failed(config: RunConfig, since: float) -> bool:
 def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[int]) -> list[dict[str, Any]]:
     """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
     from neox_core.evaluate import EvaluateJob, evaluate_checkpoints
-    from neox_core.train.run import training_prefix
 
     spec = evaluate_spec(config)
     prefix = training_prefix(train_spec(config).fingerprint)

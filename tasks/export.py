@@ -9,11 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from neox_core.checkpoint.manifest import download_checkpoint
 from neox_core.config import RunConfig
 from neox_core.data.text import documents, source_files
 from neox_core.progress import Progress
 from tasks.specs import export_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
+from tasks.train import last_manifest
 
 _SAMPLE_DOCUMENTS = 3
 
@@ -43,9 +45,6 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
 @contextmanager
 def _last_weights(config: RunConfig, progress: Progress) -> Iterator[Path]:
     """Folder of the last step's weights, fetched from the store and removed afterwards."""
-    from neox_core.checkpoint.manifest import download_checkpoint
-    from tasks.train import last_manifest
-
     store, prefix, manifest = last_manifest(config)
     scratch = config.workdir / "scratch" / export_spec(config).folder.name
     progress(0.0, f"fetching step {manifest.step}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from neox_core.checkpoint.toy_base import make_random_base
 from neox_core.config import RunConfig
 from neox_core.errors import ConfigError
 from tasks.stage import StageSpec, digest_cache
@@ -73,6 +72,8 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
                 f"base_model.path {folder} holds no params.json: give the folder of Meta's weights "
                 "(params.json and consolidated.NN.pth)"
             )
+        from neox_core.checkpoint.toy_base import make_random_base
+
         make_random_base(config.model, folder, config.base_model.random_seed)
     paths = sorted([folder / "params.json", *folder.glob("consolidated.*.pth")])
     digests = digest_cache(config).digests(paths)

@@ -6,8 +6,10 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
+from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
@@ -15,10 +17,6 @@ from tasks.launch import Job, submit_or_attach
 from tasks.report import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
-
-if TYPE_CHECKING:
-    from neox_core.checkpoint.manifest import Manifest
-    from neox_core.checkpoint.store import ObjectStore
 
 METRICS_FILE = "metrics.jsonl"
 FAILURE_FILE = "failed"
@@ -80,10 +78,6 @@ def scratch_folder(config: RunConfig) -> Path:
 
 def checkpoints(config: RunConfig) -> tuple[ObjectStore, str, list[Manifest]]:
     """The store, the key below which this training's checkpoints lie, and the complete ones by step."""
-    from neox_core.checkpoint.manifest import list_checkpoints
-    from neox_core.checkpoint.store import ObjectStore
-    from neox_core.train.run import training_prefix
-
     store, prefix = ObjectStore(config.storage), training_prefix(train_spec(config).fingerprint)
     return store, prefix, list_checkpoints(store, prefix)
 

@@ -70,6 +70,11 @@ class Manifest:
         return manifest
 
 
+def training_prefix(fingerprint: str) -> str:
+    """Key below which the store holds the checkpoints of the training with this identity."""
+    return f"train-{fingerprint[:16]}"
+
+
 def checkpoint_key(step: int) -> str:
     """Name of a step's checkpoint, as NeoX and DeepSpeed have it."""
     return f"global_step{step}"

@@ -11,7 +11,13 @@ from typing import Any
 import torch.distributed as dist
 
 from neox_core.artifact import software
-from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint, list_checkpoints
+from neox_core.checkpoint.manifest import (
+    Manifest,
+    checkpoint_key,
+    download_checkpoint,
+    list_checkpoints,
+    training_prefix,
+)
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.writer import CheckpointWriter, make_save
@@ -45,11 +51,6 @@ class TrainJob:
     def prefix(self) -> str:
         """Key of this training's checkpoints in the store."""
         return training_prefix(self.fingerprint)
-
-
-def training_prefix(fingerprint: str) -> str:
-    """Key below which the store holds the checkpoints of the training with this identity."""
-    return f"train-{fingerprint[:16]}"
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
