@@ -32,7 +32,8 @@ def opened(config_path: str) -> Iterator[RunConfig]:
     config = load_config(config_path)
     check_run(config)
     with storage_service(config.storage, config.workdir) as storage:
-        ObjectStore(storage).check()
+        if storage is config.storage:  # the embedded server's is another, and was checked when it started
+            ObjectStore(storage).check()
         yield config.model_copy(update={"storage": storage})
 
 
