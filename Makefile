@@ -1,0 +1,33 @@
+# Two commands for a fresh Debian or Ubuntu machine with Python 3.11 or 3.12; both install what they need.
+#   make demo   the whole chain at toy scale, on real text
+#   make test   the tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all check format clean
+
+demo: $(INSTALLED)
+	$(BIN)/llemma run configs/toy.yml
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(INSTALLED): pyproject.toml infra/install.sh
+	infra/install.sh $(PYTHON)
+	touch $@
+
+clean:
+	rm -rf .venv runs
