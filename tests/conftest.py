@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 
-from infra.s3.embedded import embedded_s3
-from infra.s3.server import S3Endpoint
-from neox_core.checkpoint.store import ObjectStore
-from neox_core.config import StorageConfig
+if TYPE_CHECKING:  # the tests of tests/gpu run where these cannot be imported
+    from infra.s3.server import S3Endpoint
+    from neox_core.checkpoint.store import ObjectStore
+    from neox_core.config import StorageConfig
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
     """The embedded S3 server, started once per test session (about a second)."""
+    from infra.s3.embedded import embedded_s3
+
     with embedded_s3(tmp_path_factory.mktemp("s3")) as endpoint:
         yield endpoint
 
@@ -24,6 +27,9 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint
 @pytest.fixture
 def storage_config(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> StorageConfig:
     """A prefix in a fresh bucket of the embedded server, with its keys in the environment."""
+    from neox_core.checkpoint.store import ObjectStore
+    from neox_core.config import StorageConfig
+
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_endpoint.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_endpoint.secret_key)
     config = StorageConfig(url=f"s3://test-{uuid4().hex}/some/prefix", endpoint_url=s3_endpoint.url)
@@ -34,6 +40,8 @@ def storage_config(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def store(storage_config: StorageConfig) -> ObjectStore:
     """An object store in a fresh bucket of the embedded server."""
+    from neox_core.checkpoint.store import ObjectStore
+
     return ObjectStore(storage_config)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from neox_core.config.schema import ModelConfig
+if TYPE_CHECKING:  # so that the model needs nothing but torch
+    from neox_core.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)

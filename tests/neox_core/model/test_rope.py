@@ -1,0 +1,98 @@
+"""Rotary positions are exact where bf16 and fp32 angles are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neox_core.model.rope import RotaryEmbedding, rope_tables
+from tests.neox_core.model.reference import rotate
+
+HEAD_DIM, POSITIONS = 128, 16_384
+
+
+def exact(position: int, theta: float) -> tuple[list[float], list[float]]:
+    """Cosines and sines of one position, number by number in Python's floats."""
+    angles = [position / theta ** (2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)]
+    return [math.cos(angle) for angle in angles], [math.sin(angle) for angle in angles]
+
+
+def angle_error(cos: Tensor, sin: Tensor, position: int, theta: float) -> float:
+    """Largest error of a position's table entries."""
+    expected = torch.tensor(exact(position, theta), dtype=torch.float64)
+    return float((torch.stack((cos[position], sin[position])).double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_tables_are_exact_to_the_last_position(theta: float) -> None:
+    cos, sin = rope_tables(HEAD_DIM, POSITIONS, theta)
+    assert cos.shape == sin.shape == (POSITIONS, HEAD_DIM // 2)
+    assert cos.dtype == sin.dtype == torch.float32
+    for position in (0, 1, 255, 257, 4095, 10_007, POSITIONS - 1):
+        assert angle_error(cos, sin, position, theta) <= 1e-7
+
+
+def test_lower_precision_would_have_been_wrong() -> None:
+    """Size of the faults that we do not have: the seed's angles in bf16, and the usual ones in fp32."""
+
+    def naive(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        frequencies = 1.0 / (1e6 ** (torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM))
+        angles = torch.outer(torch.arange(POSITIONS).to(dtype), frequencies.to(dtype))
+        return angles.cos(), angles.sin()
+
+    last = POSITIONS - 1
+    assert angle_error(*naive(torch.bfloat16), last, 1e6) > 1.0
+    assert angle_error(*naive(torch.bfloat16), 257, 1e6) > 0.5
+    assert 1e-4 < angle_error(*naive(torch.float32), last, 1e6) < 2e-3
+    assert angle_error(*rope_tables(HEAD_DIM, POSITIONS, 1e6), last, 1e6) <= 1e-7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.bfloat16(),
+        lambda model: model.half(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to_empty(device="cpu"),
+    ],
+    ids=["bfloat16", "half", "to", "to_empty"],
+)
+def test_tables_survive_what_is_done_to_models(change: Callable[[nn.Module], nn.Module]) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), RotaryEmbedding(HEAD_DIM, 300, 1e6))
+    rotary = change(model.to_empty(device="cpu"))[1]  # type: ignore[index]
+    cos, sin = rope_tables(HEAD_DIM, 300, 1e6)
+    assert rotary.cos.dtype == rotary.sin.dtype == torch.float32
+    assert torch.equal(rotary.cos, cos)
+    assert torch.equal(rotary.sin, sin)
+    assert model.state_dict().keys() == {"0.weight", "0.bias"}
+
+
+def test_rotation_in_fp32() -> None:
+    x = torch.randn(2, 4096, 3, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    rotated = RotaryEmbedding(HEAD_DIM, POSITIONS, 1e6)(x)
+    assert rotated.dtype == torch.float32
+    assert float((rotated.double() - rotate(x, 1e6)).abs().max()) <= 1e-6
+
+
+def test_rotation_of_bf16_is_rounded_once() -> None:
+    x = torch.randn(1, 512, 2, HEAD_DIM, generator=torch.Generator().manual_seed(2)).bfloat16()
+    rotated = RotaryEmbedding(HEAD_DIM, 512, 1e6)(x)
+    expected = rotate(x, 1e6)
+    assert rotated.dtype == torch.bfloat16
+    # bf16 has 8 significant bits: rounding to nearest is off by at most 2^-8 of the number.
+    assert bool(((rotated.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all())
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(1, 1, 1, HEAD_DIM, generator=generator) for _ in range(2))
+    rotary = RotaryEmbedding(HEAD_DIM, POSITIONS, 1e6)
+    q_everywhere, k_everywhere = (rotary(x.expand(1, POSITIONS, 1, HEAD_DIM)).double().squeeze() for x in (q, k))
+    near = q_everywhere[37] @ k_everywhere[0]
+    far = q_everywhere[16_383] @ k_everywhere[16_346]
+    assert abs(float(near - far)) < 1e-5 * HEAD_DIM**0.5
