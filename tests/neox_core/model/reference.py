@@ -22,7 +22,7 @@ def causal_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
 
 
 def rotate(x_BTNH: Tensor, theta: float) -> Tensor:
-    """Rotary positions as complex numbers: the pair (i, i + H/2) of position t is multiplied by exp(j·t·theta^(-2i/H))."""
+    """Rotary positions as complex numbers: pair (i, i + H/2) of position t times exp(j·t·theta^(-2i/H))."""
     half = x_BTNH.shape[-1] // 2
     frequencies = torch.tensor([theta ** (-2 * i / (2 * half)) for i in range(half)], dtype=torch.float64)
     angles = torch.arange(x_BTNH.shape[1], dtype=torch.float64)[:, None] * frequencies

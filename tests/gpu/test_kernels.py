@@ -1,0 +1,142 @@
+"""What runs differently on a GPU, against float64 on the same numbers. Needs torch, numpy, pytest and this repository.
+
+pytest -m gpu tests/gpu
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from neox_core.model import ModelDimensions, TransformerBlock
+from neox_core.model.attention_kernel import attention_kernel, causal_attention
+from neox_core.model.rope import rope_tables
+from neox_core.parallel.loss import IGNORED, token_losses
+from tests.neox_core.model import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+HEADS = [(8, 8), (16, 2)]
+"""Query heads and KV heads: multi-head and grouped."""
+BF16_TOLERANCE = 2e-2
+"""Of the largest entry: bf16 has 8 significant bits, and a kernel rounds inputs of its second product too."""
+needs_flash_attention = pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None, reason='flash-attn is not installed (the extra "gpu")'
+)
+
+
+@pytest.fixture(autouse=True)
+def choose_again() -> None:
+    """Forget which kernel was chosen before."""
+    attention_kernel.cache_clear()
+
+
+def random_qkv(heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k, v [2, 256, heads, 128] and a gradient of the output."""
+    generator = torch.Generator().manual_seed(heads)
+    inputs = [torch.randn(2, 256, n, 128, generator=generator) for n in (heads, kv_heads, kv_heads, heads)]
+    *qkv, upstream = (x.to("cuda", dtype) for x in inputs)
+    return [x.requires_grad_() for x in qkv], upstream
+
+
+def largest_error(found: Tensor | None, expected: Tensor | None) -> float:
+    """Relative to the largest expected entry."""
+    assert found is not None
+    assert expected is not None
+    assert bool(found.isfinite().all())
+    return float((found.detach().double() - expected).abs().max() / expected.abs().max())
+
+
+def check_attention(heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Output and gradients of whichever kernel is chosen."""
+    inputs, upstream = random_qkv(heads, kv_heads, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output, expected = causal_attention(*inputs), reference.causal_attention(*exact)
+    assert output.dtype == dtype
+    assert largest_error(output, expected.detach()) < tolerance
+    output.backward(upstream)
+    expected.backward(upstream.double())
+    for x, x64 in zip(inputs, exact, strict=True):
+        assert largest_error(x.grad, x64.grad) < tolerance
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=lambda b: b.name)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_sdpa_kernels_in_bf16(heads: int, kv_heads: int, backend: SDPBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with sdpa_kernel(backend):
+        check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_chosen_kernel_in_bf16(heads: int, kv_heads: int) -> None:
+    check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
+
+
+@needs_flash_attention
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_flash_attention_is_chosen_and_right(heads: int, kv_heads: int) -> None:
+    assert attention_kernel("cuda", True).__name__ != "_sdpa"
+    check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_attention_in_fp32(heads: int, kv_heads: int) -> None:
+    check_attention(heads, kv_heads, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_block_in_bf16_is_the_block_in_fp32_on_the_cpu(heads: int, kv_heads: int) -> None:
+    """Norms, RoPE and MLP too; the CPU's block is compared with transformers in tests/neox_core/model."""
+    dims = ModelDimensions(
+        hidden_size=512, num_heads=heads, num_kv_heads=kv_heads, head_dim=64, intermediate_size=1024, vocab_size=64,
+        rope_theta=1e6, norm_eps=1e-5, sequence_length=512,
+    )  # fmt: skip
+    torch.manual_seed(heads)
+    block = TransformerBlock(dims).bfloat16()
+    x = torch.randn(2, 512, 512).bfloat16()
+    expected = block.float()(x.float())
+    block.bfloat16().to("cuda")
+    cos, _ = rope_tables(64, 512, 1e6)
+    assert torch.equal(block.attention.rotary.cos.cpu(), cos)
+    output = block(x.cuda())
+    assert output.dtype == torch.bfloat16
+    assert largest_error(output.cpu(), expected.detach().double()) < BF16_TOLERANCE
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """An NCCL group of this process alone."""
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (scale * torch.randn(2, 64, 1000, generator=generator)).to("cuda", torch.bfloat16).requires_grad_()
+    targets = torch.randint(1000, (2, 64), generator=generator).cuda()
+    targets[0, :7] = IGNORED
+    losses = token_losses(logits, targets, one_rank, 0)
+    exact = logits.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-5, atol=1e-4)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert largest_error(logits.grad, exact.grad) < 2**-8
