@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from neox_core.config import load_config
@@ -26,15 +27,19 @@ def main() -> None:
     try:
         app()
     except LlemmaError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True)
+        message = escape(" ".join(str(error).split()))
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
         sys.exit(1)
 
 
 @app.command()
 def run(config: ConfigArgument) -> None:
     """Run the whole chain here and now; finished stages are skipped."""
-    workdir = load_config(config).workdir
-    _quiet_prefect(workdir)
+    from tasks.preflight import check_run
+
+    loaded = load_config(config)
+    check_run(loaded)  # the flow does so too, but its server takes seconds to start
+    _quiet_prefect(loaded.workdir)
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from flows.llemma_pretrain import llemma_pretrain

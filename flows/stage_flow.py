@@ -12,7 +12,6 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.progress import stage_progress
 from infra.s3.service import storage_service
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig, load_config
 from neox_core.progress import Progress
 from tasks.preflight import check_run
@@ -32,8 +31,6 @@ def opened(config_path: str) -> Iterator[RunConfig]:
     config = load_config(config_path)
     check_run(config)
     with storage_service(config.storage, config.workdir) as storage:
-        if storage is config.storage:  # the embedded server's is another, and was checked when it started
-            ObjectStore(storage).check()
         yield config.model_copy(update={"storage": storage})
 
 

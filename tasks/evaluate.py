@@ -61,13 +61,14 @@ def _available(config: RunConfig) -> list[int]:
 def _training_failed(config: RunConfig, since: float) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
-    What an earlier attempt left does not count: the train stage that starts beside this one replaces it.
+    What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
     """
     failure = scratch_folder(config) / FAILURE_FILE
+    impatient = time.time() - since > _PATIENCE_SECONDS
     if failure.is_file():
-        return failure.stat().st_mtime > since
+        return impatient or failure.stat().st_mtime > since
     job = find_job(config.workdir / "jobs", train_spec(config).fingerprint)
-    return job is not None and job.state() in ("failed", "cancelled") and time.time() - since > _PATIENCE_SECONDS
+    return job is not None and job.state() in ("failed", "cancelled") and impatient
 
 
 def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[int]) -> list[dict[str, Any]]:
@@ -79,12 +80,14 @@ def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[i
     counts = {
         source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
     }
-    scratch = config.workdir / "scratch" / spec.folder.name
+    key = fingerprint("evaluate-job", {"steps": steps}, {"evaluate": spec.fingerprint})
+    # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
+    scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
     job = submit_or_attach(
         config.launch,
         config.workdir / "jobs",
         "evaluate",
-        fingerprint("evaluate-job", {"steps": steps}, {"evaluate": spec.fingerprint}),
+        key,
         evaluate_checkpoints,
         (config, EvaluateJob(data.folder, weights.folder, prefix, tuple(steps), counts, scratch)),
         1,

@@ -23,7 +23,7 @@ from tasks.job import Job, JobRecord
 from tasks.local_controller import ControllerReport
 from tasks.rank import RankTask
 
-__all__ = ["Job", "find_job", "submit_or_attach"]
+__all__ = ["Job", "check_launch", "find_job", "submit_or_attach"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,18 @@ def submit_or_attach(
         record.write(home / _LEDGER)
         logger.info("submitted job %s (%s), logs in %s", record.job_id, job_name, record.folder)
         return Job(record)
+
+
+def check_launch(launch: LaunchConfig) -> None:
+    """Find out whether jobs can be launched here, without launching one.
+
+    Raises:
+        LaunchError: SLURM is demanded and absent, or without it there are several nodes or too few GPUs.
+    """
+    kind = _choose_executor(launch)
+    if kind == "local":
+        _check_one_node(launch.nodes)
+    _gpus_per_node(launch, kind, launch.ranks_per_node)
 
 
 def find_job(folder: Path, key: str) -> Job | None:
@@ -133,11 +145,15 @@ def _slurm_executor(launch: LaunchConfig, folder: Path) -> Any:
 
 
 def _local_executor(folder: Path, nodes: int) -> Any:
+    _check_one_node(nodes)
+    return local.LocalExecutor(folder)
+
+
+def _check_one_node(nodes: int) -> None:
     if nodes > 1:
         raise LaunchError(
             f"launch.nodes is {nodes}, but without SLURM there is one: set it to 1, or run where sbatch is"
         )
-    return local.LocalExecutor(folder)
 
 
 def _slurm_parameters(launch: LaunchConfig, job_name: str) -> dict[str, Any]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-
+from infra.s3.service import EMBEDDED
+from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig, batch_geometry
-from neox_core.errors import LaunchError
+from tasks.launch import check_launch
 from tasks.specs import convert_spec
 from tasks.tokenize import checked_inputs
 
 
 def check_run(config: RunConfig) -> None:
-    """Check the batch, the input files, the tokenizer, the base weights' files and the launcher.
+    """Check the batch, the launcher, the input files, the tokenizer, the object store and the base weights' files.
+
+    The embedded object store is not looked at: it is checked when it is started.
 
     Raises:
-        ConfigError, DataError, LaunchError: the first thing that would keep the run from finishing.
+        ConfigError, DataError, LaunchError, StorageError: the first thing that would keep the run from finishing.
     """
     batch_geometry(config)
-    if config.launch.executor == "slurm" and shutil.which("sbatch") is None:
-        raise LaunchError(
-            "launch.executor is 'slurm' but sbatch is not on the PATH: run on a login node, or use 'auto'"
-        )
+    check_launch(config.launch)
     checked_inputs(config)
+    if config.storage.endpoint_url != EMBEDDED:
+        ObjectStore(config.storage).check()
     convert_spec(config)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from neox_core.config import RunConfig
 from neox_core.errors import ConfigError
+from neox_core.train.identity import training_inputs, training_logic
 from tasks.stage import StageSpec, digest_cache
 from tasks.tokenize import input_digests
-
-# How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
-_TRAIN_NOT_LOGICAL = {
-    "micro_batch_size",
-    "activation_checkpointing",
-    "log_interval",
-    "checkpoint_interval",
-    "validation",
-}
 
 
 def prepare_spec(config: RunConfig) -> StageSpec:
@@ -39,13 +31,8 @@ def convert_spec(config: RunConfig) -> StageSpec:
 
 def train_spec(config: RunConfig) -> StageSpec:
     """Training depends on the shards, the token datasets, the mixture and the recipe."""
-    logical = {
-        "seed": config.seed,
-        "train": config.train.model_dump(mode="json", exclude=_TRAIN_NOT_LOGICAL),
-        "weights": {name: source.weight for name, source in config.data.sources.items()},
-    }
-    inputs = {"prepare-data": prepare_spec(config).fingerprint, "convert": convert_spec(config).fingerprint}
-    return StageSpec("train", config, logical, inputs)
+    inputs = training_inputs(prepare_spec(config).fingerprint, convert_spec(config).fingerprint)
+    return StageSpec("train", config, training_logic(config), inputs)
 
 
 def evaluate_spec(config: RunConfig) -> StageSpec:
@@ -76,5 +63,7 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
 
         make_random_base(config.model, folder, config.base_model.random_seed)
     paths = sorted([folder / "params.json", *folder.glob("consolidated.*.pth")])
+    if len(paths) == 1:
+        raise ConfigError(f"base_model.path {folder} holds no consolidated.NN.pth: copy Meta's weights there")
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}

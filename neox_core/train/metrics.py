@@ -37,6 +37,7 @@ class MetricsLog:
         self._store, self._key = store, f"{prefix}/{METRICS_FILE}"
         if not self._path.exists():
             self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
+        _end_last_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(config, folder, run_id)
@@ -68,6 +69,16 @@ class MetricsLog:
         """Copy the rows so far to the store."""
         if self._active:
             self._store.put_text(self._key, self._path.read_text(encoding="utf-8"))
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off the half line that a killed run may have left; its step comes again."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logger.warning("%s: its last line was incomplete and is removed: %r", path, content[whole:])
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:

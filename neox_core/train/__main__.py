@@ -1,0 +1,76 @@
+"""One rank's training without flows: `python -m neox_core.train CONFIG --data FOLDER --weights FOLDER --output FOLDER`.
+
+Start it with torchrun for several ranks. It has the identity of the flow's training of the same config and artifacts,
+so that it resumes the flow's checkpoints, and the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from neox_core.artifact import Artifact, read_artifact
+from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.errors import ConfigError, LlemmaError
+from neox_core.train.identity import training_fingerprint
+
+_EMBEDDED = "embedded"
+_SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def main() -> None:
+    """Train; rank 0 prints the summary as JSON. Errors that users can mend are one line on standard error."""
+    arguments = _parser().parse_args()
+    try:
+        summary = _train(arguments)
+    except LlemmaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    if os.environ["RANK"] == "0":
+        sys.stdout.write(json.dumps(summary) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m neox_core.train", description=__doc__)
+    parser.add_argument("config", type=Path, help="the run's YAML file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of prepare-data's artifact")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of convert's artifact")
+    parser.add_argument("--output", type=Path, required=True, help="folder for metrics and local checkpoint files")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, object]:
+    config = load_config(arguments.config)
+    _check_endpoint(config)
+    batch_geometry(config)
+    data = _read(arguments.data, "prepare-data")
+    weights = _read(arguments.weights, "convert")
+    if "RANK" not in os.environ:  # neither torchrun nor a scheduler started us
+        os.environ.update(_SINGLE_RANK)
+
+    from neox_core.train.run import TrainJob, train
+
+    identity = training_fingerprint(config, data.fingerprint, weights.fingerprint)
+    return train(config, TrainJob(data.folder, weights.folder, arguments.output, identity))
+
+
+def _check_endpoint(config: RunConfig) -> None:
+    if config.storage.endpoint_url == _EMBEDDED:
+        raise ConfigError(
+            f"storage.endpoint_url is {_EMBEDDED!r}, a server that only the flows start: give a server's URL here, or "
+            "use `llemma run`"
+        )
+
+
+def _read(folder: Path, stage: str) -> Artifact:
+    artifact = read_artifact(folder)
+    if artifact.name != stage:
+        raise ConfigError(f"{folder} holds the artifact of stage {artifact.name}, not of {stage}: give its folder")
+    return artifact
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""What makes two trainings the same, so that one may resume the other's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neox_core.artifact import fingerprint
+from neox_core.config import RunConfig
+
+# How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
+_NOT_LOGICAL = {"micro_batch_size", "activation_checkpointing", "log_interval", "checkpoint_interval", "validation"}
+
+
+def training_logic(config: RunConfig) -> dict[str, Any]:
+    """The config values that change what is trained, as plain JSON."""
+    return {
+        "seed": config.seed,
+        "train": config.train.model_dump(mode="json", exclude=_NOT_LOGICAL),
+        "weights": {name: source.weight for name, source in config.data.sources.items()},
+    }
+
+
+def training_inputs(data: str, weights: str) -> dict[str, str]:
+    """The inputs of a training by name: fingerprints of prepare-data's and convert's artifacts."""
+    return {"prepare-data": data, "convert": weights}
+
+
+def training_fingerprint(config: RunConfig, data: str, weights: str) -> str:
+    """Identity of the training of `config` on these artifacts (their fingerprints)."""
+    return fingerprint("train", training_logic(config), training_inputs(data, weights))

@@ -1,0 +1,68 @@
+"""One Prefect server and one finished chain for all end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from tests.e2e.runs import Run, copy_text, write_run
+
+if TYPE_CHECKING:
+    from tasks.run_report import RunReport
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """Prefect's own server with a database of its own; heartbeats off, which cost a second per flow."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The finished chain: how it was run and what its flow returned."""
+
+    run: Run
+    report: RunReport
+    left_running: tuple[str, ...]
+    """What still ran on its behalf when it had ended."""
+
+
+@pytest.fixture(scope="session")
+def chain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The whole chain, run once. Tests read it and change copies only."""
+    from flows.llemma_pretrain import llemma_pretrain
+
+    folder = tmp_path_factory.mktemp("chain")
+    copy_text(folder)
+    run = Run(write_run(folder))
+    report = llemma_pretrain(str(run.path))
+    return Chain(run, report, tuple(map(str, run.processes())))
+
+
+@pytest.fixture
+def copied(chain: Chain, tmp_path: Path) -> Callable[..., Run]:
+    """Makes a run like the chain in a folder of its own, with the named parts of its workdir."""
+
+    def copy(*patterns: str) -> Run:
+        source = chain.run.path.parent
+        changes = {"data": {"input": str(source / "text")}, "base_model": {"path": str(source / "base")}}
+        run = Run(write_run(tmp_path, changes))
+        for pattern in patterns:
+            for path in chain.run.workdir.glob(pattern):
+                shutil.copytree(path, run.workdir / path.name)
+        return run
+
+    return copy
