@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             rank, result, error = queue.get(timeout=timeout)
             if error is not None:
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
-            results[rank] = result
+            results[rank] = pickle.loads(result)
     finally:
         for process in processes:
             process.join(timeout=10 if len(results) == world_size else 0)
@@ -52,6 +53,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     try:
-        queue.put((rank, function(*args), None))
+        # By value: torch would send tensors as handles of memory that is gone when this process ends.
+        queue.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

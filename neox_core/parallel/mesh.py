@@ -12,6 +12,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from neox_core.config.schema import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
 
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""As torchrun sets them. DeepSpeed would look for MPI if one were missing."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -46,7 +49,7 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
     Raises:
         LaunchError: a variable is missing, or CUDA is demanded and absent.
     """
-    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise LaunchError(
             f"environment variables {missing} are not set: start with torchrun, or through the train flow"
         )
