@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -81,16 +81,19 @@ def test_attention_module_in_float64(heads: int, kv_heads: int) -> None:
     torch.testing.assert_close(attention(x).double(), expected.flatten(2) @ dense.double().T, rtol=1e-4, atol=1e-5)
 
 
+Choose = Callable[[str, bool], attention_kernel.AttentionKernel]
+
+
 @pytest.fixture
-def choose() -> Iterator[attention_kernel.AttentionKernel]:
+def choose() -> Iterator[Choose]:
     """The choice of the kernel, without what was chosen before."""
     attention_kernel.attention_kernel.cache_clear()
-    yield attention_kernel.attention_kernel  # type: ignore[misc]
+    yield attention_kernel.attention_kernel
     attention_kernel.attention_kernel.cache_clear()
 
 
 def test_sdpa_where_flash_attention_cannot_run(
-    choose: attention_kernel.AttentionKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    choose: Choose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None))
     assert choose("cpu", True) is attention_kernel._sdpa
@@ -101,9 +104,7 @@ def test_sdpa_where_flash_attention_cannot_run(
     assert "flash-attn is not installed" in caplog.text
 
 
-def test_flash_attention_where_it_can(
-    choose: attention_kernel.AttentionKernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flash_attention_where_it_can(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **settings: object) -> Tensor:
