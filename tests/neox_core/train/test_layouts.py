@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,75 +16,27 @@ from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.reference import llama_from_meta
 from neox_core.checkpoint.toy_base import make_random_base
-from neox_core.config import ModelConfig, ParallelConfig, RunConfig, batch_geometry, load_config
+from neox_core.config import RunConfig, batch_geometry
 from tests.distributed import run_ranks
+from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS, config_for, rank_batches, tokens
 
-STEPS = 20
-SEQUENCE = 32
-BATCH = 8
-CONFIG = load_config(Path(__file__).parents[3] / "configs/toy.yml")
-MODELS = {
-    "gqa": ModelConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=8, num_kv_heads=2, intermediate_size=96, vocab_size=128,
-        rope_theta=1e6,
-    ),
-    "mha": ModelConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, num_kv_heads=4, intermediate_size=96, vocab_size=128,
-        rope_theta=1e4,
-    ),
-}  # fmt: skip
+BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
 
 
-def config_for(model: str, tensor: int, pipeline: int, data: int, precision: str = "fp32") -> RunConfig:
-    train = CONFIG.train.model_copy(
-        update={
-            "steps": STEPS,
-            "sequence_length": SEQUENCE,
-            "global_batch_tokens": SEQUENCE * BATCH,
-            "micro_batch_size": 2,
-            "precision": precision,
-            "schedule": CONFIG.train.schedule.model_copy(update={"warmup_steps": 5}),
-        }
-    )
-    return CONFIG.model_copy(
-        update={
-            "model": MODELS[model],
-            "train": train,
-            "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline),
-            "launch": CONFIG.launch.model_copy(update={"ranks_per_node": tensor * pipeline * data}),
-        }
-    )
-
-
-def tokens(step: int) -> np.ndarray:
-    """The global batch of a step: sequences that count upwards, which a model can learn."""
-    generator = np.random.default_rng(step)
-    start = generator.integers(0, 128, size=(BATCH, 1))
-    stride = generator.integers(1, 4, size=(BATCH, 1))
-    return (start + stride * np.arange(SEQUENCE + 1)) % 128
-
-
-def rank_batches(config: RunConfig, data_rank: int, first_step: int = 1) -> Any:
-    """Micro batches of one data-parallel rank, in the order that the sampler defines."""
-    from neox_core.train.loop import pipeline_batches
-
-    geometry = batch_geometry(config)
-
-    def sequences() -> Any:
-        for step in itertools.count(first_step):
-            rows = tokens(step).reshape(geometry.accumulation_steps, geometry.data_parallel, 2, SEQUENCE + 1)
-            yield from rows[:, data_rank]
-
-    return pipeline_batches(sequences())
-
-
-def train_rank(config: RunConfig, shards: Path) -> dict[str, Any]:
-    """One rank: logits before training, then the losses and gradient norms of 20 steps."""
+def train_rank(configs: dict[str, RunConfig], shards: Path) -> dict[str, dict[str, Any]]:
+    """One rank: the training of each configuration, which differ in precision alone."""
     from neox_core.parallel.mesh import build_mesh, init_distributed
+
+    first = next(iter(configs.values()))
+    mesh = build_mesh(first.parallel, init_distributed(first.launch))
+    return {name: train_once(config, mesh, shards) for name, config in configs.items()}
+
+
+def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
+    """Logits before training, then the losses and gradient norms of 20 steps."""
     from neox_core.train.engine import build_engine
     from neox_core.train.schedule import learning_rate
 
-    mesh = build_mesh(config.parallel, init_distributed(config.launch))
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
     _, logits = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
     batches = rank_batches(config, mesh.data_rank)
@@ -155,19 +108,33 @@ LAYOUTS = [("gqa", *layout) for layout in itertools.product((1, 2), repeat=3)]
 LAYOUTS += [("mha", *layout, 1) for layout in itertools.product((1, 2), repeat=2)]
 
 
+Train = Callable[..., list[dict[str, Any]]]
+"""(model, tensor, pipeline, data, precision) -> what each rank returned."""
+
+
+@pytest.fixture(scope="module")
+def train(references: dict[str, tuple[Path, dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Trains a layout when it is first asked for, in both precisions where both are tested."""
+    done: dict[Any, list[dict[str, Any]]] = {}
+
+    def results(model: str, *layout: int, precision: str = "fp32") -> list[dict[str, Any]]:
+        if (model, layout) not in done:
+            both = model == "gqa" and layout in BF16_LAYOUTS
+            configs = {name: config_for(model, *layout, precision=name) for name in ("fp32", "bf16")[: 1 + both]}
+            shards = tmp_path_factory.mktemp("shards")
+            convert(references[model][0], shards, configs["fp32"].model, configs["fp32"].parallel)
+            done[model, layout] = run_ranks(train_rank, math.prod(layout), configs, shards)
+        return [rank[precision] for rank in done[model, layout]]
+
+    return results
+
+
 @pytest.mark.parametrize(("model", "tensor", "pipeline", "data"), LAYOUTS)
 def test_layout_equals_plain_loop(
-    references: dict[str, tuple[Path, dict[str, Any]]],
-    model: str,
-    tensor: int,
-    pipeline: int,
-    data: int,
-    tmp_path: Path,
+    references: dict[str, tuple[Path, dict[str, Any]]], train: Train, model: str, tensor: int, pipeline: int, data: int
 ) -> None:
-    folder, expected = references[model]
-    config = config_for(model, tensor, pipeline, data)
-    convert(folder, tmp_path, config.model, config.parallel)
-    ranks = run_ranks(train_rank, tensor * pipeline * data, config, tmp_path)
+    expected = references[model][1]
+    ranks = train(model, tensor, pipeline, data)
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=2e-4)
@@ -176,3 +143,16 @@ def test_layout_equals_plain_loop(
     logits = np.concatenate([rank["logits"] for rank in last], axis=-1)
     rows = slice(BATCH - 2 * data, BATCH - 2 * data + 2)
     np.testing.assert_allclose(logits, expected["logits"][rows], atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+def test_bf16_layouts_agree(
+    references: dict[str, tuple[Path, dict[str, Any]]], train: Train, layout: tuple[int, int, int]
+) -> None:
+    """bf16 rounds differently in each layout, but no layout may lose more than the others."""
+    one_rank = train("gqa", 1, 1, 1, precision="bf16")[0]
+    for rank in train("gqa", *layout, precision="bf16"):
+        np.testing.assert_allclose(rank["losses"], one_rank["losses"], rtol=1e-2)
+        np.testing.assert_allclose(rank["norms"], one_rank["norms"], rtol=5e-2)
+        np.testing.assert_allclose(rank["losses"], references["gqa"][1]["losses"], rtol=1e-2)
+        assert rank["losses"] != references["gqa"][1]["losses"]
