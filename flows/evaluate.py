@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.cancellation import cancel_jobs_of_run
 from flows.stage_flow import Row, run_stage_flow
 from neox_core.config import RunConfig
 from tasks.evaluate import evaluate as evaluate_stage
 from tasks.stage import StageResult
 
 
-@flow(name="evaluate", flow_run_name="evaluate {config}")
+@flow(name="evaluate", flow_run_name="evaluate {config}", on_cancellation=[cancel_jobs_of_run])
 def evaluate(config: str) -> StageResult:
     """Wait for checkpoints and evaluate each, until the last step's.
 

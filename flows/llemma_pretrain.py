@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-
 from prefect import Task, flow
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.cancellation import cancel_jobs_of_run
 from flows.convert import convert
 from flows.evaluate import evaluate
 from flows.export import export
+from flows.interruption import side_by_side
 from flows.prepare_data import prepare_data
 from flows.stage_flow import opened
 from flows.train import train
 from tasks.run_report import RunReport, write_run_report
-from tasks.stage import StageResult
 
 
-@flow(name="llemma-pretrain", flow_run_name="llemma-pretrain {config}")
+@flow(name="llemma-pretrain", flow_run_name="llemma-pretrain {config}", on_cancellation=[cancel_jobs_of_run])
 def llemma_pretrain(config: str) -> RunReport:
     """Run every stage that is not finished yet, in order; evaluation runs while training goes on.
 
@@ -30,22 +27,10 @@ def llemma_pretrain(config: str) -> RunReport:
     with opened(config) as opened_config:
         prepared = prepare_data(config)
         converted = convert(config)
-        trained, evaluated = _side_by_side(config, train, evaluate)
+        trained, evaluated = side_by_side(config, train, evaluate)
         exported = export(config)
         results = [prepared, converted, trained, evaluated, exported]
         report = Task(write_run_report, name="report", cache_policy=NO_CACHE)(opened_config, results)
         table = [{"what": what, "value": value} for what, value in report.rows]
         create_table_artifact(key="llemma-pretrain", table=table, description=f"report: `{report.path}`")
         return report
-
-
-def _side_by_side(config: str, *flows: Callable[[str], StageResult]) -> list[StageResult]:
-    """Run flows at the same time, as children of this one. The first error is raised when all have ended."""
-    with ThreadPoolExecutor(len(flows)) as pool:
-        futures: list[Future[StageResult]] = [
-            pool.submit(contextvars.copy_context().run, flow, config) for flow in flows
-        ]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        return [future.result() for future in futures]

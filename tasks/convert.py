@@ -30,4 +30,4 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
         progress(1.0, "comparing logits with transformers")
         return prove_conversion(base.path, NeoxCheckpoint(folder), config.model)
 
-    return run_stage(convert_spec(config), build)
+    return run_stage(convert_spec(config), build, progress)

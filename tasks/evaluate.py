@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
-from tasks.launch import find_job, submit_or_attach
+from tasks.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
 from tasks.train import FAILURE_FILE, checkpoints, scratch_folder
@@ -21,6 +21,7 @@ from tasks.train import FAILURE_FILE, checkpoints, scratch_folder
 EVALUATIONS_FILE = "evaluations.json"
 _BASE_STEP = 0
 _PATIENCE_SECONDS = 60.0
+_REPORT_SECONDS = 1.0
 
 
 def evaluate(config: RunConfig, progress: Progress) -> StageResult:
@@ -35,23 +36,47 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         results = _load(folder)
+
+        def report() -> None:
+            """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
+            step = max(results, default=_BASE_STEP)
+            text = _describe(results[step]) if results else "waiting for the base weights' evaluation"
+            progress(step / config.train.steps, text)
+
         while config.train.steps not in results:
             todo = [step for step in _available(config) if step not in results]
             if todo:
-                for result in _run_job(config, data, weights, todo):
+                for result in _run_job(config, data, weights, todo, report):
                     results[result["step"]] = result
                 _store(folder, results)
-                progress(max(results) / config.train.steps, _describe(results[max(results)]))
                 continue
             if _training_failed(config, started):
+                report()  # raises if it is an interruption of both that has ended training
                 raise LlemmaError(
                     f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
                     "Run train again, then evaluate"
                 )
-            time.sleep(config.evaluate.poll_seconds)
+            _wait(config.evaluate.poll_seconds, report)
+        report()
         return {"evaluations": [results[step] for step in sorted(results)]}
 
-    return run_stage(evaluate_spec(config), build)
+    return run_stage(evaluate_spec(config), build, progress)
+
+
+def evaluation_jobs(config: RunConfig) -> list[Job]:
+    """All jobs of this evaluation."""
+    return find_jobs(config.workdir / "jobs", "evaluate", _key_prefix(config), config.parallel.tensor)
+
+
+def _key_prefix(config: RunConfig) -> str:
+    return evaluate_spec(config).fingerprint[:8]
+
+
+def _wait(seconds: float, report: Callable[[], None]) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        report()
+        time.sleep(min(left, _REPORT_SECONDS))
 
 
 def _available(config: RunConfig) -> list[int]:
@@ -71,16 +96,16 @@ def _training_failed(config: RunConfig, since: float) -> bool:
     return job is not None and job.state() in ("failed", "cancelled") and impatient
 
 
-def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[int]) -> list[dict[str, Any]]:
+def _run_job(
+    config: RunConfig, data: Artifact, weights: Artifact, steps: list[int], report: Callable[[], None]
+) -> list[dict[str, Any]]:
     """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
-    from neox_core.evaluate import EvaluateJob, evaluate_checkpoints
-
-    spec = evaluate_spec(config)
     prefix = training_prefix(train_spec(config).fingerprint)
     counts = {
         source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
     }
-    key = fingerprint("evaluate-job", {"steps": steps}, {"evaluate": spec.fingerprint})
+    # Keys of one evaluation begin alike, so that its jobs can be found (see `evaluation_jobs`).
+    key = _key_prefix(config) + fingerprint("evaluate-job", {"steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
     job = submit_or_attach(
@@ -88,15 +113,31 @@ def _run_job(config: RunConfig, data: Artifact, weights: Artifact, steps: list[i
         config.workdir / "jobs",
         "evaluate",
         key,
-        evaluate_checkpoints,
-        (config, EvaluateJob(data.folder, weights.folder, prefix, tuple(steps), counts, scratch)),
+        evaluate_rank,
+        (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),
         1,
         config.parallel.tensor,
     )
     while not job.done():
+        report()
         time.sleep(0.2)
     results: list[dict[str, Any]] = job.results()[0]
     return results
+
+
+def evaluate_rank(
+    config: RunConfig,
+    data: Path,
+    weights: Path,
+    prefix: str,
+    steps: tuple[int, ...],
+    counts: dict[str, dict[str, int]],
+    scratch: Path,
+) -> list[dict[str, Any]]:
+    """What each rank of the job runs; torch is imported by the ranks alone, as in `train_rank`."""
+    from neox_core.evaluate import EvaluateJob, evaluate_checkpoints
+
+    return evaluate_checkpoints(config, EvaluateJob(data, weights, prefix, steps, counts, scratch))
 
 
 def _load(folder: Path) -> dict[int, dict[str, Any]]:

@@ -39,7 +39,7 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
             progress(1.0, "comparing logits with ours")
             return prove_export(NeoxCheckpoint(weights), folder, config.model, _sample_texts(config))
 
-    return run_stage(export_spec(config), build)
+    return run_stage(export_spec(config), build, progress)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tasks.job import Job, JobRecord
 from tasks.local_controller import ControllerReport
 from tasks.rank import RankTask
 
-__all__ = ["Job", "check_launch", "find_job", "submit_or_attach"]
+__all__ = ["Job", "check_launch", "find_job", "find_jobs", "submit_or_attach"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def submit_or_attach(
     """
     home = folder.resolve() / key
     home.mkdir(parents=True, exist_ok=True)
-    job_name = f"llemma-{name}-{key[:12]}"
+    job_name = _job_name(name, key)
     attachable = ("pending", "running", "completed") if accept_completed else ("pending", "running")
     with _lock(home):
         if record := _find_record(home, job_name, nodes * ranks_per_node):
@@ -90,6 +90,24 @@ def find_job(folder: Path, key: str) -> Job | None:
     """The job with this key as it was last submitted; None if it never was."""
     record = JobRecord.read(folder.resolve() / key / _LEDGER)
     return Job(record) if record else None
+
+
+def find_jobs(folder: Path, name: str, key_prefix: str, ranks: int) -> list[Job]:
+    """All jobs whose keys begin so, also one whose submitter died before it could note the job down.
+
+    Args:
+        ranks: of each of the jobs.
+    """
+    jobs = []
+    for home in sorted(path.parent for path in folder.resolve().glob(f"{key_prefix}*/lock")):
+        with _lock(home):
+            if record := _find_record(home, _job_name(name, home.name), ranks):
+                jobs.append(Job(record))
+    return jobs
+
+
+def _job_name(name: str, key: str) -> str:
+    return f"llemma-{name}-{key[:12]}"
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def prepare(config: RunConfig, progress: Progress) -> StageResult:
         # What the run takes from a source is no property of the datasets: it may change without a new tokenization.
         return {"sources": prepare_data(config, folder, progress)["sources"]}
 
-    result = run_stage(prepare_spec(config), build)
+    result = run_stage(prepare_spec(config), build, progress)
     ledger(config, result)
     return result
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from typing import Any
 from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint, publish
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
+from neox_core.progress import Progress
+
+_CLAIM_SECONDS = 1.0
+"""How often a stage that another run is at work on is tried again."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,43 @@ def digest_cache(config: RunConfig) -> DigestCache:
 def run_stage(
     spec: StageSpec,
     build: Callable[[Path], Mapping[str, Any]],
+    progress: Progress,
     still_valid: Callable[[Artifact], bool] = lambda artifact: True,
 ) -> StageResult:
-    """Return the stage's artifact, building it if no verified one exists.
+    """Return the stage's artifact, building it if no verified one exists. One run at a time: others wait.
 
     Args:
         build: fills the folder, resuming from what an interrupted call left there, and returns the summary.
         still_valid: checks what lies outside the artifact's folder.
     """
+    while True:
+        with try_claim(spec) as claimed:
+            if claimed:
+                return _run_claimed(spec, build, still_valid)
+        progress(0.0, "another run is at work on this stage: waiting for it")
+        time.sleep(_CLAIM_SECONDS)
+
+
+@contextmanager
+def try_claim(spec: StageSpec) -> Iterator[bool]:
+    """Whether no other run is at work on the stage; if so, none can begin while the context lasts.
+
+    The kernel drops the claim of a process that dies.
+    """
+    path = spec.config.workdir / ".claims" / spec.folder.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claimed = True
+        except BlockingIOError:
+            claimed = False
+        yield claimed
+
+
+def _run_claimed(
+    spec: StageSpec, build: Callable[[Path], Mapping[str, Any]], still_valid: Callable[[Artifact], bool]
+) -> StageResult:
     cache = digest_cache(spec.config)
     finished = find_verified(spec.folder, spec.fingerprint, cache)
     if finished is not None and still_valid(finished):

@@ -13,7 +13,7 @@ from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
-from tasks.launch import Job, submit_or_attach
+from tasks.launch import Job, find_jobs, submit_or_attach
 from tasks.report import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
@@ -48,16 +48,13 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
     scratch = scratch_folder(config)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        from neox_core.train.run import TrainJob
-        from neox_core.train.run import train as train_rank
-
         job = submit_or_attach(
             config.launch,
             config.workdir / "jobs",
             "train",
             spec.fingerprint,
             train_rank,
-            (config, TrainJob(data.folder, weights.folder, scratch, spec.fingerprint)),
+            (config, data.folder, weights.folder, scratch, spec.fingerprint),
             config.launch.nodes,
             config.launch.ranks_per_node,
             # What an earlier job made may be gone since; a new one finds in the store what is left to do.
@@ -68,7 +65,23 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
         shutil.copyfile(scratch / METRICS_FILE, folder / METRICS_FILE)
         return _summary(config, folder, result)
 
-    return run_stage(spec, build, still_valid=lambda _: _is_complete(config))
+    return run_stage(spec, build, progress, still_valid=lambda _: _is_complete(config))
+
+
+def train_rank(config: RunConfig, data: Path, weights: Path, output: Path, fingerprint: str) -> dict[str, Any]:
+    """What each rank of the job runs.
+
+    Imports torch and DeepSpeed, which the flow does not: its threads would do so at once, and deadlock.
+    """
+    from neox_core.train.run import TrainJob
+    from neox_core.train.run import train as train_on_this_rank
+
+    return train_on_this_rank(config, TrainJob(data, weights, output, fingerprint))
+
+
+def training_jobs(config: RunConfig) -> list[Job]:
+    """The job of this training, if it was ever submitted."""
+    return find_jobs(config.workdir / "jobs", "train", train_spec(config).fingerprint, config.launch.world_size)
 
 
 def scratch_folder(config: RunConfig) -> Path:

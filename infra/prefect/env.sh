@@ -3,6 +3,7 @@
 _llemma=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/../.." && pwd)
 export PATH="$_llemma/.venv/bin:$PATH"
 export PREFECT_HOME="${PREFECT_HOME:-$_llemma/runs/prefect}"
+mkdir -p "$PREFECT_HOME"
 unset _llemma
 
 # The server, on loopback. Its database is SQLite in PREFECT_HOME, unless PREFECT_API_DATABASE_CONNECTION_URL says
