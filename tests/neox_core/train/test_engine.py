@@ -1,0 +1,167 @@
+"""The engine on two ranks: master weights, recomputation, validation, replicated weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from neox_core.checkpoint.convert import convert
+from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.config import ParallelConfig, RunConfig, batch_geometry
+from neox_core.train.engine import _parameter_groups, deepspeed_config
+from tests.distributed import run_ranks
+from tests.neox_core.train.small_training import MODELS, config_for, rank_batches
+
+RANKS = 2
+STEPS = 6
+PRECISIONS = ("bf16", "fp32")
+LAYOUTS = {"tensor": (2, 1, 1), "data": (1, 1, 2)}
+
+
+def build(config: RunConfig, shards: Path) -> tuple[Any, Any]:
+    """Mesh and engine; building proves the master weights."""
+    from neox_core.checkpoint.neox import NeoxCheckpoint
+    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.train.engine import build_engine
+
+    mesh = build_mesh(config.parallel, init_distributed(config.launch))
+    return mesh, build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
+
+
+def verdict(engine: Any) -> str:
+    """What verify_master_weights says."""
+    from neox_core.errors import CheckpointError
+    from neox_core.train.engine import verify_master_weights
+
+    try:
+        verify_master_weights(engine)
+    except CheckpointError as error:
+        return str(error)
+    return "equal"
+
+
+@torch.no_grad()
+def verdicts(engine: Any, rank: int) -> dict[str, str]:
+    """Before, during and after faults that exist on rank 1 alone."""
+    optimizer = engine.optimizer
+    masters = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
+    parameters = list(engine.module.parameters())
+    sizes = sum(p.numel() for p in parameters)
+    found = {"built": verdict(engine), "parameters": str(sizes)}
+    kept = [p.clone() for p in parameters]
+    for p in parameters if rank == 1 else []:
+        p.add_(1.0)
+    found["other weights in the model"] = verdict(engine)
+    for p, old in zip(parameters, kept, strict=True):
+        p.copy_(old)
+    found["restored"] = verdict(engine)
+    if rank == 1:
+        masters[0][3] += 1.0
+    found["one other master"] = verdict(engine)
+    return found
+
+
+def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, Any]:
+    """Losses and gradient norms of some steps, and the norms' scales after them."""
+    mesh, engine = build(config, shards)
+    batches = rank_batches(config, mesh.data_rank)
+    losses, gradient_norms = [], []
+    for _ in range(STEPS):
+        losses.append(float(engine.train_batch(batches)))
+        gradient_norms.append(float(engine.get_global_grad_norm()))
+        if validate:
+            engine.eval_batch(rank_batches(config, mesh.data_rank, first_step=100))
+    scales = {name: p.detach().clone() for name, p in engine.module.named_parameters() if p.ndim == 1}
+    return {"losses": losses, "gradient norms": gradient_norms, "scales": scales}
+
+
+def examine(shards: dict[str, Path]) -> dict[Any, Any]:
+    """Everything that one of two ranks finds out."""
+    found: dict[Any, Any] = {}
+    for precision in PRECISIONS:
+        for name, layout in LAYOUTS.items():
+            mesh, engine = build(config_for("gqa", *layout, precision=precision), shards[name])
+            found[precision, name] = verdicts(engine, mesh.rank)
+    config = config_for("gqa", 2, 1, 1, precision="bf16")
+    found["full"] = train(config, shards["tensor"])
+    found["none"] = train(
+        config_for("gqa", 2, 1, 1, precision="bf16", activation_checkpointing="none"), shards["tensor"]
+    )
+    found["validated"] = train(config, shards["tensor"], validate=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    base = tmp_path_factory.mktemp("base")
+    make_random_base(MODELS["gqa"], base, seed=7)
+    shards = {}
+    for name, (tensor, pipeline, _) in LAYOUTS.items():
+        shards[name] = tmp_path_factory.mktemp(name)
+        convert(base, shards[name], MODELS["gqa"], ParallelConfig(tensor=tensor, pipeline=pipeline))
+    return run_ranks(examine, RANKS, shards)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], precision: str, layout: str) -> None:
+    """A fault on one rank is raised on both: a rank that went on would wait for the other for ever."""
+    for rank, found in enumerate(result[precision, layout] for result in ranks):
+        assert found["built"] == found["restored"] == "equal"
+        several = re.match(
+            r"(\d+) fp32 master weights differ .* \((\d+) on rank (\d)\)", found["other weights in the model"]
+        )
+        assert several is not None
+        assert int(several[3]) == rank
+        assert int(several[2]) == (int(several[1]) if rank == 1 else 0)
+        # Of rank 1's own partition all weights differ: it has the whole or, with data parallelism, half the model.
+        assert int(several[1]) == pytest.approx(int(found["parameters"]) / LAYOUTS[layout][2], rel=0.01)
+        assert found["one other master"].startswith(f"1 fp32 master weights differ from the model's weights ({rank} on")
+
+
+def test_recomputation_does_not_change_the_training(ranks: list[dict[Any, Any]]) -> None:
+    for rank in ranks:
+        assert rank["full"]["losses"] == rank["none"]["losses"]
+        assert rank["full"]["gradient norms"] == rank["none"]["gradient norms"]
+
+
+def test_validation_does_not_disturb_training(ranks: list[dict[Any, Any]]) -> None:
+    for rank in ranks:
+        assert rank["full"]["losses"] == rank["validated"]["losses"]
+        assert rank["full"]["gradient norms"] == rank["validated"]["gradient norms"]
+        assert len(set(rank["full"]["losses"])) == STEPS
+
+
+def test_norms_stay_equal_on_tensor_parallel_ranks(ranks: list[dict[Any, Any]]) -> None:
+    first, second = (rank["full"]["scales"] for rank in ranks)
+    assert len(first) == 2 * 2 + 1
+    for name, scale in first.items():
+        assert torch.equal(scale, second[name]), name
+        assert not bool((scale == 1).all()), name
+
+
+def test_settings_of_bf16() -> None:
+    config = config_for("gqa", 1, 1, 2, precision="bf16")
+    settings = deepspeed_config(config, batch_geometry(config))
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    # Without both, gradients would be summed in bf16.
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["communication_data_type"] == "fp32"
+    assert settings["zero_optimization"] == {"stage": 1}
+    assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (2, 2)
+    assert settings["gradient_clipping"] == config.train.gradient_clip
+
+
+def test_matrices_decay_and_norms_do_not() -> None:
+    module = nn.ModuleDict({"linear": nn.Linear(3, 2, bias=False), "norm": nn.RMSNorm(3)})
+    matrices, norms = _parameter_groups(module, 0.1)
+    assert [p.shape for p in matrices["params"]] == [(2, 3)]
+    assert matrices["weight_decay"] == 0.1
+    assert [p.shape for p in norms["params"]] == [(3,)]
+    assert norms["weight_decay"] == 0.0
+    assert len(_parameter_groups(nn.Linear(3, 2, bias=False), 0.1)) == 2
