@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -56,7 +57,7 @@ def fingerprint(name: str, logical: Mapping[str, Any], inputs: Mapping[str, str]
     """Hash a stage's name, the config values that matter to it, and its inputs' fingerprints (64 hex digits).
 
     Raises:
-        TypeError: a value is not plain JSON, so that another process might hash it differently.
+        TypeError, ValueError: a value is not plain JSON, so that another process might hash it differently.
     """
     content = json.dumps(
         {"name": name, "config": logical, "inputs": inputs},
@@ -70,12 +71,16 @@ def fingerprint(name: str, logical: Mapping[str, Any], inputs: Mapping[str, str]
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that a reader sees the old one or the whole new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # A name of its own: threads of a flow and hosts on a shared disk may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class DigestCache:
