@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,10 +29,18 @@ def opened(config_path: str) -> Iterator[RunConfig]:
     Raises:
         LlemmaError: whatever would keep the run from finishing, in one line, before any long work.
     """
+    _log_as_much_as_prefect()
     config = load_config(config_path)
     check_run(config)
     with storage_service(config.storage, config.workdir) as storage:
         yield config.model_copy(update={"storage": storage})
+
+
+def _log_as_much_as_prefect() -> None:
+    """Our own lines appear among a flow run's (PREFECT_LOGGING_EXTRA_LOGGERS) if they have Prefect's level."""
+    level = min(logging.getLogger("prefect").getEffectiveLevel(), logging.WARNING)
+    for package in ("flows", "tasks", "infra", "neox_core"):
+        logging.getLogger(package).setLevel(level)
 
 
 def run_stage_flow(
