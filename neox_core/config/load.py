@@ -94,8 +94,11 @@ def _with_includes(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"config file {path} includes itself")
     content = read_yaml(path)
     names = content.pop(_INCLUDE, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"config file {path}: include is {names!r}: give a file's name or a list of names")
     merged: dict[str, Any] = {}
-    for name in [names] if isinstance(names, str) else names:
+    for name in names:
         merged = merge(merged, _with_includes(path.parent / name, (*seen, path.resolve())))
     return merge(merged, content)
 

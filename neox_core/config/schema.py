@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base", Path.cwd())
@@ -31,7 +33,15 @@ ConfigPath = Annotated[Path, AfterValidator(_resolve)]
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, values: Any) -> Any:
+        # No setting is one, and pydantic would read `steps: yes` as 1.
+        if isinstance(values, dict) and (wrong := [name for name, value in values.items() if isinstance(value, bool)]):
+            raise ValueError(f"{wrong[0]} is {values[wrong[0]]}: give a number, a name or a section, not yes or no")
+        return values
 
 
 class StorageConfig(Section):
@@ -49,6 +59,10 @@ class TokenizerConfig(Section):
     end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
 
 
+SourceName = Annotated[str, Field(pattern=_NAME)]
+"""A source is also a folder, of text and of tokens."""
+
+
 class SourceConfig(Section):
     """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
 
@@ -59,7 +73,7 @@ class DataConfig(Section):
     """Raw text and its mixture."""
 
     input: ConfigPath
-    sources: dict[str, SourceConfig] = Field(min_length=1)
+    sources: dict[SourceName, SourceConfig] = Field(min_length=1)
     eval_sources: tuple[str, ...] = Field((), description="sources of validation and test; empty: all")
     workers: NonNegativeInt = Field(0, description="tokenizer processes; 0: one per CPU")
     max_epochs: PositiveFloat = Field(4.0, description="a source repeated more often is an error")
@@ -135,11 +149,14 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW. Weight decay applies to matrices, not to norms."""
 
     lr: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
 
@@ -219,7 +236,7 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """Everything that a run depends on."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME)
     workdir: ConfigPath = Field(description="shared folder for artifacts, logs and jobs")
     seed: int = 1234
     storage: StorageConfig

@@ -119,6 +119,48 @@ def test_a_wrong_type_names_the_value(tmp_path: Path) -> None:
     assert "storage.url is 'http://x'" in message(variant(tmp_path, "storage: {url: 'http://x'}"))
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("train: 5", "train is 5: Input should be a valid dictionary"),
+        ("train: null", "train is None: Input should be a valid dictionary"),
+        ("data: {sources: [arxiv]}", "data.sources is ['arxiv']: Input should be a valid dictionary"),
+        ("data: {sources: {arxiv: 2}}", "data.sources.arxiv is 2: Input should be a valid dictionary"),
+        ("data: {sources: {../text: {weight: 1}}}", "is '../text': String should match pattern"),
+        ("data: {eval_sources: arxiv}", "data.eval_sources is 'arxiv': Input should be a valid tuple"),
+        (
+            "data: {sources: {arxiv: {weight: .inf}}}",
+            "data.sources.arxiv.weight is inf: Input should be a finite number",
+        ),
+        ("name: a/b", "name is 'a/b': String should match pattern"),
+        ("launch: {nodes: 1.5}", "launch.nodes is 1.5: Input should be a valid integer"),
+        ("launch: {device: gpu}", "launch.device is 'gpu': Input should be 'auto', 'cuda' or 'cpu'"),
+        ("train: {steps: yes}", "train: steps is True: give a number, a name or a section, not yes or no"),
+        ("seed: off", "seed is False: give a number"),
+        ("train: {optimizer: {lr: .nan}}", "train.optimizer.lr is nan: Input should be a finite number"),
+        ("train: {optimizer: {lr: fast}}", "train.optimizer.lr is 'fast': Input should be a valid number"),
+        ("train: {optimizer: {betas: [0.9]}}", "key 'train.optimizer.betas.1' is missing: add it"),
+        ("train: {optimizer: {betas: [0.9, 1.0]}}", "train.optimizer.betas.1 is 1.0: Input should be less than 1"),
+        ("workdir: null", "workdir is None: Input is not a valid path"),
+        ("1: 2", "1 is 1: Keys should be strings"),
+    ],
+)
+def test_wrong_values_are_named_in_one_line(extra: str, expected: str, tmp_path: Path) -> None:
+    assert expected in message(variant(tmp_path, extra))
+
+
+def test_numbers_may_be_written_as_yaml_1_1_reads_text(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-4, without a point, for a text."""
+    assert load_config(variant(tmp_path, "train: {optimizer: {lr: 1e-4}}")).train.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize("include", ["5", "null", "{a: b}", "[1]"])
+def test_include_of_another_kind(include: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text(f"include: {include}\n")
+    assert "give a file's name or a list of names" in message(path)
+
+
 def test_read_yaml_leaves_values_alone(tmp_path: Path) -> None:
     path = tmp_path / "any.yml"
     path.write_text('{"a-b": [1, 2.5e-4, true, null], "c": {"d": x}} # flow style, as GPT-NeoX writes it\n')
