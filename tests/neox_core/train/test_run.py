@@ -1,0 +1,126 @@
+"""What a job checks before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from neox_core.artifact import FileRecord
+from neox_core.checkpoint.manifest import Manifest, publish_manifest
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.errors import CheckpointError, ConfigError
+from neox_core.parallel.mesh import Mesh
+from neox_core.train import run
+from neox_core.train.hardware import peak_flops
+from neox_core.train.run import TrainJob
+from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
+
+ONE_RANK = Mesh(
+    topology=cast(Any, None), rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
+    pipeline_size=1, data_rank=0, data_size=1, tensor_group=cast(Any, None), device=torch.device("cpu"),
+)  # fmt: skip
+LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1}
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A world of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "world"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainJob:
+    return TrainJob(tmp_path, tmp_path, tmp_path / "output", "0123456789abcdef" * 4)
+
+
+def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, int]) -> None:
+    """A complete checkpoint of two small files."""
+    names = ("layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    files = []
+    for name in names:
+        store.put_text(f"{job.prefix}/global_step{step}/{name}", "x")
+        files.append(FileRecord(name, 1, "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"))
+    publish_manifest(store, job.prefix, Manifest(step, step * BATCH, tuple(files), layout, job.fingerprint, {}))
+
+
+class Engine:
+    """Records what it is told to load."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, list[str]]] = []
+
+    def load_checkpoint(self, folder: str, tag: str) -> None:
+        self.loaded.append((tag, sorted(path.name for path in Path(folder, tag).iterdir())))
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(run, "verify_master_weights", lambda engine: None)
+    return Engine()
+
+
+def test_number_of_ranks_must_be_the_configured_one() -> None:
+    config = config_for("gqa", 1, 1, 1)
+    geometry = run._geometry(config, ONE_RANK)
+    assert (geometry.sequences, geometry.tokens, geometry.accumulation_steps) == (BATCH, BATCH * SEQUENCE, BATCH // 2)
+    with pytest.raises(ConfigError, match=r"this job has 4 ranks, but launch.nodes 1 x launch.ranks_per_node 1 = 1"):
+        run._geometry(config, replace(ONE_RANK, world_size=4))
+
+
+def test_nothing_to_resume(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    assert run._resume(engine, store, job, ONE_RANK) == 0
+    assert engine.loaded == []
+
+
+def test_the_newest_complete_checkpoint_is_resumed(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    for step in (9, 10):
+        publish(store, job, step, LAYOUT)
+    store.put_text(f"{job.prefix}/global_step11/layer_00-model_00-model_states.pt", "x")  # not complete
+    publish(store, replace(job, fingerprint="f" * 64), 12, LAYOUT)  # of another training
+    assert run._resume(engine, store, job, ONE_RANK) == 10
+    names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
+    assert engine.loaded == [("global_step10", names)]
+
+
+def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    layout = {"tensor": 1, "pipeline": 1, "data": 2}
+    publish(store, job, 10, layout)
+    second = replace(ONE_RANK, rank=1, local_rank=1, data_rank=1, data_size=2, world_size=2)
+    run._resume(engine, store, job, second)
+    assert engine.loaded == [("global_step10", [])]  # rank 0 of the node fetches the weights
+
+
+def test_another_layout_is_refused_before_anything_is_fetched(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    publish(store, job, 10, LAYOUT | {"data": 4})
+    with pytest.raises(
+        CheckpointError, match=r"global_step10 was written with layout .*'data': 4.*, this job has"
+    ) as e:
+        run._resume(engine, store, job, ONE_RANK)
+    assert "\n" not in str(e.value)
+    assert engine.loaded == []
+    assert not job.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"), [("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756)]
+)
+def test_peak_of_known_gpus(name: str, tflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(cast(Any, SimpleNamespace(type="cuda")), torch.bfloat16) == tflops * 1e12
+
+
+def test_peak_of_a_cpu_is_measured() -> None:
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
