@@ -18,6 +18,7 @@ from neox_core.config.schema import (
     TrainConfig,
     ValidationConfig,
     WandbConfig,
+    WeightChange,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "WandbConfig",
+    "WeightChange",
     "batch_geometry",
     "load_config",
     "parse_config",
