@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -50,8 +50,8 @@ class TokenizerConfig(Section):
     begin_of_document: bool = Field(False, description="put the tokenizer's <s> before every document")
 
 
-class SourceConfig(Section):
-    """One source of the mixture; its text lies in <data.input>/<source>/<split>/. Exactly one key is given."""
+class SourceAmount(Section):
+    """How much the run takes of a source. Exactly one key is given."""
 
     weight: NonNegativeFloat | None = Field(
         None, description="share of the training sequences that no amount takes, normalised by the sum of weights"
@@ -60,17 +60,21 @@ class SourceConfig(Section):
     epochs: PositiveFloat | None = Field(None, description="passes over the source that the run takes")
 
     @model_validator(mode="after")
-    def _check(self) -> SourceConfig:
+    def _check_one(self) -> Self:
         if sum(value is not None for value in (self.weight, self.tokens, self.epochs)) != 1:
             raise ValueError("give exactly one of weight, tokens and epochs")
         return self
+
+
+class SourceConfig(SourceAmount):
+    """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
 
 
 class WeightChange(Section):
     """Another mixture from a step on; a training that has not reached it takes it up when it resumes."""
 
     from_step: PositiveInt = Field(description="first step whose batch is drawn with it")
-    sources: dict[str, SourceConfig] = Field(description="every source; amounts are of the steps from here to the last")
+    sources: dict[str, SourceAmount] = Field(description="every source; amounts are of the steps from here to the last")
 
 
 class DataConfig(Section):
@@ -85,8 +89,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        for sources in (self.sources, *(change.sources for change in self.weight_changes)):
-            if all(source.weight == 0 for source in sources.values()):
+        for amounts in (self.sources.values(), *(change.sources.values() for change in self.weight_changes)):
+            if all(amount.weight == 0 for amount in amounts):
                 raise ValueError("all weights are 0: give at least one source a positive weight")
         self._check_changes()
         if unknown := [name for name in self.eval_sources if name not in self.sources]:

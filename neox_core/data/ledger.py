@@ -92,7 +92,7 @@ def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
         return f"lower {key}.tokens ({source.tokens:,}) to {int(source.tokens * factor):,}"
     if source.epochs is not None:
         return f"lower {key}.epochs ({source.epochs:g})"
-    assert source.weight is not None, "SourceConfig has one of weight, tokens and epochs"
+    assert source.weight is not None, "SourceAmount has one of weight, tokens and epochs"
     others = sum(other.weight or 0.0 for other in config.data.sources.values()) - source.weight
     if not others:
         return f"give other sources a weight beside {key}"
@@ -103,8 +103,10 @@ def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
 
 def _check_lengths(counts: Counts, config: RunConfig) -> None:
     """Every split that training or validation reads must hold a sequence."""
-    drawn = [config.data.sources, *(change.sources for change in config.data.weight_changes)]
-    read = [(name, "train") for name in config.data.sources if any(sources[name].weight != 0 for sources in drawn)]
+    drawn = {name for name, source in config.data.sources.items() if source.weight != 0}
+    for change in config.data.weight_changes:
+        drawn |= {name for name, amount in change.sources.items() if amount.weight != 0}
+    read = [(name, "train") for name in config.data.sources if name in drawn]
     read += [(name, "validation") for name in config.data.validation_sources if "validation" in counts.get(name, {})]
     length = config.train.sequence_length
     for name, split in read:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from neox_core.config import RunConfig, SourceConfig
+from neox_core.config import RunConfig, SourceAmount
 from neox_core.data.mixture import Mixture
 from neox_core.errors import ConfigError
 
@@ -37,7 +37,7 @@ def initial_weights(config: RunConfig, tokens_of: TokensOf) -> dict[str, float]:
 
 
 def _weights(
-    config: RunConfig, sources: Mapping[str, SourceConfig], from_step: int, tokens_of: TokensOf
+    config: RunConfig, sources: Mapping[str, SourceAmount], from_step: int, tokens_of: TokensOf
 ) -> dict[str, float]:
     """Amounts are of the steps from `from_step` to the last; sources with a weight share what they leave.
 
@@ -66,8 +66,8 @@ def _weights(
     return amounts | weights
 
 
-def _amount(source: SourceConfig, name: str, tokens_of: TokensOf) -> float:
+def _amount(source: SourceAmount, name: str, tokens_of: TokensOf) -> float:
     if source.tokens is not None:
         return source.tokens
-    assert source.epochs is not None, "SourceConfig has one of weight, tokens and epochs"
+    assert source.epochs is not None, "SourceAmount has one of weight, tokens and epochs"
     return source.epochs * tokens_of(name)

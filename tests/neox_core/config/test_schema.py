@@ -121,6 +121,7 @@ FIELDS = {
     "StorageConfig": 3,
     "TokenizerConfig": 3,
     "DataConfig": 6,
+    "SourceAmount": 3,
     "SourceConfig": 3,
     "WeightChange": 2,
     "BaseModelConfig": 3,
