@@ -61,8 +61,12 @@ class SourceAmount(Section):
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
-        if sum(value is not None for value in (self.weight, self.tokens, self.epochs)) != 1:
-            raise ValueError("give exactly one of weight, tokens and epochs")
+        given = [key for key in ("weight", "tokens", "epochs") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of weight, tokens and epochs, not {' and '.join(given) or 'none'} (null takes an "
+                "included one back)"
+            )
         return self
 
 
