@@ -41,7 +41,7 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
         ),
         ("data: {eval_sources: [wiki]}", r"eval_sources names \['wiki'\]"),
         ("data: {sources: {arxiv: {weight: -1}}}", "data.sources.arxiv.weight is -1"),
-        ("data: {sources: {arxiv: {epochs: 1}}}", "data.sources.arxiv: exactly one of .*, not weight and epochs"),
+        ("data: {sources: {arxiv: {epochs: 1}}}", "data.sources.arxiv: give exactly one of .*, not weight and epochs"),
         ("data: {sources: {wiki: {}}}", "data.sources.wiki: give exactly one of .*, not none"),
         ("data: {sources: {wiki: {tokens: 0}}}", "data.sources.wiki.tokens is 0"),
         (
