@@ -93,7 +93,7 @@ def mixture_figure(run: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
 
 
 def consumed_figure(history: Rows, colours: Mapping[str, str]) -> str | None:
-    """Tokens consumed of each source up to each checkpoint, stacked; None without any. A change of weights is a bend."""
+    """Tokens consumed of each source by checkpoint, stacked; None without any. A change of weights is a bend."""
     if not history:
         return None
     figure = _figure(height=300)
