@@ -18,6 +18,11 @@ from neox_core.errors import LlemmaError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Read and translate configurations.")
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(no_args_is_help=True, help="Look at the training data.")
+app.add_typer(data_app, name="data")
+
+_PLAN_WIDTH = 130
+"""Columns that the data plan needs, also where the output is no terminal."""
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 
@@ -88,6 +93,24 @@ def import_neox_files(
         typer.echo(text)
     else:
         output.write_text(text, encoding="utf-8")
+
+
+@data_app.command("plan")
+def data_plan(config: ConfigArgument) -> None:
+    """What there is of each source and what the run will take; fails if it would repeat one too often."""
+    from flows.data_plan import changes_table, plan_table
+    from neox_core.data.ledger import check_epochs, plan_ledger
+    from tasks.specs import prepare_spec
+    from tasks.stage import require
+
+    loaded = load_config(config)
+    ledger = plan_ledger(require(prepare_spec(loaded)).summary["sources"], loaded)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(console.width, _PLAN_WIDTH))
+    console.print(plan_table(f"data plan of {config}, {loaded.train.steps:,} steps", ledger))
+    if ledger["changes"]:
+        console.print(changes_table(ledger))
+    check_epochs(ledger, loaded)
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:

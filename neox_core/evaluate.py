@@ -19,7 +19,7 @@ from neox_core.checkpoint.manifest import download_checkpoint, list_checkpoints
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import ParallelConfig, RunConfig
-from neox_core.data.dataset import validation_windows
+from neox_core.data.dataset import validation_positions, validation_windows
 from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
@@ -96,7 +96,7 @@ def _build_layers(config: RunConfig, weights: LayerWeights, mesh: Mesh) -> nn.Se
     dtype = parameter_dtype(config)
     return nn.Sequential(
         *(
-            build_layer(layer_type, index, dims, mesh, weights, dtype, recompute=False)
+            build_layer(layer_type, index, dims, mesh, weights, dtype, False, config.train.mask_documents)
             for index, layer_type in enumerate(layer_types(config.model.num_layers))
             if layer_type is not None
         )
@@ -107,9 +107,11 @@ def _build_layers(config: RunConfig, weights: LayerWeights, mesh: Mesh) -> nn.Se
 def _evaluate_source(
     config: RunConfig, job: EvaluateJob, source: str, layers: nn.Sequential, mesh: Mesh
 ) -> dict[str, float]:
-    windows = validation_windows(job.data, source, config.train.sequence_length, config.evaluate.max_sequences)
+    length, limit = config.train.sequence_length, config.evaluate.max_sequences
+    windows = validation_windows(job.data, source, length, limit)
+    positions = validation_positions(job.data, source, length, limit) if config.train.mask_documents else None
     total, tokens = 0.0, 0
-    for inputs, targets in _batches(windows, config.evaluate.micro_batch_size, mesh.device):
+    for inputs, targets in _batches(windows, positions, config.evaluate.micro_batch_size, mesh.device):
         losses = token_losses(layers(inputs), targets, mesh.tensor_group, mesh.tensor_rank)
         total += float(losses.double().sum())
         tokens += int((targets != IGNORED).sum())
@@ -126,8 +128,14 @@ def _evaluate_source(
     return result
 
 
-def _batches(windows: np.ndarray, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    windows: np.ndarray, positions: np.ndarray | None, size: int, device: torch.device
+) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
     """Inputs and targets [B,T]; a padded position's input is id 0, which causal attention hides from the others."""
     for first in range(0, len(windows), size):
         ids = torch.from_numpy(windows[first : first + size]).to(device)
-        yield ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
+        inputs, targets = ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
+        if positions is None:
+            yield inputs, targets
+        else:
+            yield (inputs, torch.from_numpy(positions[first : first + size]).to(device)), targets

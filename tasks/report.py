@@ -11,7 +11,14 @@ from typing import Any
 
 from neox_core.artifact import write_atomically
 from neox_core.errors import DataError
-from tasks.report_figures import evaluation_figure, loss_figure, metric_figure, mixture_figure, source_colours
+from tasks.report_figures import (
+    consumed_figure,
+    evaluation_figure,
+    loss_figure,
+    metric_figure,
+    mixture_figure,
+    source_colours,
+)
 
 logger = logging.getLogger(__name__)
 _TEMPLATE = "report.html.j2"
@@ -30,7 +37,8 @@ class ReportData:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration; plain JSON values."""
     ledger: Mapping[str, Any] = field(default_factory=dict)
-    """prepare-data's summary: {'sources': {name: {split: counts}}, 'run': {name: share, sequences, tokens, epochs}}."""
+    """{'sources': {name: {split: counts}}, 'run': {name: share, sequences, tokens, epochs}, 'changes': [...]}, see
+    `plan_ledger`."""
     metrics: Sequence[Mapping[str, Any]] = ()
     """Rows of metrics.jsonl, from `read_metrics`."""
     evaluations: Sequence[Mapping[str, Any]] = ()
@@ -38,7 +46,8 @@ class ReportData:
     stages: Sequence[Mapping[str, Any]] = ()
     """{'stage', 'seconds', 'skipped'} in order."""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """train's summary: first_loss, last_loss, steps, tokens_per_second, mfu, checkpoints, prefix."""
+    """train's summary: first_loss, last_loss, steps, tokens_per_second, mfu, checkpoints, prefix, and consumed: per
+    checkpoint its step and, per source, sequences, tokens and epochs."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Name -> path or URL of what the run left behind."""
     software: Mapping[str, str] = field(default_factory=dict)
@@ -160,6 +169,7 @@ def _before_after(data: ReportData) -> list[tuple[str, Mapping[str, Any], Mappin
 def _source_names(data: ReportData) -> list[str]:
     """All sources, in the ledger's order, so that each keeps its colour."""
     names = [*data.ledger.get("run", {}), *data.ledger.get("sources", {})]
+    names += [name for entry in data.train.get("consumed", ()) for name in entry["sources"]]
     names += [name for evaluation in data.evaluations for name in evaluation["sources"]]
     return list(dict.fromkeys(names))
 
@@ -171,6 +181,7 @@ def _charts(data: ReportData, colours: Mapping[str, str]) -> dict[str, str | Non
         "perplexity": evaluation_figure(evaluations, "perplexity", "perplexity", colours),
         "bits_per_byte": evaluation_figure(evaluations, "bits_per_byte", "bits per byte", colours),
         "mixture": mixture_figure(data.ledger.get("run", {}), colours),
+        "consumed": consumed_figure(data.train.get("consumed", ()), colours),
     }
     charts |= {f"step-{key}": metric_figure(data.metrics, key, label, form) for key, label, form in _STEP_METRICS}
     return charts

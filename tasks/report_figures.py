@@ -92,6 +92,21 @@ def mixture_figure(run: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
     return _html(figure, "mixture")
 
 
+def consumed_figure(history: Rows, colours: Mapping[str, str]) -> str | None:
+    """Tokens consumed of each source by checkpoint, stacked; None without any. A change of weights is a bend."""
+    if not history:
+        return None
+    figure = _figure(height=300)
+    steps = [0, *(entry["step"] for entry in history)]
+    for name, colour in colours.items():
+        tokens = [0, *(entry["sources"].get(name, {}).get("tokens", 0) for entry in history)]
+        if any(tokens):
+            line = {"color": colour, "width": 1.2}
+            figure.add_scatter(x=steps, y=tokens, name=name, mode="lines", line=line, stackgroup="all")
+    figure.update_yaxes(hoverformat=",d")
+    return _html(figure, "consumed", "step of the checkpoint", "tokens consumed")
+
+
 def _series(metrics: Rows, key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
 

@@ -13,6 +13,7 @@ def prepare_spec(config: RunConfig) -> StageSpec:
     """Token datasets depend on the text, the tokenizer and the end-of-document id; not on weights or steps."""
     logical = {
         "end_of_document": config.tokenizer.end_of_document,
+        "begin_of_document": config.tokenizer.begin_of_document,
         "sources": sorted(config.data.sources),
         "eval_sources": sorted(config.data.validation_sources),
     }

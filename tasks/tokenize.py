@@ -129,6 +129,7 @@ def tokenize_file(file: InputFile, tokenizer: TokenizerConfig, folder: Path) -> 
         "text": sha256_of(file.path),
         "tokenizer": sha256_of(tokenizer.model),
         "end_of_document": tokenizer.end_of_document,
+        "begin_of_document": str(tokenizer.begin_of_document),
     }
     if found := _finished_part(part, record_path, made_from):
         return found

@@ -13,6 +13,7 @@ from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
+from neox_core.train.lineage import Ancestor, ancestors
 from tasks.launch import Job, find_jobs, submit_or_attach
 from tasks.report import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
@@ -54,7 +55,7 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
             "train",
             spec.fingerprint,
             train_rank,
-            (config, data.folder, weights.folder, scratch, spec.fingerprint),
+            (config, data.folder, weights.folder, scratch, spec.fingerprint, _ancestors(config)),
             config.launch.nodes,
             config.launch.ranks_per_node,
             # What an earlier job made may be gone since; a new one finds in the store what is left to do.
@@ -68,7 +69,9 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
     return run_stage(spec, build, progress, still_valid=lambda _: _is_complete(config))
 
 
-def train_rank(config: RunConfig, data: Path, weights: Path, output: Path, fingerprint: str) -> dict[str, Any]:
+def train_rank(
+    config: RunConfig, data: Path, weights: Path, output: Path, fingerprint: str, lineage: tuple[Ancestor, ...]
+) -> dict[str, Any]:
     """What each rank of the job runs.
 
     Imports torch and DeepSpeed, which the flow does not: its threads would do so at once, and deadlock.
@@ -76,7 +79,7 @@ def train_rank(config: RunConfig, data: Path, weights: Path, output: Path, finge
     from neox_core.train.run import TrainJob
     from neox_core.train.run import train as train_on_this_rank
 
-    return train_on_this_rank(config, TrainJob(data, weights, output, fingerprint))
+    return train_on_this_rank(config, TrainJob(data, weights, output, fingerprint, lineage))
 
 
 def training_jobs(config: RunConfig) -> list[Job]:
@@ -108,6 +111,26 @@ def last_manifest(config: RunConfig) -> tuple[ObjectStore, str, Manifest]:
             f"{[manifest.step for manifest in manifests]}: run train first"
         )
     return store, prefix, manifests[-1]
+
+
+def _ancestors(config: RunConfig) -> tuple[Ancestor, ...]:
+    return ancestors(config, prepare_spec(config).fingerprint, convert_spec(config).fingerprint)
+
+
+def consumed_history(config: RunConfig) -> list[dict[str, Any]]:
+    """What the checkpoints' ledgers say, by step: {"step", "sources": {name: {"sequences", "tokens", "epochs"}}}.
+
+    Those of the trainings that this one was before changes of weights belong to it.
+    """
+    store, _, manifests = checkpoints(config)
+    found = {
+        manifest.step: manifest
+        for ancestor in _ancestors(config)
+        for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
+        if manifest.step <= ancestor.last_step
+    }
+    found |= {manifest.step: manifest for manifest in manifests}
+    return [{"step": step, "sources": found[step].consumed} for step in sorted(found)]
 
 
 def _complete_steps(config: RunConfig) -> list[int]:
@@ -148,4 +171,5 @@ def _summary(config: RunConfig, folder: Path, result: Mapping[str, Any]) -> dict
         "tokens_per_second": rates[len(rates) // 2],
         "mfu": utilisations[len(utilisations) // 2],
         "checkpoints": _complete_steps(config),
+        "consumed": consumed_history(config),
     }

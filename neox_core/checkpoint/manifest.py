@@ -42,8 +42,8 @@ class Manifest:
     """Of the train stage."""
     config: Mapping[str, Any]
     """The resolved configuration."""
-    consumed: Mapping[str, int] = field(default_factory=dict)
-    """Sequences consumed per source."""
+    consumed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The ledger so far: sequences, tokens and epochs consumed per source."""
     software: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

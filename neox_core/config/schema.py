@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -57,16 +57,42 @@ class TokenizerConfig(Section):
 
     model: ConfigPath
     end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
+    begin_of_document: bool = Field(False, description="put the tokenizer's <s> before every document")
 
 
 SourceName = Annotated[str, Field(pattern=_NAME)]
 """A source is also a folder, of text and of tokens."""
 
 
-class SourceConfig(Section):
+class SourceAmount(Section):
+    """How much the run takes of a source. Exactly one key is given."""
+
+    weight: NonNegativeFloat | None = Field(
+        None, description="share of the training sequences that no amount takes, normalised by the sum of weights"
+    )
+    tokens: PositiveInt | None = Field(None, description="tokens that the run takes")
+    epochs: PositiveFloat | None = Field(None, description="passes over the source that the run takes")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        given = [key for key in ("weight", "tokens", "epochs") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of weight, tokens and epochs, not {' and '.join(given) or 'none'} (null takes an "
+                "included one back)"
+            )
+        return self
+
+
+class SourceConfig(SourceAmount):
     """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
 
-    weight: NonNegativeFloat = Field(description="share of training sequences, normalised by the sum over sources")
+
+class WeightChange(Section):
+    """Another mixture from a step on; a training that has not reached it takes it up when it resumes."""
+
+    from_step: PositiveInt = Field(description="first step whose batch is drawn with it")
+    sources: dict[str, SourceAmount] = Field(description="every source; amounts are of the steps from here to the last")
 
 
 class DataConfig(Section):
@@ -77,14 +103,28 @@ class DataConfig(Section):
     eval_sources: tuple[str, ...] = Field((), description="sources of validation and test; empty: all")
     workers: NonNegativeInt = Field(0, description="tokenizer processes; 0: one per CPU")
     max_epochs: PositiveFloat = Field(4.0, description="a source repeated more often is an error")
+    weight_changes: tuple[WeightChange, ...] = Field((), description="in order of their steps")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if sum(source.weight for source in self.sources.values()) <= 0:
-            raise ValueError("all weights are 0: give at least one source a positive weight")
+        for amounts in (self.sources.values(), *(change.sources.values() for change in self.weight_changes)):
+            if all(amount.weight == 0 for amount in amounts):
+                raise ValueError("all weights are 0: give at least one source a positive weight")
+        self._check_changes()
         if unknown := [name for name in self.eval_sources if name not in self.sources]:
             raise ValueError(f"eval_sources names {unknown}, which are not among sources {sorted(self.sources)}")
         return self
+
+    def _check_changes(self) -> None:
+        steps = [change.from_step for change in self.weight_changes]
+        if steps != sorted(set(steps)) or 1 in steps:
+            raise ValueError(f"weight_changes are from steps {steps}: they must rise, from 2 on")
+        for change in self.weight_changes:
+            if different := sorted(set(change.sources) ^ set(self.sources)):
+                raise ValueError(
+                    f"weight_changes from step {change.from_step} must name every source and no other, with weight 0 "
+                    f"for those to leave out: look at {', '.join(different)}"
+                )
 
     @property
     def validation_sources(self) -> tuple[str, ...]:
@@ -190,6 +230,7 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
     gradient_clip: PositiveFloat = 1.0
     activation_checkpointing: Literal["none", "full"] = "full"
+    mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
     log_interval: PositiveInt = 1
 
     @property
@@ -254,6 +295,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
+        _check_weight_changes(self.data, self.train)
         return self
 
 
@@ -263,6 +305,12 @@ def _check_batch(train: TrainConfig) -> None:
             f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "
             f"train.sequence_length {train.sequence_length}"
         )
+
+
+def _check_weight_changes(data: DataConfig, train: TrainConfig) -> None:
+    last = data.weight_changes[-1].from_step if data.weight_changes else 1
+    if last > train.steps:
+        raise ValueError(f"data.weight_changes has one from step {last}, after train.steps {train.steps}")
 
 
 def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

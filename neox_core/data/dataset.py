@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from neox_core.config import RunConfig
+from neox_core.data.documents import document_starts, restarting_positions
 from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
+from neox_core.data.weights import initial_weights, training_mixture
 from neox_core.errors import DataError
 
 PADDING_ID = -1
@@ -18,7 +20,11 @@ PADDING_ID = -1
 
 
 class SequenceDataset:
-    """One source, cut into windows of S + 1 ids that share one id with the next; random order, any number of epochs."""
+    """One source, repeated without end and cut into windows of S + 1 ids that share one id with the next.
+
+    A pass over the source, an epoch, is every window that starts in it, in an order of its own. As the windows go on
+    across the end, each id is a target exactly once per pass, and none is lost.
+    """
 
     def __init__(self, tokens: IndexedDataset | Path, sequence_length: int, key: str) -> None:
         """Cut `tokens` (or the dataset at that prefix); `key` fixes the order, another one in each epoch.
@@ -26,36 +32,43 @@ class SequenceDataset:
         Raises:
             DataError: the files cannot be read, or hold fewer tokens than one sequence.
         """
-        dataset = tokens if isinstance(tokens, IndexedDataset) else IndexedDataset(tokens)
-        self._tokens = dataset.tokens
+        self._dataset = tokens if isinstance(tokens, IndexedDataset) else IndexedDataset(tokens)
+        self._tokens = self._dataset.tokens
         self.sequence_length, self._key = sequence_length, key
-        self.num_sequences = windows_in(len(self._tokens), sequence_length)
-        """Sequences of one epoch. The ids past the last whole window, fewer than S, are not used."""
-        if self.num_sequences == 0:
+        if len(self._tokens) <= sequence_length:
             raise DataError(
-                f"{bin_path(dataset.prefix)} holds {len(self._tokens)} tokens, fewer than one sequence of "
+                f"{bin_path(self._dataset.prefix)} holds {len(self._tokens)} tokens, fewer than one sequence of "
                 f"{sequence_length} + 1: add text, or lower train.sequence_length or the source's weight to 0"
             )
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids of one pass."""
+        return len(self._tokens)
+
     def __getitem__(self, index: int) -> Tokens:
-        """Ids of one sequence, int64 [S + 1]; index // num_sequences is its epoch."""
-        return self.sequences(np.array([index]))[0]
+        """Ids of one sequence, int64 [S + 1]; sequences are numbered on through the epochs."""
+        start, length = self._start(index), self.sequence_length + 1
+        ids = self._tokens[start : start + length]
+        if len(ids) < length:
+            ids = np.concatenate([ids, self._tokens[: length - len(ids)]])
+        return ids.astype(np.int64)
 
-    def sequences(self, indices: Indices) -> Tokens:
-        """Ids of several sequences, int64 [n, S + 1]; indices [n] count on through the epochs."""
-        windows = self._windows(np.asarray(indices, dtype=np.int64))
-        output = np.empty((len(windows), self.sequence_length + 1), dtype=np.int64)
-        for row, start in enumerate((windows * self.sequence_length).tolist()):
-            output[row] = self._tokens[start : start + self.sequence_length + 1]
-        return output
+    def positions(self, index: int) -> Tokens:
+        """Position of each input id of a sequence within its document, int64 [S]; see `restarting_positions`."""
+        start, length = self._start(index), self.sequence_length
+        starts = document_starts(self._dataset, start, start + length) - start
+        if (rest := start + length - len(self._tokens)) > 0:
+            starts = np.concatenate([starts, length - rest + document_starts(self._dataset, 0, rest)])
+        return restarting_positions(starts, length)
 
-    def _windows(self, indices: Indices) -> Indices:
-        epochs, within = np.divmod(indices, self.num_sequences)
-        windows = np.empty_like(within)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            windows[here] = permute(within[here], self.num_sequences, f"{self._key}/{epoch}")
-        return windows
+    def _start(self, index: int) -> int:
+        """Where in the files the sequence starts."""
+        length, tokens = self.sequence_length, len(self._tokens)
+        epoch = index * length // tokens
+        first, end = (-(-number * tokens // length) for number in (epoch, epoch + 1))
+        window = first + permute(index - first, end - first, f"{self._key}/{epoch}")
+        return window * length - epoch * tokens
 
 
 class MixtureDataset:
@@ -67,21 +80,45 @@ class MixtureDataset:
         Raises:
             DataError: one is missing.
         """
-        drawn = [name for name, count in mixture.consumed(mixture.period).items() if count]
-        if missing := [name for name in drawn if name not in sources]:
+        if missing := [name for name in mixture.drawn if name not in sources]:
             raise DataError(f"the mixture draws from {', '.join(missing)}, of which there is no data: run prepare-data")
         self.mixture = mixture
-        self._sources = {mixture.names.index(name): sources[name] for name in drawn}
-        self._width = 1 + sources[drawn[0]].sequence_length
+        self._sources = {mixture.names.index(name): sources[name] for name in mixture.drawn}
+        self._length = sources[mixture.drawn[0]].sequence_length
 
     def sequences(self, indices: Indices) -> Tokens:
         """Ids of the sequences with these global indices [n]: int64 [n, S + 1]."""
-        source_ids, within = self.mixture.locate(indices)
-        output = np.empty((len(source_ids), self._width), dtype=np.int64)
-        for source_id, dataset in self._sources.items():
-            here = source_ids == source_id
-            output[here] = dataset.sequences(within[here])
+        output = np.empty((len(indices), self._length + 1), dtype=np.int64)
+        for row, (source, index) in enumerate(self._located(indices)):
+            output[row] = source[index]
         return output
+
+    def positions(self, indices: Indices) -> Tokens:
+        """Positions within documents of the sequences' inputs: int64 [n, S]."""
+        output = np.empty((len(indices), self._length), dtype=np.int64)
+        for row, (source, index) in enumerate(self._located(indices)):
+            output[row] = source.positions(index)
+        return output
+
+    def consumed(self, sequences: int) -> dict[str, dict[str, float]]:
+        """What the first `sequences` sequences took of each source: sequences, tokens (x S) and passes over it."""
+        counts = self.mixture.consumed(sequences)
+        drawn = {self.mixture.names[source_id]: source for source_id, source in self._sources.items()}
+        return {
+            name: consumption(count, self._length, drawn[name].num_tokens if name in drawn else 0)
+            for name, count in counts.items()
+        }
+
+    def _located(self, indices: Indices) -> Iterator[tuple[SequenceDataset, int]]:
+        source_ids, within = self.mixture.locate(indices)
+        for source_id, index in zip(source_ids.tolist(), within.tolist(), strict=True):
+            yield self._sources[source_id], index
+
+
+def consumption(sequences: int, sequence_length: int, available: int) -> dict[str, float]:
+    """An entry of a ledger: sequences, tokens, and epochs of a source that has `available` tokens."""
+    tokens = sequences * sequence_length
+    return {"sequences": sequences, "tokens": tokens, "epochs": tokens / available if sequences else 0.0}
 
 
 def open_training_data(folder: Path, config: RunConfig) -> MixtureDataset:
@@ -89,21 +126,25 @@ def open_training_data(folder: Path, config: RunConfig) -> MixtureDataset:
 
     Raises:
         DataError: files are missing or damaged, or a source is shorter than a sequence.
+        ConfigError: the amounts that the configuration asks for do not add up.
     """
-    weights = {name: source.weight for name, source in config.data.sources.items()}
-    return _open(folder, config, weights, "train")
+    mixture = training_mixture(config, _train_tokens(folder))
+    return MixtureDataset(mixture, _open(folder, config, mixture.drawn, "train"))
 
 
 def open_validation_data(folder: Path, config: RunConfig) -> MixtureDataset:
-    """The validation sources, blended by their training weights, or equally if those are all 0.
+    """The validation sources, blended by their training weights at the start, or equally if those are all 0.
 
     Raises:
         DataError: files are missing or damaged, or a source is shorter than a sequence.
+        ConfigError: the amounts that the configuration asks for do not add up.
     """
-    weights = {name: config.data.sources[name].weight for name in config.data.validation_sources}
+    training = initial_weights(config, _train_tokens(folder))
+    weights = {name: training[name] for name in config.data.validation_sources}
     if not any(weights.values()):
         weights = dict.fromkeys(weights, 1.0)
-    return _open(folder, config, weights, "validation")
+    mixture = Mixture(weights)
+    return MixtureDataset(mixture, _open(folder, config, mixture.drawn, "validation"))
 
 
 def validation_windows(folder: Path, source: str, sequence_length: int, limit: int | None = None) -> Tokens:
@@ -115,11 +156,7 @@ def validation_windows(folder: Path, source: str, sequence_length: int, limit: i
         DataError: files are missing or damaged, or hold fewer than two tokens.
     """
     dataset = IndexedDataset(token_prefix(folder, source, "validation"))
-    targets = len(dataset.tokens) - 1
-    if targets < 1:
-        raise DataError(f"{bin_path(dataset.prefix)} holds {targets + 1} tokens: nothing to predict; add text")
-    count = -(-targets // sequence_length)
-    count = count if limit is None else min(count, limit)
+    count = _validation_count(dataset, sequence_length, limit)
     output = np.full((count, sequence_length + 1), PADDING_ID, dtype=np.int64)
     for row in range(count):
         window = dataset.tokens[row * sequence_length : (row + 1) * sequence_length + 1]
@@ -127,9 +164,20 @@ def validation_windows(folder: Path, source: str, sequence_length: int, limit: i
     return output
 
 
-def windows_in(tokens: int, sequence_length: int) -> int:
-    """How many windows of S + 1 ids, each sharing one with the next, a number of tokens holds."""
-    return max(0, tokens - 1) // sequence_length
+def validation_positions(folder: Path, source: str, sequence_length: int, limit: int | None = None) -> Tokens:
+    """Positions within documents of the inputs of `validation_windows`, int64 [n, S].
+
+    Raises:
+        DataError: files are missing or damaged, or hold fewer than two tokens.
+    """
+    dataset = IndexedDataset(token_prefix(folder, source, "validation"))
+    count = _validation_count(dataset, sequence_length, limit)
+    output = np.empty((count, sequence_length), dtype=np.int64)
+    for row in range(count):
+        start = row * sequence_length
+        starts = document_starts(dataset, start, min(start + sequence_length, len(dataset.tokens)))
+        output[row] = restarting_positions(starts - start, sequence_length)
+    return output
 
 
 def token_prefix(folder: Path, source: str, split: str) -> Path:
@@ -137,10 +185,21 @@ def token_prefix(folder: Path, source: str, split: str) -> Path:
     return folder / source / split
 
 
-def _open(folder: Path, config: RunConfig, weights: Mapping[str, float], split: str) -> MixtureDataset:
+def _validation_count(dataset: IndexedDataset, sequence_length: int, limit: int | None) -> int:
+    targets = len(dataset.tokens) - 1
+    if targets < 1:
+        raise DataError(f"{bin_path(dataset.prefix)} holds {targets + 1} tokens: nothing to predict; add text")
+    count = -(-targets // sequence_length)
+    return count if limit is None else min(count, limit)
+
+
+def _train_tokens(folder: Path) -> Callable[[str], int]:
+    return lambda source: len(IndexedDataset(token_prefix(folder, source, "train")).tokens)
+
+
+def _open(folder: Path, config: RunConfig, sources: Iterable[str], split: str) -> dict[str, SequenceDataset]:
     def source(name: str) -> SequenceDataset:
         prefix = token_prefix(folder, name, split)
         return SequenceDataset(prefix, config.train.sequence_length, key=f"{config.seed}/{name}/{split}")
 
-    drawn: Iterable[str] = (name for name, weight in weights.items() if weight > 0)
-    return MixtureDataset(Mixture(weights), {name: source(name) for name in drawn})
+    return {name: source(name) for name in sources}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from neox_core.config import RunConfig
-from neox_core.data.dataset import windows_in
+from neox_core.data.dataset import consumption
 from neox_core.data.mixture import Mixture
+from neox_core.data.weights import training_mixture
 from neox_core.errors import DataError
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
@@ -15,53 +17,102 @@ Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 
 def run_ledger(counts: Counts, config: RunConfig) -> dict[str, Any]:
-    """The data ledger: {"sources": counts, "run": {source: {"share", "sequences", "tokens", "epochs"}}}.
-
-    `share` is the source's part of the weights; the others are what train.steps global batches take from its training
-    split: sequences, tokens (sequences x S), and passes over its sequences.
+    """The data ledger of `plan_ledger`, checked.
 
     Raises:
         DataError: a split that the run reads is shorter than a sequence, or a source would be repeated more than
             data.max_epochs times.
+        ConfigError: the amounts that the configuration asks for do not add up.
+    """
+    ledger = plan_ledger(counts, config)
+    check_epochs(ledger, config)
+    return ledger
+
+
+def plan_ledger(counts: Counts, config: RunConfig) -> dict[str, Any]:
+    """What there is, and what the run takes of each source's training split.
+
+    Returns:
+        {"sources": counts, "run": {source: {"share", "sequences", "tokens", "epochs"}}, "changes": [...]}: the
+        source's part of the run's sequences, the sequences, tokens (sequences x S), and passes over its tokens. Each
+        change of weights is {"from_step", "shares": {source: part of the sequences from there}}.
+
+    Raises:
+        DataError, ConfigError: as `run_ledger`, but for the epochs.
     """
     _check_lengths(counts, config)
-    weights = {name: source.weight for name, source in config.data.sources.items()}
-    total_weight = sum(weights.values())
     length = config.train.sequence_length
-    consumed = Mixture(weights).consumed(config.train.steps * (config.train.global_batch_tokens // length))
-    run = {}
-    for name in weights:
-        available = windows_in(counts[name]["train"]["tokens"], length)
-        run[name] = {
-            "share": weights[name] / total_weight,
-            "sequences": consumed[name],
-            "tokens": consumed[name] * length,
-            "epochs": consumed[name] / available if consumed[name] else 0.0,
-        }
-        _check_epochs(name, run[name]["epochs"], available, config)
+    mixture = training_mixture(config, lambda name: counts[name]["train"]["tokens"])
+    per_step = config.train.global_batch_tokens // length
+    total = config.train.steps * per_step
+    run = {
+        name: {"share": sequences / total, **consumption(sequences, length, counts[name]["train"]["tokens"])}
+        for name, sequences in mixture.consumed(total).items()
+    }
+    bounds = [*((change.from_step - 1) * per_step for change in config.data.weight_changes), total]
+    changes = [
+        {"from_step": change.from_step, "shares": _shares(mixture, start, end)}
+        for change, (start, end) in zip(config.data.weight_changes, pairwise(bounds), strict=True)
+    ]
     sources = {name: {split: dict(count) for split, count in counts[name].items()} for name in counts}
-    return {"sources": sources, "run": run}
+    return {"sources": sources, "run": run, "changes": changes}
+
+
+def _shares(mixture: Mixture, start: int, end: int) -> dict[str, float]:
+    before, after = mixture.consumed(start), mixture.consumed(end)
+    return {name: (after[name] - before[name]) / (end - start) for name in after}
+
+
+def check_epochs(ledger: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse a run that repeats a source too often.
+
+    Raises:
+        DataError: more than data.max_epochs times; the message says what to change, and to what.
+    """
+    limit = config.data.max_epochs
+    for name, use in ledger["run"].items():
+        if use["epochs"] <= limit:
+            continue
+        tokens = ledger["sources"][name]["train"]["tokens"]
+        steps = int(config.train.steps * limit / use["epochs"])
+        raise DataError(
+            f"source {name!r} would be repeated {use['epochs']:.2f} times ({tokens:,} tokens), more than "
+            f"data.max_epochs {limit:g}: {_advice(name, use, config)}, lower train.steps ({config.train.steps}) to "
+            f"{steps}, or raise data.max_epochs"
+        )
+
+
+def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
+    """The change of one source's own setting that brings it to the limit, the other settings being equal."""
+    source, factor = config.data.sources[name], config.data.max_epochs / use["epochs"]
+    key = f"data.sources.{name}"
+    if config.data.weight_changes:
+        return f"lower its part in data.sources or data.weight_changes by {1 - factor:.0%}"
+    if source.tokens is not None:
+        return f"lower {key}.tokens ({source.tokens:,}) to {int(source.tokens * factor):,}"
+    if source.epochs is not None:
+        return f"lower {key}.epochs ({source.epochs:g})"
+    assert source.weight is not None, "SourceAmount has one of weight, tokens and epochs"
+    others = sum(other.weight or 0.0 for other in config.data.sources.values()) - source.weight
+    if not others:
+        return f"give other sources a weight beside {key}"
+    # A weight's part of all weights is w / (w + others).
+    part = factor * source.weight / (source.weight + others)
+    return f"lower {key}.weight ({source.weight:g}) to {part / (1 - part) * others:.4g}"
 
 
 def _check_lengths(counts: Counts, config: RunConfig) -> None:
     """Every split that training or validation reads must hold a sequence."""
-    read = [(name, "train") for name, source in config.data.sources.items() if source.weight > 0]
+    drawn = {name for name, source in config.data.sources.items() if source.weight != 0}
+    for change in config.data.weight_changes:
+        drawn |= {name for name, amount in change.sources.items() if amount.weight != 0}
+    read = [(name, "train") for name in config.data.sources if name in drawn]
     read += [(name, "validation") for name in config.data.validation_sources if "validation" in counts.get(name, {})]
     length = config.train.sequence_length
     for name, split in read:
         tokens = counts[name][split]["tokens"]
-        if windows_in(tokens, length) == 0:
+        if tokens <= length:
             raise DataError(
                 f"source {name!r} has {tokens} {split} tokens, fewer than one sequence of {length} + 1: add text, "
                 "leave it out, or lower train.sequence_length"
             )
-
-
-def _check_epochs(name: str, epochs: float, available: int, config: RunConfig) -> None:
-    limit = config.data.max_epochs
-    if epochs > limit:
-        raise DataError(
-            f"source {name!r} would be repeated {epochs:.2f} times ({available} sequences), more than data.max_epochs "
-            f"{limit:g}: lower data.sources.{name}.weight ({config.data.sources[name].weight:g}), run fewer "
-            f"train.steps ({config.train.steps}), or raise data.max_epochs"
-        )

@@ -28,6 +28,7 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.end_of_document_id = self._end_of_document(config)
+        self._begin = self._begin_of_document(config)
         self._refuse_control_texts(config.model)
 
     def encode(self, text: str) -> Tokens:
@@ -35,8 +36,17 @@ class Tokenizer:
         return np.array(self._model.encode(text), dtype=self.dtype)
 
     def encode_document(self, text: str) -> Tokens:
-        """Ids of a whole document: those of its text, then the end-of-document id."""
-        return np.array([*self._model.encode(text), self.end_of_document_id], dtype=self.dtype)
+        """Ids of a whole document: the begin-of-document id if configured, its text, the end-of-document id."""
+        return np.array([*self._begin, *self._model.encode(text), self.end_of_document_id], dtype=self.dtype)
+
+    def _begin_of_document(self, config: TokenizerConfig) -> list[int]:
+        if not config.begin_of_document:
+            return []
+        if self._model.bos_id() < 0:
+            raise ConfigError(
+                f"tokenizer.begin_of_document is true, but {config.model} has no <s> piece: set it to false"
+            )
+        return [self._model.bos_id()]
 
     def _end_of_document(self, config: TokenizerConfig) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.

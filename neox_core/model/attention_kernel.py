@@ -10,14 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neox_core.model.document_attention import masked_attention
+
 logger = logging.getLogger(__name__)
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H]; query head n attends with KV head n // (N / K)."""
 
 
-def causal_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(H)) v over earlier positions, in the fastest kernel that is at hand."""
+def causal_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Softmax(q k^T / sqrt(H)) v over earlier positions, in the fastest kernel that is at hand.
+
+    Args:
+        positions_BT: position of each token within its document, over which attention does not reach.
+    """
+    if positions_BT is not None:
+        return masked_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
     half_precision = q_BTNH.dtype in (torch.bfloat16, torch.float16)
     kernel = attention_kernel(q_BTNH.device.type, half_precision)
     return kernel(q_BTNH, k_BTKH, v_BTKH)

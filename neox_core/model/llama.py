@@ -42,10 +42,11 @@ class Attention(nn.Module):
         self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
         self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        out_BTNH = causal_attention(self.rotary(q_BTNH), self.rotary(k_BTKH), v_BTKH)
+        q_BTNH, k_BTKH = self.rotary(q_BTNH, positions_BT), self.rotary(k_BTKH, positions_BT)
+        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
         return self.dense(out_BTNH.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +85,11 @@ class TokenEmbedding(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each with its norm before it and a residual around it."""
+    """Attention and MLP, each with its norm before it and a residual around it.
+
+    Where `positions` are given, each row of tokens is a pack of documents, in each of which they count from 0, and
+    attention stays within a document. Otherwise a row is one document.
+    """
 
     def __init__(self, dims: ModelDimensions) -> None:
         super().__init__()
@@ -93,9 +98,9 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
         self.mlp = MLP(dims)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD))
+        h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), positions_BT)
         return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
 
 

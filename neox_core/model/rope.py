@@ -34,10 +34,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x_BTNH: Tensor) -> Tensor:
-        """[B,T,N,H] -> [B,T,N,H], same dtype"""
-        tokens = x_BTNH.shape[1]
-        cos, sin = self.cos[:tokens, None], self.sin[:tokens, None]
+    def forward(self, x_BTNH: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """[B,T,N,H] -> [B,T,N,H], same dtype; positions are 0 ... T-1 where none are given"""
+        rows = slice(x_BTNH.shape[1]) if positions_BT is None else positions_BT
+        cos, sin = self.cos[rows].unsqueeze(-2), self.sin[rows].unsqueeze(-2)
         first, second = x_BTNH.float().chunk(2, dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated.to(x_BTNH.dtype)

@@ -1,9 +1,13 @@
-"""One rank's layers, in a stated order: shard -> load weights -> tensor parallel -> activation checkpointing."""
+"""One rank's layers, in a stated order.
+
+Shard -> load weights -> tensor parallel -> activation checkpointing -> positions beside the hidden states.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +34,7 @@ def build_layer(
     weights: LayerWeights,
     dtype: torch.dtype,
     recompute: bool,
+    positions: bool = False,
 ) -> nn.Module:
     """Build one layer of this rank on its device, with its weights.
 
@@ -37,6 +42,7 @@ def build_layer(
         index: NeoX layer index, which names the layer in checkpoints.
         dims: the whole model's dimensions.
         recompute: recompute a transformer block's activations in the backward pass instead of keeping them.
+        positions: the layer's argument and its result are (ids or hidden states, positions within documents).
     """
     with torch.device("meta"):
         layer = layer_type(dims.shard(mesh.tensor_size))
@@ -45,4 +51,28 @@ def build_layer(
     apply_tensor_parallel(layer, mesh)
     if recompute and layer_type is TransformerBlock:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if positions:
+        _carry_positions(layer)
     return layer
+
+
+def _carry_positions(layer: nn.Module) -> None:
+    """Hand positions through to every block, as a pipeline passes one value from layer to layer; the norm ends it."""
+    forward = layer.forward
+
+    def embed(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return forward(pair[0]), pair[1]
+
+    def block(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return forward(*pair), pair[1]
+
+    def norm(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return forward(pair[0])
+
+    adapted: dict[type[nn.Module], Callable[..., Any]] = {
+        TokenEmbedding: embed,
+        TransformerBlock: block,
+        FinalNorm: norm,
+        OutputHead: forward,
+    }
+    layer.forward = adapted[type(layer)]

@@ -72,7 +72,7 @@ def apply_tensor_parallel(layer: nn.Module, mesh: Mesh) -> None:
 
 
 def _copy_input(region: nn.Module, group: dist.ProcessGroup) -> None:
-    region.register_forward_pre_hook(lambda _, args: (copy_to_ranks(args[0], group),))
+    region.register_forward_pre_hook(lambda _, args: (copy_to_ranks(args[0], group), *args[1:]))
 
 
 def _split_region(region: nn.Module, group: dist.ProcessGroup) -> None:

@@ -51,10 +51,12 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     if "RANK" not in os.environ:  # neither torchrun nor a scheduler started us
         os.environ.update(_SINGLE_RANK)
 
+    from neox_core.train.lineage import ancestors
     from neox_core.train.run import TrainJob, train
 
     identity = training_fingerprint(config, data.fingerprint, weights.fingerprint)
-    return train(config, TrainJob(data.folder, weights.folder, arguments.output, identity))
+    lineage = ancestors(config, data.fingerprint, weights.fingerprint)
+    return train(config, TrainJob(data.folder, weights.folder, arguments.output, identity, lineage))
 
 
 def _check_endpoint(config: RunConfig) -> None:

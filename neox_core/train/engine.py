@@ -30,7 +30,7 @@ class _LayerSpec(LayerSpec):  # type: ignore[misc]
         return self._build()
 
 
-def _pass_through(x: Tensor) -> Tensor:
+def _pass_through(x: Any) -> Any:
     """Stands where NeoX transposes, so that layer numbers agree. Must not be a Module: it has no file."""
     return x
 
@@ -114,10 +114,13 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     recompute = config.train.activation_checkpointing == "full"
     dtype = parameter_dtype(config)
 
-    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
+    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Any], Any]:
         if layer_type is None:
             return _pass_through
-        return _LayerSpec(layer_type, lambda: build_layer(layer_type, index, dims, mesh, weights, dtype, recompute))
+        masked = config.train.mask_documents
+        return _LayerSpec(
+            layer_type, lambda: build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, masked)
+        )
 
     def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
         return token_losses(logits, targets, mesh.tensor_group, mesh.tensor_rank).mean()

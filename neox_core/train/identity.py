@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from neox_core.artifact import fingerprint
-from neox_core.config import RunConfig
+from neox_core.config import RunConfig, SourceAmount
 
 # How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
 _NOT_LOGICAL = {"micro_batch_size", "activation_checkpointing", "log_interval", "checkpoint_interval", "validation"}
@@ -16,8 +17,16 @@ def training_logic(config: RunConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "train": config.train.model_dump(mode="json", exclude=_NOT_LOGICAL),
-        "weights": {name: source.weight for name, source in config.data.sources.items()},
+        "sources": _amounts(config.data.sources),
+        "weight_changes": [
+            {"from_step": change.from_step, "sources": _amounts(change.sources)}
+            for change in config.data.weight_changes
+        ],
     }
+
+
+def _amounts(sources: Mapping[str, SourceAmount]) -> dict[str, Any]:
+    return {name: {key: getattr(source, key) for key in SourceAmount.model_fields} for name, source in sources.items()}
 
 
 def training_inputs(data: str, weights: str) -> dict[str, str]:

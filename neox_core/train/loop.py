@@ -14,13 +14,14 @@ from torch import Tensor
 
 from neox_core.config import BatchGeometry, TrainConfig
 from neox_core.data.dataset import MixtureDataset
-from neox_core.data.sampler import micro_batches
+from neox_core.data.prefetch import Prefetcher
+from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.errors import TrainingError
 from neox_core.train.metrics import MetricsLog
 from neox_core.train.schedule import learning_rate
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-"""Micro batches as the pipeline takes them: inputs [B,T] and targets [B,T]."""
+Batches = Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]
+"""Micro batches as the pipeline takes them: inputs [B,T] (with positions within documents [B,T]), targets [B,T]."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,15 @@ class Loop:
         Raises:
             TrainingError: the loss or the gradient norm is not finite; the state is not saved.
         """
-        batches = pipeline_batches(
-            micro_batches(self.training_data, self.geometry, self.data_rank, start * self.geometry.sequences)
-        )
         if start == 0:
             self._validate(0)
-        for step in range(start + 1, self.train.steps + 1):
-            self._step(step, batches)
-            if step % self.train.validation.interval == 0 or step == self.train.steps:
-                self._validate(step)
-            if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
-                self.save(step)
+        with Prefetcher(self._batches(self.training_data, start * self.geometry.sequences)) as batches:
+            for step in range(start + 1, self.train.steps + 1):
+                self._step(step, batches)
+                if step % self.train.validation.interval == 0 or step == self.train.steps:
+                    self._validate(step)
+                if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
+                    self.save(step)
 
     def _step(self, step: int, batches: Batches) -> None:
         started = time.perf_counter()
@@ -84,13 +83,20 @@ class Loop:
 
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
-        batches = pipeline_batches(micro_batches(self.validation_data, self.geometry, self.data_rank))
+        batches = self._batches(self.validation_data)
         losses = [float(self.engine.eval_batch(batches)) for _ in range(self.train.validation.iterations)]
         self.metrics.log(step, validation__loss=sum(losses) / len(losses))
 
+    def _batches(self, data: MixtureDataset, consumed: int = 0) -> Batches:
+        positions = None
+        if self.train.mask_documents:
+            positions = micro_batch_positions(data, self.geometry, self.data_rank, consumed)
+        return pipeline_batches(micro_batches(data, self.geometry, self.data_rank, consumed), positions)
 
-def pipeline_batches(sequences: Iterator[np.ndarray]) -> Batches:
-    """Cut [B, T+1] sequences into inputs and the targets one position ahead."""
+
+def pipeline_batches(sequences: Iterator[np.ndarray], positions: Iterator[np.ndarray] | None = None) -> Batches:
+    """Cut [B, T+1] sequences into inputs and the targets one position ahead, with [B, T] positions where given."""
     for batch in sequences:
         ids = torch.from_numpy(batch)
-        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        yield (inputs if positions is None else (inputs, torch.from_numpy(next(positions)))), targets

@@ -15,19 +15,19 @@ from neox_core.checkpoint.manifest import (
     Manifest,
     checkpoint_key,
     download_checkpoint,
-    list_checkpoints,
     training_prefix,
 )
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.writer import CheckpointWriter, make_save
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry
-from neox_core.data.dataset import open_training_data, open_validation_data
+from neox_core.data.dataset import MixtureDataset, open_training_data, open_validation_data
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.plan import flops_per_token
 from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
 from neox_core.train.hardware import peak_flops
+from neox_core.train.lineage import Ancestor, check_consumed, inherit_metrics, newest_checkpoint
 from neox_core.train.loop import Loop
 from neox_core.train.metrics import MetricsLog
 
@@ -45,7 +45,9 @@ class TrainJob:
     output: Path
     """Folder for metrics and local checkpoint files."""
     fingerprint: str
-    """Identity of the training; checkpoints of another one are never resumed."""
+    """Identity of the training; checkpoints of another one are never resumed, but for its ancestors."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """The trainings that it was before changes of weights."""
 
     @property
     def prefix(self) -> str:
@@ -71,14 +73,14 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
     engine = build_engine(config, mesh, geometry, NeoxCheckpoint(job.weights).layer)
     writer = CheckpointWriter(store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id())
     engine.checkpoint_engine = writer
-    start = _resume(engine, store, job, mesh)
+    start = _resume(engine, store, job, mesh, data)
     save_state = make_save(engine, writer, job.output / "checkpoints")
 
     with MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics:
 
         def save(step: int) -> None:
             metrics.backup()
-            save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.mixture.consumed))
+            save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.consumed))
 
         Loop(
             engine=engine,
@@ -114,25 +116,29 @@ def _shared_attempt_id() -> str:
     return ids[0]
 
 
-def _resume(engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh) -> int:
+def _resume(engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh, data: MixtureDataset) -> int:
     """Load the newest complete checkpoint, if there is one, and return its step."""
-    manifest = _newest_checkpoint(store, job)
-    if manifest is None:
+    found = _newest_checkpoint(store, job)
+    if found is None:
         return 0
+    prefix, manifest = found
+    check_consumed(data, manifest)
     if manifest.layout != mesh.layout:
         raise CheckpointError(
-            f"checkpoint {store.url(job.prefix)}/{checkpoint_key(manifest.step)} was written with layout "
+            f"checkpoint {store.url(prefix)}/{checkpoint_key(manifest.step)} was written with layout "
             f"{manifest.layout}, this job has {mesh.layout}: use the same parallel sections and number of nodes"
         )
     own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{_model_rank(mesh):02d}_optim_states.pt"
     folder = job.output / "checkpoints"
     # Weights and metadata once per node, and this rank's own share of the optimizer state.
     if mesh.local_rank == 0:
-        download_checkpoint(store, job.prefix, manifest, folder, lambda name: "optim_states" not in name)
-    download_checkpoint(store, job.prefix, manifest, folder, lambda name: name.endswith(own_state))
+        download_checkpoint(store, prefix, manifest, folder, lambda name: "optim_states" not in name)
+    download_checkpoint(store, prefix, manifest, folder, lambda name: name.endswith(own_state))
     dist.barrier()
     engine.load_checkpoint(str(folder), tag=checkpoint_key(manifest.step))
     verify_master_weights(engine)
+    if prefix != job.prefix and mesh.rank == 0:
+        inherit_metrics(store, prefix, manifest.step, job.output)
     logger.info("resumed from step %d, %d sequences consumed", manifest.step, manifest.sequences_consumed)
     return manifest.step
 
@@ -142,12 +148,11 @@ def _model_rank(mesh: Mesh) -> int:
     return mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
 
 
-def _newest_checkpoint(store: ObjectStore, job: TrainJob) -> Manifest | None:
+def _newest_checkpoint(store: ObjectStore, job: TrainJob) -> tuple[str, Manifest] | None:
     """Rank 0 decides for all, so that no two ranks resume from different steps."""
-    found: list[Manifest | None] = [None]
+    found: list[tuple[str, Manifest] | None] = [None]
     if dist.get_rank() == 0:
-        checkpoints = list_checkpoints(store, job.prefix)
-        found = [checkpoints[-1] if checkpoints else None]
+        found = [newest_checkpoint(store, job.fingerprint, job.ancestors)]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

@@ -77,7 +77,12 @@ def test_the_ledger_adds_up(chain: Chain, store: ObjectStore) -> None:
     assert sum(row["sequences"] for row in rows) == STEPS * GLOBAL_BATCH
     assert sum(row["tokens"] for row in rows) == STEPS * GLOBAL_BATCH * SEQUENCE
     last = list_checkpoints(store, chain.run.stage_folder("train").name)[-1]
-    assert last.consumed == {row["source"]: row["sequences"] for row in rows}
+    units = ("sequences", "tokens", "epochs")
+    consumed = {row["source"]: {unit: row[unit] for unit in units} for row in rows}
+    assert last.consumed == consumed
+    history = summary(chain.run, "train")["consumed"]
+    assert [entry["step"] for entry in history] == CHECKPOINTS
+    assert history[-1]["sources"] == consumed
 
 
 def test_training_learns_and_logs_every_step(chain: Chain) -> None:

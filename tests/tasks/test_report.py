@@ -174,6 +174,25 @@ def test_ledger_stages_and_links_are_shown(tmp_path: Path) -> None:
     assert "torch 2.13.0" in text
 
 
+def test_what_was_consumed_and_changes_of_weights_are_shown(tmp_path: Path) -> None:
+    def use(sequences: int) -> dict[str, float]:
+        return {"sequences": sequences, "tokens": 256 * sequences, "epochs": sequences / 8}
+
+    history = [
+        {"step": 1, "sources": {"arxiv": use(6), "code": use(2)}},
+        {"step": 2, "sources": {"arxiv": use(6), "code": use(10)}},
+    ]
+    changes = [{"from_step": 2, "shares": {"arxiv": 0.0, "code": 1.0}}]
+    data = replace(DATA, train={**DATA.train, "consumed": history}, ledger={**DATA.ledger, "changes": changes})
+    page = render(tmp_path, data)
+    arxiv, code = page.figure("consumed")
+    assert (arxiv["name"], arxiv["x"], arxiv["y"]) == ("arxiv", [0, 1, 2], [0, 1536, 1536])
+    assert (code["name"], code["x"], code["y"]) == ("code", [0, 1, 2], [0, 512, 2560])
+    assert arxiv["stackgroup"] == code["stackgroup"]
+    assert "up to step 2 sequences tokens epochs arxiv 6 1,536 0.75 code 10 2,560 1.25" in page.text
+    assert "from step arxiv code 2 0.0% 100.0%" in page.text
+
+
 def test_headline_numbers() -> None:
     cards = {what: (value, note) for what, value, note in headline(DATA)}
     assert cards["training loss"] == ("6.125", "from 7.250")

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-from neox_core.config import RunConfig, SourceConfig
+from neox_core.config import RunConfig, SourceConfig, WeightChange
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -38,6 +38,8 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "storage.endpoint_url": ("http://127.0.0.1:1", NOTHING),
     "storage.region": ("eu-west-1", NOTHING),
     "tokenizer.end_of_document": ("unk", PREPARE),
+    "tokenizer.begin_of_document": (True, PREPARE),
+    "data.weight_changes": ((WeightChange(from_step=9, sources=SOURCES),), TRAIN),
     "data.sources": (SOURCES | {"arxiv": SourceConfig(weight=3)}, TRAIN),
     "data.eval_sources": (("arxiv",), PREPARE),
     "data.workers": (3, NOTHING),
@@ -71,6 +73,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.precision": ("fp32", TRAIN),
     "train.gradient_clip": (2.0, TRAIN),
     "train.activation_checkpointing": ("none", NOTHING),
+    "train.mask_documents": (True, TRAIN),
     "train.log_interval": (7, NOTHING),
     "launch.executor": ("slurm", NOTHING),
     "launch.nodes": (2, NOTHING),

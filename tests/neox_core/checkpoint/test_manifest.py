@@ -31,7 +31,7 @@ def manifest_of(step: int, contents: dict[str, bytes] = CONTENTS) -> Manifest:
         layout={"tensor": 2, "pipeline": 1, "data": 1},
         fingerprint="f" * 64,
         config={"train": {"steps": 10}},
-        consumed={"arxiv": step * 10, "code": step * 6},
+        consumed={"arxiv": {"sequences": step * 10, "tokens": step * 2560, "epochs": 0.25}},
         software={"torch": "2.13.0"},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
         ),
         ("data: {eval_sources: [wiki]}", r"eval_sources names \['wiki'\]"),
         ("data: {sources: {arxiv: {weight: -1}}}", "data.sources.arxiv.weight is -1"),
+        ("data: {sources: {arxiv: {epochs: 1}}}", "data.sources.arxiv: give exactly one of .*, not weight and epochs"),
+        ("data: {sources: {wiki: {}}}", "data.sources.wiki: give exactly one of .*, not none"),
+        ("data: {sources: {wiki: {tokens: 0}}}", "data.sources.wiki.tokens is 0"),
+        (
+            "data: {weight_changes: [{from_step: 5, sources: {arxiv: {weight: 1}}}]}",
+            "from step 5 must name every .*code",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused(extra: str, expected: str, tmp_path: Path) -> None:
@@ -53,6 +61,24 @@ def test_all_weights_zero(tmp_path: Path) -> None:
     weights = ", ".join(f"{name}: {{weight: 0}}" for name in names)
     with pytest.raises(ConfigError, match="all weights are 0"):
         toy(tmp_path, f"data: {{sources: {{{weights}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ((1,), r"weight_changes are from steps \[1\]: they must rise, from 2 on"),
+        ((9, 5), r"from steps \[9, 5\]: they must rise"),
+        ((5, 5), r"from steps \[5, 5\]: they must rise"),
+        ((5, 101), "one from step 101, after train.steps 100"),
+    ],
+)
+def test_weight_changes_out_of_order_or_range(steps: tuple[int, ...], expected: str, tmp_path: Path) -> None:
+    sources = {name: {"weight": 1} for name in load_config(CONFIGS / "toy.yml").data.sources}
+    changes = [{"from_step": step, "sources": sources} for step in steps]
+    with pytest.raises(ConfigError, match=expected):
+        toy(tmp_path, f"data: {json.dumps({'weight_changes': changes})}")
+    changed = toy(tmp_path, f"data: {json.dumps({'weight_changes': [{'from_step': 100, 'sources': sources}]})}")
+    assert changed.data.weight_changes[0].sources["arxiv"].weight == 1
 
 
 def test_world_size_that_the_model_does_not_divide_names_node_counts(tmp_path: Path) -> None:
@@ -93,13 +119,15 @@ def test_config_is_frozen() -> None:
 FIELDS = {
     "RunConfig": 13,
     "StorageConfig": 3,
-    "TokenizerConfig": 2,
-    "DataConfig": 5,
-    "SourceConfig": 1,
+    "TokenizerConfig": 3,
+    "DataConfig": 6,
+    "SourceAmount": 3,
+    "SourceConfig": 3,
+    "WeightChange": 2,
     "BaseModelConfig": 3,
     "ModelConfig": 8,
     "ParallelConfig": 2,
-    "TrainConfig": 12,
+    "TrainConfig": 13,
     "OptimizerConfig": 4,
     "ScheduleConfig": 3,
     "ValidationConfig": 2,

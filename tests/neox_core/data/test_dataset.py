@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from neox_core.data.dataset import (
     SequenceDataset,
     open_training_data,
     open_validation_data,
+    validation_positions,
     validation_windows,
 )
 from neox_core.data.indexed import IndexedWriter
@@ -39,34 +41,61 @@ def toy(weights: dict[str, float], eval_sources: tuple[str, ...] = (), sequence_
     return config.model_copy(update={"data": data, "train": train})
 
 
-@pytest.mark.parametrize("count", [9, 16, 17, 1000])
-def test_an_epoch_is_every_window_once(tmp_path: Path, count: int) -> None:
+def read(dataset: SequenceDataset, indices: Iterable[int]) -> np.ndarray:
+    return np.stack([dataset[int(index)] for index in indices])
+
+
+@pytest.mark.parametrize("count", [9, 15, 16, 17, 1000])
+def test_every_id_is_a_target_once_per_pass(tmp_path: Path, count: int) -> None:
+    """Windows of 8 over 8 passes are `count` windows, and count x 8 targets, whatever the remainder of a pass."""
     length = 8
     dataset = SequenceDataset(write_tokens(tmp_path / "d", count), length, key="k")
-    assert dataset.num_sequences == (count - 1) // length
-    for epoch in range(3):
-        indices = np.arange(epoch * dataset.num_sequences, (epoch + 1) * dataset.num_sequences)
-        sequences = dataset.sequences(indices)
-        assert sequences.dtype == np.int64
-        starts = np.sort(sequences[:, 0])
-        assert starts.tolist() == [length * window for window in range(dataset.num_sequences)]
-        assert np.array_equal(sequences - sequences[:, :1], np.tile(np.arange(length + 1), (len(indices), 1)))
+    sequences = read(dataset, range(count))
+    assert sequences.dtype == np.int64
+    assert np.bincount(sequences[:, 1:].ravel(), minlength=count).tolist() == [length] * count
+    # each is consecutive, around the end too
+    assert np.array_equal(sequences, (sequences[:, :1] + np.arange(length + 1)) % count)
+    # the passes come one after the other: after n windows no id was seen more than once more often than another
+    for windows in range(1, count):
+        seen = np.bincount(sequences[:windows, 1:].ravel(), minlength=count)
+        assert seen.max() - seen.min() <= 2
+
+
+@pytest.mark.parametrize("count", [64, 65, 71, 72])
+def test_first_pass_repeats_nothing_but_at_the_seam(tmp_path: Path, count: int) -> None:
+    dataset = SequenceDataset(write_tokens(tmp_path / "d", count), 8, key="k")
+    windows = -(-count // 8)
+    starts = np.sort(read(dataset, range(windows))[:, 0])
+    assert starts.tolist() == list(range(0, count, 8))
+    # the second pass goes on where the last window of the first ends
+    following = -(-2 * count // 8)
+    starts = np.sort(read(dataset, range(windows, following))[:, 0])
+    assert starts.tolist() == list(range(windows * 8 - count, count, 8))
 
 
 def test_epochs_and_keys_have_orders_of_their_own(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "d", 1000)
     dataset, other = SequenceDataset(prefix, 8, key="k"), SequenceDataset(prefix, 8, key="l")
-    n = dataset.num_sequences
-    orders = [dataset.sequences(np.arange(e * n, (e + 1) * n))[:, 0] for e in range(3)]
-    orders.append(other.sequences(np.arange(n))[:, 0])
+    orders = [read(dataset, range(e * 125, (e + 1) * 125))[:, 0] for e in range(3)]
+    orders.append(read(other, range(125))[:, 0])
     orders.append(np.sort(orders[0]))
     assert len({tuple(order) for order in orders}) == 5
 
 
-def test_one_at_a_time_and_many_across_epochs_agree(tmp_path: Path) -> None:
-    dataset = SequenceDataset(write_tokens(tmp_path / "d", 100), 8, key="k")
-    indices = np.array([0, 40, 3, 11, 12, 13, 100, 0])
-    assert np.array_equal(dataset.sequences(indices), np.stack([dataset[int(i)] for i in indices]))
+def test_positions_restart_where_documents_begin(tmp_path: Path) -> None:
+    """Against a loop over the ids, whose documents begin at 0, 7, 138, 269, ... and at the seam."""
+    count, length = 300, 40
+    dataset = SequenceDataset(write_tokens(tmp_path / "d", count), length, key="k")
+    begins = {0, 7, 138, 269}
+    seams = 0
+    for index in range(60):
+        inputs = dataset[index][:-1].tolist()
+        expected: list[int] = []
+        for token in inputs:
+            expected.append(0 if token in begins or not expected else expected[-1] + 1)
+        assert dataset.positions(index).tolist() == expected
+        seams += 0 in inputs[1:]
+    assert seams > 2
 
 
 def test_source_shorter_than_a_sequence(tmp_path: Path) -> None:
@@ -89,8 +118,11 @@ def test_training_data_follows_the_mixture(tmp_path: Path) -> None:
     assert counts == [data.mixture.consumed(700)[name] for name in TOKENS_PER_SOURCE]
     assert np.abs(np.array(counts) - [200, 100, 400]).max() <= 1
     # the first epoch of each source repeats nothing
-    code = sequences[sequences[:, 0] // 10_000 == 1][:48, 0]
-    assert len(set(code.tolist())) == 48
+    code = sequences[sequences[:, 0] // 10_000 == 1][:49, 0]
+    assert len(set(code.tolist())) == 49
+    consumed = data.consumed(700)
+    assert consumed["code"] == {"sequences": counts[1], "tokens": counts[1] * 16, "epochs": counts[1] * 16 / 777}
+    assert data.positions(np.arange(5)).shape == (5, 16)
     assert data.sequences(np.array([], dtype=np.int64)).shape == (0, 17)
 
 
@@ -129,6 +161,13 @@ def test_validation_data_uses_the_sources_for_evaluation(tmp_path: Path) -> None
 def test_validation_predicts_every_token_but_the_first_once(tmp_path: Path, count: int) -> None:
     write_tokens(tmp_path / "a" / "validation", count)
     windows = validation_windows(tmp_path, "a", 8)
+    positions = validation_positions(tmp_path, "a", 8)
+    assert positions.shape == (len(windows), 8)
+    for row, ids in zip(positions.tolist(), windows[:, :-1].tolist(), strict=True):
+        begins = [
+            place for place, token in enumerate(ids) if place == 0 or token in (7, 138, 269, 400, 531, 662, 793, 924)
+        ]
+        assert row == [place - max(begin for begin in begins if begin <= place) for place in range(8)]
     assert windows.dtype == np.int64
     targets = windows[:, 1:][windows[:, 1:] >= 0]
     assert targets.tolist() == list(range(1, count))

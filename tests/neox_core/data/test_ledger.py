@@ -23,9 +23,10 @@ def counts(**tokens: int) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def test_shares_sequences_tokens_and_epochs() -> None:
-    given = counts(a=256 * 600 + 1, b=256 * 800 + 255, z=5)
+    given = counts(a=256 * 600, b=256 * 800, z=5)
     ledger = run_ledger(given, config())
     assert ledger["sources"] == given
+    assert ledger["changes"] == []
     assert ledger["run"] == {
         "a": {"share": 0.75, "sequences": 1200, "tokens": 1200 * 256, "epochs": 2.0},
         "b": {"share": 0.25, "sequences": 400, "tokens": 400 * 256, "epochs": 0.5},
@@ -34,12 +35,17 @@ def test_shares_sequences_tokens_and_epochs() -> None:
 
 
 def test_too_many_epochs_says_what_to_change() -> None:
-    given = counts(a=256 * 300 + 1, b=256 * 800, z=5)
+    given = counts(a=256 * 300, b=256 * 800, z=5)
     with pytest.raises(DataError) as caught:
         run_ledger(given, config(max_epochs=3.9))
     message = str(caught.value)
-    for part in ("'a'", "4.00 times", "max_epochs 3.9", "data.sources.a.weight (3)", "train.steps (100)"):
+    for part in ("'a'", "4.00 times", "76,800 tokens", "max_epochs 3.9"):
         assert part in message
+    assert "lower data.sources.a.weight (3) to 2.721, lower train.steps (100) to 97, or raise" in message
+    sources = {"a": {"weight": 2.721}, "b": {"weight": 1}, "z": {"weight": 0}}
+    assert run_ledger(given, config(max_epochs=3.9, sources=sources))["run"]["a"]["epochs"] == pytest.approx(
+        3.9, rel=1e-3
+    )
     assert run_ledger(given, config(max_epochs=4.0))["run"]["a"]["epochs"] == 4.0
 
 
@@ -54,3 +60,27 @@ def test_validation_shorter_than_a_sequence() -> None:
     with pytest.raises(DataError, match="'b' has 9 validation tokens"):
         run_ledger(given, config(eval_sources=["a", "b"]))
     assert run_ledger(given, config(eval_sources=["a"]))["run"]["b"]["sequences"] == 400
+
+
+@pytest.mark.parametrize(
+    ("sources", "advice"),
+    [
+        ({"a": {"tokens": 307_200}, "b": {"weight": 1}, "z": {"weight": 0}}, r"a\.tokens \(307,200\) to 76,800"),
+        ({"a": {"epochs": 4}, "b": {"weight": 1}, "z": {"weight": 0}}, r"lower data\.sources\.a\.epochs \(4\)"),
+        ({"a": {"weight": 4}, "b": {"weight": 0}, "z": {"weight": 0}}, r"give other sources a weight beside .*\.a,"),
+    ],
+)
+def test_advice_fits_how_the_source_is_given(sources: dict[str, Any], advice: str) -> None:
+    with pytest.raises(DataError, match=advice):
+        run_ledger(counts(a=256 * 300, b=256 * 8000, z=5), config(max_epochs=1.0, sources=sources))
+
+
+def test_change_of_weights_is_in_the_ledger() -> None:
+    change = {"from_step": 76, "sources": {"a": {"weight": 1}, "b": {"weight": 1}, "z": {"weight": 2}}}
+    ledger = run_ledger(counts(a=256 * 1000, b=256 * 500, z=256 * 500), config(weight_changes=[change]))
+    taken = {name: use["sequences"] for name, use in ledger["run"].items()}
+    assert taken == {"a": 900 + 100, "b": 300 + 100, "z": 200}
+    assert ledger["run"]["a"] == {"share": 0.625, "sequences": 1000, "tokens": 256_000, "epochs": 1.0}
+    assert ledger["changes"] == [{"from_step": 76, "shares": {"a": 0.25, "b": 0.25, "z": 0.5}}]
+    with pytest.raises(DataError, match=r"'z' would be repeated .* lower its part in .* by 75%"):
+        run_ledger(counts(a=256 * 1000, b=256 * 500, z=256 * 50), config(weight_changes=[change], max_epochs=1.0))

@@ -95,3 +95,47 @@ def test_zero_weight_is_never_drawn_but_named() -> None:
 def test_bad_weights(weights: dict[str, float], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         Mixture(weights)
+
+
+CHANGES = [
+    (65_536 + 777, {"a": 1, "b": 5, "c": 0}),
+    (65_536 + 778, {"a": 1, "b": 0, "c": 1}),
+    (100_000, {"a": 0, "b": 0, "c": 3}),
+    (200_000, {"a": 7, "b": 1, "c": 2}),
+]
+
+
+def test_changes_of_weights_lose_and_repeat_nothing() -> None:
+    """Every source's sequences come once each and in order, across all changes; before a change nothing is different."""
+    plain, mixture = Mixture({"a": 3, "b": 0, "c": 4}), Mixture({"a": 3, "b": 0, "c": 4}, CHANGES)
+    source_ids, within = mixture.locate(np.arange(300_000))
+    for source_id in range(3):
+        drawn = within[source_ids == source_id]
+        assert np.array_equal(drawn, np.arange(len(drawn)))
+    before = np.arange(CHANGES[0][0])
+    assert np.array_equal(mixture.locate(before), plain.locate(before))
+    assert mixture.drawn == ("a", "b", "c")
+    assert plain.drawn == ("a", "c")
+    # random access and counts agree with the walk through
+    some = np.array([250_000, 5, 66_313, 66_312, 66_314, 99_999, 100_000, 199_999, 200_000])
+    assert np.array_equal(mixture.locate(some), np.stack([source_ids[some], within[some]]))
+    for end in [*some.tolist(), 0, 300_000]:
+        counted = np.bincount(source_ids[:end], minlength=3).tolist()
+        assert list(mixture.consumed(end).values()) == counted
+
+
+def test_shares_after_a_change_are_exact_over_every_prefix() -> None:
+    mixture = Mixture({"a": 3, "b": 0, "c": 4}, CHANGES)
+    ends = [start for start, _ in CHANGES[1:]] + [300_000]
+    for (start, weights), end in zip(CHANGES, ends, strict=True):
+        source_ids, _ = mixture.locate(np.arange(start, end))
+        steps = np.arange(1, end - start + 1)
+        for name, weight in weights.items():
+            counts = np.cumsum(source_ids == mixture.names.index(name))
+            share = weight / sum(weights.values())
+            assert np.abs(counts - steps * share).max() < 1 + (end - start) / mixture.period
+
+
+def test_a_change_must_name_the_same_sources() -> None:
+    with pytest.raises(DataError, match=r"given for \['a', 'c'\], but the mixture's sources are \['a', 'b'\]"):
+        Mixture({"a": 1, "b": 1}, [(10, {"a": 1, "c": 1})])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,3 +210,13 @@ def test_pipeline_batches_are_shifted_by_one() -> None:
     assert targets.tolist() == [[1, 4, 1], [9, 2, 6]]
     assert inputs.is_contiguous()
     assert targets.is_contiguous()
+
+
+def test_a_restart_at_any_step_takes_the_same_batches_and_leaves_no_thread() -> None:
+    """Batches are read ahead: what was read and not trained on when a job ended must come again."""
+    for start in range(7):
+        for data_rank in (0, 1):
+            rest, _, _ = run(train_config(checkpoint_interval=1), start=start, data_rank=data_rank)
+            expected, _, _ = run(train_config(checkpoint_interval=1), data_rank=data_rank)
+            assert rest.trained == expected.trained[start:]
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]

@@ -1,0 +1,73 @@
+"""From what the configuration says of each source - a weight, tokens or epochs - to the mixture's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from neox_core.config import RunConfig, SourceAmount
+from neox_core.data.mixture import Mixture
+from neox_core.errors import ConfigError
+
+TokensOf = Callable[[str], int]
+"""Tokens of a source's training split; asked only for sources whose amount is given in epochs."""
+
+
+def training_mixture(config: RunConfig, tokens_of: TokensOf) -> Mixture:
+    """The run's mixture, with its changes of weights.
+
+    Raises:
+        ConfigError: amounts do not add up.
+        DataError: a share is too small to be drawn.
+    """
+    per_step = config.train.global_batch_tokens // config.train.sequence_length
+    changes = [
+        ((change.from_step - 1) * per_step, _weights(config, change.sources, change.from_step, tokens_of))
+        for change in config.data.weight_changes
+    ]
+    return Mixture(initial_weights(config, tokens_of), changes)
+
+
+def initial_weights(config: RunConfig, tokens_of: TokensOf) -> dict[str, float]:
+    """Each source's weight from step 1, in some common unit.
+
+    Raises:
+        ConfigError: amounts do not add up.
+    """
+    return _weights(config, config.data.sources, 1, tokens_of)
+
+
+def _weights(
+    config: RunConfig, sources: Mapping[str, SourceAmount], from_step: int, tokens_of: TokensOf
+) -> dict[str, float]:
+    """Amounts are of the steps from `from_step` to the last; sources with a weight share what they leave.
+
+    Later changes do not count here, so that adding one leaves the order before it as it was.
+    """
+    weights = {name: source.weight for name, source in sources.items() if source.weight is not None}
+    amounts = {name: _amount(source, name, tokens_of) for name, source in sources.items() if name not in weights}
+    if not amounts:
+        return weights
+    batch = config.train.global_batch_tokens
+    total, asked = (config.train.steps - from_step + 1) * batch, sum(amounts.values())
+    where = f"steps {from_step} to {config.train.steps} take {total:,} tokens"
+    total_weight = sum(weights.values())
+    if total_weight > 0:
+        if asked >= total:
+            raise ConfigError(
+                f"{where}, of which data.sources asks for {asked:,.0f} as tokens or epochs: nothing is left for "
+                f"{', '.join(name for name, weight in weights.items() if weight)}; lower an amount or raise train.steps"
+            )
+        return amounts | {name: (total - asked) * weight / total_weight for name, weight in weights.items()}
+    if abs(total - asked) >= batch:
+        raise ConfigError(
+            f"{where}, but the amounts in data.sources sum to {asked:,.0f}: set train.steps to "
+            f"{from_step - 1 + round(asked / batch)}, or give one source a weight, so that it takes what is left"
+        )
+    return amounts | weights
+
+
+def _amount(source: SourceAmount, name: str, tokens_of: TokensOf) -> float:
+    if source.tokens is not None:
+        return source.tokens
+    assert source.epochs is not None, "SourceAmount has one of weight, tokens and epochs"
+    return source.epochs * tokens_of(name)

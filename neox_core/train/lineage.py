@@ -1,0 +1,87 @@
+"""Trainings that begin as another one: a change of weights is a training of its own, which takes up the one before it.
+
+So nothing that was trained is overwritten, both can be compared, and taking the change back finds the old training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_core.artifact import write_atomically
+from neox_core.checkpoint.manifest import Manifest, checkpoint_key, list_checkpoints, training_prefix
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.config import RunConfig
+from neox_core.data.dataset import MixtureDataset
+from neox_core.errors import CheckpointError
+from neox_core.train.identity import training_fingerprint
+from neox_core.train.metrics import METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A training that is the same up to and with a step."""
+
+    fingerprint: str
+    last_step: int
+
+
+def ancestors(config: RunConfig, data: str, weights: str) -> tuple[Ancestor, ...]:
+    """The trainings without the last change of weights, without the last two, ..., on these artifacts' fingerprints."""
+    changes = config.data.weight_changes
+    found = []
+    for count in range(len(changes) - 1, -1, -1):
+        earlier = config.data.model_copy(update={"weight_changes": changes[:count]})
+        fingerprint = training_fingerprint(config.model_copy(update={"data": earlier}), data, weights)
+        found.append(Ancestor(fingerprint, changes[count].from_step - 1))
+    return tuple(found)
+
+
+def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
+    """The training's own newest complete checkpoint, else the newest that it shares with an ancestor.
+
+    Returns:
+        The key below which it lies, and its manifest.
+    """
+    prefix = training_prefix(fingerprint)
+    if own := list_checkpoints(store, prefix):
+        return prefix, own[-1]
+    shared = [
+        (training_prefix(ancestor.fingerprint), manifest)
+        for ancestor in lineage
+        for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
+        if manifest.step <= ancestor.last_step
+    ]
+    return max(shared, key=lambda found: found[1].step, default=None)
+
+
+def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
+    """Check that the mixture took from every source what the checkpoint says.
+
+    Raises:
+        CheckpointError: it did not, so that going on would lose or repeat sequences.
+    """
+    for name, expected in data.consumed(manifest.sequences_consumed).items():
+        found = manifest.consumed.get(name)
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint_key(manifest.step)} was trained on {found} of source {name!r}, but the mixture of this "
+                f"configuration takes {expected} up to there: state changes of weights in data.weight_changes only, "
+                "and only for steps to come"
+            )
+
+
+def inherit_metrics(store: ObjectStore, prefix: str, step: int, folder: Path) -> None:
+    """Begin the metrics with an ancestor's, up to the step that is resumed from."""
+    path = folder / METRICS_FILE
+    if path.exists():
+        return
+    lines = (store.get_text(f"{prefix}/{METRICS_FILE}") or "").splitlines(keepends=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+    logger.info("goes on from step %d of %s, with other weights of the sources", step, store.url(prefix))

@@ -1,0 +1,93 @@
+"""A change of weights goes on from the training before it, and from no step that was trained on another mixture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neox_core.checkpoint.manifest import Manifest, publish_manifest, training_prefix
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.config import RunConfig, load_config
+from neox_core.data.dataset import MixtureDataset, SequenceDataset
+from neox_core.data.indexed import IndexedWriter
+from neox_core.data.mixture import Mixture
+from neox_core.errors import CheckpointError
+from neox_core.train.identity import training_fingerprint
+from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_metrics, newest_checkpoint
+
+
+def config(*from_steps: int) -> RunConfig:
+    base = load_config("configs/toy.yml")
+    sources = {name: {"weight": 1} for name in base.data.sources}
+    changes = [{"from_step": step, "sources": sources} for step in from_steps]
+    content = base.data.model_dump(exclude_none=True) | {"weight_changes": changes}
+    return base.model_copy(update={"data": type(base.data).model_validate(content)})
+
+
+def identity(*from_steps: int) -> str:
+    return training_fingerprint(config(*from_steps), "d", "w")
+
+
+def test_ancestors_are_the_trainings_with_fewer_changes() -> None:
+    assert len({identity(), identity(20), identity(20, 50), identity(21)}) == 4
+    assert ancestors(config(), "d", "w") == ()
+    assert ancestors(config(20, 50), "d", "w") == (Ancestor(identity(20), 49), Ancestor(identity(), 19))
+
+
+def publish(store: ObjectStore, fingerprint: str, *steps: int) -> None:
+    for step in steps:
+        manifest = Manifest(step, 16 * step, (), {}, fingerprint, {})
+        publish_manifest(store, training_prefix(fingerprint), manifest)
+
+
+def found(store: ObjectStore, *from_steps: int) -> tuple[str, int] | None:
+    newest = newest_checkpoint(store, identity(*from_steps), ancestors(config(*from_steps), "d", "w"))
+    return newest and (newest[0], newest[1].step)
+
+
+def test_newest_checkpoint_before_the_change(store: ObjectStore) -> None:
+    assert found(store, 20, 50) is None
+    publish(store, identity(), 10, 19, 20, 30)
+    assert found(store) == (training_prefix(identity()), 30)
+    assert found(store, 20) == (training_prefix(identity()), 19)
+    assert found(store, 20, 50) == (training_prefix(identity()), 19)
+    assert found(store, 5) is None
+    publish(store, identity(20), 25, 50)
+    assert found(store, 20, 50) == (training_prefix(identity(20)), 25)
+    publish(store, identity(20, 50), 60)
+    assert found(store, 20, 50) == (training_prefix(identity(20, 50)), 60)
+    assert found(store) == (training_prefix(identity()), 30)
+
+
+def test_a_mixture_that_was_another_before_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    sources = {}
+    for name in ("a", "b"):
+        with IndexedWriter(tmp_path / name, np.dtype("<u2")) as writer:
+            writer.add_document(np.arange(100))
+        sources[name] = SequenceDataset(tmp_path / name, 10, name)
+
+    def dataset(*changes: Any) -> MixtureDataset:
+        return MixtureDataset(Mixture({"a": 1, "b": 1}, changes), sources)
+
+    stored = json.loads(Manifest(1, 40, (), {}, "f", {}, consumed=dataset().consumed(40)).to_json())
+    manifest = Manifest.from_json(json.dumps(stored))
+    check_consumed(dataset(), manifest)
+    check_consumed(dataset((40, {"a": 9, "b": 1})), manifest)
+    with pytest.raises(
+        CheckpointError, match=r"trained on .*'sequences': 20.* of source 'a', but .*weight_changes only"
+    ):
+        check_consumed(dataset((36, {"a": 1, "b": 0})), manifest)
+
+
+def test_metrics_begin_with_the_ancestors_up_to_the_step(store: ObjectStore, tmp_path: Path) -> None:
+    store.put_text("old/metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(5)))
+    inherit_metrics(store, "old", 3, tmp_path / "new")
+    path = tmp_path / "new" / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    path.write_text("own\n")
+    inherit_metrics(store, "old", 3, tmp_path / "new")
+    assert path.read_text() == "own\n"
