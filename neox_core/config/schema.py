@@ -47,25 +47,62 @@ class TokenizerConfig(Section):
 
     model: ConfigPath
     end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
+    engine: Literal["auto", "sentencepiece"] = Field(
+        "auto", description="auto: a faster one where its ids are the same"
+    )
+
+
+def _resolve_location(location: str, info: ValidationInfo) -> str:
+    return location if location.startswith("s3://") else str(_resolve(Path(location), info))
+
+
+Location = Annotated[str, AfterValidator(_resolve_location)]
+"""A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
 class SourceConfig(Section):
-    """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
+    """One source of the mixture; its text lies in <data.input>/<source>/<split>/ unless `files` says where."""
 
     weight: NonNegativeFloat = Field(description="share of training sequences, normalised by the sum over sources")
+    files: dict[Literal["train", "validation", "test"], Location] = Field(
+        {}, description="per split a folder, a glob or an s3:// prefix"
+    )
+
+
+class TokenizeJobConfig(Section):
+    """Tokenization as a SLURM job array: one task per file, or per group of files if there are over 1,000."""
+
+    parallelism: PositiveInt = Field(32, description="tasks that run at the same time")
+    time_limit_minutes: PositiveInt = 240
+    memory_gb: PositiveInt = 4
+    partition: str | None = None
+    account: str | None = None
+    slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
 
 
 class DataConfig(Section):
     """Raw text and its mixture."""
 
-    input: ConfigPath
+    input: Location = Field(description="folder or s3:// prefix that holds <source>/<split>/")
     sources: dict[str, SourceConfig] = Field(min_length=1)
     eval_sources: tuple[str, ...] = Field((), description="sources of validation and test; empty: all")
     workers: NonNegativeInt = Field(0, description="tokenizer processes; 0: one per CPU")
     max_epochs: PositiveFloat = Field(4.0, description="a source repeated more often is an error")
+    text_key: str = Field("text", min_length=1, description="key or column of a record that holds the text")
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.001, description="share of a source's records that may be bad; they are listed in rejected.jsonl"
+    )
+    skip_damaged_files: bool = Field(False, description="leave damaged files out as a whole instead of failing")
+    deduplicate: bool = Field(False, description="keep the first of equal texts, per source and split")
+    evaluation_sets: tuple[ConfigPath, ...] = Field((), description="JSON lines to look for in the training text")
+    overlap_words: PositiveInt = Field(30, description="words in a row that make an overlap with an evaluation item")
+    decontaminate: bool = Field(False, description="drop the training documents that overlap")
+    slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.decontaminate and not self.evaluation_sets:
+            raise ValueError("decontaminate needs evaluation_sets: list the files whose items to look for")
         if sum(source.weight for source in self.sources.values()) <= 0:
             raise ValueError("all weights are 0: give at least one source a positive weight")
         if unknown := [name for name in self.eval_sources if name not in self.sources]:

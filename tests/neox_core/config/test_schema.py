@@ -93,9 +93,10 @@ def test_config_is_frozen() -> None:
 FIELDS = {
     "RunConfig": 13,
     "StorageConfig": 3,
-    "TokenizerConfig": 2,
-    "DataConfig": 5,
-    "SourceConfig": 1,
+    "TokenizerConfig": 3,
+    "DataConfig": 13,
+    "SourceConfig": 2,
+    "TokenizeJobConfig": 6,
     "BaseModelConfig": 3,
     "ModelConfig": 8,
     "ParallelConfig": 2,
