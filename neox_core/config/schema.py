@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -52,11 +53,15 @@ class TokenizerConfig(Section):
     )
 
 
+def _as_text(location: object) -> object:
+    return str(location) if isinstance(location, Path) else location
+
+
 def _resolve_location(location: str, info: ValidationInfo) -> str:
     return location if location.startswith("s3://") else str(_resolve(Path(location), info))
 
 
-Location = Annotated[str, AfterValidator(_resolve_location)]
+Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_location)]
 """A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
