@@ -1,4 +1,4 @@
-"""Reading raw text: every record is a document or a named rejection, and a damaged file is never taken for a whole one."""
+"""Reading raw text: every record is a document or a named rejection; a damaged file never passes for a whole one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_parquet(tmp_path: Path) -> None:
     records = list(read_records(tmp_path / "a.parquet", "body"))
     assert [record.text for record in records[:-1]] == TEXTS  # type: ignore[union-attr]
     assert records[-1] == Rejection(len(TEXTS) + 1, 'its "body" is of type NoneType, not a string')
-    with pytest.raises(DataError, match="no column 'text', only id, body: correct data.text_key"):
+    with pytest.raises(DataError, match=r"no column 'text', only id, body: correct data\.text_key"):
         list(read_records(tmp_path / "a.parquet"))
     content = (tmp_path / "a.parquet").read_bytes()
     with pytest.raises(DamagedFileError, match=r"b\.parquet is damaged"):
