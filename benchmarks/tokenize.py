@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Tokenization speed: our encoder against SentencePiece's, and our stage against GPT-NeoX's way of doing it.
 
     python benchmarks/tokenize.py ../shared/data/mini-proof-pile ../shared/data/tokenizers/mistral-v1.model
