@@ -11,7 +11,7 @@ from typing import Any
 
 from neox_core.checkpoint.manifest import download_checkpoint
 from neox_core.config import RunConfig
-from neox_core.data.text import documents, source_files
+from neox_core.data.readers import Document, open_input, read_records, source_files
 from neox_core.progress import Progress
 from tasks.specs import export_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
@@ -56,8 +56,11 @@ def _last_weights(config: RunConfig, progress: Progress) -> Iterator[Path]:
 
 def _sample_texts(config: RunConfig) -> list[str]:
     """The first documents of each source's training text."""
-    return [
-        document.text
-        for source in config.data.sources
-        for document in islice(documents(source_files(config.data, source, "train")[0]), _SAMPLE_DOCUMENTS)
-    ]
+    texts: list[str] = []
+    for source in config.data.sources:
+        first = source_files(config.data, config.storage, source, "train")[0]
+        with open_input(first, config.storage, config.workdir / "scratch") as path:
+            records = read_records(path, config.data.text_key)
+            documents = (record.text for record in records if isinstance(record, Document))
+            texts += islice(documents, _SAMPLE_DOCUMENTS)
+    return texts

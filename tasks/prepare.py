@@ -15,7 +15,8 @@ from tasks.tokenize import prepare_data
 
 
 def prepare(config: RunConfig, progress: Progress) -> StageResult:
-    """Tokenize every source, or find it done. The artifact's summary holds documents, bytes and tokens per source.
+    """Tokenize every source, or find it done. The artifact's summary holds the counts per source, what was
+    left out and why, and which engine encoded.
 
     Raises:
         DataError: an input is missing or bad, or the run would repeat a source too often.
@@ -23,7 +24,7 @@ def prepare(config: RunConfig, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         # What the run takes from a source is no property of the datasets: it may change without a new tokenization.
-        return {"sources": prepare_data(config, folder, progress)["sources"]}
+        return {key: value for key, value in prepare_data(config, folder, progress).items() if key != "run"}
 
     result = run_stage(prepare_spec(config), build, progress)
     ledger(config, result)

@@ -8,14 +8,18 @@ from neox_core.train.identity import training_inputs, training_logic
 from tasks.stage import StageSpec, digest_cache
 from tasks.tokenize import input_digests
 
+_DATA_LOGICAL = ("text_key", "max_rejected", "skip_damaged_files", "deduplicate", "overlap_words", "decontaminate")
+
 
 def prepare_spec(config: RunConfig) -> StageSpec:
-    """Token datasets depend on the text, the tokenizer and the end-of-document id; not on weights or steps."""
+    """Token datasets depend on the text, the tokenizer, the end-of-document id and what is left out; not on weights,
+    steps, workers or the engine that encodes."""
     logical = {
         "end_of_document": config.tokenizer.end_of_document,
         "begin_of_document": config.tokenizer.begin_of_document,
         "sources": sorted(config.data.sources),
         "eval_sources": sorted(config.data.validation_sources),
+        **{name: getattr(config.data, name) for name in _DATA_LOGICAL},
     }
     return StageSpec("prepare-data", config, logical, input_digests(config, digest_cache(config)))
 

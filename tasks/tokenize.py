@@ -1,69 +1,49 @@
-"""Tokenize raw text into token files, one worker process per input file, restartable file by file."""
+"""prepare-data's work: raw text into token files, restartable file by file, in processes here or in SLURM jobs."""
 
 from __future__ import annotations
 
-import json
-import logging
-import multiprocessing
 import os
 import shutil
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import DigestCache, sha256_of, write_atomically
-from neox_core.config import RunConfig, TokenizerConfig
+from neox_core.artifact import DigestCache
+from neox_core.config import RunConfig
+from neox_core.data.assemble import MadePart, SplitPlan, check_rejected, merge_split, plan_split
+from neox_core.data.assemble import write_overlap as write_overlaps
+from neox_core.data.assemble import write_rejected as write_rejections
 from neox_core.data.dataset import token_prefix
-from neox_core.data.indexed import IndexedDataset, IndexedWriter, merge
 from neox_core.data.ledger import run_ledger
-from neox_core.data.text import SPLITS, documents, source_files
+from neox_core.data.overlap import load_items
+from neox_core.data.part import PartSettings
+from neox_core.data.part_files import PARTS, PartPaths
+from neox_core.data.readers import SPLITS, InputFile, source_files
+from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import Progress, silent
+from tasks.tokenize_array import made_in_jobs
+from tasks.tokenize_pool import made_in_processes, with_progress
 
-_log = logging.getLogger(__name__)
-_PARTS = ".parts"
-_MEGABYTE = 1e6
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One unit of work: a file of text."""
-
-    source: str
-    split: str
-    path: Path
-
-    def part(self, folder: Path) -> Path:
-        """Prefix of this file's token files until they are merged."""
-        return folder / _PARTS / self.source / self.split / self.path.name
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """What a part holds and what it was made from; written after its token files."""
-
-    documents: int
-    bytes: int
-    tokens: int
-    made_from: dict[str, str]
+_UNITS = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
 
 
 def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
-    """SHA-256 of every input file by its name in data.input, and of the tokenizer's model as "tokenizer.model".
+    """What tells the content of every input file, by <source>/<split>/<name>, of the evaluation sets and, as
+    "tokenizer.model", of the tokenizer's model: SHA-256, or an S3 object's ETag and size, hashed.
 
     Raises:
         DataError: a source or file is missing, empty or of another kind; found before anything is hashed.
         ConfigError: the tokenizer's model is missing or does not fit the model.
     """
-    paths = {file.path.relative_to(config.data.input).as_posix(): file.path for file in checked_inputs(config)}
+    files = checked_inputs(config)
+    remote = {file.logical_name: content_digest(file) for file in files if file.location.startswith("s3://")}
+    paths = {file.logical_name: Path(file.location) for file in files if file.logical_name not in remote}
+    paths |= {f"evaluation_sets/{i}/{path.name}": path for i, path in enumerate(config.data.evaluation_sets)}
     paths["tokenizer.model"] = config.tokenizer.model
-    return dict(zip(paths, cache.digests(paths.values()), strict=True))
+    return remote | dict(zip(paths, cache.digests(paths.values()), strict=True))
 
 
 def checked_inputs(config: RunConfig) -> list[InputFile]:
@@ -71,133 +51,95 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
 
     Raises:
         DataError, ConfigError: as `input_digests`.
+        StorageError: the object store cannot be listed.
     """
-    if not config.data.input.is_dir():
-        raise DataError(f"data.input {config.data.input} is not a folder: correct the path")
-    vocab_size = Tokenizer(config.tokenizer).vocab_size
+    data = config.data
+    in_folders = any("train" not in source.files for source in data.sources.values())
+    if in_folders and not data.input.startswith("s3://") and not Path(data.input).is_dir():
+        raise DataError(f"data.input {data.input} is not a folder: correct the path")
+    vocab_size = Tokenizer(config.tokenizer.model_copy(update={"engine": "sentencepiece"})).vocab_size
     if vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"tokenizer {config.tokenizer.model} has {vocab_size} pieces, more than model.vocab_size "
             f"{config.model.vocab_size}: use the base model's own tokenizer or correct model.vocab_size"
         )
+    load_items(data.evaluation_sets, data.overlap_words)
     return [
-        InputFile(source, split, path)
-        for source in sorted(config.data.sources)
+        file
+        for source in sorted(data.sources)
         for split in SPLITS
-        if split == "train" or source in config.data.validation_sources
-        for path in source_files(config.data, source, split)
+        if split == "train" or source in data.validation_sources
+        for file in source_files(data, config.storage, source, split)
     ]
 
 
 def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Tokenize all sources into `<folder>/<source>/<split>.bin/.idx` and return the ledger (see `run_ledger`).
+    """Tokenize all sources into `<folder>/<source>/<split>.bin/.idx`.
 
     Parts that an earlier, killed call left under `<folder>/.parts/` are used if they are of the same text, tokenizer
-    and settings. The files are the same, bit for bit, for any number of workers.
+    and settings. The files are the same, bit for bit, for any number of workers. Records that hold no usable text are
+    listed in `<folder>/rejected.jsonl`, overlaps with the evaluation sets in `<folder>/overlap.json`.
+
+    Returns:
+        The ledger (see `run_ledger`; a split's counts also tell documents_in, rejected, duplicates, decontaminated),
+        "accounting" (their sums), "encoder", "damaged_files" (left out) and, with evaluation sets, "overlap".
 
     Raises:
-        DataError: an input is missing or bad, or a source would be repeated too often; finished parts are kept.
+        DataError: an input is missing or damaged, too many of its records are bad, or a source would be repeated too
+            often; finished parts are kept.
         ConfigError: the tokenizer's model is missing or does not fit the model.
+        LaunchError, StorageError: a job failed, or the object store did.
     """
-    files = checked_inputs(config)
-    records = _tokenize_all(files, config, folder, progress)
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for file, record in zip(files, records, strict=True):
-        count = counts.setdefault(file.source, {}).setdefault(file.split, {"documents": 0, "bytes": 0, "tokens": 0})
-        for unit in count:
-            count[unit] += getattr(record, unit)
+    parts = _make_parts(checked_inputs(config), config, folder, progress)
+    write_rejections(parts, folder)
+    plans = _plan(parts, config)
+    counts: dict[str, dict[str, Mapping[str, int]]] = {}
+    for (source, split), plan in plans.items():
+        counts.setdefault(source, {})[split] = plan.counts
     ledger = run_ledger(counts, config)
-    for source, splits in counts.items():
-        for split in splits:
-            parts = [file.part(folder) for file in files if (file.source, file.split) == (source, split)]
-            merge(parts, token_prefix(folder, source, split))
-    shutil.rmtree(folder / _PARTS)
+    overlap = {"overlap": write_overlaps(parts, config.data, folder)} if config.data.evaluation_sets else {}
+    for done, ((source, split), plan) in enumerate(plans.items()):
+        progress(0.95 + 0.05 * done / len(plans), f"merging {source}/{split}")
+        merge_split(plan, token_prefix(folder, source, split), _workers(config))
+    shutil.rmtree(folder / PARTS)
     for leftover in folder.glob("*/.*.tmp"):  # of merges that were killed
         leftover.unlink()
-    return ledger
+    progress(1.0, f"{len(parts)} files done")
+    return {**ledger, **overlap, **_findings(parts, plans)}
 
 
-def tokenize_file(file: InputFile, tokenizer: TokenizerConfig, folder: Path) -> PartRecord:
-    """Make one file's part, or find it made; runs in a worker.
+def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[MadePart]:
+    """Parts of all files, in their order."""
+    settings = PartSettings.of(config)
+    if config.data.slurm:
+        made = made_in_jobs(files, settings, folder, config.data.slurm)
+    else:
+        made = made_in_processes(files, settings, folder, _workers(config))
+    records = dict(with_progress(made, files, lambda share, text: progress(0.95 * share, text)))
+    return [MadePart(file, records[file], PartPaths.of(file, folder)) for file in files]
 
-    Raises:
-        DataError: the file has a bad record or is damaged.
-    """
-    part = file.part(folder)
-    record_path = part.with_name(f"{part.name}.json")
-    made_from = {
-        "text": sha256_of(file.path),
-        "tokenizer": sha256_of(tokenizer.model),
-        "end_of_document": tokenizer.end_of_document,
-        "begin_of_document": str(tokenizer.begin_of_document),
+
+def _plan(parts: Sequence[MadePart], config: RunConfig) -> dict[tuple[str, str], SplitPlan]:
+    plans = {key: plan_split(list(group), config.data) for key, group in groupby(parts, _source_and_split)}
+    for source in config.data.sources:
+        check_rejected([plan for key, plan in plans.items() if key[0] == source], source, config.data.max_rejected)
+    return plans
+
+
+def _source_and_split(part: MadePart) -> tuple[str, str]:
+    return part.file.source, part.file.split
+
+
+def _findings(parts: Sequence[MadePart], plans: Mapping[tuple[str, str], SplitPlan]) -> dict[str, Any]:
+    return {
+        "accounting": {unit: sum(plan.counts[unit] for plan in plans.values()) for unit in _UNITS},
+        "encoder": {
+            "engine": ", ".join(sorted({part.record.engine for part in parts})),
+            "documents_verified": sum(part.record.verified for part in parts),
+        },
+        "damaged_files": [part.file.logical_name for part in parts if part.record.damaged],
     }
-    if found := _finished_part(part, record_path, made_from):
-        return found
-    model = Tokenizer(tokenizer)
-    count = text_bytes = tokens = 0
-    with IndexedWriter(part, model.dtype) as writer:
-        for document in documents(file.path):
-            ids = model.encode_document(document.text)
-            writer.add_document(ids)
-            count, text_bytes, tokens = count + 1, text_bytes + document.bytes, tokens + len(ids)
-    record = PartRecord(count, text_bytes, tokens, made_from)
-    write_atomically(record_path, json.dumps(asdict(record)))
-    return record
 
 
-def _finished_part(part: Path, record_path: Path, made_from: dict[str, str]) -> PartRecord | None:
-    try:
-        record = PartRecord(**json.loads(record_path.read_text()))
-        dataset = IndexedDataset(part)
-    except (OSError, ValueError, TypeError, DataError):
-        return None
-    whole = (len(dataset), len(dataset.tokens)) == (record.documents, record.tokens)
-    return record if whole and record.made_from == made_from else None
-
-
-def _tokenize_all(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[PartRecord]:
-    """Records of all files, in their order."""
-    workers = min(config.data.workers or len(os.sched_getaffinity(0)), len(files))
-    # spawn: a fork of a process with threads, which Prefect's is, may hang.
-    context = multiprocessing.get_context("spawn")
-    largest_first = sorted(files, key=lambda file: -file.path.stat().st_size)
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(tokenize_file, file, config.tokenizer, folder): file for file in largest_first}
-        try:
-            records = dict(_followed(futures, progress))
-        except BrokenProcessPool:
-            raise DataError(
-                f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run "
-                "again; finished files are kept"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [records[file] for file in files]
-
-
-def _followed(
-    futures: dict[Future[PartRecord], InputFile], progress: Progress
-) -> Iterator[tuple[InputFile, PartRecord]]:
-    """Results as they come, with progress."""
-    started, text_bytes, read_bytes = time.monotonic(), 0, 0
-    total_bytes = sum(file.path.stat().st_size for file in futures.values())
-    progress(0.0, f"0 of {len(futures)} files")
-    for done, future in enumerate(as_completed(futures), start=1):
-        file, record = futures[future], future.result()
-        text_bytes, read_bytes = text_bytes + record.bytes, read_bytes + file.path.stat().st_size
-        rate = text_bytes / _MEGABYTE / max(time.monotonic() - started, 1e-3)
-        progress(read_bytes / total_bytes, f"{done} of {len(futures)} files, {rate:.1f} MB/s")
-        _log.info("%s: %d documents, %d tokens", file.path, record.documents, record.tokens)
-        yield file, record
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker only"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _workers(config: RunConfig) -> int:
+    return config.data.workers or len(os.sched_getaffinity(0))

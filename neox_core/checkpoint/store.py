@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -35,6 +35,8 @@ class ObjectInfo:
 
     key: str
     size: int
+    etag: str = field(default="", compare=False)
+    """The store's own mark of the content: of this object only, and not its digest."""
 
 
 ObjectInfos = list[ObjectInfo]
@@ -107,7 +109,8 @@ class ObjectStore:
             settings: Any = {"PageSize": _PAGE}
             for page in pages.paginate(Bucket=self.bucket, Prefix=self._full(prefix), PaginationConfig=settings):
                 for entry in page.get("Contents", ()):
-                    found.append(ObjectInfo(entry["Key"].removeprefix(self._prefix), entry["Size"]))
+                    key = entry["Key"].removeprefix(self._prefix)
+                    found.append(ObjectInfo(key, entry["Size"], entry.get("ETag", "").strip('"')))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -58,6 +59,21 @@ class TokenizerConfig(Section):
     model: ConfigPath
     end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
     begin_of_document: bool = Field(False, description="put the tokenizer's <s> before every document")
+    engine: Literal["auto", "sentencepiece"] = Field(
+        "auto", description="auto: a faster one where its ids are the same"
+    )
+
+
+def _as_text(location: object) -> object:
+    return str(location) if isinstance(location, Path) else location
+
+
+def _resolve_location(location: str, info: ValidationInfo) -> str:
+    return location if location.startswith("s3://") else str(_resolve(Path(location), info))
+
+
+Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_location)]
+"""A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
 SourceName = Annotated[str, Field(pattern=_NAME)]
@@ -85,7 +101,11 @@ class SourceAmount(Section):
 
 
 class SourceConfig(SourceAmount):
-    """One source of the mixture; its text lies in <data.input>/<source>/<split>/."""
+    """One source of the mixture; its text lies in <data.input>/<source>/<split>/ unless `files` says where."""
+
+    files: dict[Literal["train", "validation", "test"], Location] = Field(
+        {}, description="per split a folder, a glob or an s3:// prefix"
+    )
 
 
 class WeightChange(Section):
@@ -95,18 +115,41 @@ class WeightChange(Section):
     sources: dict[str, SourceAmount] = Field(description="every source; amounts are of the steps from here to the last")
 
 
+class TokenizeJobConfig(Section):
+    """Tokenization as a SLURM job array: one task per file, or per group of files if there are over 1,000."""
+
+    parallelism: PositiveInt = Field(32, description="tasks that run at the same time")
+    time_limit_minutes: PositiveInt = 240
+    memory_gb: PositiveInt = 4
+    partition: str | None = None
+    account: str | None = None
+    slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
+
+
 class DataConfig(Section):
     """Raw text and its mixture."""
 
-    input: ConfigPath
+    input: Location = Field(description="folder or s3:// prefix that holds <source>/<split>/")
     sources: dict[SourceName, SourceConfig] = Field(min_length=1)
     eval_sources: tuple[str, ...] = Field((), description="sources of validation and test; empty: all")
     workers: NonNegativeInt = Field(0, description="tokenizer processes; 0: one per CPU")
     max_epochs: PositiveFloat = Field(4.0, description="a source repeated more often is an error")
+    text_key: str = Field("text", min_length=1, description="key or column of a record that holds the text")
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.001, description="share of a source's records that may be bad; they are listed in rejected.jsonl"
+    )
+    skip_damaged_files: bool = Field(False, description="leave damaged files out as a whole instead of failing")
+    deduplicate: bool = Field(False, description="keep the first of equal texts, per source and split")
+    evaluation_sets: tuple[ConfigPath, ...] = Field((), description="JSON lines to look for in the training text")
+    overlap_words: PositiveInt = Field(30, description="words in a row that make an overlap with an evaluation item")
+    decontaminate: bool = Field(False, description="drop the training documents that overlap")
+    slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
     weight_changes: tuple[WeightChange, ...] = Field((), description="in order of their steps")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.decontaminate and not self.evaluation_sets:
+            raise ValueError("decontaminate needs evaluation_sets: list the files whose items to look for")
         for amounts in (self.sources.values(), *(change.sources.values() for change in self.weight_changes)):
             if all(amount.weight == 0 for amount in amounts):
                 raise ValueError("all weights are 0: give at least one source a positive weight")

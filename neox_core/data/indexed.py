@@ -8,7 +8,6 @@ number). One sequence is one document here, as GPT-NeoX's preprocess_data writes
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import uuid
 from array import array
@@ -25,10 +24,9 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
+HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f4", 7: "<f8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
-_COPY_SIZE = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -77,18 +75,6 @@ class IndexedWriter:
         self._file.write(tokens.tobytes())
         self._sizes.append(len(tokens))
 
-    def add_dataset(self, other: IndexedDataset) -> None:
-        """Append another dataset's sequences, each as one document.
-
-        Raises:
-            DataError: its dtype differs.
-        """
-        if other.dtype != self._dtype:
-            raise DataError(f"{other.prefix} holds {other.dtype.name}, {self._prefix} {self._dtype.name}: cannot merge")
-        with bin_path(other.prefix).open("rb") as source:
-            shutil.copyfileobj(source, self._file, _COPY_SIZE)
-        self._sizes.frombytes(other.sizes.tobytes())
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -101,15 +87,11 @@ class IndexedWriter:
             self._idx.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        _flush(self._file)
+        flush_to_disk(self._file)
         with self._idx.open("wb") as file:
             _write_index(file, self._dtype, np.frombuffer(self._sizes, dtype=np.int32))
-            _flush(file)
-        # A reader opens the .idx first: an old one must never describe the new .bin.
-        final_bin, final_idx = _paths(self._prefix)
-        final_idx.unlink(missing_ok=True)
-        self._bin.replace(final_bin)
-        self._idx.replace(final_idx)
+            flush_to_disk(file)
+        publish(self._bin, self._idx, self._prefix)
 
 
 class IndexedDataset:
@@ -127,14 +109,14 @@ class IndexedDataset:
                 raise DataError(f"token file {path} does not exist: run prepare-data")
         index = idx_path(self.prefix)
         with index.open("rb") as file:
-            self.dtype, sequences, documents = _read_header(file.read(_HEADER.size), index)
-        _check_size(index, _HEADER.size + sequences * (4 + 8) + documents * 8)
+            self.dtype, sequences, documents = _read_header(file.read(HEADER.size), index)
+        _check_size(index, HEADER.size + sequences * (4 + 8) + documents * 8)
         raw = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
-        self.sizes: Tokens = raw[_HEADER.size :][: 4 * sequences].view("<i4")
+        self.sizes: Tokens = raw[HEADER.size :][: 4 * sequences].view("<i4")
         """i32 [sequences], in tokens."""
-        self.offsets: Tokens = raw[_HEADER.size + 4 * sequences :][: 8 * sequences].view("<i8")
+        self.offsets: Tokens = raw[HEADER.size + 4 * sequences :][: 8 * sequences].view("<i8")
         """i64 [sequences], in bytes."""
-        self.document_index: Tokens = raw[_HEADER.size + 12 * sequences :].view("<i8")
+        self.document_index: Tokens = raw[HEADER.size + 12 * sequences :].view("<i8")
         """i64 [documents + 1]: first sequence of each document, then the number of sequences."""
         self._check_ends()
         self.tokens: Tokens = _map_tokens(bin_path(self.prefix), self.dtype)
@@ -163,41 +145,42 @@ class IndexedDataset:
             )
 
 
-def merge(parts: Sequence[Path], prefix: Path) -> None:
-    """Concatenate datasets, in the order given, into a new one.
-
-    Raises:
-        DataError: there are no parts, one cannot be read, or their dtypes differ.
-    """
-    if not parts:
-        raise DataError(f"nothing to merge into {prefix}: no parts")
-    with IndexedWriter(prefix, IndexedDataset(parts[0]).dtype) as writer:
-        for part in parts:
-            writer.add_dataset(IndexedDataset(part))
-
-
 def _paths(prefix: Path) -> tuple[Path, Path]:
     return bin_path(prefix), idx_path(prefix)
 
 
-def _flush(file: BinaryIO) -> None:
+def flush_to_disk(file: BinaryIO) -> None:
+    """Have what was written outlive a power cut."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def publish(temporary_bin: Path, temporary_idx: Path, prefix: Path) -> None:
+    """Move two finished files to a dataset's names. A reader opens the .idx first: an old one never meets a new .bin."""
+    final_bin, final_idx = _paths(prefix)
+    final_idx.unlink(missing_ok=True)
+    temporary_bin.replace(final_bin)
+    temporary_idx.replace(final_idx)
+
+
+def index_header(dtype: np.dtype[Any], count: int) -> bytes:
+    """First bytes of an .idx for that many documents of one sequence each."""
+    return HEADER.pack(_MAGIC, _VERSION, _CODES[dtype], count, count + 1)
 
 
 def _write_index(file: BinaryIO, dtype: np.dtype[Any], sizes: Tokens) -> None:
     count = len(sizes)
     ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
-    file.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[dtype], count, count + 1))
+    file.write(index_header(dtype, count))
     file.write(sizes.astype("<i4").tobytes())
     file.write((ends - sizes * np.int64(dtype.itemsize)).astype("<i8").tobytes())
     file.write(np.arange(count + 1, dtype="<i8").tobytes())
 
 
 def _read_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
-    if len(header) < _HEADER.size:
+    if len(header) < HEADER.size:
         raise DataError(f"{path} is too short for an index ({len(header)} bytes): make it again")
-    magic, version, code, sequences, documents = _HEADER.unpack(header)
+    magic, version, code, sequences, documents = HEADER.unpack(header)
     if magic != _MAGIC:
         raise DataError(f"{path} does not begin with {_MAGIC!r} but {magic!r}: it is not a Megatron mmap index")
     if version != _VERSION:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -20,9 +21,12 @@ import sentencepiece
 import zstandard
 
 from neox_core.artifact import DigestCache, sha256_of
-from neox_core.config import RunConfig, TokenizerConfig, load_config
+from neox_core.config import RunConfig, load_config
+from neox_core.data.part import PartSettings, make_part
+from neox_core.data.part_files import PartPaths
+from neox_core.data.readers import InputFile
 from neox_core.errors import ConfigError, DataError
-from tasks.tokenize import InputFile, checked_inputs, input_digests, prepare_data, tokenize_file
+from tasks.tokenize import checked_inputs, input_digests, prepare_data
 
 INPUT = Path("data/tiny-proof-pile")
 
@@ -76,10 +80,14 @@ def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> No
         assert len(texts) > 0
         assert documents_of(folder / source / split) == expected
         assert ledger["sources"][source][split] == {
+            "documents_in": len(texts),
             "documents": len(texts),
             "bytes": sum(len(text.encode()) for text in texts),
             "tokens": sum(map(len, expected)),
+            **dict.fromkeys(("rejected", "duplicates", "decontaminated"), 0),
         }
+    assert ledger["encoder"]["documents_verified"] >= 7  # the first of each file
+    assert "gigatoken" in ledger["encoder"]["engine"]
 
 
 def test_ledger_of_the_run(prepared: tuple[Path, dict[str, Any]]) -> None:
@@ -97,20 +105,24 @@ def test_two_workers_give_the_same_bits_and_progress(prepared: tuple[Path, dict[
     assert ledger == prepared[1]
     assert contents(tmp_path) == contents(prepared[0])
     assert seen[0] == (0.0, "0 of 7 files")
-    assert seen[-1][0] == 1.0
-    assert seen[-1][1].startswith("7 of 7 files, ")
-    assert seen[-1][1].endswith(" MB/s")
+    assert seen[-1] == (1.0, "7 files done")
+    assert re.fullmatch(r"7 of 7 files, [\d.]+ MB/s, [\d.]+M tokens/s, 0:00 left", seen[7][1])
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
+
+
+def part_of(config: RunConfig, number: int, folder: Path) -> tuple[InputFile, PartPaths]:
+    file = checked_inputs(config)[number]
+    make_part(file, PartSettings.of(config), folder)
+    return file, PartPaths.of(file, folder)
 
 
 def test_seed_option_ends_documents_in_unk(tmp_path: Path) -> None:
     config = toy()
-    tokenizer = config.tokenizer.model_copy(update={"end_of_document": "unk"})
-    file = InputFile("arxiv", "train", INPUT / "arxiv/train/arXiv_000.jsonl.zst")
-    record = tokenize_file(file, tokenizer, tmp_path)
-    part = file.part(tmp_path)
-    ends = [document[-1] for document in documents_of(part.with_name(part.name + ".x"))]
-    assert ends == [0] * record.documents
+    config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"end_of_document": "unk"})})
+    _, paths = part_of(config, 0, tmp_path)
+    ends = [document[-1] for document in documents_of(paths.prefix.with_name(paths.prefix.name + ".x"))]
+    assert len(ends) > 0
+    assert set(ends) == {0}
 
 
 def small_input(folder: Path, files: dict[str, list[str]]) -> Path:
@@ -135,49 +147,64 @@ FILES = {f"a/{split}/0.jsonl": WORDS for split in ("train", "validation", "test"
 
 def test_killed_call_resumes_with_the_missing_parts(tmp_path: Path) -> None:
     config = small(small_input(tmp_path / "in", FILES))
-    files = checked_inputs(config)
     prepare_data(config, tmp_path / "whole")
     # As a kill leaves it: one part whole, one without its record, a temporary file.
-    done, half = files[0].part(tmp_path / "out"), files[1].part(tmp_path / "out")
-    tokenize_file(files[0], config.tokenizer, tmp_path / "out")
-    tokenize_file(files[1], config.tokenizer, tmp_path / "out")
-    half.with_name(half.name + ".json").unlink()
-    half.with_name(half.name + ".bin").write_bytes(b"half")
+    _, done = part_of(config, 0, tmp_path / "out")
+    _, half = part_of(config, 1, tmp_path / "out")
+    half.record.unlink()
+    half.prefix.with_name(half.prefix.name + ".bin").write_bytes(b"half")
     (tmp_path / "out" / "a").mkdir()
     (tmp_path / "out" / "a" / ".train.bin.0123.tmp").write_bytes(b"half")
-    kept = done.with_name(done.name + ".bin").stat().st_ino
-    tokenize_file(files[0], config.tokenizer, tmp_path / "out")
-    assert done.with_name(done.name + ".bin").stat().st_ino == kept
+    kept = done.documents.stat().st_ino
+    part_of(config, 0, tmp_path / "out")
+    assert done.documents.stat().st_ino == kept
     prepare_data(config, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["text", "tokenizer option", "truncated part"])
+@pytest.mark.parametrize(
+    "change", ["text", "end of document", "text key", "truncated part", "flipped bit", "missing list"]
+)
 def test_part_of_other_input_is_not_reused(tmp_path: Path, change: str) -> None:
     config = small(small_input(tmp_path / "in", FILES))
-    file, tokenizer = checked_inputs(config)[0], config.tokenizer
-    tokenize_file(file, tokenizer, tmp_path)
-    part_bin = file.part(tmp_path).with_name(file.path.name + ".bin")
-    before = part_bin.read_bytes()
+    file, paths = part_of(config, 0, tmp_path)
+    part_bin = paths.prefix.with_name(paths.prefix.name + ".bin")
+    before, kept = part_bin.read_bytes(), paths.documents.stat().st_ino
     if change == "text":
-        file.path.write_text(json.dumps({"text": "other"}) + "\n")
-    elif change == "tokenizer option":
-        tokenizer = TokenizerConfig(model=tokenizer.model, end_of_document="unk")
-    else:
+        Path(file.location).write_text(json.dumps({"text": "other"}) + "\n")
+    elif change == "end of document":
+        tokenizer = config.tokenizer.model_copy(update={"end_of_document": "unk"})
+        config = config.model_copy(update={"tokenizer": tokenizer})
+    elif change == "text key":
+        Path(file.location).write_text(json.dumps({"body": "other"}) + "\n")
+        config = small(tmp_path / "in", text_key="body")
+    elif change == "truncated part":
         part_bin.write_bytes(before[:-2])
-    tokenize_file(file, tokenizer, tmp_path)
-    assert (part_bin.read_bytes() == before) == (change == "truncated part")
+    elif change == "flipped bit":
+        part_bin.write_bytes(before[:-2] + b"zz")
+    else:
+        paths.rejected.unlink()
+    part_of(config, 0, tmp_path)
+    assert paths.documents.stat().st_ino != kept
+    assert paths.rejected.exists()
+    made_anew = change in ("truncated part", "flipped bit", "missing list")
+    assert (part_bin.read_bytes() == before) == made_anew
 
 
-def test_bad_record_is_named_and_finished_parts_are_kept(tmp_path: Path) -> None:
+def test_too_many_bad_records_are_named_and_finished_parts_are_kept(tmp_path: Path) -> None:
     config = small(small_input(tmp_path / "in", FILES))
-    bad = config.data.input / "a/validation/0.jsonl"
+    bad = Path(config.data.input) / "a/validation/0.jsonl"
     bad.write_text('{"text": "fine"}\n{"txet": "bad"}\n')
-    with pytest.raises(DataError, match=r"a/validation/0\.jsonl, line 2: bad record"):
+    with pytest.raises(
+        DataError, match=r"'a': 1 of 7 records are bad.*a/validation/0\.jsonl, line 2: it has no \"text\""
+    ):
         prepare_data(config, tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert (listed["file"], listed["line"]) == ("a/validation/0.jsonl", 2)
     bad.write_text('{"text": "' + "fine " * 300 + '"}\n')
     prepare_data(config, tmp_path / "out")
     assert not (tmp_path / "out" / ".parts").exists()
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
 def test_too_many_epochs_keeps_the_parts(tmp_path: Path) -> None:
@@ -214,7 +241,7 @@ def test_missing_input_is_found_before_any_work(tmp_path: Path) -> None:
         lambda: prepare_data(small(folder), tmp_path / "out"),
         lambda: input_digests(small(folder), DigestCache(tmp_path / "cache.json")),
     ):
-        with pytest.raises(DataError, match="source 'b' has no folder"):
+        with pytest.raises(DataError, match="source 'b' has no train text"):
             call()
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=r"data\.input .*nowhere is not a folder"):
@@ -224,9 +251,9 @@ def test_missing_input_is_found_before_any_work(tmp_path: Path) -> None:
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from tasks.tokenize import _end_with_parent
+from tasks.tokenize_pool import end_with_parent
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 300).result()
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neox_core.data.indexed import IndexedDataset, IndexedWriter, merge
+from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [65_000], list(range(100))]
@@ -69,22 +69,6 @@ def test_reads_what_others_write(tmp_path: Path) -> None:
 def test_empty_dataset(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "e", []))
     assert (len(dataset), len(dataset.tokens)) == (0, 0)
-
-
-def test_merge_equals_writing_at_once(tmp_path: Path) -> None:
-    parts = [write(tmp_path / "1", DOCUMENTS[:1]), write(tmp_path / "2", []), write(tmp_path / "3", DOCUMENTS[1:])]
-    merge(parts, tmp_path / "merged")
-    write(tmp_path / "whole", DOCUMENTS)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
-
-
-def test_merge_refuses_another_dtype_and_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot merge"):
-        merge([write(tmp_path / "1", [[1]]), write(tmp_path / "2", [[1]], "i4")], tmp_path / "merged")
-    with pytest.raises(DataError, match="no parts"):
-        merge([], tmp_path / "merged")
-    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_failure_leaves_the_old_files_and_no_others(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""Several token datasets into one: a concatenation whose every offset is known before a byte is copied."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neox_core.data.indexed import (
+    HEADER,
+    IndexedDataset,
+    Tokens,
+    bin_path,
+    flush_to_disk,
+    idx_path,
+    index_header,
+    publish,
+)
+from neox_core.errors import DataError
+
+_COPY_SIZE = 1 << 23
+_INDEX_ROWS = 1 << 20
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A dataset to append."""
+
+    prefix: Path
+    keep: Mask | None = None
+    """Which of its documents, [documents]; None: all."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A part and where it goes, counted in documents and bytes."""
+
+    dataset: IndexedDataset
+    keep: Mask | None
+    first_document: int
+    first_byte: int
+
+    @property
+    def documents(self) -> int:
+        return len(self.dataset) if self.keep is None else int(self.keep.sum())
+
+    @property
+    def bytes(self) -> int:
+        sizes = self.dataset.sizes if self.keep is None else self.dataset.sizes[self.keep]
+        return int(sizes.sum(dtype=np.int64)) * self.dataset.dtype.itemsize
+
+
+def merge(parts: Sequence[Part | Path], prefix: Path, workers: int = 4) -> None:
+    """Write the parts' documents, in order, as one dataset; the parts are copied in parallel.
+
+    Nothing lies under the final names before all is written. Documents of no token are kept as such.
+
+    Raises:
+        DataError: there is no part, one cannot be read, or they hold ids of different types.
+    """
+    placed = _place([part if isinstance(part, Part) else Part(part) for part in parts], prefix)
+    last = placed[-1]
+    total, size = last.first_document + last.documents, last.first_byte + last.bytes
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:12]
+    temporary_bin, temporary_idx = (p.with_name(f".{p.name}.{token}.tmp") for p in (bin_path(prefix), idx_path(prefix)))
+    try:
+        with temporary_bin.open("wb") as ids, temporary_idx.open("wb") as index:
+            ids.truncate(size)
+            index.write(index_header(last.dataset.dtype, total))
+            index.truncate(HEADER.size + 20 * total + 8)
+            with ThreadPoolExecutor(workers) as pool:
+                jobs = [pool.submit(_copy_ids, part, ids.fileno()) for part in placed]
+                jobs += [pool.submit(_copy_index, part, index.fileno(), total) for part in placed]
+                jobs.append(pool.submit(_number_documents, index.fileno(), total))
+                for job in jobs:
+                    job.result()
+            flush_to_disk(ids)
+            flush_to_disk(index)
+        publish(temporary_bin, temporary_idx, prefix)
+    finally:
+        temporary_bin.unlink(missing_ok=True)
+        temporary_idx.unlink(missing_ok=True)
+
+
+def _place(parts: Sequence[Part], prefix: Path) -> list[_Placed]:
+    placed: list[_Placed] = []
+    document = byte = 0
+    for part in parts:
+        placed.append(_Placed(IndexedDataset(part.prefix), part.keep, document, byte))
+        document, byte = document + placed[-1].documents, byte + placed[-1].bytes
+    if not placed:
+        raise DataError(f"{prefix} would be merged of no parts: give at least one")
+    first = placed[0].dataset
+    if other := next((part.dataset for part in placed if part.dataset.dtype != first.dtype), None):
+        raise DataError(f"{first.prefix} holds {first.dtype.name}, {other.prefix} {other.dtype.name}: cannot merge")
+    return placed
+
+
+def _copy_ids(part: _Placed, target: int) -> None:
+    width, offset = part.dataset.dtype.itemsize, part.first_byte
+    with bin_path(part.dataset.prefix).open("rb") as source:
+        for first, last in _runs(part):
+            start = int(part.dataset.offsets[first])
+            end = int(part.dataset.offsets[last - 1]) + int(part.dataset.sizes[last - 1]) * width
+            while start < end:
+                block = os.pread(source.fileno(), min(_COPY_SIZE, end - start), start)
+                if not block:
+                    raise DataError(f"{bin_path(part.dataset.prefix)} became shorter while it was merged: run again")
+                _write_at(target, block, offset)
+                start, offset = start + len(block), offset + len(block)
+
+
+def _runs(part: _Placed) -> Iterator[tuple[int, int]]:
+    """First and past-the-last of each stretch of documents that are kept."""
+    if not len(part.dataset):
+        return
+    if part.keep is None:
+        yield 0, len(part.dataset)
+        return
+    borders = np.flatnonzero(np.diff(part.keep.astype(np.int8), prepend=0, append=0))
+    yield from zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True)
+
+
+def _copy_index(part: _Placed, target: int, total: int) -> None:
+    """Sizes and offsets of the part's documents, into the places of the two lists that are theirs."""
+    sizes_at = HEADER.size + 4 * part.first_document
+    offsets_at = HEADER.size + 4 * total + 8 * part.first_document
+    end = part.first_byte
+    for row in range(0, len(part.dataset), _INDEX_ROWS):
+        sizes: Tokens = part.dataset.sizes[row : row + _INDEX_ROWS]
+        if part.keep is not None:
+            sizes = sizes[part.keep[row : row + _INDEX_ROWS]]
+        lengths = sizes.astype("<i8") * part.dataset.dtype.itemsize
+        offsets = end + np.cumsum(lengths) - lengths
+        _write_at(target, sizes.tobytes(), sizes_at)
+        _write_at(target, offsets.astype("<i8").tobytes(), offsets_at)
+        sizes_at, offsets_at, end = sizes_at + 4 * len(sizes), offsets_at + 8 * len(sizes), end + int(lengths.sum())
+
+
+def _number_documents(target: int, total: int) -> None:
+    for row in range(0, total + 1, _INDEX_ROWS):
+        numbers = np.arange(row, min(row + _INDEX_ROWS, total + 1), dtype="<i8")
+        _write_at(target, numbers.tobytes(), HEADER.size + 12 * total + 8 * row)
+
+
+def _write_at(target: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(target, view, offset)
+        view, offset = view[written:], offset + written

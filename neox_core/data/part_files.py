@@ -1,0 +1,164 @@
+"""The files of a part: ids, and beside them what was rejected, what overlaps, and a row per document."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+
+from neox_core.data.duplicates import COLUMNS, DOCUMENT, DocumentTable, text_hash
+from neox_core.data.indexed import IndexedWriter, Tokens
+from neox_core.data.overlap import EvaluationItems
+from neox_core.data.readers import Document, InputFile, Rejection
+from neox_core.data.tokenizer import Tokenizer
+from neox_core.errors import DataError
+
+PARTS = ".parts"
+"""Folder of the parts within the stage's, until they are merged."""
+_VERIFY_ONE_IN = 200
+
+
+@dataclass(frozen=True)
+class PartPaths:
+    """Where the files of a part lie until they are merged."""
+
+    prefix: Path
+
+    @classmethod
+    def of(cls, file: InputFile, folder: Path) -> PartPaths:
+        """Of the part of an input file in a stage's folder."""
+        return cls(folder / PARTS / file.source / file.split / file.name)
+
+    @property
+    def record(self) -> Path:
+        """The PartRecord."""
+        return self._with(".json")
+
+    @property
+    def rejected(self) -> Path:
+        """One line per record that was rejected."""
+        return self._with(".rejected.jsonl")
+
+    @property
+    def overlaps(self) -> Path:
+        """One line per evaluation text found in a document."""
+        return self._with(".overlaps.jsonl")
+
+    @property
+    def documents(self) -> Path:
+        """The DocumentTable."""
+        return self._with(".documents.npy")
+
+    def _with(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+
+class PartWriter:
+    """Writes one part; a context manager. Nothing lies under the final names before it closes without an error.
+
+    SentencePiece encodes the first document again, and further ones that make half a percent of the text.
+    """
+
+    def __init__(
+        self,
+        file: InputFile,
+        paths: PartPaths,
+        tokenizer: Tokenizer,
+        items: EvaluationItems | None = None,
+        deduplicate: bool = False,
+    ) -> None:
+        self._file, self._paths, self._tokenizer, self._items = file, paths, tokenizer, items
+        self._deduplicate = deduplicate
+        self._rows = array("Q")
+        self._verified_bytes = 0
+        self.bytes = self.tokens = self.rejected = self.verified = 0
+        """Of the text in UTF-8; ids; records that hold no usable text; documents compared with SentencePiece."""
+
+    def __len__(self) -> int:
+        """Documents so far."""
+        return len(self._rows) // COLUMNS
+
+    def __enter__(self) -> PartWriter:
+        self._paths.prefix.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self._rejected = stack.enter_context(_renamed(self._paths.rejected, "w"))
+            self._overlaps = stack.enter_context(_renamed(self._paths.overlaps, "w"))
+            self._ids = stack.enter_context(IndexedWriter(self._paths.prefix, self._tokenizer.dtype))
+            stack.push(self._save_rows)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, record: Document | Rejection) -> None:
+        """Append a document, or list a record that is none.
+
+        Raises:
+            DataError: an id of this document, which is named, is not SentencePiece's.
+        """
+        if isinstance(record, Rejection):
+            self.rejected += 1
+            _write_line(self._rejected, {"line": record.line, "reason": record.reason})
+            return
+        ids = self._tokenizer.encode_document(record.text)
+        if self._verified_bytes * _VERIFY_ONE_IN <= self.bytes:
+            self._verify(record, ids)
+        for hit in self._items.hits(record.text) if self._items else ():
+            found = {"set": hit.item.set_name, "item": hit.item.item, "field": hit.item.field}
+            where = {"document": len(self), "line": record.line}
+            _write_line(self._overlaps, {**found, **where, "words": hit.length, "text": hit.text})
+        self._ids.add_document(ids)
+        high, low = text_hash(record.text) if self._deduplicate else (0, 0)
+        self._rows.extend((high, low, record.bytes, record.line))
+        self.bytes, self.tokens = self.bytes + record.bytes, self.tokens + len(ids)
+
+    def leave_out(self, reason: str) -> None:
+        """List the file itself, of which nothing is taken."""
+        _write_line(self._rejected, {"line": None, "reason": f"the file is damaged and left out: {reason}"})
+
+    def _save_rows(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            with _renamed(self._paths.documents, "wb") as file:
+                np.save(file, np.array(self._rows, dtype="<u8").view(DOCUMENT))
+
+    def _verify(self, document: Document, ids: Tokens) -> None:
+        try:
+            self._tokenizer.verify_document(document.text, ids)
+        except DataError as error:
+            raise DataError(f"{self._file.location}, line {document.line}: {error}") from None
+        self.verified, self._verified_bytes = self.verified + 1, self._verified_bytes + document.bytes
+
+
+@contextmanager
+def _renamed(path: Path, mode: str) -> Iterator[Any]:
+    """A file that gets its name when it is complete."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open(mode) as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_line(file: TextIO, content: dict[str, Any]) -> None:
+    file.write(json.dumps(content) + "\n")
+
+
+def load_table(paths: PartPaths) -> DocumentTable:
+    """What is kept of each of a part's documents."""
+    table: DocumentTable = np.load(paths.documents, mmap_mode="r" if paths.documents.stat().st_size > 1 << 16 else None)
+    return table

@@ -1,0 +1,18 @@
+"""Raw text: which files there are, and every record of a file as a document or a named rejection."""
+
+from neox_core.data.readers.documents import documents, read_records
+from neox_core.data.readers.inputs import SPLITS, SUFFIXES, InputFile, open_input, source_files
+from neox_core.data.readers.record import DamagedFileError, Document, Rejection
+
+__all__ = [
+    "SPLITS",
+    "SUFFIXES",
+    "DamagedFileError",
+    "Document",
+    "InputFile",
+    "Rejection",
+    "documents",
+    "open_input",
+    "read_records",
+    "source_files",
+]

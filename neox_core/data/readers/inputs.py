@@ -1,0 +1,155 @@
+"""Which files hold a source's text: a folder, a glob or an S3 prefix, plain or compressed."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from neox_core.artifact import sha256_of
+from neox_core.config import DataConfig, StorageConfig
+from neox_core.errors import DataError
+
+if TYPE_CHECKING:
+    from neox_core.checkpoint.store import ObjectStore
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One unit of work: a file of text."""
+
+    source: str
+    split: str
+    name: str
+    """Its name below the folder, glob or prefix that it was found by; unique within the split."""
+    location: str
+    """A path, or s3://bucket/key."""
+    size: int
+    """Bytes, as stored."""
+    etag: str = ""
+    """Of an S3 object: the store's mark of its content."""
+
+    @property
+    def logical_name(self) -> str:
+        """The same wherever the data lies."""
+        return f"{self.source}/{self.split}/{self.name}"
+
+
+def source_files(config: DataConfig, storage: StorageConfig, source: str, split: str) -> list[InputFile]:
+    """The files of one split of a source, sorted by name: `files.<split>` of the source, else
+    `<input>/<source>/<split>/`.
+
+    Returns an empty list only for a split other than train of a source that is not used for evaluation.
+
+    Raises:
+        DataError: there are none, or one is empty or of another kind.
+        StorageError: the object store cannot be listed.
+    """
+    given = next((where for name, where in config.sources[source].files.items() if name == split), None)
+    location = given or f"{config.input}/{source}/{split}"
+    if location.startswith("s3://"):
+        found = _listed(location, storage)
+    elif given is None or Path(location).is_dir():
+        found = _in_folder(Path(location))
+    else:
+        found = _matching(location)
+    optional = split != "train" and source not in config.validation_sources
+    if not found and not (optional and given is None):
+        hint = "" if split == "train" else ", or name the sources that have it in data.eval_sources"
+        raise DataError(
+            f"source {source!r} has no {split} text: {location} holds no {_KINDS} file; "
+            f"correct data.input or data.sources{hint}"
+        )
+    for name, where, size, _ in found:
+        if not name.endswith(SUFFIXES):
+            raise DataError(f"{where} is not a {_KINDS} file: convert it or move it away")
+        if size == 0 and not config.skip_damaged_files:
+            raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")
+    return [InputFile(source, split, *file) for file in sorted(found)]
+
+
+@contextmanager
+def open_input(file: InputFile, storage: StorageConfig, scratch: Path) -> Iterator[Path]:
+    """The file as a local path; an S3 object is fetched into `scratch` and removed afterwards.
+
+    Raises:
+        StorageError: the object cannot be fetched.
+        DataError: it has changed since it was listed.
+    """
+    if not file.location.startswith("s3://"):
+        yield Path(file.location)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch, prefix=".fetch-") as folder:
+        url, _, key = file.location.rpartition("/")
+        path = Path(folder, key)
+        _store(url, storage).get_file(key, path)
+        if path.stat().st_size != file.size:
+            raise DataError(f"{file.location} has changed while it was read ({file.size} bytes before): run again")
+        yield path
+
+
+def content_digest(file: InputFile) -> str:
+    """What tells the file's content: SHA-256, or, of an S3 object, its ETag and size."""
+    if file.location.startswith("s3://"):
+        return hashlib.sha256(f"{file.etag} {file.size}".encode()).hexdigest()
+    return sha256_of(Path(file.location))
+
+
+_Found = list[tuple[str, str, int, str]]
+
+
+def _in_folder(folder: Path) -> _Found:
+    if not folder.is_dir():
+        return []
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return [(path.name, str(path), path.stat().st_size, "") for path in paths]
+
+
+def _matching(pattern: str) -> _Found:
+    """Files that match; a name begins below the last folder without a wildcard."""
+    parts = PurePosixPath(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    root = Path(*parts[:fixed])
+    paths = (Path(match) for match in glob.glob(pattern, recursive=True))
+    return [(p.relative_to(root).as_posix(), str(p), p.stat().st_size, "") for p in paths if p.is_file()]
+
+
+def _listed(location: str, storage: StorageConfig) -> _Found:
+    """Objects below a prefix, or those that match a pattern."""
+    url, pattern = location, ""
+    if glob.has_magic(location):
+        head = location[: next(i for i, letter in enumerate(location) if letter in "*?[")]
+        url = head.rpartition("/")[0]
+        pattern = location[len(url) + 1 :]
+    objects = _store(url, storage).list()
+    root = url.rstrip("/")
+    return [
+        (item.key, f"{root}/{item.key}", item.size, item.etag)
+        for item in objects
+        if not PurePosixPath(item.key).name.startswith(".") and (not pattern or _key_matches(item.key, pattern))
+    ]
+
+
+def _key_matches(key: str, pattern: str) -> bool:
+    """As a path's glob: * stays within a folder, **/ is any number of them."""
+    if "**/" in pattern:
+        return fnmatch.fnmatchcase(key, pattern.replace("**/", "*"))
+    path = PurePosixPath(key)
+    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+
+
+def _store(url: str, storage: StorageConfig) -> ObjectStore:
+    from neox_core.checkpoint.store import ObjectStore  # boto3 takes a while to import
+
+    return ObjectStore(storage.model_copy(update={"url": url.rstrip("/")}))
