@@ -128,6 +128,13 @@ class LocalTarget:
         content = {"identity": self.identity, "files": {path: vars(record) for path, record in records.items()}}
         write_atomically(self.folder / JOURNAL_FILE, json.dumps(content, indent=1))
 
+    def remove_remains(self, files: Sequence[OutputFile]) -> None:
+        """Remove what a killed attempt had half written."""
+        for file in files:
+            path = self.folder / file.path
+            for remains in path.parent.glob(f".{path.name}.*.tmp"):
+                remains.unlink(missing_ok=True)
+
     def check_space(self, needed: int) -> None:
         """Raise StorageError if the disk has not so many bytes left."""
         folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
@@ -168,6 +175,7 @@ def write_files(
         CheckpointError: a tensor cannot be made. Finished files stay for the next attempt; others leave nothing.
         StorageError: the disk is too small, which is found out before anything is written.
     """
+    target.remove_remains(files)
     records = dict(finished)
     missing = [file for file in files if file.path not in records]
     target.check_space(sum(file.size for file in missing))

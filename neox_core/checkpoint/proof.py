@@ -2,7 +2,8 @@
 
 Only results tell: a conversion of grouped queries can be right in every shape and wrong in every head. Ours
 are computed from the tensor-parallel shards as they are, in one process: each rank's narrow model on the same hidden
-state, the partial results added, as the ranks' all-reduce would. The other side is transformers' Llama from the other layout's files.
+state, the partial results added, as the ranks' all-reduce would. The other side is transformers' Llama
+from the other layout's files.
 
 Large models are compared layer by layer, with one layer in memory: each on the hidden states that transformers' layers
 before it made, and what attention and MLP add to them apart, so that a large hidden state cannot hide a difference.
@@ -180,7 +181,7 @@ def compare_layers(
 
     shards, config, differences = Shards(checkpoint, model), reference.config, Differences()
     tokens = int(config.vocab_size)
-    ids_BT = sample_ids(tokens)
+    ids_BT = sample_ids(tokens)[: _BATCH if parameter_count(model) <= SMALL_MODEL else 1]
     x_BTD = F.embedding(ids_BT, reference.embedding())
     differences.add("embedding", shards.embed(ids_BT), x_BTD)
     positions = LlamaRotaryEmbedding(config)(x_BTD, torch.arange(_POSITIONS)[None])
@@ -242,7 +243,6 @@ def prove(
         "largest_layer_difference": largest,
         "worst_layer": differences.worst,
         "layer_tolerance": LAYER_TOLERANCE,
-        "tokens": _BATCH * _POSITIONS,
     }
 
 
@@ -268,4 +268,4 @@ def judge(difference: float, tolerance: float, what: str) -> dict[str, Any]:
     """
     if not difference <= tolerance:
         raise CheckpointError(f"logits of {what} differ by {difference:.3g}, more than {tolerance:g}: do not use them")
-    return {"largest_logit_difference": difference, "tolerance": tolerance}
+    return {"largest_logit_difference": difference, "tolerance": tolerance, "tokens": _BATCH * _POSITIONS}

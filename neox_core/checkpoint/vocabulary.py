@@ -62,6 +62,7 @@ def check_tokenizer(path: Path, model: ModelConfig) -> None:
     pieces = load_sentencepiece(path)
     if pieces.vocab_size() > model.num_tokens:
         raise ConfigError(
-            f"tokenizer {path} has {pieces.vocab_size()} pieces, more than the model's {model.num_tokens} tokens: "
-            "raise model.vocab_size and set base_model.vocab_size to add tokens, or use the base's tokenizer"
+            f"tokenizer {path} has {pieces.vocab_size()} pieces, more than the {model.num_tokens} tokens of "
+            f"model.vocab_size {model.vocab_size}: use the base's tokenizer, or raise it and say the base's own "
+            "vocabulary in base_model.vocab_size"
         )

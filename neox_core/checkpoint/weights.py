@@ -64,7 +64,7 @@ class Weights:
             target = out[r.start - rows.start : r.stop - rows.start, c.start - columns.start : c.stop - columns.start]
             if block.replica == 0:
                 target.copy_(source)
-            elif not torch.equal(target, source.to(target.dtype)):
+            elif not torch.equal(_bits(target), _bits(source.to(target.dtype))):
                 raise CheckpointError(
                     f"{place.stored.place} must be the same in every shard, but shard {block.replica} differs "
                     "from shard 0"
@@ -126,6 +126,11 @@ class Weights:
                     row, column = bad[0].tolist()
                     return f"{place} is {values[row, column].item()} in row {start + row}, column {column}: not usable"
         return f"{self.origin}: {layout.name} gets values that are not finite"
+
+
+def _bits(values: Tensor) -> Tensor:
+    """As integers, so that NaN equals NaN."""
+    return values.view({2: torch.int16, 4: torch.int32}[values.dtype.itemsize])
 
 
 def _within(whole: range, stored: range, wanted: range) -> range:
