@@ -59,7 +59,7 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
     if not meta.is_file() and not huggingface.is_file():
         if config.base_model.random_seed is None:
             raise ConfigError(
-                f"base_model.path {folder} holds neither params.json nor config.json: give the folder of Meta's weights "
+                f"base_model.path {folder} holds no params.json: give the folder of Meta's weights "
                 "(params.json and consolidated.NN.pth) or Hugging Face's (config.json and safetensors)"
             )
         from neox_core.checkpoint.toy_base import make_random_base
@@ -69,7 +69,8 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
     pattern = "consolidated.*.pth" if meta.is_file() else "*.safetensors*"
     paths = sorted([described, *folder.glob(pattern)])
     if len(paths) == 1:
-        raise ConfigError(f"base_model.path {folder} holds no {pattern}: copy the weights there")
+        wanted = "consolidated.NN.pth" if meta.is_file() else "safetensors"
+        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy the weights there")
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
 

@@ -8,6 +8,7 @@ memory.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from neox_core.errors import CheckpointError
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100_000_000
+_READ_AHEAD = 1 << 17
 
 
 class Content(Protocol):
@@ -74,6 +76,9 @@ class LocalContent:
         """A view of the mapped file."""
         if self._mapped is None:
             self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        if count >= _READ_AHEAD:  # page faults alone would read a cold file in small pieces
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
         return self._mapped[offset : offset + count]
 
 
