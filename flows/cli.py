@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from neox_core.artifact import Artifact
 from neox_core.config import load_config
 from neox_core.errors import LlemmaError
+from neox_core.progress import Progress
+from tasks.checkpoints import ExportForm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Read and translate configurations.")
@@ -41,8 +46,10 @@ def main() -> None:
 def run(config: ConfigArgument) -> None:
     """Run the whole chain here and now; finished stages are skipped."""
     from tasks.preflight import check_run
+    from tasks.train import check_trainable
 
     loaded = load_config(config)
+    check_trainable(loaded)
     check_run(loaded)  # the flow does so too, but its server takes seconds to start
     _quiet_prefect(loaded.workdir)
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -78,6 +85,62 @@ def make_base(config: ConfigArgument) -> None:
     _print_rows("base model", [("folder", str(loaded.base_model.path))])
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Option("--from", help="Folder in Meta's or Hugging Face's format.")],
+    target: Annotated[Path, typer.Option("--to", help="Folder for NeoX shards.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; above 1, one file per layer and rank.")] = 1,
+    vocab_multiple: Annotated[int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this.")] = 1,
+) -> None:
+    """Weights to NeoX shards for any TP x PP, refused unless every layer computes the same as in transformers."""
+    from neox_core.config import ParallelConfig
+    from tasks.checkpoints import convert_folder
+
+    with _bar("convert") as progress:
+        artifact = convert_folder(source, target, ParallelConfig(tensor=tp, pipeline=pp), vocab_multiple, progress)
+    _print_artifact(artifact)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Option("--from", help="Folder of a NeoX or training checkpoint, any TP x PP x DP.")],
+    target: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    form: Annotated[ExportForm, typer.Option("--format", help="huggingface or meta.")] = "huggingface",
+    shards: Annotated[int, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence that the model was trained on.")] = 4096,
+    config: Annotated[
+        Path | None, typer.Option(help="Run's YAML file with the architecture; default: --from's.")
+    ] = None,
+) -> None:
+    """A NeoX or training checkpoint to Hugging Face's or Meta's format, proven to compute the same."""
+    from tasks.checkpoints import export_folder
+
+    model = None if config is None else load_config(config).model
+    with _bar("export") as progress:
+        artifact = export_folder(source, target, form, model, shards, tokenizer, sequence_length, progress)
+    _print_artifact(artifact)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder in Meta's, Hugging Face's or NeoX's layout.")],
+    config: Annotated[Path | None, typer.Option(help="Run's YAML file with the architecture, for NeoX.")] = None,
+) -> None:
+    """Layout, shapes, types, parameters, and where each tensor lives; reads no weights."""
+    from neox_core.checkpoint.inspect import inspect as describe
+
+    found = describe(folder, None if config is None else load_config(config).model)
+    rows = [("layout", found.form), ("parameters", f"{found.parameters:,}")]
+    rows += [(name, str(value)) for name, value in found.model.model_dump(exclude_none=True).items()]
+    _print_rows(str(folder), rows)
+    table = Table("file", "tensor", "shape", "type", "belongs to")
+    for entry in found.entries:
+        table.add_row(entry.file, entry.name, " x ".join(map(str, entry.shape)), entry.dtype, entry.whole)
+    Console().print(table)
+
+
 @config_app.command("import")
 def import_neox_files(
     files: Annotated[list[Path], typer.Argument(help="GPT-NeoX YAML files, merged in this order.")],
@@ -111,6 +174,26 @@ def data_plan(config: ConfigArgument) -> None:
     if ledger["changes"]:
         console.print(changes_table(ledger))
     check_epochs(ledger, loaded)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Progress]:
+    """A bar on standard error: share, bytes, bytes/s and the time left."""
+    from tqdm import tqdm
+
+    with tqdm(total=1.0, desc=what, bar_format="{desc} {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}") as bar:
+
+        def progress(share: float, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(share - bar.n)
+
+        yield progress
+
+
+def _print_artifact(artifact: Artifact) -> None:
+    rows = [(name, str(value)) for name, value in artifact.summary.items()]
+    rows += [(file.path, f"{file.size:,} bytes") for file in artifact.files]
+    _print_rows(f"{artifact.name}: {artifact.folder}", rows)
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:

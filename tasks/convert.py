@@ -1,4 +1,4 @@
-"""convert: Meta's weights to NeoX shards, proven against transformers."""
+"""convert: Meta's or Hugging Face's weights to NeoX shards, proven against transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.stage import StageResult, run_stage
 
 
 def convert(config: RunConfig, progress: Progress) -> StageResult:
-    """Cut the base weights for TP x PP, or find it done. The artifact's summary holds the largest logit difference.
+    """Cut the base weights for TP x PP, or find it done. The summary holds the largest differences.
 
     Raises:
         CheckpointError: the weights are damaged, or the shards' logits are not the original's.
@@ -22,12 +22,21 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         from neox_core.checkpoint.convert import convert as convert_weights
-        from neox_core.checkpoint.neox import NeoxCheckpoint
         from neox_core.checkpoint.proof import prove_conversion
+        from neox_core.checkpoint.vocabulary import check_tokenizer
 
         base = config.base_model
-        convert_weights(base.path, folder, config.model, config.parallel, progress, base.rope_theta)
-        progress(1.0, "comparing logits with transformers")
-        return prove_conversion(base.path, NeoxCheckpoint(folder), config.model)
+        check_tokenizer(config.tokenizer.model, config.model)
+        return convert_weights(
+            base.path,
+            folder,
+            config.model,
+            config.parallel,
+            progress,
+            base_rope_theta=base.rope_theta,
+            base_vocab_size=base.vocab_size,
+            new_tokens=base.new_tokens,
+            prove=lambda source, shards: prove_conversion(source.folder, shards, config.model, progress),
+        )
 
     return run_stage(convert_spec(config), build, progress)

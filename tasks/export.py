@@ -33,11 +33,11 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
         from neox_core.checkpoint.neox import NeoxCheckpoint
 
         with _last_weights(config, progress) as weights:
-            export_huggingface(
+            sizes = export_huggingface(
                 weights, folder, config.model, config.tokenizer.model, config.train.sequence_length, progress
             )
-            progress(1.0, "comparing logits with ours")
-            return prove_export(NeoxCheckpoint(weights), folder, config.model, _sample_texts(config))
+            texts = _sample_texts(config)
+            return sizes | prove_export(NeoxCheckpoint(weights), folder, config.model, texts, progress)
 
     return run_stage(export_spec(config), build, progress)
 

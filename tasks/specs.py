@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from neox_core.config import RunConfig
+from neox_core.config import ModelConfig, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import training_inputs, training_logic
 from tasks.stage import StageSpec, digest_cache
@@ -30,6 +30,8 @@ def convert_spec(config: RunConfig) -> StageSpec:
         "model": config.model.model_dump(mode="json"),
         "parallel": config.parallel.model_dump(mode="json"),
         "base_rope_theta": config.base_model.rope_theta,
+        "base_vocab_size": config.base_model.vocab_size,
+        "new_tokens": config.base_model.new_tokens,
     }
     return StageSpec("convert", config, logical, _base_digests(config))
 
@@ -58,17 +60,33 @@ def export_spec(config: RunConfig) -> StageSpec:
 def _base_digests(config: RunConfig) -> dict[str, str]:
     """SHA-256 of each file of the base weights; a toy's weights are made here if they are missing."""
     folder = config.base_model.path
-    if not (folder / "params.json").is_file():
+    meta, huggingface = folder / "params.json", folder / "config.json"
+    if not meta.is_file() and not huggingface.is_file():
         if config.base_model.random_seed is None:
             raise ConfigError(
                 f"base_model.path {folder} holds no params.json: give the folder of Meta's weights "
-                "(params.json and consolidated.NN.pth)"
+                "(params.json and consolidated.NN.pth) or Hugging Face's (config.json and safetensors)"
             )
         from neox_core.checkpoint.toy_base import make_random_base
 
-        make_random_base(config.model, folder, config.base_model.random_seed)
-    paths = sorted([folder / "params.json", *folder.glob("consolidated.*.pth")])
+        make_random_base(_base_architecture(config), folder, config.base_model.random_seed)
+    described = meta if meta.is_file() else huggingface
+    pattern = "consolidated.*.pth" if meta.is_file() else "*.safetensors*"
+    paths = sorted([described, *folder.glob(pattern)])
     if len(paths) == 1:
-        raise ConfigError(f"base_model.path {folder} holds no consolidated.NN.pth: copy Meta's weights there")
+        wanted = "consolidated.NN.pth" if meta.is_file() else "safetensors"
+        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy the weights there")
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _base_architecture(config: RunConfig) -> ModelConfig:
+    """The model before the run changes its RoPE base or its vocabulary."""
+    base, model = config.base_model, config.model
+    return model.model_copy(
+        update={
+            "rope_theta": base.rope_theta or model.rope_theta,
+            "vocab_size": base.vocab_size or model.num_tokens,
+            "unpadded_vocab_size": None,
+        }
+    )

@@ -1,18 +1,43 @@
-"""Meta's weights to NeoX's shards for a tensor- and pipeline-parallel layout."""
+"""Weights in Meta's or Hugging Face's format to NeoX's shards for a tensor- and pipeline-parallel layout."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from neox_core.checkpoint.layout import Layer, cut, to_neox
-from neox_core.checkpoint.meta import MetaCheckpoint
-from neox_core.checkpoint.neox import write_neox
+from neox_core.artifact import FileRecord, write_atomically
+from neox_core.checkpoint.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
+from neox_core.checkpoint.layout import check_divides
+from neox_core.checkpoint.meta import PARAMS_FILE, MetaCheckpoint
+from neox_core.checkpoint.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
+from neox_core.checkpoint.outputs import LocalTarget, write_files
+from neox_core.checkpoint.vocabulary import NewTokens, new_rows
 from neox_core.config import ModelConfig, ParallelConfig
-from neox_core.errors import ConfigError
+from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress, silent
+
+SourceCheckpoint = MetaCheckpoint | HuggingFaceCheckpoint
+Proof = Callable[[SourceCheckpoint, NeoxCheckpoint], Mapping[str, Any]]
+"""Compares the shards with the source and raises CheckpointError if they are not the same model."""
+
+
+def open_source(folder: Path) -> SourceCheckpoint:
+    """Open a folder in Meta's or in Hugging Face's format, whichever it is.
+
+    Raises:
+        CheckpointError: it is neither, or is damaged or inconsistent.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    if (folder / CONFIG_FILE).is_file() and not (folder / PARAMS_FILE).is_file():
+        return HuggingFaceCheckpoint(folder)
+    return MetaCheckpoint(folder)
 
 
 def convert(
@@ -22,53 +47,98 @@ def convert(
     parallel: ParallelConfig,
     progress: Progress = silent,
     base_rope_theta: float | None = None,
-) -> None:
-    """Convert a folder in Meta's format to NeoX's layout in `target`; the tensors' values are kept bit for bit.
+    base_vocab_size: int | None = None,
+    new_tokens: NewTokens = "mean",
+    prove: Proof | None = None,
+) -> dict[str, Any]:
+    """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
+
+    An interrupted conversion goes on at the next file. Memory: some 32 MiB per file that is being written.
 
     Args:
-        source: folder with params.json and consolidated.NN.pth.
-        target: folder for latest and global_step0; an earlier attempt in it is replaced.
+        source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
+        target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
-        progress: told how far it is.
+        progress: told how far it is: bytes, bytes/s, time left.
         base_rope_theta: RoPE base of the source, where the run changes it on purpose (Llemma 7B: 1e6 to 1e4).
+        base_vocab_size: vocabulary of the source, where the run adds tokens or padding on purpose.
+        new_tokens: how their rows are made.
+        prove: called before `latest` is written.
+
+    Returns:
+        A summary: bytes, seconds, and what `prove` found.
 
     Raises:
-        CheckpointError: the source is missing, damaged or inconsistent.
+        CheckpointError: the source is missing, damaged or inconsistent, or the proof failed.
         ConfigError: the source is another architecture than `model`, or the layout does not divide it.
+        StorageError: the disk is too small.
     """
-    meta = MetaCheckpoint(source)
-    check_architecture(meta, model, base_rope_theta)
-    _check_divides(model, parallel)
+    checkpoint = open_source(source)
+    check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
+    check_divides(model, parallel.tensor, "parallel.tensor")
+    started = time.monotonic()
+    weights = checkpoint.weights
+    files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
+    remove_other_files(target, files)
+    output = LocalTarget(target, _identity(checkpoint, model, parallel, new_tokens))
+    finished = output.finished(files)
+    if len(finished) < len(files):
+        (target / LATEST_FILE).unlink(missing_ok=True)
+    records = write_files(output, files, progress, finished)
+    summary = sizes(records, time.monotonic() - started)
+    summary |= {} if weights.dtype == torch.bfloat16 else {"rounded_from": str(weights.dtype).removeprefix("torch.")}
+    if prove is not None:
+        progress(0.999, "comparing layers with transformers")
+        summary |= prove(checkpoint, NeoxCheckpoint(target / CONVERTED_TAG))
+    write_atomically(target / LATEST_FILE, CONVERTED_TAG)
+    progress(1.0, f"{len(records)} files written")
+    return summary
 
-    # The files are written per rank and layer: keep the last layer, so that the next rank's cut does not read it again.
-    @lru_cache(maxsize=1)
-    def whole(layer: Layer) -> dict[str, Tensor]:
-        return to_neox(layer, meta.tensor, meta.model)
 
-    def part(layer: Layer, rank: int) -> dict[str, Tensor]:
-        return cut(whole(layer), parallel.tensor, rank)
-
-    write_neox(target, model.num_layers, parallel, part, progress)
+def sizes(records: list[FileRecord], seconds: float) -> dict[str, Any]:
+    """The part of a summary that is about files."""
+    size = sum(record.size for record in records)
+    return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2)}
 
 
-def check_architecture(meta: MetaCheckpoint, model: ModelConfig, base_rope_theta: float | None = None) -> None:
+def check_architecture(
+    checkpoint: SourceCheckpoint,
+    model: ModelConfig,
+    base_rope_theta: float | None = None,
+    base_vocab_size: int | None = None,
+) -> None:
     """Compare the source's architecture with the run's, field by field.
 
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    expected = model if base_rope_theta is None else model.model_copy(update={"rope_theta": base_rope_theta})
+    expected = model.model_copy(
+        update={
+            "rope_theta": base_rope_theta or model.rope_theta,
+            "vocab_size": base_vocab_size or model.num_tokens,
+            "unpadded_vocab_size": None,
+        }
+    )
+    found = checkpoint.model
     differences = [
-        f"{name} {getattr(expected, name)} (source: {getattr(meta.model, name)})"
+        f"{name} {getattr(expected, name)} (source: {getattr(found, name)})"
         for name in ModelConfig.model_fields
-        if getattr(expected, name) != getattr(meta.model, name)
+        if getattr(expected, name) != getattr(found, name)
     ]
     if differences:
-        raise ConfigError(f"model differs from the base model in {meta.folder}: {'; '.join(differences)}")
+        raise ConfigError(f"model differs from the base model in {checkpoint.folder}: {'; '.join(differences)}")
+    if found.vocab_size > model.num_tokens:
+        raise ConfigError(f"the base has {found.vocab_size} tokens, more than the model's {model.num_tokens}")
 
 
-def _check_divides(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for name in ("num_attention_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
-        if getattr(model, name) % parallel.tensor:
-            raise ConfigError(f"parallel.tensor {parallel.tensor} does not divide model.{name} {getattr(model, name)}")
+def _identity(checkpoint: SourceCheckpoint, model: ModelConfig, parallel: ParallelConfig, new_tokens: NewTokens) -> str:
+    """What a half-finished attempt must have been about to be continued."""
+    contents = {place.stored.content for places in checkpoint.weights.places.values() for place in places}
+    logical = {
+        "source": sorted([content.name, content.version] for content in contents),
+        "model": model.model_dump(mode="json"),
+        "parallel": parallel.model_dump(mode="json"),
+        "new_tokens": new_tokens,
+    }
+    return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()

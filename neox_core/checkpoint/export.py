@@ -1,36 +1,35 @@
-"""A NeoX or training checkpoint to a folder that transformers loads, and the proof that it is the same model."""
+"""A NeoX or training checkpoint to Hugging Face's or Meta's format, and the proof that it is the same model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from math import prod
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from neox_core.artifact import write_atomically
+from neox_core.checkpoint.convert import sizes
 from neox_core.checkpoint.files import write_file
-from neox_core.checkpoint.huggingface import config_files
+from neox_core.checkpoint.huggingface import CONFIG_FILE, INDEX_FILE, config_files, huggingface_files, index_file
 from neox_core.checkpoint.huggingface_tokenizer import (
     TOKENIZER_MODEL,
     compare_tokenizers,
     load_sentencepiece,
     tokenizer_files,
 )
-from neox_core.checkpoint.layout import Layer, iterate_layers, to_huggingface
+from neox_core.checkpoint.meta import PARAMS_FILE, meta_files, meta_params
 from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.proof import TOLERANCE, compare_logits, judge
+from neox_core.checkpoint.outputs import LocalTarget, OutputFile, write_files
+from neox_core.checkpoint.proof import prove
+from neox_core.checkpoint.vocabulary import check_tokenizer
+from neox_core.checkpoint.weights import Weights
 from neox_core.config import ModelConfig
-from neox_core.errors import ConfigError
 from neox_core.progress import Progress, silent
 
 _MAX_FILE_BYTES = 5_000_000_000
-_INDEX_FILE = "model.safetensors.index.json"
 _PROBES = (
     "",
     " ",
@@ -47,102 +46,125 @@ def export_huggingface(
     source: Path,
     target: Path,
     model: ModelConfig,
-    tokenizer: Path,
+    tokenizer: Path | None,
     sequence_length: int,
     progress: Progress = silent,
     max_file_bytes: int = _MAX_FILE_BYTES,
-) -> None:
+) -> dict[str, Any]:
     """Write `target`: safetensors (several with an index above `max_file_bytes`), tokenizer, and config.json last.
+
+    Padding of the vocabulary is cut off. An interrupted export goes on at the next file. Yields a summary.
 
     Args:
         source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
-        target: folder to write; an earlier export in it is replaced.
+        target: folder to write; an export of something else in it is replaced.
         model: the checkpoint's architecture.
-        tokenizer: SentencePiece model.
+        tokenizer: SentencePiece model; None: the folder gets none.
         sequence_length: longest sequence that the model was trained on.
         progress: told how far it is.
         max_file_bytes: size that a file of weights is kept under where one layer allows it.
 
     Raises:
         CheckpointError: the checkpoint or the tokenizer is missing, damaged or does not fit the model.
-        ConfigError: the tokenizer has more pieces than the model's vocabulary.
+        ConfigError: the tokenizer has more pieces than the model has tokens.
     """
     checkpoint = NeoxCheckpoint(source)
-    pieces = load_sentencepiece(tokenizer)
-    if pieces.vocab_size() > model.vocab_size:
-        raise ConfigError(
-            f"tokenizer {tokenizer} has {pieces.vocab_size()} pieces, more than model.vocab_size {model.vocab_size}"
-        )
-    texts = tokenizer_files(tokenizer, sequence_length)
-    dtype = next(iter(checkpoint.layer(0, 0).values())).dtype
-    texts |= config_files(model, sequence_length, dtype, pieces.bos_id(), pieces.eos_id())
-    _remove_earlier(target)
-    _write_weights(checkpoint, target, model, dtype, max_file_bytes, progress)
-    write_file(target / TOKENIZER_MODEL, lambda temporary: shutil.copyfile(tokenizer, temporary))
-    for name in sorted(texts, key="config.json".__eq__):
+    texts: dict[str, str] = {}
+    special: dict[str, int] = {}
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model)
+        pieces = load_sentencepiece(tokenizer)
+        special = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+        texts = tokenizer_files(tokenizer, sequence_length)
+    weights, exported = checkpoint.weights(model), without_padding(model)
+    texts |= config_files(exported, sequence_length, weights.dtype, special)
+    files = huggingface_files(weights, exported, weights.dtype, max_file_bytes)
+    summary = _write(target, weights, files, CONFIG_FILE, progress)
+    if len(files) > 1:
+        write_atomically(target / INDEX_FILE, index_file(files))
+    if tokenizer is not None:
+        write_file(target / TOKENIZER_MODEL, lambda temporary: shutil.copyfile(tokenizer, temporary))
+    for name in sorted(texts, key=CONFIG_FILE.__eq__):
         write_atomically(target / name, texts[name])
+    return summary
+
+
+def export_meta(
+    source: Path, target: Path, model: ModelConfig, shards: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write `target` in Meta's format: consolidated.NN.pth, and params.json last. Yields a summary.
+
+    Padding of the vocabulary is cut off. An interrupted export goes on at the next file.
+
+    Args:
+        source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
+        target: folder to write; an export of something else in it is replaced.
+        model: the checkpoint's architecture.
+        shards: number of files; Meta has 1 for 7B, 2 for 13B, 4 for 34B, 8 for 70B.
+        progress: told how far it is.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or does not fit the model.
+        ConfigError: the model cannot be cut into that many shards.
+    """
+    exported = without_padding(model)
+    weights = NeoxCheckpoint(source).weights(model)
+    files = meta_files(weights, exported, shards, weights.dtype)
+    summary = _write(target, weights, files, PARAMS_FILE, progress)
+    write_atomically(target / PARAMS_FILE, json.dumps(meta_params(exported), indent=1))
+    return summary
+
+
+def without_padding(model: ModelConfig) -> ModelConfig:
+    """The architecture with the vocabulary's padding cut off."""
+    return model.model_copy(update={"vocab_size": model.num_tokens, "unpadded_vocab_size": None})
+
+
+def _write(
+    target: Path, weights: Weights, files: list[OutputFile], last_file: str, progress: Progress
+) -> dict[str, Any]:
+    """Write the weights; `last_file`, which makes the folder a model, is removed first if anything changes."""
+    started = time.monotonic()
+    output = LocalTarget(target, _identity(weights, files))
+    finished = output.finished(files)
+    wanted = {file.path for file in files}
+    if len(finished) < len(files):
+        (target / last_file).unlink(missing_ok=True)
+    for path in (*target.glob("model*.safetensors"), *target.glob("consolidated.*.pth"), target / INDEX_FILE):
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+    records = write_files(output, files, progress, finished)
+    progress(1.0, f"{len(records)} files written")
+    return sizes(records, time.monotonic() - started)
+
+
+def _identity(weights: Weights, files: list[OutputFile]) -> str:
+    """What a half-finished attempt must have been about to be continued."""
+    contents = {place.stored.content for places in weights.places.values() for place in places}
+    logical = {
+        "source": sorted([content.name, content.version] for content in contents),
+        "model": weights.model.model_dump(mode="json"),
+        "files": [[file.path, [[tensor.name, tensor.shape] for tensor in file.tensors]] for file in files],
+    }
+    return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()
 
 
 def prove_export(
-    checkpoint: NeoxCheckpoint, folder: Path, model: ModelConfig, texts: Sequence[str] = ()
+    checkpoint: NeoxCheckpoint,
+    folder: Path,
+    model: ModelConfig,
+    texts: Sequence[str] = (),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Load the folder as its users will and compare logits (fp32) and token ids; yields a summary.
+    """Compare an export with the checkpoint: every layer, small models' logits, and token ids; yields a summary.
 
     `texts` are encoded beside some that are known to be hard.
 
     Raises:
-        CheckpointError: logits differ by more than 1e-4, or a text's ids are not SentencePiece's.
+        CheckpointError: they differ (see `prove`), or a text's ids are not SentencePiece's.
     """
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    difference = compare_logits(checkpoint, loaded, model)
-    summary = judge(difference, TOLERANCE, f"the checkpoint {checkpoint.folder} and the export {folder}")
+    summary = prove(checkpoint, folder, model, progress=progress)
+    if not (folder / TOKENIZER_MODEL).is_file():
+        return summary
     samples = [*_PROBES, *texts]
     return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(folder, samples)}
-
-
-def _remove_earlier(target: Path) -> None:
-    """Remove an earlier export's config first, so that what is left is no model."""
-    for pattern in ("config.json", _INDEX_FILE, "model*.safetensors"):
-        for path in target.glob(pattern):
-            path.unlink()
-
-
-def _write_weights(
-    checkpoint: NeoxCheckpoint, target: Path, model: ModelConfig, dtype: torch.dtype, limit: int, progress: Progress
-) -> None:
-    groups = list(_group(list(iterate_layers(model.num_layers)), model, dtype.itemsize, limit))
-    places: dict[str, str] = {}
-    size = 0
-    for number, layers in enumerate(groups, start=1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for layer in layers:
-            tensors |= to_huggingface(layer, checkpoint.full_layer(layer.index), model)
-        content = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        _save(target / name, content)
-        places |= dict.fromkeys(content, name)
-        size += sum(tensor.nbytes for tensor in content.values())
-        progress(number / len(groups), f"{number} of {len(groups)} files, {size / 1e9:.2f} GB")
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_atomically(target / _INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def _group(layers: list[Layer], model: ModelConfig, itemsize: int, limit: int) -> Iterator[list[Layer]]:
-    """Layers in order, in groups that stay under `limit` bytes where a single layer does."""
-    group: list[Layer] = []
-    size = 0
-    for layer in layers:
-        more = itemsize * sum(prod(tensor.shape(model)) for tensor in layer.tensors)
-        if group and size + more > limit:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += more
-    yield group

@@ -1,13 +1,185 @@
-"""A Hugging Face folder's description of the model: config.json and generation_config.json."""
+"""Hugging Face folders: config.json, generation_config.json and safetensors, one file or several with an index."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from neox_core.checkpoint.layout import Form, Layer, iterate_layers, stored_tensors
+from neox_core.checkpoint.outputs import OutputFile
+from neox_core.checkpoint.stored import LocalContent, open_tensors
+from neox_core.checkpoint.weights import Locator, Weights
 from neox_core.config import ModelConfig
+from neox_core.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_ROPE_TABLE = "rotary_emb.inv_freq"
+_DEFAULT_ROPE_THETA = 10000.0
+
+
+class HuggingFaceCheckpoint:
+    """A Llama folder in Hugging Face's format, checked when opened; values are read from disk only when asked for.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the model is not a Llama that we can express, names are missing
+            or unknown, or shapes are not what config.json promises.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = _read_json(folder / CONFIG_FILE)
+        self.model = _model_config(folder / CONFIG_FILE, config)
+        tensors = {name: tensor for name, tensor in _open_all(folder).items() if not name.endswith(_ROPE_TABLE)}
+        if config.get("tie_word_embeddings") and _OUTPUT not in tensors:
+            tensors[_OUTPUT] = tensors.get(_EMBEDDING)
+        locator = Locator(str(folder), self.model, Form.HUGGINGFACE, 1)
+        locator.add(0, lambda _, name: tensors.get(name))
+        self.weights: Weights = locator.weights()
+        if unknown := sorted(tensors.keys() - self.weights.places.keys()):
+            raise CheckpointError(
+                f"{folder} holds {', '.join(unknown[:3])} ({len(unknown)} in all), unknown in a Llama of "
+                f"{self.model.num_layers} layers"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: is {path.parent} a checkpoint in Hugging Face's format?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _open_all(folder: Path) -> dict[str, Any]:
+    """All tensors of the folder's safetensors files."""
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: weights in other formats (.bin) are not "
+                "read, because they are pickles; save them as safetensors"
+            )
+        return open_tensors(LocalContent(folder / WEIGHTS_FILE))
+    index = _read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+    files = {name: open_tensors(LocalContent(folder / name)) for name in sorted(set(index.values()))}
+    if missing := [name for name, file in index.items() if name not in files[file]]:
+        raise CheckpointError(f"{folder / index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
+    return {name: files[file][name] for name, file in index.items()}
+
+
+def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        _check_expressible(path, config, hidden // heads)
+        return ModelConfig(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            intermediate_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            rope_theta=_rope_theta(path, config),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} has a value that is not a number of the right kind: {error}") from None
+
+
+def _check_expressible(path: Path, config: Mapping[str, Any], head_dim: int) -> None:
+    """Refuse what our model would compute in another way."""
+    expected = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": head_dim,
+    }
+    for key, value in expected.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}, but only {value!r} is supported")
+
+
+def _rope_theta(path: Path, config: Mapping[str, Any]) -> float:
+    """The RoPE base, from transformers 5's rope_parameters or the top level.
+
+    Raises:
+        CheckpointError: positions are scaled, which our model does not do, or two bases are given.
+    """
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    kinds = [part.get("rope_type", part.get("type", "default")) for part in (parameters, scaling)]
+    if scaled := [kind for kind in kinds if kind != "default"]:
+        raise CheckpointError(
+            f"{path}: RoPE positions are scaled ({scaled[0]}), which this model does not do: the weights would compute "
+            "something else here"
+        )
+    bases = {float(part["rope_theta"]) for part in (parameters, scaling, config) if part.get("rope_theta")}
+    if len(bases) > 1:
+        raise CheckpointError(f"{path} gives two RoPE bases, {sorted(bases)}")
+    return bases.pop() if bases else _DEFAULT_ROPE_THETA
+
+
+def huggingface_files(weights: Weights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
+    """The files of weights: one, or several of whole layers that stay under `limit` bytes where one layer does."""
+    groups = list(_group(list(iterate_layers(model.num_layers)), model, dtype.itemsize, limit))
+    names = (
+        [WEIGHTS_FILE]
+        if len(groups) == 1
+        else [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    )
+    return [
+        OutputFile(
+            name,
+            [
+                weights.as_stored(layout, dtype)
+                for layer in group
+                for layout in stored_tensors(layer, model, Form.HUGGINGFACE)
+            ],
+        )
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def index_file(files: list[OutputFile]) -> str:
+    """The index of several files of weights, as JSON."""
+    places = {tensor.name: file.path for file in files for tensor in file.tensors}
+    size = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2, sort_keys=True)
+
+
+def _group(layers: list[Layer], model: ModelConfig, itemsize: int, limit: int) -> Iterator[list[Layer]]:
+    """Layers in order, in groups that stay under `limit` bytes where a single layer does."""
+    group: list[Layer] = []
+    size = 0
+    for layer in layers:
+        more = itemsize * sum(prod(tensor.shape(model)) for tensor in layer.tensors)
+        if group and size + more > limit:
+            yield group
+            group, size = [], 0
+        group.append(layer)
+        size += more
+    yield group
 
 
 def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
@@ -30,26 +202,21 @@ def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> An
     )
 
 
-def config_files(model: ModelConfig, sequence_length: int, dtype: torch.dtype, bos: int, eos: int) -> dict[str, str]:
-    """config.json and generation_config.json by name.
+def config_files(
+    model: ModelConfig, sequence_length: int, dtype: torch.dtype, special: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """config.json and generation_config.json by name; `special` gives bos_token_id and eos_token_id.
 
     transformers 5 keeps the RoPE base in rope_parameters; versions before 5, and tools modelled on them, read
     rope_theta and torch_dtype at the top level, so both are given.
     """
     from transformers import GenerationConfig
 
+    ids = dict(special or {})
     name = str(dtype).removeprefix("torch.")
-    config = llama_config(
-        model,
-        sequence_length,
-        architectures=["LlamaForCausalLM"],
-        dtype=name,
-        bos_token_id=bos,
-        eos_token_id=eos,
-    )
+    config = llama_config(model, sequence_length, architectures=["LlamaForCausalLM"], dtype=name, **ids)
     content = json.loads(config.to_json_string()) | {"rope_theta": model.rope_theta, "torch_dtype": name}
-    generation = GenerationConfig(bos_token_id=bos, eos_token_id=eos)
     return {
-        "config.json": json.dumps(content, indent=2, sort_keys=True) + "\n",
-        "generation_config.json": generation.to_json_string(),
+        CONFIG_FILE: json.dumps(content, indent=2, sort_keys=True) + "\n",
+        "generation_config.json": GenerationConfig(**ids).to_json_string(),
     }

@@ -1,29 +1,38 @@
 """One description of where every tensor lives in Meta's, NeoX's and Hugging Face's layouts.
 
-Each conversion, in any direction, reads this table; none has rules of its own. Weights are [rows = outputs,
-columns = inputs], as torch.nn.Linear keeps them. Only views, copies and integer arithmetic: every function is exact.
+Each conversion, in any direction, reads this table; none has rules of its own. Pure arithmetic on rows and columns:
+no tensor is touched here. Weights are [rows = outputs, columns = inputs], as torch.nn.Linear keeps them; a vector
+counts as one row.
 
-Two things differ between the layouts beside names:
+The table speaks of whole tensors, under Hugging Face's full names and in its order of rows. `stored_tensors` says what
+a file of a layout holds: each of its tensors as blocks, rectangles of a whole tensor with the rows and columns where
+the file has them. Two things differ between the layouts beside names and cuts:
 
 * RoPE pairs. Meta rotates rows (2i, 2i+1) of a head (interleaved), NeoX and Hugging Face rows (i, i + head_dim/2)
   (halves), so the rows of wq and wk are permuted within each head.
-* NeoX fuses q, k and v: for each query head its head_dim rows of q, then the next head_dim·kv_heads/heads rows of k,
-  then as many of v. Those cuts fall together with the cuts between tensor-parallel ranks, so a rank's fused tensor is
-  a plain slice of the whole one.
+* NeoX fuses q, k and v per tensor-parallel rank: for each of the rank's query heads its head_dim rows of q, then the
+  next head_dim·kv_heads/heads rows of the rank's k, then as many of its v. With more ranks than KV heads,
+  ranks / kv_heads neighbours have the same KV head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from enum import Enum
 
 from neox_core.config import ModelConfig
-from neox_core.errors import CheckpointError
+from neox_core.errors import ConfigError
 
 QKV = "attention.query_key_value.weight"
+
+
+class Form(Enum):
+    """A layout of files."""
+
+    META = "Meta"
+    NEOX = "NeoX"
+    HUGGINGFACE = "Hugging Face"
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,28 @@ class TensorLayout:
     meta_split: int | None
     """Dimension that Meta's shards cut; None: every shard has the whole tensor."""
     neox_split: int | None
-    """Dimension that NeoX's tensor-parallel ranks cut (of the fused tensor, for q, k and v); None: replicated."""
+    """Dimension that NeoX's tensor-parallel ranks cut; None: every rank has the whole tensor."""
     rotary: bool = False
     """Rows are RoPE pairs, so their order differs between Meta and the others."""
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        sizes = {
-            "vocab": model.vocab_size,
-            "hidden": model.hidden_size,
-            "query": model.num_attention_heads * model.head_dim,
-            "key_value": model.num_kv_heads * model.head_dim,
-            "ffn": model.intermediate_size,
-        }
-        return tuple(sizes[axis] for axis in self.axes)
+        return tuple(_size(axis, model) for axis in self.axes)
+
+    def split(self, form: Form) -> int | None:
+        """Dimension that the form's files cut; None: each has the whole tensor."""
+        return {Form.META: self.meta_split, Form.NEOX: self.neox_split, Form.HUGGINGFACE: None}[form]
+
+
+def _size(axis: str, model: ModelConfig) -> int:
+    sizes = {
+        "vocab": model.vocab_size,
+        "hidden": model.hidden_size,
+        "query": model.num_attention_heads * model.head_dim,
+        "key_value": model.num_kv_heads * model.head_dim,
+        "ffn": model.intermediate_size,
+    }
+    return sizes[axis]
 
 
 _EMBEDDING = (
@@ -77,10 +94,6 @@ _TRANSFORMER = (
 )
 _FINAL_NORM = (TensorLayout("norm.scale", "norm.weight", "norm.weight", ("hidden",), None, None),)
 _OUTPUT = (TensorLayout("final_linear.weight", "output.weight", "lm_head.weight", ("vocab", "hidden"), 0, 0),)
-KINDS = (_EMBEDDING, _TRANSFORMER, _FINAL_NORM, _OUTPUT)
-"""What a layer can hold."""
-NEOX_SPLITS = {tensor.neox: tensor.neox_split for kind in KINDS for tensor in kind}
-"""Dimension that tensor-parallel ranks cut, by NeoX's name; None: replicated."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +106,12 @@ class Layer:
     meta_prefix: str
     huggingface_prefix: str
 
-    @property
-    def neox_names(self) -> tuple[str, ...]:
-        """Names in NeoX's files, each once."""
-        return tuple(dict.fromkeys(tensor.neox for tensor in self.tensors))
-
-    def meta_name(self, tensor: TensorLayout) -> str:
-        """Full name in Meta's files."""
-        return self.meta_prefix + tensor.meta
-
-    def huggingface_name(self, tensor: TensorLayout) -> str:
-        """Full name in Hugging Face's files."""
+    def name(self, tensor: TensorLayout, form: Form) -> str:
+        """Full name of one of its tensors in a form's files; NeoX's lacks `sequential.{index}.`, which not all have."""
+        if form is Form.NEOX:
+            return tensor.neox
+        if form is Form.META:
+            return self.meta_prefix + tensor.meta
         return self.huggingface_prefix + tensor.huggingface
 
 
@@ -116,114 +124,103 @@ def iterate_layers(num_layers: int) -> Iterator[Layer]:
     yield Layer(num_layers + 4, _OUTPUT, "", "")
 
 
-def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from Meta's pairs (2i, 2i+1) to halves (i, i + head_dim/2). [heads·head_dim, columns]."""
-    return weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a whole tensor, and where a file's tensor has it."""
+
+    whole: str
+    """The whole tensor's name."""
+    rows: range
+    columns: range
+    at_rows: range
+    """As many as `rows`; the step is 2 where RoPE pairs are interleaved."""
+    at_columns: range
+    replica: int
+    """0, or the number of a copy: several files have the same rectangle."""
 
 
-def halves_to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Inverse of `interleaved_to_halves`."""
-    return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+@dataclass(frozen=True)
+class StoredLayout:
+    """One tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
 
 
-def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
-    """Fuse q [heads·head_dim, h] with k and v [kv_heads·head_dim, h] of one rank (or of the whole model)."""
-    heads = query.shape[0] // head_dim
-    per_head = [part.reshape(heads, -1, part.shape[1]) for part in (query, key, value)]
-    return torch.cat(per_head, dim=1).flatten(0, 1)
-
-
-def split_qkv(fused: Tensor, head_dim: int, queries_per_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of `fuse_qkv`."""
-    share = head_dim // queries_per_kv
-    per_head = fused.reshape(-1, head_dim + 2 * share, fused.shape[1])
-    query, key, value = (part.flatten(0, 1) for part in torch.split(per_head, [head_dim, share, share], dim=1))
-    return query, key, value
-
-
-def to_neox(layer: Layer, read_meta: Callable[[str], Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """One layer's whole tensors under NeoX's names; `read_meta` gives a whole tensor by Meta's name."""
-    parts: dict[str, list[Tensor]] = {}
+def stored_tensors(layer: Layer, model: ModelConfig, form: Form, parts: int = 1, part: int = 0) -> list[StoredLayout]:
+    """The tensors of one layer in the file number `part` of `parts`: a Meta shard or a tensor-parallel rank."""
+    grouped: dict[str, list[TensorLayout]] = {}
     for tensor in layer.tensors:
-        weight = read_meta(layer.meta_name(tensor))
-        weight = interleaved_to_halves(weight, model.head_dim) if tensor.rotary else weight
-        parts.setdefault(tensor.neox, []).append(weight)
-    return {
-        name: fuse_qkv(part[0], part[1], part[2], model.head_dim) if name == QKV else part[0]
-        for name, part in parts.items()
-    }
+        grouped.setdefault(layer.name(tensor, form), []).append(tensor)
+    return [_stored(name, layer, group, model, form, parts, part) for name, group in grouped.items()]
 
 
-def to_huggingface(layer: Layer, neox: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """One layer's whole NeoX tensors under Hugging Face's full names."""
-    weights = _unfused(layer, neox, model)
-    return {layer.huggingface_name(tensor): weight for tensor, weight in zip(layer.tensors, weights, strict=True)}
+def _stored(
+    name: str, layer: Layer, group: list[TensorLayout], model: ModelConfig, form: Form, parts: int, part: int
+) -> StoredLayout:
+    blocks: list[Block] = []
+    for position, tensor in enumerate(group):
+        rows, columns, replica = _share(tensor, model, form, parts, part)
+        fused = position if len(group) > 1 else None
+        blocks += [
+            Block(layer.name(tensor, Form.HUGGINGFACE), run, columns, at, range(len(columns)), replica)
+            for run, at in _runs(tensor, model, form, parts, rows, fused)
+        ]
+    height, width = sum(len(block.rows) for block in blocks), len(blocks[0].columns)
+    return StoredLayout(name, (height, width) if len(group[0].axes) > 1 else (width,), tuple(blocks))
 
 
-def to_meta(layer: Layer, neox: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """One layer's whole NeoX tensors under Meta's full names: inverse of `to_neox`."""
-    weights = _unfused(layer, neox, model)
-    return {
-        layer.meta_name(tensor): halves_to_interleaved(weight, model.head_dim) if tensor.rotary else weight
-        for tensor, weight in zip(layer.tensors, weights, strict=True)
-    }
+def _share(tensor: TensorLayout, model: ModelConfig, form: Form, parts: int, part: int) -> tuple[range, range, int]:
+    """Rows and columns of the whole tensor that a part has, and the number of the copy."""
+    shape = tensor.shape(model)
+    height, width = shape if len(shape) > 1 else (1, shape[0])
+    split = tensor.split(form)
+    if split is None:
+        return range(height), range(width), part
+    copies = max(1, parts // model.num_kv_heads) if tensor.axes[split] == "key_value" else 1
+    size = shape[split] * copies // parts
+    mine = range(part // copies * size, (part // copies + 1) * size)
+    rows, columns = (mine, range(width)) if split == 0 else (range(height), mine)
+    return rows, columns, part % copies
 
 
-def _unfused(layer: Layer, neox: Mapping[str, Tensor], model: ModelConfig) -> list[Tensor]:
-    """The layer's tensors in the table's order, with q, k and v apart."""
-    _check_shapes(layer, neox, model)
-    weights: list[Tensor] = []
-    for name in layer.neox_names:
-        fused = name == QKV
-        weights.extend(split_qkv(neox[name], model.head_dim, model.queries_per_kv) if fused else [neox[name]])
-    return weights
+def _runs(
+    tensor: TensorLayout, model: ModelConfig, form: Form, parts: int, rows: range, fused: int | None
+) -> list[tuple[range, range]]:
+    """Runs of the part's rows, and the rows of the file's tensor that hold them. `fused`: q 0, k 1, v 2 of NeoX."""
+    width = model.head_dim
+    if tensor.rotary and form is Form.META:
+        half = width // 2
+        return [
+            (range(head + second * half, head + (second + 1) * half), range(at + second, at + width, 2))
+            for at, head in enumerate_by(width, rows)
+            for second in (0, 1)
+        ]
+    if fused is None:
+        return [(rows, range(len(rows)))]
+    heads = model.num_attention_heads // parts
+    share = width * max(1, model.num_kv_heads // parts) // heads
+    size = width if fused == 0 else share
+    stride, offset = width + 2 * share, (0, width, width + share)[fused]
+    return [
+        (range(start, start + size), range(head * stride + offset, head * stride + offset + size))
+        for head, start in enumerate(range(rows.start, rows.stop, size))
+    ]
 
 
-def _check_shapes(layer: Layer, neox: Mapping[str, Tensor], model: ModelConfig) -> None:
-    for name in layer.neox_names:
-        shapes = [tensor.shape(model) for tensor in layer.tensors if tensor.neox == name]
-        expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        found = tuple(neox[name].shape) if name in neox else None
-        if found != expected:
-            raise CheckpointError(
-                f"layer {layer.index}: {name} has shape {found}, but the model needs {expected}: is the model section "
-                "of the configuration this checkpoint's?"
-            )
+def enumerate_by(width: int, rows: range) -> Iterator[tuple[int, int]]:
+    """Starts of the groups of `width` rows: relative to the first row, and absolute."""
+    return ((start - rows.start, start) for start in range(rows.start, rows.stop, width))
 
 
-def cut(neox: Mapping[str, Tensor], tensor_parallel: int, rank: int) -> dict[str, Tensor]:
-    """A tensor-parallel rank's part of one layer's whole NeoX tensors (views)."""
-    return {name: slice_of(weight, NEOX_SPLITS[name], tensor_parallel, rank) for name, weight in neox.items()}
-
-
-def join(ranks: Sequence[Mapping[str, Tensor]], origin: str) -> dict[str, Tensor]:
-    """Inverse of `cut` over all ranks; `origin` is for the error.
-
-    Raises:
-        CheckpointError: a replicated tensor is not the same on all ranks.
-    """
-    return {
-        name: concatenate([rank[name] for rank in ranks], NEOX_SPLITS[name], f"{origin}: {name}") for name in ranks[0]
-    }
-
-
-def slice_of(weight: Tensor, dim: int | None, parts: int, part: int) -> Tensor:
-    """Part number `part` of `parts` equal ones along `dim` (a view); the whole tensor if `dim` is None."""
-    if dim is None:
-        return weight
-    size = weight.shape[dim] // parts
-    return weight.narrow(dim, part * size, size)
-
-
-def concatenate(parts: Sequence[Tensor], dim: int | None, name: str) -> Tensor:
-    """Inverse of `slice_of`; `name` is for the error.
-
-    Raises:
-        CheckpointError: `dim` is None (every part is the whole tensor), and the parts are not equal.
-    """
-    if dim is not None:
-        return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0]
-    for number, part in enumerate(parts[1:], start=1):
-        if not torch.equal(parts[0], part):
-            raise CheckpointError(f"{name} must be the same in every shard, but shard {number} differs from shard 0")
-    return parts[0]
+def check_divides(model: ModelConfig, parts: int, what: str) -> None:
+    """Raise ConfigError if the model cannot be cut into so many parts; `what` names the setting."""
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        if getattr(model, name) % parts:
+            raise ConfigError(f"{what} {parts} does not divide model.{name} {getattr(model, name)}")
+    if kv_heads % parts and parts % kv_heads:
+        raise ConfigError(
+            f"{what} {parts} does not divide model.num_kv_heads {kv_heads} of {heads} heads and is no multiple of it"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from neox_core.checkpoint.files import load_file
-from neox_core.checkpoint.layout import TensorLayout, concatenate, iterate_layers
+from neox_core.checkpoint.layout import Form, check_divides
+from neox_core.checkpoint.outputs import OutputFile
+from neox_core.checkpoint.stored import LocalContent, StoredTensor, open_tensors
+from neox_core.checkpoint.weights import Locator, Weights, layouts_of
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
 
@@ -39,16 +41,8 @@ def intermediate_size(hidden_size: int, multiple_of: int, ffn_dim_multiplier: fl
     return multiple_of * ((size + multiple_of - 1) // multiple_of)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor's entry in the layout and its full shape."""
-
-    layout: TensorLayout
-    shape: tuple[int, ...]
-
-
 class MetaCheckpoint:
-    """A folder in Meta's format, checked when opened; tensors are read from disk only when asked for.
+    """A folder in Meta's format, checked when opened; values are read from disk only when asked for.
 
     Raises:
         CheckpointError: the folder, params.json or a shard is missing or damaged, names are missing or unknown, or
@@ -58,60 +52,106 @@ class MetaCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         params = _read_params(folder)
-        self._shards = [load_file(path) for path in _shard_paths(folder)]
-        self.model = _model_config(folder, params, self._shards)
-        self._places = {
-            layer.meta_name(tensor): _Place(tensor, tensor.shape(self.model))
-            for layer in iterate_layers(self.model.num_layers)
-            for tensor in layer.tensors
-        }
-        for number, shard in enumerate(self._shards):
-            self._check_names(number, shard)
-            self._check_tensors(number, shard)
-
-    @property
-    def num_shards(self) -> int:
+        shards = [open_tensors(LocalContent(path)) for path in _shard_paths(folder)]
+        self.num_shards = len(shards)
         """Number of consolidated.NN.pth files."""
-        return len(self._shards)
+        self.model = _model_config(folder, params, shards)
+        names = {layout.name for _, layout in layouts_of(self.model, Form.META)}
+        for number, shard in enumerate(shards):
+            self._check_names(folder / shard_name(number), shard, names)
+        self._check_parts(shards)
+        locator = Locator(str(folder), self.model, Form.META, self.num_shards)
+        for number, shard in enumerate(shards):
+            locator.add(number, partial(_find, shard))
+        self.weights: Weights = locator.weights()
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor by Meta's name, merged over the shards; rows of wq and wk are in Meta's order."""
-        parts = [shard[name] for shard in self._shards]
-        return concatenate(parts, self._places[name].layout.meta_split, f"{self.folder}: {name}")
+        layout = next(layout for _, layout in layouts_of(self.model, Form.META) if layout.name == name)
+        out = torch.empty(layout.shape, dtype=self.weights.dtype)
+        self.weights.as_stored(layout, out.dtype).fill(out.view(-1, out.shape[-1]), 0)
+        return out
 
-    def _check_names(self, number: int, shard: Mapping[str, Any]) -> None:
+    def _check_names(self, path: Path, shard: Mapping[str, Any], names: set[str]) -> None:
         found = {name for name in shard if not name.endswith(_ROPE_TABLE)}
-        path = self.folder / shard_name(number)
-        if missing := sorted(self._places.keys() - found):
+        if missing := sorted(names - found):
             raise CheckpointError(f"{path} lacks {_some(missing)}, which {self.model.num_layers} layers need")
-        if unknown := sorted(found - self._places.keys()):
+        if unknown := sorted(found - names):
             raise CheckpointError(
                 f"{path} holds {_some(unknown)}, unknown in a Llama of {self.model.num_layers} layers"
             )
 
-    def _check_tensors(self, number: int, shard: Mapping[str, Any]) -> None:
-        path = self.folder / shard_name(number)
-        for name, place in self._places.items():
-            tensor = shard[name]
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.bfloat16:
-                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise CheckpointError(f"{path}: {name} is {kind}; the weights must be torch.bfloat16")
-            self._check_shape(path, name, place, tuple(tensor.shape))
+    def _check_parts(self, shards: list[dict[str, Any]]) -> None:
+        """Shapes over all shards, in the terms of params.json, before anything divides by their number."""
+        wholes = {layout.name: layout for _, layout in layouts_of(self.model, Form.META)}
+        for number, shard in enumerate(shards):
+            for name, layout in wholes.items():
+                stored = shard[name]
+                if isinstance(stored, StoredTensor) and not _fits(stored.shape, layout.shape, self.num_shards):
+                    raise CheckpointError(
+                        f"{self.folder / shard_name(number)}: {name} has shape {stored.shape} in one of "
+                        f"{self.num_shards} shards, but {PARAMS_FILE} says {layout.shape} for the whole: shards are "
+                        f"missing or surplus, or {PARAMS_FILE} is another model's"
+                    )
 
-    def _check_shape(self, path: Path, name: str, place: _Place, actual: tuple[int, ...]) -> None:
-        split, whole = place.layout.meta_split, list(actual)
-        if split is not None and split < len(whole):
-            whole[split] *= self.num_shards
-        if tuple(whole) != place.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {actual}, which makes {tuple(whole)} over {self.num_shards} shards, but "
-                f"{PARAMS_FILE} says {place.shape}: shards are missing or surplus, or {PARAMS_FILE} is another model's"
-            )
+
+def _find(shard: Mapping[str, Any], index: int, name: str) -> object:
+    return shard.get(name)
+
+
+def _fits(shard: tuple[int, ...], whole: tuple[int, ...], shards: int) -> bool:
+    """Whether a shard can be the whole tensor or one of equal cuts along one dimension."""
+    if len(shard) != len(whole):
+        return False
+    if len(whole) == 1:
+        return shard == whole
+    return any(shard == tuple(n // shards if d == dim else n for d, n in enumerate(whole)) for dim in (0, 1))
+
+
+def meta_files(weights: Weights, model: ModelConfig, shards: int, dtype: torch.dtype) -> list[OutputFile]:
+    """The files of a checkpoint in Meta's format, but for params.json.
+
+    Raises:
+        ConfigError: the model cannot be cut into that many shards.
+    """
+    check_divides(model, shards, "shards")
+    return [
+        OutputFile(
+            shard_name(shard),
+            [weights.as_stored(layout, dtype) for _, layout in layouts_of(model, Form.META, shards, shard)],
+        )
+        for shard in range(shards)
+    ]
+
+
+def meta_params(model: ModelConfig) -> dict[str, int | float]:
+    """The params.json of a model."""
+    return {
+        "dim": model.hidden_size,
+        "n_layers": model.num_layers,
+        "n_heads": model.num_attention_heads,
+        "n_kv_heads": model.num_kv_heads,
+        **_mlp_params(model),
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def _mlp_params(model: ModelConfig) -> dict[str, int | float]:
+    """Values of Meta's formula that give the model's intermediate size; it has no entry of its own in params.json."""
+    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if intermediate_size(model.hidden_size, multiple_of, None) == model.intermediate_size:
+            return {"multiple_of": multiple_of}
+    unscaled = intermediate_size(model.hidden_size, 1, None)
+    # The formula rounds down: aim at the middle of the unit, so that no float error can reach a neighbour.
+    return {"multiple_of": 1, "ffn_dim_multiplier": (model.intermediate_size + 0.5) / unscaled}
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    """The first names of a list."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _read_params(folder: Path) -> dict[str, Any]:
@@ -175,6 +215,6 @@ def _vocab_size(folder: Path, params: Mapping[str, Any], shards: list[dict[str, 
     if stated != -1:
         return stated
     embedding = shards[0].get("tok_embeddings.weight")
-    if not isinstance(embedding, Tensor):
+    if not isinstance(embedding, StoredTensor):
         raise CheckpointError(f"{folder / shard_name(0)} lacks tok_embeddings.weight")
     return embedding.shape[0]

@@ -10,26 +10,26 @@ DeepSpeed's own checkpoints of a pipeline module are in the second form, for any
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from neox_core.artifact import write_atomically
-from neox_core.checkpoint.files import load_file, save_file
-from neox_core.checkpoint.layout import KINDS, Layer, iterate_layers, join
-from neox_core.config import ParallelConfig
+from neox_core.checkpoint.files import load_file
+from neox_core.checkpoint.layout import Form, iterate_layers, stored_tensors
+from neox_core.checkpoint.outputs import OutputFile
+from neox_core.checkpoint.stored import LocalContent, open_tensors
+from neox_core.checkpoint.weights import Locator, NewRows, Weights, layouts_of
+from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
-from neox_core.progress import Progress, silent
 
 LATEST_FILE = "latest"
 CONVERTED_TAG = "global_step0"
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-
-RankLayer = Callable[[Layer, int], dict[str, Tensor]]
-"""Gives a layer's tensors of one tensor-parallel rank, by NeoX's names."""
 
 
 def layer_file(index: int, rank: int) -> str:
@@ -42,39 +42,51 @@ def rank_file(rank: int) -> str:
     return f"mp_rank_{rank:02d}_model_states.pt"
 
 
-def write_neox(
-    target: Path, num_layers: int, parallel: ParallelConfig, read: RankLayer, progress: Progress = silent
-) -> None:
-    """Write `target`/global_step0 and, last, `target`/latest, in the form that `parallel.pipeline` asks for.
+def neox_files(
+    weights: Weights,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    new_rows: NewRows | None = None,
+) -> list[OutputFile]:
+    """The files of global_step0, in the form that `parallel.pipeline` asks for; all but `latest`.
 
-    Files of an earlier attempt are removed first. Memory: one layer with pipeline; one rank's weights without.
+    Args:
+        model: what to write; its vocabulary may be larger than that of `weights`.
+        new_rows: gives the rows that `weights` lack.
     """
+    if parallel.pipeline == 1:
+        return [_rank_file(weights, model, parallel.tensor, rank, dtype, new_rows) for rank in range(parallel.tensor)]
+    return [
+        OutputFile(
+            f"{CONVERTED_TAG}/{layer_file(layer.index, rank)}",
+            [
+                weights.as_stored(layout, dtype, new_rows)
+                for layout in stored_tensors(layer, model, Form.NEOX, parallel.tensor, rank)
+            ],
+        )
+        for layer in iterate_layers(model.num_layers)
+        for rank in range(parallel.tensor)
+    ]
+
+
+def _rank_file(
+    weights: Weights, model: ModelConfig, ranks: int, rank: int, dtype: torch.dtype, new_rows: NewRows | None
+) -> OutputFile:
+    tensors = [
+        weights.as_stored(layout, dtype, new_rows, prefix=f"sequential.{index}.")
+        for index, layout in layouts_of(model, Form.NEOX, ranks, rank)
+    ]
+    return OutputFile(f"{CONVERTED_TAG}/{rank_file(rank)}", tensors, under="module")
+
+
+def remove_other_files(target: Path, files: Sequence[OutputFile]) -> None:
+    """Remove what an attempt at another form or another number of ranks left in global_step0."""
+    wanted = {target / file.path for file in files}
     folder = target / CONVERTED_TAG
-    (target / LATEST_FILE).unlink(missing_ok=True)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _LAYER_FILE.fullmatch(path.name) or _RANK_FILE.fullmatch(path.name):
+        if (_LAYER_FILE.fullmatch(path.name) or _RANK_FILE.fullmatch(path.name)) and path not in wanted:
             path.unlink()
-    write = _write_layer_files if parallel.pipeline > 1 else _write_rank_files
-    write(folder, list(iterate_layers(num_layers)), parallel.tensor, read, progress)
-    write_atomically(target / LATEST_FILE, CONVERTED_TAG)
-
-
-def _write_layer_files(folder: Path, layers: list[Layer], ranks: int, read: RankLayer, progress: Progress) -> None:
-    for done, layer in enumerate(layers, start=1):
-        for rank in range(ranks):
-            save_file(folder / layer_file(layer.index, rank), read(layer, rank))
-        progress(done / len(layers), f"{done} of {len(layers)} layers for {ranks} tensor-parallel ranks")
-
-
-def _write_rank_files(folder: Path, layers: list[Layer], ranks: int, read: RankLayer, progress: Progress) -> None:
-    for rank in range(ranks):
-        module: dict[str, Tensor] = {}
-        for done, layer in enumerate(layers, start=1):
-            module |= {f"sequential.{layer.index}.{name}": tensor for name, tensor in read(layer, rank).items()}
-            share = (rank + done / len(layers)) / ranks
-            progress(min(share, 0.999), f"rank {rank + 1} of {ranks}: {done} of {len(layers)} layers")
-        save_file(folder / rank_file(rank), {"module": module})
-    progress(1.0, f"{ranks} tensor-parallel ranks written")
 
 
 class NeoxCheckpoint:
@@ -120,20 +132,31 @@ class NeoxCheckpoint:
             raise CheckpointError(f"{self.folder} has no layer {index} for tensor-parallel rank {tensor_rank}")
         return tensors
 
-    def full_layer(self, index: int) -> dict[str, Tensor]:
-        """The layer's whole tensors, merged over the ranks: what a checkpoint of one rank holds.
+    def weights(self, model: ModelConfig) -> Weights:
+        """The whole model, merged over the ranks.
 
         Raises:
-            CheckpointError: a file is missing or damaged, names are wrong, or ranks disagree on a replicated tensor.
+            CheckpointError: a file is missing or damaged, or its tensors are not those that the model needs.
         """
-        ranks = [self.layer(index, rank) for rank in range(self.tensor_parallel)]
-        kinds = [{tensor.neox for tensor in kind} for kind in KINDS]
-        for rank, tensors in enumerate(ranks):
-            if set(tensors) not in kinds or set(tensors) != set(ranks[0]):
-                raise CheckpointError(
-                    f"{self.folder}: layer {index} of rank {rank} holds {sorted(tensors)}, not a Llama layer's tensors"
-                )
-        return join(ranks, f"{self.folder}, layer {index}")
+        locator = Locator(str(self.folder), model, Form.NEOX, self.tensor_parallel)
+        for rank in range(self.tensor_parallel):
+            locator.add(rank, self._finder(rank))
+        return locator.weights()
+
+    def _finder(self, rank: int) -> Callable[[int, str], object]:
+        """Finds a rank's tensors by layer and name; each file is opened once."""
+        if not self._by_layer:
+            path = self.folder / rank_file(rank)
+            module = open_tensors(LocalContent(path)).get("module")
+            if not isinstance(module, dict) or not module:
+                raise CheckpointError(f"{path} holds no weights under 'module'")
+            return lambda index, name: module.get(f"sequential.{index}.{name}")
+
+        @lru_cache(maxsize=1)
+        def opened(index: int) -> dict[str, Any]:
+            return open_tensors(LocalContent(self.folder / layer_file(index, rank)))
+
+        return lambda index, name: opened(index).get(name)
 
     def _rank_module(self, rank: int) -> dict[str, Tensor]:
         if rank not in self._rank_modules:

@@ -1,4 +1,4 @@
-"""A transformers model built straight from Meta's files: the other side of the conversion's proof.
+"""transformers' Llama built straight from Meta's or Hugging Face's files: the other side of a conversion's proof.
 
 It shares no code with the conversion. Names, splits and the permutation of RoPE rows are written here once more, after
 the description of transformers' own Llama conversion, so that a mistake in layout.py cannot cancel itself out.
@@ -7,76 +7,164 @@ the description of transformers' own Llama conversion, so that a mistake in layo
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neox_core.config import ModelConfig
+
+State = dict[str, Tensor]
+
+
+class MetaReference:
+    """A folder in Meta's format as transformers' parts, each made when asked for, in fp32."""
+
+    def __init__(self, folder: Path, sequence_length: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._params: dict[str, Any] = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+        files = sorted(folder.glob("consolidated.*.pth"))
+        self._shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+        self._dtype = dtype
+        self.config = self._config(sequence_length)
+
+    def _config(self, sequence_length: int) -> Any:
+        from transformers import LlamaConfig
+
+        params, shards = self._params, self._shards
+        return LlamaConfig(
+            vocab_size=shards[0]["tok_embeddings.weight"].shape[0],
+            hidden_size=params["dim"],
+            intermediate_size=sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards),
+            num_hidden_layers=params["n_layers"],
+            num_attention_heads=params["n_heads"],
+            num_key_value_heads=params.get("n_kv_heads") or params["n_heads"],
+            rms_norm_eps=params.get("norm_eps", 1e-5),
+            max_position_embeddings=sequence_length,
+            rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))},
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+
+    def embedding(self) -> Tensor:
+        """[V, D]"""
+        return self._whole("tok_embeddings.weight", 1)
+
+    def norm(self) -> Tensor:
+        """Scale of the last norm, [D]."""
+        return self._first("norm.weight")
+
+    def head(self) -> Tensor:
+        """[V, D]"""
+        return self._whole("output.weight", 0)
+
+    def layer(self, number: int) -> State:
+        """A decoder layer's state."""
+        heads = self._params["n_heads"]
+        kv_heads = self._params.get("n_kv_heads") or heads
+        rows, columns, prefix = 0, 1, f"layers.{number}"
+        return {
+            "input_layernorm.weight": self._first(f"{prefix}.attention_norm.weight"),
+            "self_attn.q_proj.weight": self._rotated(f"{prefix}.attention.wq.weight", heads),
+            "self_attn.k_proj.weight": self._rotated(f"{prefix}.attention.wk.weight", kv_heads),
+            "self_attn.v_proj.weight": self._whole(f"{prefix}.attention.wv.weight", rows),
+            "self_attn.o_proj.weight": self._whole(f"{prefix}.attention.wo.weight", columns),
+            "post_attention_layernorm.weight": self._first(f"{prefix}.ffn_norm.weight"),
+            "mlp.gate_proj.weight": self._whole(f"{prefix}.feed_forward.w1.weight", rows),
+            "mlp.up_proj.weight": self._whole(f"{prefix}.feed_forward.w3.weight", rows),
+            "mlp.down_proj.weight": self._whole(f"{prefix}.feed_forward.w2.weight", columns),
+        }
+
+    def _first(self, name: str) -> Tensor:
+        return self._shards[0][name].to(self._dtype).float()
+
+    def _whole(self, name: str, dim: int) -> Tensor:
+        return torch.cat([shard[name].to(self._dtype) for shard in self._shards], dim=dim).float()
+
+    def _rotated(self, name: str, count: int) -> Tensor:
+        """[count·H, D]: in each head, the even rows first, then the odd ones."""
+        per_head = self._whole(name, 0).view(count, -1, self._params["dim"])
+        return torch.cat([per_head[:, 0::2], per_head[:, 1::2]], dim=1).reshape(-1, self._params["dim"])
+
+
+class HuggingFaceReference:
+    """A folder in Hugging Face's format as transformers' parts, each made when asked for, in fp32."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        from safetensors import safe_open
+        from transformers import AutoConfig
+
+        self._dtype = dtype
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
+        self._files: dict[str, Any] = {}
+        file: Any
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(str(path), framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def embedding(self) -> Tensor:
+        """[V, D]"""
+        return self._tensor("model.embed_tokens.weight")
+
+    def norm(self) -> Tensor:
+        """Scale of the last norm, [D]."""
+        return self._tensor("model.norm.weight")
+
+    def head(self) -> Tensor:
+        """[V, D]"""
+        tied = self.config.tie_word_embeddings
+        return self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def layer(self, number: int) -> State:
+        """A decoder layer's state."""
+        prefix = f"model.layers.{number}."
+        names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
+        return {name.removeprefix(prefix): self._tensor(name) for name in names}
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name).to(self._dtype).float()
+
+
+Reference = MetaReference | HuggingFaceReference
+
+
+def open_reference(folder: Path, sequence_length: int, dtype: torch.dtype) -> Reference:
+    """The reference for a folder in either format; weights are rounded to `dtype` first, as a conversion does."""
+    if (folder / "params.json").is_file():
+        return MetaReference(folder, sequence_length, dtype)
+    return HuggingFaceReference(folder, dtype)
+
+
+def decoder_layer(config: Any, number: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """transformers' decoder layer with these weights, in eval mode."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, number)
+    layer.load_state_dict(state, strict=True, assign=True)
+    return layer.eval()
+
+
+def whole_llama(reference: Reference) -> Any:
+    """transformers' LlamaForCausalLM with all of a reference's weights, in fp32 and eval mode."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(reference.config)
+    # Buffers like the RoPE table, which no checkpoint holds, would stay without values.
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(config=reference.config)
+    state = {
+        "model.embed_tokens.weight": reference.embedding(),
+        "model.norm.weight": reference.norm(),
+        "lm_head.weight": reference.head(),
+    }
+    for number in range(reference.config.num_hidden_layers):
+        state |= {f"model.layers.{number}.{name}": value for name, value in reference.layer(number).items()}
+    llama.load_state_dict(state, strict=True, assign=True)
+    return llama.eval()
 
 
 def llama_from_meta(folder: Path, model: ModelConfig, sequence_length: int) -> Any:
     """transformers' LlamaForCausalLM in fp32 with the weights of a folder in Meta's format, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-    files = sorted(folder.glob("consolidated.*.pth"))
-    shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
-    theta = float(params.get("rope_theta", 10000.0))
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=params["dim"],
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=params["n_heads"],
-        num_key_value_heads=params.get("n_kv_heads") or params["n_heads"],
-        rms_norm_eps=params.get("norm_eps", 1e-5),
-        max_position_embeddings=sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
-    state = _state(shards, params)
-    llama.to_empty(device="cpu")
-    # to_empty leaves the RoPE table, which no checkpoint holds, without values.
-    llama.model.rotary_emb = type(llama.model.rotary_emb)(config=config)
-    llama.load_state_dict(state, strict=True)
-    return llama.eval()
-
-
-def _state(shards: list[dict[str, Tensor]], params: dict[str, Any]) -> dict[str, Tensor]:
-    """Hugging Face's names and whole fp32 tensors."""
-    heads = params["n_heads"]
-    kv_heads = params.get("n_kv_heads") or heads
-    rows, columns = 0, 1
-
-    def whole(name: str, dim: int) -> Tensor:
-        return torch.cat([shard[name] for shard in shards], dim=dim).float()
-
-    def rotated(name: str, count: int) -> Tensor:
-        """[count·H, D]: in each head, the even rows first, then the odd ones."""
-        per_head = whole(name, rows).view(count, -1, params["dim"])
-        return torch.cat([per_head[:, 0::2], per_head[:, 1::2]], dim=1).reshape(-1, params["dim"])
-
-    state = {
-        "model.embed_tokens.weight": whole("tok_embeddings.weight", columns),
-        "model.norm.weight": shards[0]["norm.weight"].float(),
-        "lm_head.weight": whole("output.weight", rows),
-    }
-    for number in range(params["n_layers"]):
-        ours, theirs = f"model.layers.{number}", f"layers.{number}"
-        state |= {
-            f"{ours}.input_layernorm.weight": shards[0][f"{theirs}.attention_norm.weight"].float(),
-            f"{ours}.self_attn.q_proj.weight": rotated(f"{theirs}.attention.wq.weight", heads),
-            f"{ours}.self_attn.k_proj.weight": rotated(f"{theirs}.attention.wk.weight", kv_heads),
-            f"{ours}.self_attn.v_proj.weight": whole(f"{theirs}.attention.wv.weight", rows),
-            f"{ours}.self_attn.o_proj.weight": whole(f"{theirs}.attention.wo.weight", columns),
-            f"{ours}.post_attention_layernorm.weight": shards[0][f"{theirs}.ffn_norm.weight"].float(),
-            f"{ours}.mlp.gate_proj.weight": whole(f"{theirs}.feed_forward.w1.weight", rows),
-            f"{ours}.mlp.up_proj.weight": whole(f"{theirs}.feed_forward.w3.weight", rows),
-            f"{ours}.mlp.down_proj.weight": whole(f"{theirs}.feed_forward.w2.weight", columns),
-        }
-    return state
+    return whole_llama(MetaReference(folder, sequence_length))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from neox_core.artifact import write_atomically
-from neox_core.checkpoint.files import save_file
-from neox_core.checkpoint.layout import Layer, TensorLayout, iterate_layers, slice_of
-from neox_core.checkpoint.meta import PARAMS_FILE, intermediate_size, shard_name
+from neox_core.checkpoint.files import write_file
+from neox_core.checkpoint.layout import Form, TensorLayout, check_divides, iterate_layers, stored_tensors
+from neox_core.checkpoint.meta import PARAMS_FILE, meta_params, shard_name
+from neox_core.checkpoint.stream import StreamedTensor, write_torch
 from neox_core.config import ModelConfig
-from neox_core.errors import ConfigError
 
 _STD = 0.02
 """Standard deviation of the weights at initialisation (GPT-2's)."""
@@ -26,65 +28,52 @@ def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = 
 
     bf16; normal with standard deviation 0.02; what writes to the residual stream is scaled by 1/sqrt(2·layers), so
     that the stream's variance does not grow with depth (GPT-2); norms are ones. Equal seeds give equal weights, for
-    any number of shards.
+    any number of shards. Memory: one tensor, in fp32; every shard draws all weights anew.
 
     Raises:
         ConfigError: the model cannot be cut into that many shards.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weights: dict[str, Tensor] = {}
-    splits: dict[str, int | None] = {}
-    for layer in iterate_layers(model.num_layers):
-        for tensor in layer.tensors:
-            name = layer.meta_name(tensor)
-            weights[name] = _random(layer, tensor, model, generator)
-            splits[name] = tensor.meta_split
-    write_meta(folder, model, weights, splits, shards)
-
-
-def write_meta(
-    folder: Path, model: ModelConfig, weights: dict[str, Tensor], splits: dict[str, int | None], shards: int
-) -> None:
-    """Write whole tensors, given by Meta's names, as a checkpoint in Meta's format; params.json comes last.
-
-    Raises:
-        ConfigError: a tensor cannot be cut into that many shards.
-    """
-    for name, weight in weights.items():
-        split = splits[name]
-        if split is not None and weight.shape[split] % shards:
-            raise ConfigError(f"{shards} shards do not divide {name} {tuple(weight.shape)} along dimension {split}")
+    check_divides(model, shards, "shards")
     for shard in range(shards):
-        content = {name: slice_of(weight, splits[name], shards, shard) for name, weight in weights.items()}
-        save_file(folder / shard_name(shard), content)
+        tensors = list(_shard(model, seed, shards, shard))
+        write_file(folder / shard_name(shard), partial(_save, tensors))
     write_atomically(folder / PARAMS_FILE, json.dumps(meta_params(model), indent=1))
 
 
-def meta_params(model: ModelConfig) -> dict[str, int | float]:
-    """The params.json of a model."""
-    return {
-        "dim": model.hidden_size,
-        "n_layers": model.num_layers,
-        "n_heads": model.num_attention_heads,
-        "n_kv_heads": model.num_kv_heads,
-        **_mlp_params(model),
-        "norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "vocab_size": model.vocab_size,
-    }
+def _save(tensors: list[StreamedTensor], path: Path) -> None:
+    with path.open("wb") as file:
+        write_torch(file, tensors)
 
 
-def _mlp_params(model: ModelConfig) -> dict[str, int | float]:
-    """Values of Meta's formula that give the model's intermediate size; it has no entry of its own in params.json."""
-    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if intermediate_size(model.hidden_size, multiple_of, None) == model.intermediate_size:
-            return {"multiple_of": multiple_of}
-    unscaled = intermediate_size(model.hidden_size, 1, None)
-    # The formula rounds down: aim at the middle of the unit, so that no float error can reach a neighbour.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (model.intermediate_size + 0.5) / unscaled}
+def _shard(model: ModelConfig, seed: int, shards: int, shard: int) -> Iterator[StreamedTensor]:
+    """A shard's tensors; they must be written in this order, in which the generator draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in iterate_layers(model.num_layers):
+        for tensor, stored in zip(layer.tensors, stored_tensors(layer, model, Form.META, shards, shard), strict=True):
+            size = stored.shape[tensor.meta_split or 0]
+            start = 0 if tensor.meta_split is None else shard * size
+            fill = _drawn(tensor, model, generator, slice(start, start + size))
+            yield StreamedTensor(stored.name, stored.shape, torch.bfloat16, fill)
 
 
-def _random(layer: Layer, tensor: TensorLayout, model: ModelConfig, generator: torch.Generator) -> Tensor:
+def _drawn(
+    tensor: TensorLayout, model: ModelConfig, generator: torch.Generator, part: slice
+) -> Callable[[Tensor, int], None]:
+    drawn: list[Tensor] = []
+
+    def fill(out: Tensor, first: int) -> None:
+        if first == 0:
+            whole = _random(tensor, model, generator)
+            cut = whole[part] if tensor.meta_split == 0 else whole[..., part]
+            drawn[:] = [cut.reshape(-1, out.shape[1])]
+        out.copy_(drawn[0][first : first + len(out)])
+        if first + len(out) == len(drawn[0]):
+            drawn.clear()
+
+    return fill
+
+
+def _random(tensor: TensorLayout, model: ModelConfig, generator: torch.Generator) -> Tensor:
     shape = tensor.shape(model)
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)

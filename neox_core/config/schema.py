@@ -176,12 +176,16 @@ class DataConfig(Section):
 
 
 class BaseModelConfig(Section):
-    """The weights to start from, in Meta's raw format (params.json and consolidated.NN.pth)."""
+    """The weights to start from: a folder in Meta's raw format (params.json, consolidated.NN.pth) or Hugging Face's."""
 
     path: ConfigPath
     rope_theta: PositiveFloat | None = Field(
         None, description="the base's RoPE theta where the run changes it on purpose; None: model.rope_theta"
     )
+    vocab_size: PositiveInt | None = Field(
+        None, description="the base's vocabulary where the run adds tokens or padding on purpose; None: the model's"
+    )
+    new_tokens: Literal["mean", "normal", "zeros"] = Field("mean", description="how rows that the base lacks are made")
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
 
 
@@ -194,6 +198,9 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt
     intermediate_size: PositiveInt
     vocab_size: PositiveInt
+    unpadded_vocab_size: PositiveInt | None = Field(
+        None, description="tokens; the rows of vocab_size above it are padding, cut off on export. None: no padding"
+    )
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat = 1e-5
 
@@ -201,6 +208,11 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the vocabulary that stand for tokens."""
+        return self.unpadded_vocab_size or self.vocab_size
 
     @property
     def queries_per_kv(self) -> int:
@@ -222,6 +234,8 @@ class ModelConfig(Section):
                 f"head width {self.head_dim} is not divisible by 2 x {self.queries_per_kv} query heads per KV head, "
                 "which NeoX's fused QKV layout needs"
             )
+        if self.num_tokens > self.vocab_size:
+            raise ValueError(f"unpadded_vocab_size {self.num_tokens} exceeds vocab_size {self.vocab_size}")
         return self
 
 
@@ -359,7 +373,6 @@ def _check_weight_changes(data: DataConfig, train: TrainConfig) -> None:
 def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
     for what, count in (
         ("num_attention_heads", model.num_attention_heads),
-        ("num_kv_heads", model.num_kv_heads),
         ("intermediate_size", model.intermediate_size),
         ("vocab_size", model.vocab_size),
     ):
@@ -368,6 +381,12 @@ def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
                 f"parallel.tensor {parallel.tensor} does not divide model.{what} {count}: "
                 f"use one of {[n for n in range(1, parallel.tensor) if count % n == 0]}"
             )
+    if model.num_kv_heads % parallel.tensor and parallel.tensor % model.num_kv_heads:
+        # Where there are more ranks than KV heads, neighbours have the same one.
+        raise ValueError(
+            f"parallel.tensor {parallel.tensor} neither divides model.num_kv_heads {model.num_kv_heads} nor is a "
+            "multiple of it"
+        )
     if parallel.pipeline > model.num_layers:
         raise ValueError(
             f"parallel.pipeline {parallel.pipeline} exceeds model.num_layers {model.num_layers}: "

@@ -116,7 +116,7 @@ def test_a_wrong_export_is_caught(converted: Callable[..., Any], tmp_path: Path,
         config = json.loads((target / "config.json").read_text())
         config["rope_parameters"]["rope_theta"] = config["rope_theta"] = 10000.0
         (target / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"logits of the checkpoint .* differ by .*, more than 0\.0001"):
+    with pytest.raises(CheckpointError, match=r"logits of the shards in .* differ by .*, more than 0\.0001"):
         prove_export(NeoxCheckpoint(neox), target, base.model)
 
 
@@ -136,7 +136,7 @@ def test_refusals_leave_an_earlier_export_alone(converted: Callable[..., Any], t
     target = tmp_path / "hf"
     export_huggingface(neox, target, base.model, TOKENIZER, 512)
     small = base.model.model_copy(update={"vocab_size": 1024})
-    with pytest.raises(ConfigError, match=r"2048 pieces, more than model\.vocab_size 1024"):
+    with pytest.raises(ConfigError, match=r"2048 pieces, more than the 1024 tokens of model\.vocab_size 1024"):
         export_huggingface(neox, target, small, TOKENIZER, 512)
     with pytest.raises(CheckpointError, match=r"absent\.model cannot be loaded"):
         export_huggingface(neox, target, base.model, tmp_path / "absent.model", 512)
@@ -150,8 +150,14 @@ def test_refusals_leave_an_earlier_export_alone(converted: Callable[..., Any], t
     [
         ({"num_layers": 1}, r"layer 4"),
         ({"num_layers": 3}, r"layer 4"),
-        ({"intermediate_size": 96}, r"layer 2: mlp\.w1\.weight has shape \(192, 64\), but the model needs \(96, 64\)"),
-        ({"num_kv_heads": 8}, r"layer 2: attention\.query_key_value\.weight has shape \(128, 64\)"),
+        (
+            {"intermediate_size": 96},
+            r"mlp\.w1\.weight has shape \(96, 64\), but the model needs \(48, 64\) in each of 2 parts",
+        ),
+        (
+            {"num_kv_heads": 8},
+            r"attention\.query_key_value\.weight has shape \(64, 64\), but the model needs \(96, 64\)",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model(

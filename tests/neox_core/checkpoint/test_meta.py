@@ -74,12 +74,12 @@ def test_wrong_number_of_shards(write_base: WriteBase) -> None:
     base = write_base()
     shutil.copy(base.folder / "consolidated.01.pth", base.folder / "consolidated.02.pth")
     with pytest.raises(
-        CheckpointError, match=r"over 3 shards, but params\.json says .*: shards are missing or surplus"
+        CheckpointError, match=r"in one of 3 shards, but params\.json says .*: shards are missing or surplus"
     ):
         MetaCheckpoint(base.folder)
     (base.folder / "consolidated.02.pth").unlink()
     (base.folder / "consolidated.01.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"\(128, 32\), which makes \(128, 32\) over 1 shards"):
+    with pytest.raises(CheckpointError, match=r"has shape \(128, 32\) in one of 1 shards"):
         MetaCheckpoint(base.folder)
 
 
@@ -118,7 +118,7 @@ def test_code_in_a_shard_is_not_run(write_base: WriteBase, tmp_path: Path, save:
         ({"dim": None}, "lacks 'dim'"),
         ({"dim": "wide"}, "not a number"),
         ({"n_heads": 7}, "hidden_size 64 is not divisible by num_attention_heads 7"),
-        ({"multiple_of": 256}, r"w1\.weight has shape \(96, 64\), which makes \(192, 64\).* says \(256, 64\)"),
+        ({"multiple_of": 256}, r"w1\.weight has shape \(96, 64\) in one of 2 shards.* says \(256, 64\)"),
         ({"n_kv_heads": 2}, r"wk\.weight has shape .* says \(16, 64\)"),
         ({"vocab_size": 200}, r"tok_embeddings\.weight has shape .* says \(200, 64\)"),
         ({"n_layers": 3}, r"lacks layers\.2\..* and 6 more, which 3 layers need"),
@@ -151,9 +151,14 @@ def test_params_that_are_not_json(write_base: WriteBase) -> None:
         (lambda s: s.pop("norm.weight"), r"lacks norm\.weight"),
         (
             lambda s: s.update({"norm.weight": s["norm.weight"].float()}),
-            r"norm\.weight is torch\.float32; .*torch\.bfloat16",
+            r"mixes torch\.bfloat16 and torch\.float32",
         ),
-        (lambda s: s.update({"norm.weight": 1}), r"norm\.weight is int"),
+        (lambda s: s.update({"norm.weight": 1}), r"norm\.weight is int, not a tensor"),
+        (lambda s: s.update({"norm.weight": s["norm.weight"].int()}), r"norm\.weight is torch\.int32; weights must be"),
+        (
+            lambda s: s.update({"output.weight": s["output.weight"].t().contiguous().t()}),
+            r"output\.weight is not contiguous",
+        ),
     ],
 )
 def test_tensors_that_do_not_belong(write_base: WriteBase, change: Callable[..., object], message: str) -> None:

@@ -9,8 +9,10 @@ import torch
 
 from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.config import ParallelConfig
+from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
+
+ModelOf = Callable[..., ModelConfig]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_tensors_are_read_from_disk_when_used(converted: Callable[[int], Path], 
     assert any(low <= tensor.data_ptr() < high for low, high in ranges)
 
 
-def test_missing_files_are_named(converted: Callable[[int], Path], tmp_path: Path) -> None:
+def test_missing_files_are_named(converted: Callable[[int], Path], model_of: ModelOf, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent does not exist"):
         NeoxCheckpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="holds neither latest nor files of a checkpoint"):
@@ -57,7 +59,7 @@ def test_missing_files_are_named(converted: Callable[[int], Path], tmp_path: Pat
     target = converted(2)
     (target / "global_step0" / "layer_03-model_01-model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"layer_03-model_01-model_states\.pt does not exist"):
-        NeoxCheckpoint(target).full_layer(3)
+        NeoxCheckpoint(target).weights(model_of())
     (target / "latest").write_text("global_step7")
     with pytest.raises(CheckpointError, match=r"latest names global_step7, but .* does not exist"):
         NeoxCheckpoint(target)
@@ -73,25 +75,25 @@ def test_a_missing_rank_is_named(converted: Callable[[int], Path]) -> None:
         NeoxCheckpoint(target)
 
 
-def test_wrong_contents(converted: Callable[[int], Path]) -> None:
+def test_wrong_contents(converted: Callable[[int], Path], model_of: ModelOf) -> None:
     target = converted(2)
     path = target / "global_step0" / "layer_05-model_01-model_states.pt"
     original = torch.load(path, weights_only=True)
     torch.save({"norm.scale": original["norm.scale"] * 2}, path)
-    with pytest.raises(CheckpointError, match=r"layer 5: norm\.scale must be the same in every shard"):
-        NeoxCheckpoint(target).full_layer(5)
+    with pytest.raises(CheckpointError, match=r"norm\.scale must be the same in every shard, but shard 1 differs"):
+        NeoxCheckpoint(target).weights(model_of()).tensor("model.norm.weight")
     torch.save({"norm.bias": original["norm.scale"]}, path)
-    with pytest.raises(CheckpointError, match=r"layer 5 of rank 1 holds \['norm\.bias'\], not a Llama layer's"):
-        NeoxCheckpoint(target).full_layer(5)
+    with pytest.raises(CheckpointError, match=r"layer 5: norm\.scale is missing"):
+        NeoxCheckpoint(target).weights(model_of())
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"layer_05-model_01-model_states\.pt \(100 bytes\) is damaged"):
-        NeoxCheckpoint(target).full_layer(5)
+        NeoxCheckpoint(target).weights(model_of())
     with pytest.raises(CheckpointError, match="has 2 tensor-parallel ranks, no 2"):
         NeoxCheckpoint(target).layer(5, 2)
 
 
-def test_a_rank_file_without_weights(converted: Callable[[int], Path]) -> None:
+def test_a_rank_file_without_weights(converted: Callable[[int], Path], model_of: ModelOf) -> None:
     target = converted(1)
     torch.save({"module": {}}, target / "global_step0" / "mp_rank_01_model_states.pt")
     with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states\.pt holds no weights under 'module'"):
-        NeoxCheckpoint(target).full_layer(0)
+        NeoxCheckpoint(target).weights(model_of())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neox_core.checkpoint import proof
 from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.proof import logits_from_shards, prove_conversion, sample_ids
@@ -19,9 +20,9 @@ Change = Callable[[dict[str, Tensor]], object]
 HEAD_DIM = 8
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("kv_heads", [8, 4], ids=["MHA", "GQA"])
+@pytest.mark.parametrize(
+    ("kv_heads", "tensor", "pipeline"), [(8, 1, 1), (8, 4, 2), (4, 1, 2), (4, 2, 1), (4, 4, 1), (4, 8, 2), (2, 8, 1)]
+)
 def test_logits_equal_transformers(
     write_base: WriteBase,
     model_of: Callable[..., ModelConfig],
@@ -37,6 +38,7 @@ def test_logits_equal_transformers(
     assert summary["tolerance"] == 1e-4
     # Far below the tolerance: what fp32 sums in another order may differ by.
     assert summary["largest_logit_difference"] < 1e-5
+    assert summary["largest_layer_difference"] < 2e-6
     logits = logits_from_shards(NeoxCheckpoint(tmp_path / "neox"), base.model, sample_ids(128))
     assert logits.std() > 0.1
 
@@ -65,6 +67,22 @@ def tampered(write_base: WriteBase, tmp_path: Path) -> Callable[..., tuple[Any, 
         return base, NeoxCheckpoint(tmp_path / "neox")
 
     return make
+
+
+@pytest.fixture(params=[True, False], ids=["whole model", "layer by layer"])
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the whole model's logits are compared, or, as with large models, each layer alone."""
+    if not request.param:
+        monkeypatch.setattr(proof, "SMALL_MODEL", 0)
+    return bool(request.param)
+
+
+def keys_split_like_queries(heads: Tensor) -> Tensor:
+    """Each query head gets its k rows as if there were as many KV heads: the first rows of every head first."""
+    k = heads[:, HEAD_DIM : HEAD_DIM * 3 // 2]
+    rows = k.reshape(-1, HEAD_DIM, k.shape[2]).transpose(0, 1)
+    heads[:, HEAD_DIM : HEAD_DIM * 3 // 2] = rows.reshape(k.shape)
+    return heads
 
 
 def on_qkv(change: Callable[[Tensor], Tensor]) -> Change:
@@ -117,20 +135,31 @@ def swap(first: str, second: str) -> Change:
         on_qkv(unpermuted_rope),
         on_qkv(key_heads_in_another_order),
         on_qkv(key_and_value_swapped),
+        on_qkv(keys_split_like_queries),
         on_qkv(query_heads_in_another_order),
         swap("mlp.w1.weight", "mlp.w3.weight"),
         swap("input_layernorm.scale", "post_attention_layernorm.scale"),
     ],
-    ids=["unpermuted RoPE", "KV heads exchanged", "k and v swapped", "query heads shifted", "w1 and w3", "norms"],
+    ids=[
+        "unpermuted RoPE",
+        "KV heads exchanged",
+        "k and v swapped",
+        "k split like q",
+        "query heads shifted",
+        "w1 and w3",
+        "norms",
+    ],
 )
-def test_wrong_conversions_are_caught(tampered: Callable[..., Any], change: Change) -> None:
+def test_wrong_conversions_are_caught(tampered: Callable[..., Any], whole: bool, change: Change) -> None:
     base, shards = tampered(change)
-    with pytest.raises(CheckpointError, match=r"logits of the shards in .* differ by .*, more than 0\.0001"):
+    message = r"logits of the shards in .* differ by .*, more than 0\.0001"
+    message = message if whole else r"layer [01] (attention|mlp) of the shards .* of its largest value, more than 1e-05"
+    with pytest.raises(CheckpointError, match=message):
         prove_conversion(base.folder, shards, base.model)
 
 
 @pytest.mark.parametrize("index", [0, 2, 3, 6])
-def test_one_shard_twice_is_caught(tampered: Callable[..., Any], index: int) -> None:
+def test_one_shard_twice_is_caught(tampered: Callable[..., Any], whole: bool, index: int) -> None:
     seen: dict[str, Tensor] = {}
 
     def repeat_first(content: dict[str, Tensor]) -> None:
@@ -139,19 +168,19 @@ def test_one_shard_twice_is_caught(tampered: Callable[..., Any], index: int) -> 
         seen.update(content)
 
     base, shards = tampered(repeat_first, indices=(index,))
-    with pytest.raises(CheckpointError, match="differ by"):
+    with pytest.raises(CheckpointError, match=r"differs? by"):
         prove_conversion(base.folder, shards, base.model)
 
 
-def test_a_wrong_norm_on_one_rank_is_caught(tampered: Callable[..., Any]) -> None:
+def test_a_wrong_norm_on_one_rank_is_caught(tampered: Callable[..., Any], whole: bool) -> None:
     base, shards = tampered(lambda content: content["input_layernorm.scale"].mul_(1.5), indices=(3,), ranks=(1,))
-    with pytest.raises(CheckpointError, match="differ by"):
+    with pytest.raises(CheckpointError, match=r"differs? by"):
         prove_conversion(base.folder, shards, base.model)
 
 
-def test_nan_is_caught(tampered: Callable[..., Any]) -> None:
+def test_nan_is_caught(tampered: Callable[..., Any], whole: bool) -> None:
     base, shards = tampered(lambda content: content["mlp.w2.weight"][0].fill_(float("nan")), indices=(3,), ranks=(0,))
-    with pytest.raises(CheckpointError, match="differ by inf"):
+    with pytest.raises(CheckpointError, match=r"differs? by inf"):
         prove_conversion(base.folder, shards, base.model)
 
 

@@ -1,0 +1,95 @@
+"""What a folder of weights holds: layout, architecture, and where each tensor lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from neox_core.artifact import ARTIFACT_FILE, read_artifact
+from neox_core.checkpoint.convert import open_source
+from neox_core.checkpoint.huggingface import CONFIG_FILE
+from neox_core.checkpoint.meta import PARAMS_FILE
+from neox_core.checkpoint.neox import NeoxCheckpoint
+from neox_core.checkpoint.weights import Weights
+from neox_core.config import ModelConfig
+from neox_core.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one file."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    whole: str
+    """The model's tensors that it holds or has a part of, by Hugging Face's names."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A folder of weights."""
+
+    form: str
+    model: ModelConfig
+    parameters: int
+    """Of the whole model: copies in several files count once."""
+    entries: tuple[Entry, ...]
+
+
+def inspect(folder: Path, model: ModelConfig | None = None) -> Description:
+    """Describe a folder in Meta's, Hugging Face's or NeoX's layout. Only indices of files are read.
+
+    Args:
+        model: NeoX only: the architecture, where the folder has no artifact.json that says it.
+
+    Raises:
+        CheckpointError: the folder is none of these, or is damaged or inconsistent.
+    """
+    if (folder / PARAMS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+        source = open_source(folder)
+        form = "Meta" if (folder / PARAMS_FILE).is_file() else "Hugging Face"
+        return _described(form, source.weights)
+    checkpoint = NeoxCheckpoint(folder)
+    weights = checkpoint.weights(model or recorded_model(folder))
+    return _described(f"NeoX, {checkpoint.tensor_parallel} tensor-parallel ranks", weights)
+
+
+def recorded_model(folder: Path) -> ModelConfig:
+    """The architecture that a converted folder's artifact.json records.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not (folder / ARTIFACT_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} has no {ARTIFACT_FILE} with the model's architecture: give the run's YAML file with --config"
+        )
+    return ModelConfig.model_validate(read_artifact(folder).config["model"])
+
+
+def _described(form: str, weights: Weights) -> Description:
+    parameters = sum(prod(weights.shape(name)) for name in weights.places)
+    return Description(form, weights.model, parameters, tuple(_entries(weights)))
+
+
+def _entries(weights: Weights) -> Iterator[Entry]:
+    """Each file's tensors, with the whole tensors that they belong to."""
+    belongs: dict[tuple[str, int, str], Entry] = {}
+    for whole, places in weights.places.items():
+        for place in places:
+            stored = place.stored
+            key = (stored.content.name, stored.offset, stored.name)
+            known = belongs.get(key)
+            names = [*(known.whole.split(", ") if known else ()), whole]
+            belongs[key] = Entry(
+                Path(stored.content.name).name,
+                stored.name,
+                stored.shape,
+                str(stored.dtype).removeprefix("torch."),
+                ", ".join(dict.fromkeys(names)),
+            )
+    yield from (belongs[key] for key in sorted(belongs))

@@ -1,0 +1,219 @@
+"""A checkpoint's files written side by side, each whole or not at all; an interrupted attempt goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, BinaryIO
+
+from neox_core.artifact import FileRecord, sha256_of, write_atomically
+from neox_core.checkpoint.stream import Sink, StreamedTensor, write_safetensors, write_torch
+from neox_core.errors import CheckpointError, StorageError
+from neox_core.progress import Progress
+
+JOURNAL_FILE = ".conversion.json"
+"""Which files are finished; a memory of the attempt, not a part of its result."""
+_WORKERS = 4
+_POLL_SECONDS = 0.5
+_BYTES_PER_TENSOR = 1024
+"""At most, for names, headers and alignment."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write: torch's archive, or safetensors where its name says so."""
+
+    path: str
+    """Relative to the target's folder."""
+    tensors: Sequence[StreamedTensor]
+    under: str | None = None
+    """torch's archive only: the key that holds the named tensors."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, rounded up."""
+        return sum(tensor.nbytes + _BYTES_PER_TENSOR for tensor in self.tensors)
+
+    def write(self, sink: Sink) -> None:
+        """Compute the tensors and write them."""
+        if self.path.endswith(".safetensors"):
+            write_safetensors(sink, self.tensors)
+        else:
+            write_torch(sink, self.tensors, self.under)
+
+
+@dataclass
+class Meter:
+    """What an attempt has done, seen from several threads."""
+
+    total: int
+    done: int = 0
+    kept: int = 0
+    """Of `done`: written by an earlier attempt."""
+    started: float = field(default_factory=time.monotonic)
+    stop: Event = field(default_factory=Event)
+    lock: Lock = field(default_factory=Lock)
+
+    def add(self, count: int) -> None:
+        """Count bytes; raises in every thread when the attempt is to end."""
+        if self.stop.is_set():
+            raise CheckpointError("stopped, because another file failed")
+        with self.lock:
+            self.done += count
+
+    def report(self, progress: Progress) -> None:
+        """Tell how far it is: bytes, bytes/s and the time left."""
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        rate = (self.done - self.kept) / seconds
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        text = f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {max(left, 0):.0f} s left"
+        progress(min(self.done / max(self.total, 1), 0.999), text)
+
+
+class LocalSink:
+    """A file being written, hashed on the way."""
+
+    def __init__(self, file: BinaryIO, meter: Meter) -> None:
+        self._file, self._meter = file, meter
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any, /) -> int:
+        """Append a buffer."""
+        view = memoryview(data).cast("B")
+        self._meter.add(len(view))
+        self.digest.update(view)
+        written = 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """The file is not buffered."""
+
+
+class LocalTarget:
+    """A folder on a local disk."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def finished(self, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
+        """Files of an earlier attempt at the same result that are as they were written."""
+        try:
+            journal = json.loads((self.folder / JOURNAL_FILE).read_text(encoding="utf-8"))
+            records = {path: FileRecord(**record) for path, record in journal["files"].items()}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+        if journal.get("identity") != self.identity:
+            return {}
+        wanted = {file.path for file in files}
+        return {path: record for path, record in records.items() if path in wanted and self._intact(record)}
+
+    def remember(self, records: dict[str, FileRecord]) -> None:
+        """Keep what is finished, for a next attempt."""
+        content = {"identity": self.identity, "files": {path: vars(record) for path, record in records.items()}}
+        write_atomically(self.folder / JOURNAL_FILE, json.dumps(content, indent=1))
+
+    def remove_remains(self, files: Sequence[OutputFile]) -> None:
+        """Remove what a killed attempt had half written."""
+        for file in files:
+            path = self.folder / file.path
+            for remains in path.parent.glob(f".{path.name}.*.tmp"):
+                remains.unlink(missing_ok=True)
+
+    def check_space(self, needed: int) -> None:
+        """Raise StorageError if the disk has not so many bytes left."""
+        folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise StorageError(
+                f"{self.folder} needs {needed:,} more bytes ({needed / 1e9:.1f} GB), but its disk has {free:,} "
+                f"({free / 1e9:.1f} GB) left: free {(needed - free) / 1e9:.1f} GB or choose another folder"
+            )
+
+    @contextmanager
+    def create(self, path: str, meter: Meter) -> Iterator[LocalSink]:
+        """A sink whose file appears, complete and on the disk, when the block ends without an error."""
+        final = self.folder / path
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                yield LocalSink(file, meter)
+                os.fsync(file.fileno())
+            temporary.replace(final)
+        except OSError as error:
+            raise StorageError(f"{final} cannot be written: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _intact(self, record: FileRecord) -> bool:
+        path = self.folder / record.path
+        return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
+
+
+def write_files(
+    target: LocalTarget, files: Sequence[OutputFile], progress: Progress, finished: Mapping[str, FileRecord]
+) -> list[FileRecord]:
+    """Write the files that are not `finished`, several at a time, each in pieces of some megabytes.
+
+    Raises:
+        CheckpointError: a tensor cannot be made. Finished files stay for the next attempt; others leave nothing.
+        StorageError: the disk is too small, which is found out before anything is written.
+    """
+    target.remove_remains(files)
+    records = dict(finished)
+    missing = [file for file in files if file.path not in records]
+    target.check_space(sum(file.size for file in missing))
+    kept = sum(record.size for record in records.values())
+    meter = Meter(total=kept + sum(file.size for file in missing), done=kept, kept=kept)
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(_write, target, file, meter) for file in missing]
+        try:
+            _follow(futures, lambda record: _note(target, records, record), meter, progress)
+        except BaseException:
+            meter.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [records[file.path] for file in files]
+
+
+def _write(target: LocalTarget, file: OutputFile, meter: Meter) -> FileRecord:
+    with target.create(file.path, meter) as sink:
+        file.write(sink)
+    return FileRecord(file.path, sink.size, sink.digest.hexdigest())
+
+
+def _note(target: LocalTarget, records: dict[str, FileRecord], record: FileRecord) -> None:
+    records[record.path] = record
+    target.remember(records)
+
+
+def _follow(
+    futures: list[Future[FileRecord]], done: Callable[[FileRecord], None], meter: Meter, progress: Progress
+) -> None:
+    """Report until all files are written, or the first error."""
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        failures = [future for future in finished if future.exception()]
+        for future in finished:
+            if future not in failures:
+                done(future.result())
+        for future in failures:
+            future.result()
+        meter.report(progress)

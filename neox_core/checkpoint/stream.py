@@ -1,0 +1,156 @@
+"""Files of tensors written from start to end, without ever holding a whole one: what a sink of bytes needs.
+
+`write_torch` makes what torch.save would make and torch.load(weights_only=True, mmap=True) reads; `write_safetensors`
+the format of that name. Equal tensors give equal bytes: there are no times or random ids in either.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 25
+"""Of one tensor, in memory at a time."""
+_ALIGNMENT = 64
+"""torch's: of each storage in the archive."""
+_PADDING_ID = 0x4246
+"""'FB', torch's id of the field of padding in a record's header."""
+_LOCAL_HEADER = 30
+_ZIP64_FIELD = 20
+_ZIP64_SIZE = (1 << 31) - 1
+_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_STORAGES = {torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage, torch.float32: torch.FloatStorage}
+
+
+class Sink(Protocol):
+    """Where a file's bytes go, in order."""
+
+    def write(self, data: Any, /) -> int:
+        """Take all of a buffer; returns its size in bytes."""
+        ...
+
+    def flush(self) -> None:
+        """Nothing is owed to the caller."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is computed some rows at a time; a vector counts as one row."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: Callable[[Tensor, int], None]
+    """Called with a matrix to fill and the number of its first row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes in order; each chunk is valid until the next."""
+        width = self.shape[-1]
+        height = prod(self.shape) // width
+        step = max(1, CHUNK_BYTES // (width * self.dtype.itemsize))
+        buffer = torch.empty((min(step, height), width), dtype=self.dtype)
+        for start in range(0, height, step):
+            rows = buffer[: min(step, height - start)]
+            self.fill(rows, start)
+            yield memoryview(rows.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+
+
+def write_torch(sink: Sink, tensors: Sequence[StreamedTensor], under: str | None = None) -> None:
+    """Write torch's archive of a dict of named tensors, or of {under: such a dict}."""
+    with zipfile.ZipFile(_WriteOnly(sink), "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        _record(archive, "data.pkl", [memoryview(_pickled(tensors, under))])
+        _record(archive, "byteorder", [memoryview(b"little")])
+        for key, tensor in enumerate(tensors):
+            _record(archive, f"data/{key}", tensor.chunks(), tensor.nbytes)
+        _record(archive, "version", [memoryview(b"3\n")])
+
+
+def write_safetensors(sink: Sink, tensors: Sequence[StreamedTensor]) -> None:
+    """Write safetensors' format: the header's size, the header (JSON), and the tensors one behind the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors:
+        for chunk in tensor.chunks():
+            sink.write(chunk)
+
+
+def _record(archive: zipfile.ZipFile, name: str, chunks: Any, size: int = 0) -> None:
+    """One record, its data aligned as torch aligns it: by a field of padding in its header."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    info.file_size = size
+    stream: Any = archive.fp
+    start = stream.tell() + _LOCAL_HEADER + len(info.filename) + 4
+    start += _ZIP64_FIELD if size * 1.05 > _ZIP64_SIZE else 0  # as zipfile decides
+    padding = -start % _ALIGNMENT
+    info.extra = struct.pack("<HH", _PADDING_ID, padding) + b"Z" * padding
+    with archive.open(info, "w") as record:
+        for chunk in chunks:
+            record.write(chunk)
+
+
+class _WriteOnly:
+    """A sink as zipfile wants it. It has no tell, so that zipfile writes sizes and CRCs behind each record's data."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.write, self.flush = sink.write, sink.flush
+
+
+class _Storage:
+    """Stands for a storage of the archive while its pickle is written."""
+
+    def __init__(self, key: int, tensor: StreamedTensor) -> None:
+        self.key, self.tensor = key, tensor
+
+
+class _Tensor:
+    """Pickles as torch pickles a tensor that has the whole of a storage."""
+
+    def __init__(self, key: int, tensor: StreamedTensor) -> None:
+        self.storage, self.tensor = _Storage(key, tensor), tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shape = self.tensor.shape
+        strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, item: Any) -> Any:
+        if not isinstance(item, _Storage):
+            return None
+        numel = prod(item.tensor.shape)
+        return ("storage", _STORAGES[item.tensor.dtype], str(item.key), "cpu", numel)
+
+
+def _pickled(tensors: Sequence[StreamedTensor], under: str | None) -> bytes:
+    content: dict[str, Any] = {tensor.name: _Tensor(key, tensor) for key, tensor in enumerate(tensors)}
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(content if under is None else {under: content})
+    return stream.getvalue()
