@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from infra.prefect_server import own_prefect_server
 from neox_core.artifact import Artifact
 from neox_core.config import load_config
 from neox_core.errors import LlemmaError
@@ -52,6 +53,7 @@ def run(config: ConfigArgument) -> None:
     check_trainable(loaded)
     check_run(loaded)  # the flow does so too, but its server takes seconds to start
     _quiet_prefect(loaded.workdir)
+    own_prefect_server()
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from flows.llemma_pretrain import llemma_pretrain

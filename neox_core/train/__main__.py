@@ -22,7 +22,10 @@ _SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 
 
 def main() -> None:
-    """Train; rank 0 prints the summary as JSON. Errors that users can mend are one line on standard error."""
+    """Train; the last line that rank 0 prints is the summary as JSON.
+
+    Errors that users can mend are one line on standard error.
+    """
     arguments = _parser().parse_args()
     try:
         summary = _train(arguments)

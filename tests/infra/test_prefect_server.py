@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from infra.prefect_server import own_prefect_server
+from infra.processes import ProcessRecord
+
+SERVER = [sys.executable, "-c", "import time; time.sleep(600)", "prefect.server.api.server:create_app"]
+OTHER = SERVER[:3]
+
+
+@contextmanager
+def started(command: list[str], home: Path, owner: ProcessRecord | None) -> Iterator[subprocess.Popen[bytes]]:
+    mark = {"LLEMMA_PREFECT_OWNER": json.dumps(asdict(owner))} if owner else {}
+    process = subprocess.Popen(command, env=os.environ | {"PREFECT_HOME": str(home)} | mark)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_only_servers_of_killed_runs_in_this_folder_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "prefect"
+    monkeypatch.setenv("PREFECT_HOME", str(home))
+    monkeypatch.setenv("LLEMMA_PREFECT_OWNER", "")  # restored afterwards
+    alive = ProcessRecord.of(os.getpid())
+    dead = ProcessRecord(alive.pid, alive.started - 3600)
+    with (
+        started(SERVER, home, dead) as orphan,
+        started(SERVER, home, alive) as used,
+        started(SERVER, home, None) as not_ours,
+        started(SERVER, tmp_path / "other", dead) as elsewhere,
+        started(OTHER, home, dead) as no_server,
+    ):
+        own_prefect_server()
+        assert orphan.poll() is not None
+        assert [process.poll() for process in (used, not_ours, elsewhere, no_server)] == [None] * 4
+    assert json.loads(os.environ["LLEMMA_PREFECT_OWNER"]) == asdict(alive)
