@@ -131,7 +131,7 @@ def test_empty_source(attempt: Attempt, text: Path) -> None:
     shutil.rmtree(text / "arxiv" / "train")
     (text / "arxiv" / "train").mkdir()
     line = attempt({"data": {"input": str(text)}})
-    assert f"source 'arxiv' is empty: {text}/arxiv/train holds no .jsonl or .jsonl.zst file" in line
+    assert f"source 'arxiv' has no train text: {text}/arxiv/train holds no .jsonl, .jsonl.zst, .jsonl.gz or" in line
 
 
 def test_empty_file(attempt: Attempt, text: Path) -> None:
@@ -143,7 +143,7 @@ def test_empty_file(attempt: Attempt, text: Path) -> None:
 def test_missing_source(attempt: Attempt, text: Path) -> None:
     shutil.rmtree(text / "code")
     line = attempt({"data": {"input": str(text)}})
-    assert f"source 'code' has no folder {text}/code/train: correct data.input or data.sources" in line
+    assert f"source 'code' has no train text: {text}/code/train does not exist; correct" in line
 
 
 def test_missing_data_folder(attempt: Attempt, tmp_path: Path) -> None:

@@ -12,7 +12,11 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
+<<<<<<< HEAD
 from neox_core.config import RunConfig, SourceConfig, WeightChange
+=======
+from neox_core.config import RunConfig, SourceConfig, TokenizeJobConfig
+>>>>>>> issue3a
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -44,6 +48,14 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "data.eval_sources": (("arxiv",), PREPARE),
     "data.workers": (3, NOTHING),
     "data.max_epochs": (9.0, NOTHING),
+    "data.text_key": ("body", PREPARE),
+    "data.max_rejected": (0.5, PREPARE),
+    "data.skip_damaged_files": (True, PREPARE),
+    "data.deduplicate": (True, PREPARE),
+    "data.overlap_words": (13, PREPARE),
+    "data.decontaminate": (True, PREPARE),
+    "data.slurm": (TokenizeJobConfig(), NOTHING),
+    "tokenizer.engine": ("sentencepiece", NOTHING),
     "base_model.rope_theta": (1e4, CONVERT),
     "base_model.vocab_size": (2000, CONVERT),
     "base_model.new_tokens": ("zeros", CONVERT),
@@ -94,7 +106,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "wandb.project": ("other", NOTHING),
     "wandb.entity": ("other", NOTHING),
 }
-PLACES = {"workdir", "tokenizer.model", "data.input", "base_model.path"}
+PLACES = {"workdir", "tokenizer.model", "data.input", "data.evaluation_sets", "base_model.path"}
 """Where things lie, and what lies there: tested below."""
 
 
@@ -115,7 +127,7 @@ def small_config(folder: Path) -> RunConfig:
     shutil.copy(CONFIG.tokenizer.model, folder / "tokenizer.model")
     config = changed(CONFIG, "workdir", folder / "work")
     config = changed(config, "tokenizer.model", folder / "tokenizer.model")
-    config = changed(config, "data.input", folder / "text")
+    config = changed(config, "data.input", str(folder / "text"))
     return changed(config, "base_model.path", folder / "base")
 
 
@@ -175,17 +187,17 @@ def test_places_do_not_matter(config: RunConfig, tmp_path: Path) -> None:
 
 
 def append_text(config: RunConfig) -> None:
-    with (config.data.input / "code" / "train" / "0.jsonl").open("a") as file:
+    with (Path(config.data.input) / "code" / "train" / "0.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"text": "more"}))
 
 
 def add_file(config: RunConfig) -> None:
-    (config.data.input / "arxiv" / "test" / "1.jsonl").write_text(json.dumps({"text": "more"}))
+    (Path(config.data.input) / "arxiv" / "test" / "1.jsonl").write_text(json.dumps({"text": "more"}))
 
 
 def rename_file(config: RunConfig) -> None:
     """The order of files is the order of documents."""
-    folder = config.data.input / "arxiv" / "train"
+    folder = Path(config.data.input) / "arxiv" / "train"
     (folder / "0.jsonl").rename(folder / "1.jsonl")
 
 
@@ -227,7 +239,7 @@ def test_what_no_stage_reads_does_not_matter(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     config = changed(config, "data.eval_sources", ("arxiv",))
     before = fingerprints(config)
-    (config.data.input / "code" / "validation" / "0.jsonl").write_text(json.dumps({"text": "of no evaluation"}))
+    (Path(config.data.input) / "code" / "validation" / "0.jsonl").write_text(json.dumps({"text": "of no evaluation"}))
     (config.base_model.path / "tokenizer.model").write_bytes(b"beside the weights")
     assert fingerprints(config) == before
 
@@ -248,7 +260,7 @@ def test_missing_inputs_are_errors(tmp_path: Path) -> None:
     (config.base_model.path / "params.json").unlink()
     with pytest.raises(ConfigError, match=r"base_model.path .*base holds no params.json"):
         convert_spec(config)
-    shutil.rmtree(config.data.input / "arxiv")
+    shutil.rmtree(Path(config.data.input) / "arxiv")
     with pytest.raises(DataError, match="source 'arxiv'"):
         prepare_spec(config)
 
@@ -263,3 +275,15 @@ def test_a_toys_weights_are_made_when_they_are_missing(tmp_path: Path) -> None:
     assert convert_spec(config).inputs == made
     shutil.rmtree(config.base_model.path)
     assert convert_spec(config).inputs == made  # the seed makes the same weights again
+
+
+def test_evaluation_sets_are_told_by_their_content(config: RunConfig, tmp_path: Path) -> None:
+    for name, question in (("one", "Why?"), ("same", "Why?"), ("other", "Why not?")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "set.jsonl").write_text(json.dumps({"question": question}))
+    one, same, other = (
+        changed(config, "data.evaluation_sets", (tmp_path / name / "set.jsonl",)) for name in ("one", "same", "other")
+    )
+    assert differing(config, one) == PREPARE
+    assert differing(one, same) == set()
+    assert differing(one, other) == PREPARE

@@ -274,3 +274,49 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker outlived its parent by 30 s")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
+    """Rejected, duplicate and contaminated documents in one run, with a damaged file left out."""
+    question = "how many eggs does she sell at the market each day"
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"id": "q1", "question": question}) + "\n")
+    files = {f"a/{split}/0.jsonl": [*WORDS, *WORDS] for split in ("train", "validation", "test")}
+    files |= {"a/train/1.jsonl": ["page: How MANY eggs does she sell!", WORDS[1]], "b/train/0.jsonl": ["x", "x", "y"]}
+    folder = small_input(tmp_path / "in", files)
+    with (folder / "a/train/1.jsonl").open("a") as file:
+        file.write('{"no": 1}\n' + json.dumps({"text": "page: How MANY eggs does she sell!"}) + "\n")
+    (folder / "a/train/2.jsonl.zst").write_text("not zstd")
+    (tmp_path / "out").mkdir()
+    result = prepare_data(
+        small(
+            folder,
+            workers=workers,
+            deduplicate=True,
+            decontaminate=True,
+            evaluation_sets=[tmp_path / "eval.jsonl"],
+            overlap_words=5,
+            max_rejected=0.1,
+            skip_damaged_files=True,
+        ),
+        tmp_path / "out",
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file="data/tokenizers/demo-2048.model")
+    kept = {("a", "train"): WORDS, ("b", "train"): ["x", "y"], ("a", "validation"): WORDS}
+    for (source, split), texts in kept.items():
+        expected = [[*reference.encode(text), reference.eos_id()] for text in texts]
+        assert documents_of(tmp_path / "out" / source / split) == expected
+        counts = result["sources"][source][split]
+        assert (counts["documents"], counts["tokens"]) == (len(texts), sum(map(len, expected)))
+        assert counts["bytes"] == sum(map(len, texts))
+    train = result["sources"]["a"]["train"]
+    left_out = {unit: train[unit] for unit in ("documents_in", "rejected", "duplicates", "decontaminated")}
+    assert left_out == {"documents_in": 8, "rejected": 1, "duplicates": 4, "decontaminated": 1}
+    total = result["accounting"]
+    assert total["documents_in"] == sum(total[u] for u in ("documents", "rejected", "duplicates", "decontaminated"))
+    assert result["damaged_files"] == ["a/train/2.jsonl.zst"]
+    assert result["overlap"]["a"] == {"items": 1, "documents": 2}
+    listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["line"]) for line in listed] == [("a/train/1.jsonl", 3), ("a/train/2.jsonl.zst", None)]
+    overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
+    assert [hit["line"] for hit in overlap["sources"]["a"]["hits"]] == [1, 4]

@@ -65,10 +65,11 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
         found = _matching(location)
     optional = split != "train" and source not in config.validation_sources
     if not found and not (optional and given is None):
+        missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
+        lack = "does not exist" if missing else f"holds no {_KINDS} file"
         hint = "" if split == "train" else ", or name the sources that have it in data.eval_sources"
         raise DataError(
-            f"source {source!r} has no {split} text: {location} holds no {_KINDS} file; "
-            f"correct data.input or data.sources{hint}"
+            f"source {source!r} has no {split} text: {location} {lack}; correct data.input or data.sources{hint}"
         )
     for name, where, size, _ in found:
         if not name.endswith(SUFFIXES):

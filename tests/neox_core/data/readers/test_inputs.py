@@ -52,7 +52,7 @@ def test_glob_names_files_below_its_fixed_part(tmp_path: Path) -> None:
 
 def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     config = data_config(tmp_path, "a")
-    with pytest.raises(DataError, match=r"source 'a' has no train text: .*/a/train holds"):
+    with pytest.raises(DataError, match=r"source 'a' has no train text: .*/a/train does not exist"):
         names(config)
     write(tmp_path / "a" / "train" / "0.jsonl", b"")
     with pytest.raises(DataError, match=r"0\.jsonl is empty \(0 bytes\)"):
