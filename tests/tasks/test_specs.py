@@ -12,11 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-<<<<<<< HEAD
-from neox_core.config import RunConfig, SourceConfig, WeightChange
-=======
-from neox_core.config import RunConfig, SourceConfig, TokenizeJobConfig
->>>>>>> issue3a
+from neox_core.config import RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
