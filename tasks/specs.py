@@ -74,8 +74,8 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
     pattern = "consolidated.*.pth" if meta.is_file() else "*.safetensors*"
     paths = sorted([described, *folder.glob(pattern)])
     if len(paths) == 1:
-        wanted = "consolidated.NN.pth" if meta.is_file() else "safetensors"
-        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy the weights there")
+        wanted, owner = ("consolidated.NN.pth", "Meta's") if meta.is_file() else ("safetensors", "the model's")
+        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy {owner} weights there")
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
 
