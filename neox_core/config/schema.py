@@ -173,6 +173,7 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
     gradient_clip: PositiveFloat = 1.0
     activation_checkpointing: Literal["none", "full"] = "full"
+    loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     log_interval: PositiveInt = 1
 
     @property

@@ -7,16 +7,16 @@ Parameter names are GPT-NeoX's, so that a layer's state_dict is its checkpoint f
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.dimensions import ModelDimensions
+from neox_core.model.elementwise import rms_norm, swiglu
 from neox_core.model.rope import RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, with the mean in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square normalization with a learned scale (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,9 +25,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        x32 = x.float()
-        normalized = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.scale * normalized.to(x.dtype)
+        return rms_norm(x, self.scale, self.eps)
 
 
 class Attention(nn.Module):
@@ -68,7 +66,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        return self.w2(swiglu(self.w1(x_BTD), self.w3(x_BTD)))
 
 
 class TokenEmbedding(nn.Module):

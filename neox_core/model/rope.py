@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from neox_core.model.elementwise import rotate
+
 
 def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles `position / theta^(2i/head_dim)`.
@@ -37,10 +39,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x_BTNH: Tensor) -> Tensor:
         """[B,T,N,H] -> [B,T,N,H], same dtype"""
         tokens = x_BTNH.shape[1]
-        cos, sin = self.cos[:tokens, None], self.sin[:tokens, None]
-        first, second = x_BTNH.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x_BTNH.dtype)
+        return rotate(x_BTNH, self.cos[:tokens], self.sin[:tokens])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # `model.bfloat16()`, which DeepSpeed calls, would round the tables: follow moves to a device only.

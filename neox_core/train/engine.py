@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import CheckpointError
-from neox_core.model import ModelDimensions
+from neox_core.model import ModelDimensions, OutputHead
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
-from neox_core.parallel.loss import token_losses
+from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -56,6 +58,11 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         model=module, optimizer=optimizer, config=deepspeed_config(config, geometry), dist_init_required=False
     )
     verify_master_weights(engine)
+    if config.train.precision == "bf16":
+        if mesh.device.type == "cuda":
+            accumulate_linear_gradients(module, engine.optimizer)
+        # On one data-parallel rank there is nothing to sum, but DeepSpeed would copy all gradients there and back.
+        engine.pipeline_enable_backward_allreduce = mesh.data_size > 1
     return engine
 
 
@@ -114,18 +121,23 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     recompute = config.train.activation_checkpointing == "full"
     dtype = parameter_dtype(config)
 
-    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
-        if layer_type is None:
-            return _pass_through
-        return _LayerSpec(layer_type, lambda: build_layer(layer_type, index, dims, mesh, weights, dtype, recompute))
+    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
 
-    def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(logits, targets, mesh.tensor_group, mesh.tensor_rank).mean()
+    def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
+        layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute)
+        if isinstance(layer, OutputHead):
+            # The loss applies the head, chunk by chunk: the last layer hands on the hidden states.
+            loss.project = layer.forward
+            layer.forward = _pass_through  # type: ignore[method-assign, assignment]
+        return layer
+
+    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
+        return _pass_through if layer_type is None else _LayerSpec(layer_type, partial(build, index, layer_type))
 
     return PipelineModule(
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
         topology=mesh.topology,
-        loss_fn=mean_loss,
+        loss_fn=loss,
         partition_method="type:transformerblock",
     )
 

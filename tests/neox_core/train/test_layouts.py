@@ -42,6 +42,7 @@ def config_for(model: str, tensor: int, pipeline: int, data: int, precision: str
             "global_batch_tokens": SEQUENCE * BATCH,
             "micro_batch_size": 2,
             "precision": precision,
+            "loss_chunk_tokens": 24,
             "schedule": CONFIG.train.schedule.model_copy(update={"warmup_steps": 5}),
         }
     )
@@ -85,7 +86,9 @@ def train_rank(config: RunConfig, shards: Path) -> dict[str, Any]:
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
-    _, logits = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
+    _, hidden = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
+    with torch.no_grad():
+        logits = None if hidden is None else engine.module.loss_fn.project(hidden)
     batches = rank_batches(config, mesh.data_rank)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
