@@ -41,7 +41,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@fused_on_cuda
 def rotate(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the two halves of each head by its position's angle (arXiv 2104.09864), in fp32; keeps the dtype.
 
@@ -51,3 +50,23 @@ def rotate(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     cos, sin = cos_TH[:, None], sin_TH[:, None]
     first, second = x_BTNH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
+
+
+@fused_on_cuda
+def split_and_rotate(
+    fused_BTF: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with their positions, and values, from NeoX's fused projection.
+
+    Args:
+        fused_BTF: per query head its q, then its slices of k and of v; F = (heads + 2 kv_heads) x head width.
+
+    Returns:
+        q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
+    """
+    head_dim = 2 * cos_TH.shape[-1]
+    kv_slice = head_dim * kv_heads // heads
+    per_head = fused_BTF.view(*fused_BTF.shape[:-1], heads, head_dim + 2 * kv_slice)
+    q, k, v = per_head.split((head_dim, kv_slice, kv_slice), dim=-1)
+    k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
+    return rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.dimensions import ModelDimensions
-from neox_core.model.elementwise import rms_norm, swiglu
+from neox_core.model.elementwise import rms_norm, split_and_rotate, swiglu
 from neox_core.model.rope import RotaryEmbedding
 
 
@@ -42,17 +42,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        out_BTNH = causal_attention(self.rotary(q_BTNH), self.rotary(k_BTKH), v_BTKH)
-        return self.dense(out_BTNH.flatten(2))
-
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values from NeoX's fused rows: per query head its q, then its slices of k and v."""
-        heads, kv_heads, head_dim = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
-        kv_slice = head_dim * kv_heads // heads
-        fused = self.query_key_value(x_BTD).unflatten(-1, (heads, head_dim + 2 * kv_slice))
-        q, k, v = fused.split((head_dim, kv_slice, kv_slice), dim=-1)
-        return q, k.flatten(2).unflatten(-1, (kv_heads, head_dim)), v.flatten(2).unflatten(-1, (kv_heads, head_dim))
+        fused_BTF = self.query_key_value(x_BTD)
+        cos_TH, sin_TH = self.rotary(x_BTD.shape[1])
+        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(
+            fused_BTF, cos_TH, sin_TH, self.dims.num_heads, self.dims.num_kv_heads
+        )
+        return self.dense(causal_attention(q_BTNH, k_BTKH, v_BTKH).flatten(2))
 
 
 class MLP(nn.Module):

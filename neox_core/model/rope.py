@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from neox_core.model.elementwise import rotate
-
 
 def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles `position / theta^(2i/head_dim)`.
@@ -25,7 +23,7 @@ def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Te
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries or keys by their positions. Tables and arithmetic stay in fp32, whatever the model's dtype."""
+    """The tables by which queries and keys are rotated. They stay in fp32, whatever the model's dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -36,10 +34,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x_BTNH: Tensor) -> Tensor:
-        """[B,T,N,H] -> [B,T,N,H], same dtype"""
-        tokens = x_BTNH.shape[1]
-        return rotate(x_BTNH, self.cos[:tokens], self.sin[:tokens])
+    def forward(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first positions, fp32 [tokens, head_dim / 2]"""
+        return self.cos[:tokens], self.sin[:tokens]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # `model.bfloat16()`, which DeepSpeed calls, would round the tables: follow moves to a device only.

@@ -21,6 +21,9 @@ from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 
 
+_VERIFIED_AT_A_TIME = 1 << 26
+
+
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
     """A layer that DeepSpeed builds on the ranks of its stage only."""
 
@@ -58,6 +61,8 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         model=module, optimizer=optimizer, config=deepspeed_config(config, geometry), dist_init_required=False
     )
     verify_master_weights(engine)
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # what building left must not lie between the tensors of training
     if config.train.precision == "bf16":
         if mesh.device.type == "cuda":
             accumulate_linear_gradients(module, engine.optimizer)
@@ -106,7 +111,7 @@ def verify_master_weights(engine: PipelineEngine) -> None:
         masters, partitions = optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups
     data_ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
     pairs = [(master, parts[rank]) for master, parts, rank in zip(masters, partitions, data_ranks, strict=True)]
-    different = sum(int((master.detach().to(model.dtype) != model).sum()) for master, model in pairs)
+    different = sum(_count_differences(master.detach(), model) for master, model in pairs)
     total = torch.tensor([different], device=engine.device)
     dist.all_reduce(total)
     if total.item():
@@ -114,6 +119,12 @@ def verify_master_weights(engine: PipelineEngine) -> None:
             f"{total.item()} fp32 master weights differ from the model's weights ({different} on rank "
             f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
         )
+
+
+def _count_differences(master: Tensor, model: Tensor) -> int:
+    """Elements of the fp32 master weights that do not round to the model's; in pieces, since the card may be full."""
+    pieces = zip(torch.split(master, _VERIFIED_AT_A_TIME), torch.split(model, _VERIFIED_AT_A_TIME), strict=True)
+    return sum(int((fp32.to(low.dtype) != low).sum()) for fp32, low in pieces)
 
 
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
