@@ -67,6 +67,6 @@ def split_and_rotate(
     head_dim = 2 * cos_TH.shape[-1]
     kv_slice = head_dim * kv_heads // heads
     per_head = fused_BTF.view(*fused_BTF.shape[:-1], heads, head_dim + 2 * kv_slice)
-    q, k, v = per_head.split((head_dim, kv_slice, kv_slice), dim=-1)
+    q, k, v = torch.split(per_head, [head_dim, kv_slice, kv_slice], dim=-1)
     k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
     return rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v.contiguous()
