@@ -50,6 +50,7 @@ def main() -> None:
     """Run the benchmark and print its figures."""
     options = _options()
     logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = _config(options)
     device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
@@ -71,6 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
+    parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)
     parser.add_argument("--table", action="store_true", help="print the slowest kernels")
     return parser.parse_args()
@@ -85,6 +87,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
             "global_batch_tokens": STEP_TOKENS,
             "micro_batch_size": options.micro_batch,
             "activation_checkpointing": options.recompute,
+            "master_weights": options.master_weights,
         }
     )
     launch = config.launch.model_copy(update={"nodes": 1, "ranks_per_node": 1, "device": "auto"})
@@ -176,6 +179,7 @@ def _figures(config: RunConfig, seconds: float, gemm: float, device: torch.devic
         "layers": config.model.num_layers,
         "parameters": parameter_count(config.model),
         "micro_batch": config.train.micro_batch_size,
+        "master_weights": config.train.master_weights,
         "step_seconds": round(seconds, 4),
         "tokens_per_second": round(rate, 1),
         "mfu_causal": round(rate * causal / peak, 4),
