@@ -46,6 +46,8 @@ class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         for parameter in (p for group in self.bf16_groups for p in group):
             parameter._hp_mapping = None  # views of that copy, which would keep it in memory
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:

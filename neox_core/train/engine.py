@@ -68,10 +68,8 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
     verify_master_weights(engine)
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()  # what building left must not lie between the tensors of training
-        if config.train.precision == "bf16":
-            accumulate_linear_gradients(module, engine.optimizer)
+    if mesh.device.type == "cuda" and config.train.precision == "bf16":
+        accumulate_linear_gradients(module, engine.optimizer)
     return engine
 
 

@@ -52,7 +52,8 @@ def test_equals_torch_in_float64(device: str, packed: bool) -> None:
     weights, exp_avg, exp_avg_sq = run(device, packed)
     state = optimizer.state[exact]
     torch.testing.assert_close(weights.to_host().double(), exact.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(exp_avg.cpu().double(), state["exp_avg"], rtol=1e-5, atol=1e-7)
+    # The largest gradients are about 20: fp32 resolves their mean to 1e-6 where terms cancel.
+    torch.testing.assert_close(exp_avg.cpu().double(), state["exp_avg"], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(exp_avg_sq.cpu().double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-9)
 
 
