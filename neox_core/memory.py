@@ -13,6 +13,7 @@ from neox_core.config import BatchGeometry, ModelConfig, RunConfig
 _FP32 = 4
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 _LOSS_FP32_COPIES = 3
+_MASTER_BYTES = {"fp32": 4, "packed": 2}
 """Of the logits, at the peak of the loss's backward pass: probabilities, their difference, the gradient."""
 
 
@@ -74,7 +75,7 @@ def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memo
     return Memory(
         weights=dtype_bytes * parameters,
         gradients=_FP32 * parameters,
-        master=_FP32 * shard,
+        master=_MASTER_BYTES[config.train.master_weights] * shard,
         adam=2 * _FP32 * shard,
         activations=_stage_activations(config, geometry, stage),
         logits=_logits(config) if last else 0,
@@ -134,9 +135,10 @@ def _stage_activations(config: RunConfig, geometry: BatchGeometry, stage: int) -
 
 
 def _logits(config: RunConfig) -> int:
-    """A rank's part of one micro batch's logits, their gradient (both in the model's precision), and fp32 copies."""
+    """A rank's part of one chunk's logits, their gradient (both in the model's precision), and fp32 copies."""
     bytes_per_logit = 2 * _DTYPE_BYTES[config.train.precision] + _LOSS_FP32_COPIES * _FP32
-    return _micro_batch_tokens(config) * config.model.vocab_size // config.parallel.tensor * bytes_per_logit
+    tokens = min(_micro_batch_tokens(config), config.train.loss_chunk_tokens)
+    return tokens * config.model.vocab_size // config.parallel.tensor * bytes_per_logit
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:

@@ -285,9 +285,13 @@ class TrainConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint_interval: PositiveInt
     precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
+    master_weights: Literal["fp32", "packed"] = Field(
+        "fp32", description="packed: only what bf16 cuts off; 2 bytes less"
+    )
     gradient_clip: PositiveFloat = 1.0
     activation_checkpointing: Literal["none", "full"] = "full"
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
+    loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     log_interval: PositiveInt = 1
 
     @property

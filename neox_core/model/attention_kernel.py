@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neox_core.model.document_attention import masked_attention
 
@@ -41,8 +42,15 @@ def attention_kernel(device_type: str, half_precision: bool) -> AttentionKernel:
             logger.info("attention: flash-attn")
             return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
         except ImportError:
-            logger.info('attention: torch SDPA, since flash-attn is not installed (pip install "llemma-pretrain[gpu]")')
+            logger.info("attention: cuDNN through torch SDPA")
+            return _cudnn
     return _sdpa
+
+
+def _cudnn(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        return _sdpa(q_BTNH, k_BTKH, v_BTKH)
 
 
 def _sdpa(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:

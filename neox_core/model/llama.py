@@ -7,16 +7,16 @@ Parameter names are GPT-NeoX's, so that a layer's state_dict is its checkpoint f
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.dimensions import ModelDimensions
+from neox_core.model.elementwise import rms_norm, split_and_rotate, swiglu
 from neox_core.model.rope import RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, with the mean in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square normalization with a learned scale (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,9 +25,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        x32 = x.float()
-        normalized = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.scale * normalized.to(x.dtype)
+        return rms_norm(x, self.scale, self.eps)
 
 
 class Attention(nn.Module):
@@ -44,18 +42,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        q_BTNH, k_BTKH = self.rotary(q_BTNH, positions_BT), self.rotary(k_BTKH, positions_BT)
-        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
-        return self.dense(out_BTNH.flatten(2))
-
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values from NeoX's fused rows: per query head its q, then its slices of k and v."""
-        heads, kv_heads, head_dim = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
-        kv_slice = head_dim * kv_heads // heads
-        fused = self.query_key_value(x_BTD).unflatten(-1, (heads, head_dim + 2 * kv_slice))
-        q, k, v = fused.split((head_dim, kv_slice, kv_slice), dim=-1)
-        return q, k.flatten(2).unflatten(-1, (kv_heads, head_dim)), v.flatten(2).unflatten(-1, (kv_heads, head_dim))
+        fused_BTF = self.query_key_value(x_BTD)
+        cos, sin = self.rotary(x_BTD.shape[1], positions_BT)
+        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, self.dims.num_heads, self.dims.num_kv_heads)
+        return self.dense(causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT).flatten(2))
 
 
 class MLP(nn.Module):
@@ -69,7 +59,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        return self.w2(swiglu(self.w1(x_BTD), self.w3(x_BTD)))
 
 
 class TokenEmbedding(nn.Module):

@@ -23,7 +23,7 @@ def rope_tables(head_dim: int, positions: int, theta: float) -> tuple[Tensor, Te
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries or keys by their positions. Tables and arithmetic stay in fp32, whatever the model's dtype."""
+    """The tables by which queries and keys are rotated. They stay in fp32, whatever the model's dtype."""
 
     cos: Tensor
     sin: Tensor
@@ -34,13 +34,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x_BTNH: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """[B,T,N,H] -> [B,T,N,H], same dtype; positions are 0 ... T-1 where none are given"""
-        rows = slice(x_BTNH.shape[1]) if positions_BT is None else positions_BT
-        cos, sin = self.cos[rows].unsqueeze(-2), self.sin[rows].unsqueeze(-2)
-        first, second = x_BTNH.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x_BTNH.dtype)
+    def forward(self, tokens: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, fp32 [..., T, head_dim / 2]; positions are 0 ... tokens-1 where none are given"""
+        rows = slice(tokens) if positions_BT is None else positions_BT
+        return self.cos[rows], self.sin[rows]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # `model.bfloat16()`, which DeepSpeed calls, would round the tables: follow moves to a device only.

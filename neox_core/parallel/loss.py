@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from neox_core.model.elementwise import fused_on_cuda
 
 IGNORED = -1
 """Target of a position that does not count."""
@@ -50,6 +55,47 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGrou
         group: the tensor-parallel group.
         rank: this rank's index in it.
     """
+    if dist.get_world_size(group) == 1:
+        return _whole_vocabulary_losses(logits_BTV, targets_BT)
     return _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits_BTV, targets_BT, group, rank
     )
+
+
+@fused_on_cuda
+def _whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    logits = logits_BTV.float().flatten(0, -2)
+    losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets_BT.shape)
+
+
+class ChunkedLoss:
+    """Mean loss over a micro batch that never holds the logits of more than `chunk_tokens` positions.
+
+    Each chunk's logits are computed in the forward pass and once more in the backward pass, which costs a third of
+    the head's share of the FLOPs (0.7% for a 7B model) and saves vocabulary x tokens x 10 bytes.
+
+    Args:
+        chunk_tokens: positions at a time.
+        group: the tensor-parallel group.
+        rank: this rank's index in it.
+    """
+
+    def __init__(self, chunk_tokens: int, group: dist.ProcessGroup, rank: int) -> None:
+        self._chunk_tokens, self._group, self._rank = chunk_tokens, group, rank
+        self.project: Callable[[Tensor], Tensor] | None = None
+        """Hidden states [B,T,D] to this rank's part of the logits; set on the stage that holds the head."""
+
+    def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean over the positions that count, in fp32 nats."""
+        hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+        chunks = zip(torch.split(hidden, self._chunk_tokens), torch.split(targets, self._chunk_tokens), strict=True)
+        total = torch.stack(
+            [checkpoint(self._sum, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+        ).sum()
+        return total / (targets != IGNORED).sum()
+
+    def _sum(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        assert self.project is not None, "this stage has no output head"
+        logits = self.project(hidden_TD[None])
+        return token_losses(logits, targets_T[None], self._group, self._rank).sum()

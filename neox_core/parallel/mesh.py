@@ -56,6 +56,8 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
     if launch.device == "cuda" and not torch.cuda.is_available():
         raise LaunchError("launch.device is 'cuda' but this rank sees no GPU: request GPUs or set launch.device: cpu")
     use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
+    # Read when CUDA is first used: without it, a full card cannot give freed blocks to larger tensors.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     _init_deepspeed("nccl" if use_cuda else "gloo")
     if not use_cuda:
         # torch would give every rank as many threads as the machine has cores.
@@ -80,6 +82,7 @@ def _init_deepspeed(backend: str) -> None:
         # Otherwise DeepSpeed compiles a C++ extension for a minute, and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    dist.barrier()  # NCCL takes its memory at the first collective: now, while there is some
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import CheckpointError
-from neox_core.model import ModelDimensions
+from neox_core.model import ModelDimensions, OutputHead
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
-from neox_core.parallel.loss import token_losses
+from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.weight_gradients import accumulate_linear_gradients
+from neox_core.train.bf16_optimizer import ShardedBf16Optimizer
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -41,8 +46,7 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     Raises:
         CheckpointError: the fp32 master weights are not the weights that were loaded.
     """
-    import deepspeed
-
+    settings = deepspeed_config(config, geometry)
     module = _build_module(config, mesh, weights)
     optimizer = torch.optim.AdamW(
         _parameter_groups(module, config.train.optimizer.weight_decay),
@@ -52,11 +56,48 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         # Passed ready-made: DeepSpeed's own choice compiles an extension at start.
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(config, geometry), dist_init_required=False
+    engine = TrainingEngine(
+        mesh=mesh,
+        packed=config.train.master_weights == "packed",
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        mpu=module.mpu(),
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, module.mpu()),
     )
     verify_master_weights(engine)
+    if mesh.device.type == "cuda" and config.train.precision == "bf16":
+        accumulate_linear_gradients(module, engine.optimizer)
     return engine
+
+
+class TrainingEngine(PipelineEngine):  # type: ignore[misc]
+    """DeepSpeed's pipeline engine with our optimizer for bf16 parameters."""
+
+    def __init__(self, mesh: Mesh, packed: bool, **named: Any) -> None:
+        self._mesh, self._packed = mesh, packed
+        super().__init__(**named)
+        self.using_bf16_optimizer = isinstance(self.optimizer, ShardedBf16Optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedBf16Optimizer:
+        return ShardedBf16Optimizer(
+            optimizer,
+            self.param_names,
+            mesh=self._mesh,
+            packed=self._packed,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            timers=NoopTimer(),
+            grad_acc_dtype=torch.float32,
+        )
+
+    def _bf16_reduce_grads(self) -> None:
+        self.optimizer.reduce_gradients()
 
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
@@ -93,13 +134,13 @@ def verify_master_weights(engine: PipelineEngine) -> None:
         CheckpointError: they differ; on every rank, so that none waits for another.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 parameters: BF16_Optimizer
-        masters, partitions = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
-    else:  # fp32 parameters: ZeRO-1
+    if isinstance(optimizer, ShardedBf16Optimizer):
+        different = optimizer.count_master_differences()
+    else:  # fp32 parameters: DeepSpeed's ZeRO-1
         masters, partitions = optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups
-    data_ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-    pairs = [(master, parts[rank]) for master, parts, rank in zip(masters, partitions, data_ranks, strict=True)]
-    different = sum(int((master.detach().to(model.dtype) != model).sum()) for master, model in pairs)
+        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
+        pairs = zip(masters, partitions, ranks, strict=True)
+        different = sum(int((master.detach() != parts[rank]).sum()) for master, parts, rank in pairs)
     total = torch.tensor([different], device=engine.device)
     dist.all_reduce(total)
     if total.item():
@@ -114,21 +155,23 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     recompute = config.train.activation_checkpointing == "full"
     dtype = parameter_dtype(config)
 
-    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Any], Any]:
-        if layer_type is None:
-            return _pass_through
-        masked = config.train.mask_documents
-        return _LayerSpec(
-            layer_type, lambda: build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, masked)
-        )
+    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
 
-    def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(logits, targets, mesh.tensor_group, mesh.tensor_rank).mean()
+    def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
+        layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, config.train.mask_documents)
+        if isinstance(layer, OutputHead):
+            # The loss applies the head, chunk by chunk: the last layer hands on the hidden states.
+            loss.project = layer.forward
+            layer.forward = _pass_through  # type: ignore[method-assign, assignment]
+        return layer
+
+    def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
+        return _pass_through if layer_type is None else _LayerSpec(layer_type, partial(build, index, layer_type))
 
     return PipelineModule(
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
         topology=mesh.topology,
-        loss_fn=mean_loss,
+        loss_fn=loss,
         partition_method="type:transformerblock",
     )
 

@@ -9,7 +9,15 @@ from neox_core.artifact import fingerprint
 from neox_core.config import RunConfig, SourceAmount
 
 # How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
-_NOT_LOGICAL = {"micro_batch_size", "activation_checkpointing", "log_interval", "checkpoint_interval", "validation"}
+_NOT_LOGICAL = {
+    "micro_batch_size",
+    "activation_checkpointing",
+    "loss_chunk_tokens",
+    "master_weights",
+    "log_interval",
+    "checkpoint_interval",
+    "validation",
+}
 
 
 def training_logic(config: RunConfig) -> dict[str, Any]:

@@ -86,6 +86,8 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.activation_checkpointing": ("none", NOTHING),
     "train.mask_documents": (True, TRAIN),
     "train.log_interval": (7, NOTHING),
+    "train.loss_chunk_tokens": (64, NOTHING),
+    "train.master_weights": ("packed", NOTHING),
     "launch.executor": ("slurm", NOTHING),
     "launch.nodes": (2, NOTHING),
     "launch.ranks_per_node": (4, NOTHING),

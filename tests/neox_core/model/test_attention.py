@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neox_core.model import ModelDimensions, attention_kernel
 from neox_core.model.attention_kernel import causal_attention
+from neox_core.model.elementwise import split_and_rotate
 from neox_core.model.llama import Attention
 from tests.neox_core.model import reference
 
@@ -60,7 +61,8 @@ def test_projection_reads_neox_fused_rows(heads: int, kv_heads: int) -> None:
         }
     )
     x = torch.randn(2, 5, 48, generator=generator)
-    q, k, v = attention._project(x)
+    nowhere = torch.ones(5, 8), torch.zeros(5, 8)  # a rotation by no angle
+    q, k, v = split_and_rotate(attention.query_key_value(x), *nowhere, heads, kv_heads)
     for projected, weight in ((q, query), (k, key), (v, value)):
         assert projected.shape == (2, 5, weight.shape[0] // 16, 16)
         torch.testing.assert_close(projected.flatten(2), x @ weight.T)

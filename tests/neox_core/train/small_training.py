@@ -34,6 +34,7 @@ def config_for(model: str, tensor: int, pipeline: int, data: int, **train: Any) 
         "global_batch_tokens": SEQUENCE * BATCH,
         "micro_batch_size": 2,
         "precision": "fp32",
+        "loss_chunk_tokens": 24,  # less than a micro batch, and no divisor of it
         "schedule": CONFIG.train.schedule.model_copy(update={"warmup_steps": 5}),
     }
     return CONFIG.model_copy(

@@ -72,7 +72,9 @@ def train_rank(config: RunConfig, shards: Path, data: Path) -> dict[str, Any]:
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     weights = NeoxCheckpoint(shards).layer
     engine = build_engine(config, mesh, batch_geometry(config), weights)
-    _, logits = engine.eval_batch(batches(), return_logits=True)
+    _, hidden = engine.eval_batch(batches(), return_logits=True)
+    with torch.no_grad():
+        logits = None if hidden is None else engine.module.loss_fn.project(hidden)
     given, losses, norms = batches(), [], []
     for _ in range(STEPS):
         losses.append(float(engine.train_batch(given)))

@@ -49,7 +49,10 @@ def verdict(engine: Any) -> str:
 def verdicts(engine: Any, rank: int) -> dict[str, str]:
     """Before, during and after faults that exist on rank 1 alone."""
     optimizer = engine.optimizer
-    masters = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
+    if hasattr(optimizer, "masters"):
+        masters = [master.storage for master in optimizer.masters]
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
     parameters = list(engine.module.parameters())
     sizes = sum(p.numel() for p in parameters)
     found = {"built": verdict(engine), "parameters": str(sizes)}

@@ -38,7 +38,9 @@ def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
     from neox_core.train.schedule import learning_rate
 
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
-    _, logits = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
+    _, hidden = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
+    with torch.no_grad():
+        logits = None if hidden is None else engine.module.loss_fn.project(hidden)
     batches = rank_batches(config, mesh.data_rank)
     losses, norms = [], []
     for step in range(1, STEPS + 1):

@@ -1,0 +1,72 @@
+"""Elementwise parts of the model. On GPUs each is compiled into one kernel forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function of tensors when its first argument is on a GPU; elsewhere a compiler may be missing."""
+    compiled = torch.compile(function, fullgraph=True)
+
+    @wraps(function)
+    def choose(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        return compiled(*args, **kwargs) if first.is_cuda else function(*args, **kwargs)
+
+    return choose
+
+
+@fused_on_cuda
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, with the mean in fp32 (arXiv 1910.07467)."""
+    x32 = x.float()
+    normalized = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return scale * normalized.to(x.dtype)
+
+
+@fused_on_cuda
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head by its position's angle (arXiv 2104.09864), in fp32; keeps the dtype.
+
+    Args:
+        cos, sin: fp32 [T, H/2], or [B, T, H/2] where sequences have positions of their own.
+    """
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second = x_BTNH.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
+
+
+@fused_on_cuda
+def split_and_rotate(
+    fused_BTF: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with their positions, and values, from NeoX's fused projection.
+
+    Args:
+        fused_BTF: per query head its q, then its slices of k and of v; F = (heads + 2 kv_heads) x head width.
+
+    Returns:
+        q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
+    """
+    head_dim = 2 * cos.shape[-1]
+    kv_slice = head_dim * kv_heads // heads
+    per_head = fused_BTF.view(*fused_BTF.shape[:-1], heads, head_dim + 2 * kv_slice)
+    q, k, v = torch.split(per_head, [head_dim, kv_slice, kv_slice], dim=-1)
+    k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()

@@ -1,0 +1,125 @@
+"""DeepSpeed's ZeRO-1 optimizer for bf16 parameters, with a sharded reduction and a fused update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+from neox_core.parallel.mesh import Mesh
+from neox_core.train.adamw import AdamWStep, adamw_update
+from neox_core.train.master_weights import MasterWeights
+
+MATRICES, NORMS = 0, 1
+"""Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
+
+
+class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
+    """Each data-parallel rank reduces, clips and updates its own partition only.
+
+    Where DeepSpeed's own sums all gradients on all ranks, scales them, updates, casts and clears in a pass each, this
+    one reduces a shard to each rank (half the traffic) and does the rest in one pass. What it saves is what DeepSpeed
+    saves.
+
+    Args:
+        mesh: the grid of ranks.
+        packed: keep the low half of the master weights only (see master_weights.py).
+        others: what BF16_Optimizer takes.
+    """
+
+    def __init__(self, *others: Any, mesh: Mesh, packed: bool, **named: Any) -> None:
+        super().__init__(*others, **named)
+        self._mesh = mesh
+        own = [dist.get_rank(group) for group in self.real_dp_process_group]
+        self.masters = [
+            MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
+        ]
+        for group, handle in enumerate(self.fp32_groups_flat_partition):
+            # DeepSpeed's own fp32 copy only remains as the key of the optimizer's state.
+            handle.data = torch.empty(0, device=handle.device)
+            state = self.optimizer.state[handle]
+            gradient = self.fp32_groups_gradient_flat_partition[group]
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        for parameter in (p for group in self.bf16_groups for p in group):
+            parameter._hp_mapping = None  # views of that copy, which would keep it in memory
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
+        if self._mesh.data_size == 1:
+            return
+        for flat, own, group in zip(
+            self.fp32_groups_gradients_flat,
+            self.fp32_groups_gradient_flat_partition,
+            self.real_dp_process_group,
+            strict=True,
+        ):
+            flat.div_(self._mesh.data_size)
+            dist.reduce_scatter_tensor(own, flat, group=group)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Clip by the global norm and update; a norm that is not finite skips the update and becomes inf."""
+        norm = self._global_norm()
+        self.overflow = not bool(torch.isfinite(norm))
+        self._global_grad_norm = norm if not self.overflow else torch.full_like(norm, torch.inf)
+        if not self.overflow:
+            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            self._gather()
+        self.clear_hp_grads()
+
+    def clear_hp_grads(self) -> None:
+        """Set all gradients to zero; on a single data-parallel rank, the update did."""
+        if self._mesh.data_size > 1 or self.overflow:
+            super().clear_hp_grads()
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
+    def _global_norm(self) -> Tensor:
+        """Norm of the whole model's gradient, from every rank's partitions."""
+        squares = [part.norm().square() for part in self.fp32_groups_gradient_flat_partition]
+        total = squares[MATRICES] + (squares[NORMS] if self._mesh.tensor_rank == 0 else 0)
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def _update(self, scale: Tensor) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
+            state["step"] += 1
+            beta1, beta2 = group["betas"]
+            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
+            gradient = self.fp32_groups_gradient_flat_partition[index]
+            adamw_update(self.masters[index], gradient, state["exp_avg"], state["exp_avg_sq"], scale, step)
+
+    def _gather(self) -> None:
+        """Give every data-parallel rank the others' updated parameters."""
+        if self._mesh.data_size == 1:
+            return
+        for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
+            dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+
+    def count_master_differences(self) -> int:
+        """Elements of this rank's master weights that do not round to the model's parameters."""
+        return sum(master.count_differences() for master in self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As DeepSpeed's, with the master weights in fp32."""
+        state = super().state_dict()
+        state["single_partition_of_fp32_groups"] = [master.to_host() for master in self.masters]
+        return state
+
+    def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
+        own = states[dist.get_rank(self.dp_process_group)]
+        if load_optimizer_states:
+            self.optimizer.load_state_dict(own["base_optimizer_state"])
+        for master, saved in zip(self.masters, own["single_partition_of_fp32_groups"], strict=True):
+            master.load(saved)
+
+    def _restore_from_bit16_weights(self) -> None:
+        for master in self.masters:
+            master.reset()

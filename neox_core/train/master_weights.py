@@ -1,0 +1,97 @@
+"""Where the fp32 master weights live: in full, or as what bf16 rounding cut off from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 24
+
+_TIE = 0x8000
+"""Low half of an fp32 number that lies midway between two bf16 numbers."""
+
+
+def pack(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split fp32 numbers into their bf16 rounding (to nearest, ties to even) and the low 16 bits.
+
+    From the two, `unpack` finds the number again: the rounding went up if the low bits are above the tie. At a tie
+    that cannot be told, so such a number is first moved by one fp32 ulp towards the side it rounds to.
+
+    Returns:
+        bf16 and int16 tensors in the input's shape.
+    """
+    low_precision = master.to(torch.bfloat16)
+    bits = master.view(torch.int32)
+    rounded_up = (low_precision.view(torch.int16).int() - (bits >> 16)) & 1
+    is_tie = (bits & 0xFFFF) == _TIE
+    bits = torch.where(is_tie, torch.where(rounded_up == 1, bits + 1, bits - 1), bits)
+    return low_precision, bits.to(torch.int16)
+
+
+def unpack(low_precision: Tensor, low_bits: Tensor) -> Tensor:
+    """The fp32 numbers that `pack` split."""
+    low = low_bits.int() & 0xFFFF
+    high = low_precision.view(torch.int16).int() - (low > _TIE).int()
+    return ((high << 16) | low).view(torch.float32)
+
+
+class MasterWeights:
+    """Master weights of one flat partition of bf16 parameters.
+
+    Args:
+        low_precision: the bf16 parameters, which the optimizer keeps equal to the rounded master weights.
+        packed: keep 2 bytes per parameter instead of 4.
+    """
+
+    def __init__(self, low_precision: Tensor, packed: bool) -> None:
+        self.low_precision, self.packed = low_precision, packed
+        self.storage = torch.zeros_like(low_precision, dtype=torch.int16) if packed else low_precision.float()
+        """int16 low bits if packed, fp32 numbers otherwise."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """fp32 numbers of a range; a copy."""
+        if self.packed:
+            return unpack(self.low_precision[start:stop], self.storage[start:stop])
+        return self.storage[start:stop].clone()
+
+    def write(self, start: int, stop: int, master: Tensor) -> None:
+        """Replace a range, and the parameters with it."""
+        if self.packed:
+            low_precision, low_bits = pack(master)
+            self.low_precision[start:stop] = low_precision
+            self.storage[start:stop] = low_bits
+        else:
+            self.storage[start:stop] = master
+            self.low_precision[start:stop] = master.to(self.low_precision.dtype)
+
+    def to_host(self) -> Tensor:
+        """All fp32 numbers, in host memory."""
+        host = torch.empty(self.low_precision.numel(), dtype=torch.float32)
+        for start, stop in self._ranges():
+            host[start:stop] = self.read(start, stop)
+        return host
+
+    def load(self, master: Tensor) -> None:
+        """Take over saved fp32 numbers, and set the parameters to their rounding."""
+        for start, stop in self._ranges():
+            self.write(start, stop, master[start:stop].to(self.low_precision.device))
+
+    def reset(self) -> None:
+        """Forget the master weights: the parameters' own values are the master weights."""
+        for start, stop in self._ranges():
+            self.write(start, stop, self.low_precision[start:stop].float())
+
+    def count_differences(self) -> int:
+        """Elements whose parameter is not the master weight's rounding."""
+        return sum(
+            int((self.read(start, stop).to(self.low_precision.dtype) != self.low_precision[start:stop]).sum())
+            for start, stop in self._ranges()
+        )
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Pieces that fit on a card that is almost full."""
+        size = self.low_precision.numel()
+        for start in range(0, size, _PIECE):
+            yield start, min(start + _PIECE, size)
