@@ -12,8 +12,8 @@ from neox_core.config import BatchGeometry, ModelConfig, RunConfig
 
 _FP32 = 4
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-_LOSS_FP32_COPIES = 3
 _MASTER_BYTES = {"fp32": 4, "packed": 2}
+_LOSS_FP32_COPIES = 3
 """Of the logits, at the peak of the loss's backward pass: probabilities, their difference, the gradient."""
 
 

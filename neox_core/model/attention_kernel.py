@@ -1,4 +1,4 @@
-"""Causal attention kernels behind one function: flash-attn where it is installed and runs, torch SDPA otherwise."""
+"""Causal attention kernels behind one function: flash-attn where it is installed, cuDNN on other GPUs, else SDPA."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def attention_kernel(device_type: str, half_precision: bool) -> AttentionKernel:
             logger.info("attention: flash-attn")
             return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
         except ImportError:
-            logger.info("attention: cuDNN through torch SDPA")
+            logger.info("attention: cuDNN through torch SDPA, since flash-attn is not installed")
             return _cudnn
     return _sdpa
 

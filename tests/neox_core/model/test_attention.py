@@ -102,7 +102,7 @@ def test_sdpa_where_flash_attention_cannot_run(
     assert choose("cuda", False) is attention_kernel._sdpa
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes its import fail
     with caplog.at_level("INFO"):
-        assert choose("cuda", True) is attention_kernel._sdpa
+        assert choose("cuda", True) is attention_kernel._cudnn
     assert "flash-attn is not installed" in caplog.text
 
 
