@@ -38,10 +38,12 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_booleans(cls, values: Any) -> Any:
-        # No setting is one, and pydantic would read `steps: yes` as 1.
-        if isinstance(values, dict) and (wrong := [name for name, value in values.items() if isinstance(value, bool)]):
-            raise ValueError(f"{wrong[0]} is {values[wrong[0]]}: give a number, a name or a section, not yes or no")
+    def _refuse_stray_booleans(cls, values: Any) -> Any:
+        # Where another type is due, pydantic would read `steps: yes` as 1.
+        switches = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name not in switches:
+                raise ValueError(f"{name} is {value}: give a number, a name or a section, not yes or no")
         return values
 
 

@@ -26,6 +26,8 @@ ONE_RANK = Mesh(
     topology=cast(Any, None), rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
     pipeline_size=1, data_rank=0, data_size=1, tensor_group=cast(Any, None), device=torch.device("cpu"),
 )  # fmt: skip
+DATA = cast(Any, SimpleNamespace(consumed=lambda sequences: {}))
+"""A mixture whose ledger agrees with any checkpoint's."""
 LAYOUT = {"tensor": 1, "pipeline": 1, "data": 1}
 
 
@@ -77,7 +79,7 @@ def test_number_of_ranks_must_be_the_configured_one() -> None:
 
 
 def test_nothing_to_resume(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
-    assert run._resume(engine, store, job, ONE_RANK) == 0
+    assert run._resume(engine, store, job, ONE_RANK, DATA) == 0
     assert engine.loaded == []
 
 
@@ -88,7 +90,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
         publish(store, job, step, LAYOUT)
     store.put_text(f"{job.prefix}/global_step11/layer_00-model_00-model_states.pt", "x")  # not complete
     publish(store, replace(job, fingerprint="f" * 64), 12, LAYOUT)  # of another training
-    assert run._resume(engine, store, job, ONE_RANK) == 10
+    assert run._resume(engine, store, job, ONE_RANK, DATA) == 10
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
 
@@ -97,7 +99,7 @@ def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, sto
     layout = {"tensor": 1, "pipeline": 1, "data": 2}
     publish(store, job, 10, layout)
     second = replace(ONE_RANK, rank=1, local_rank=1, data_rank=1, data_size=2, world_size=2)
-    run._resume(engine, store, job, second)
+    run._resume(engine, store, job, second, DATA)
     assert engine.loaded == [("global_step10", [])]  # rank 0 of the node fetches the weights
 
 
@@ -108,7 +110,7 @@ def test_another_layout_is_refused_before_anything_is_fetched(
     with pytest.raises(
         CheckpointError, match=r"global_step10 was written with layout .*'data': 4.*, this job has"
     ) as e:
-        run._resume(engine, store, job, ONE_RANK)
+        run._resume(engine, store, job, ONE_RANK, DATA)
     assert "\n" not in str(e.value)
     assert engine.loaded == []
     assert not job.output.exists()
