@@ -9,6 +9,8 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
+_WAKE_SECONDS = 0.5
+
 _interruption: contextvars.ContextVar[list[BaseException] | None] = contextvars.ContextVar("interruption", default=None)
 
 
@@ -33,7 +35,8 @@ def side_by_side(config: str, *flows: Callable[[str], Result]) -> list[Result]:
                 context = contextvars.copy_context()
                 context.run(_interruption.set, interruption)
                 futures.append(pool.submit(context.run, flow, config))
-            wait(futures)
+            while wait(futures, _WAKE_SECONDS).not_done:
+                pass  # awake, so that a signal is heard whichever thread the kernel has given it to
         except BaseException as error:
             interruption.append(error)
             raise

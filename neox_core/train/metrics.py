@@ -38,7 +38,6 @@ class MetricsLog:
         if not self._path.exists():
             self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
         _end_last_line(self._path)
-        _cut_half_row(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(config, folder, run_id)
@@ -80,15 +79,6 @@ def _end_last_line(path: Path) -> None:
         logger.warning("%s: its last line was incomplete and is removed: %r", path, content[whole:])
         with path.open("r+b") as file:
             file.truncate(whole)
-
-
-def _cut_half_row(path: Path) -> None:
-    """Remove what a killed run left of its last row: the next row would be written behind it, and neither be read."""
-    content = path.read_bytes()
-    complete = content.rfind(b"\n") + 1
-    if complete < len(content):
-        logger.warning("%s: the last row is incomplete and is removed: %r", path, content[complete:])
-        os.truncate(path, complete)
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:

@@ -77,12 +77,13 @@ def operators(group: Any, rank: int) -> dict[str, Tensor]:
     """What the two conjugate operators make of rank + 1, forward and backward."""
     from neox_core.parallel.tensor_parallel import copy_to_ranks, sum_over_ranks
 
-    x = torch.full((3, 2), rank + 1.0).T.requires_grad_()
-    copied, summed = copy_to_ranks(x, group), sum_over_ranks(x, group)
+    x = torch.full((2, 3), rank + 1.0).requires_grad_()
+    copied, summed, of_view = copy_to_ranks(x, group), sum_over_ranks(x, group), sum_over_ranks(x.T, group)
     upstream = torch.full((2, 3), 10.0 * (rank + 1))
     of_copy = torch.autograd.grad(copied, x, upstream)[0]
     of_sum = torch.autograd.grad(summed, x, upstream)[0]
-    return {"x": x, "upstream": upstream, "copied": copied, "summed": summed, "of_copy": of_copy, "of_sum": of_sum}
+    tensors = {"x": x, "upstream": upstream, "copied": copied, "summed": summed, "summed view": of_view}
+    return tensors | {"of_copy": of_copy, "of_sum": of_sum}
 
 
 def compute_all() -> dict[Any, Any]:
@@ -109,6 +110,7 @@ def test_conjugate_operators(ranks: list[dict[Any, Any]]) -> None:
     for rank, result in enumerate(result["operators"] for result in ranks):
         assert bool((result["copied"] == rank + 1).all())
         assert bool((result["summed"] == 1 + 2).all())
+        assert bool((result["summed view"] == 1 + 2).all())
         assert bool((result["of_copy"] == 10 + 20).all())
         assert bool((result["of_sum"] == 10 * (rank + 1)).all())
         # Neither operator changes what it was given.

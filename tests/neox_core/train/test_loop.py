@@ -45,16 +45,18 @@ class FakeEngine:
         self.rates: list[tuple[float, ...]] = []
         self.validated: list[list[int]] = []
 
-    def _take(self, batches: Any) -> list[int]:
+    def _take(self, batches: Any, first_id: int) -> list[int]:
+        """Indices of the sequences of one step, which must come from the dataset that begins with `first_id`."""
         taken = []
         for _ in range(GEOMETRY.accumulation_steps):
             inputs, targets = next(batches)
             assert torch.equal(targets, inputs + 1)
-            taken += [(int(first) % VALIDATION) // 10 for first in inputs[:, 0]]
+            taken += [(int(first) - first_id) // 10 for first in inputs[:, 0]]
+        assert all(0 <= index < 1000 for index in taken)
         return taken
 
     def train_batch(self, batches: Any) -> torch.Tensor:
-        self.trained.append(self._take(batches))
+        self.trained.append(self._take(batches, TRAINING))
         self.rates.append(tuple(group["lr"] for group in self.optimizer.param_groups))
         return torch.tensor(self.losses(len(self.trained)))
 
@@ -62,7 +64,7 @@ class FakeEngine:
         return self.norms(len(self.trained))
 
     def eval_batch(self, batches: Any) -> torch.Tensor:
-        self.validated.append(self._take(batches))
+        self.validated.append(self._take(batches, VALIDATION))
         return torch.tensor(float(len(self.validated)))
 
 

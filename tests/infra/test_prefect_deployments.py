@@ -1,0 +1,166 @@
+"""The README's commands against a real server and worker: deploy, run a stage, run it again, fail, cancel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.runs import Run, copy_text, write_run
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 180.0
+
+pytestmark = pytest.mark.e2e
+
+
+@dataclass(frozen=True)
+class Prefect:
+    """The `prefect` command in the environment of infra/prefect/env.sh, and what the server knows."""
+
+    folder: Path
+    port: int
+
+    def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
+        """Start a command from a folder that is not the repository's."""
+        with (self.folder / log).open("ab") as output:
+            return subprocess.Popen(
+                self._command(*arguments), env=self._environment(), cwd=self.folder, stdout=output, stderr=output
+            )
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        command, environment = self._command(*arguments), self._environment()
+        return subprocess.run(
+            command, env=environment, cwd=cwd or self.folder, capture_output=True, text=True, check=False
+        )
+
+    def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
+        """What the API finds, newest last."""
+        answer = httpx.post(f"http://127.0.0.1:{self.port}/api/{what}/filter", json=filters, timeout=60)
+        return sorted(answer.raise_for_status().json(), key=lambda item: item["created"])
+
+    def runs(self, config: Path) -> dict[str, dict[str, Any]]:
+        """The state of the newest flow run of each flow of a configuration."""
+        found = [run for run in self.find("flow_runs") if run["parameters"] == {"config": str(config)}]
+        return {run["name"].split()[0]: run["state"] for run in found}
+
+    def artifact(self, key: str) -> dict[str, Any]:
+        """The newest artifact of that key."""
+        return self.find("artifacts", artifacts={"key": {"any_": [key]}})[-1]
+
+    def _command(self, *arguments: str) -> list[str]:
+        return ["bash", "-c", f'. "{ROOT}/infra/prefect/env.sh"; exec prefect "$@"', "prefect", *arguments]
+
+    def _environment(self) -> dict[str, str]:
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        own = {"PREFECT_HOME": str(self.folder / "home"), "PREFECT_SERVER_API_PORT": str(self.port)}
+        return outside | own | {"PREFECT_WORKER_QUERY_SECONDS": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """A server with all deployments and a worker."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        prefect = Prefect(tmp_path_factory.mktemp("prefect"), probe.getsockname()[1])
+    server = prefect.start("server", "start", log="server.log")
+    worker = None
+    try:
+        wait_for(lambda: server.poll() is not None or is_healthy(prefect.port))
+        pool = prefect.run("work-pool", "create", "llemma", "--type", "process")
+        assert pool.returncode == 0, pool.stderr
+        deploy = prefect.run("--no-prompt", "deploy", "--all", cwd=ROOT)
+        assert deploy.returncode == 0, deploy.stdout + deploy.stderr
+        worker = prefect.start("worker", "start", "--pool", "llemma", log="worker.log")
+        yield prefect
+    finally:
+        for process in (worker, server):
+            if process:
+                end(process)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The path of a small run's configuration."""
+    copy_text(tmp_path)
+    return write_run(tmp_path)
+
+
+def test_all_flows_are_deployed(prefect: Prefect) -> None:
+    flows = {flow["id"]: flow["name"] for flow in prefect.find("flows")}
+    names = {f"{flows[found['flow_id']]}/{found['name']}" for found in prefect.find("deployments")}
+    assert len(names) == 18
+    assert {"llemma-pretrain/toy", "llemma-pretrain/34b", "prepare-data/7b", "train/34b"} < names
+
+
+def test_a_stage_runs_through_the_worker_and_is_skipped_the_next_time(prefect: Prefect, config: Path) -> None:
+    for description in ("prepare-data took", "prepare-data was finished before"):
+        watched = prefect.run("deployment", "run", "prepare-data/toy", "--param", f"config={config}", "--watch")
+        assert watched.returncode == 0, watched.stdout + watched.stderr
+        table = prefect.artifact("prepare-data")
+        assert table["type"] == "table"
+        assert table["description"].startswith(description)
+        assert '"source": "arxiv"' in table["data"]
+        assert prefect.artifact("prepare-data-progress")["data"] == 100
+    assert prefect.runs(config)["prepare-data"]["type"] == "COMPLETED"
+
+
+def test_the_reason_of_a_failure_is_one_line(prefect: Prefect, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yml"
+    watched = prefect.run("deployment", "run", "train/toy", "--param", f"config={missing}", "--watch")
+    assert watched.returncode == 1
+    (run,) = [run for run in prefect.find("flow_runs") if run["parameters"] == {"config": str(missing)}]
+    assert run["state"]["type"] == "FAILED"
+    reason = f"ConfigError: config file {missing} does not exist"
+    assert run["state"]["message"] == f"Flow run encountered an exception: {reason}"
+
+
+def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, config: Path) -> None:
+    prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}")
+    (parent,) = [run for run in prefect.find("flow_runs") if run["parameters"] == {"config": str(config)}]
+    run = Run(config)
+    wait_for(lambda: run.attempts("train") and run.attempts("evaluate"))
+    cancelled = prefect.run("flow-run", "cancel", parent["id"])
+    assert cancelled.returncode == 0, cancelled.stderr
+    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] == "CANCELLED")
+    states = {flow: state["type"] for flow, state in prefect.runs(config).items()}
+    assert states == {
+        "llemma-pretrain": "CANCELLED",
+        "prepare-data": "COMPLETED",
+        "convert": "COMPLETED",
+        "train": "CANCELLED",
+        "evaluate": "CANCELLED",
+    }
+    wait_for(lambda: not run.processes())
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.2)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,105 @@
+"""Cancel ends a run's jobs, and only those."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from flows.cancellation import cancel_jobs_of_run
+from neox_core.config import RunConfig
+from tasks.cancel import cancel_jobs
+from tasks.evaluate import _key_prefix
+from tasks.job import Job
+from tasks.launch import submit_or_attach
+from tasks.specs import evaluate_spec, train_spec
+from tasks.stage import StageSpec, try_claim
+from tests.e2e.runs import Run, copy_text, write_run
+
+sys.path.insert(0, str(Path(__file__).parent))
+import rank_functions
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfig]:
+    """A small run's configuration; no job of it outlives its test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cloudpickle.register_pickle_by_value(rank_functions)
+    copy_text(tmp_path)
+    config = Run(write_run(tmp_path)).config
+    yield config
+    cloudpickle.unregister_pickle_by_value(rank_functions)
+    for job in submitted:
+        job.cancel()
+    submitted.clear()
+
+
+submitted: list[Job] = []
+
+
+def submit(config: RunConfig, name: str, key: str) -> Job:
+    """A job that would sleep for an hour."""
+    args = (str(config.workdir),)
+    function, folder = rank_functions.sleep_for_ever, config.workdir / "jobs"
+    submitted.append(submit_or_attach(config.launch, folder, name, key, function, args, 1, 2))
+    return submitted[-1]
+
+
+def submit_all(config: RunConfig) -> list[Job]:
+    """A run's training and evaluation."""
+    return [
+        submit(config, "train", train_spec(config).fingerprint),
+        submit(config, "evaluate", _key_prefix(config) + "0" * 56),
+    ]
+
+
+def states(jobs: list[Job]) -> list[str]:
+    return [job.state() for job in jobs]
+
+
+def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
+    jobs = submit_all(config)
+    other = submit(config, "train", train_spec(config.model_copy(update={"seed": 7})).fingerprint)
+    assert sorted(job.job_id for job in cancel_jobs(config)) == sorted(job.job_id for job in jobs)
+    assert states(jobs) == ["cancelled", "cancelled"]
+    assert other.state() == "running"
+    assert cancel_jobs(config) == []
+
+
+@pytest.mark.parametrize(
+    ("spec_of", "expected"),
+    [(train_spec, ["running", "cancelled"]), (evaluate_spec, ["cancelled", "running"])],
+    ids=["train", "evaluate"],
+)
+def test_what_another_run_follows_goes_on(config: RunConfig, spec_of: Any, expected: list[str]) -> None:
+    jobs = submit_all(config)
+    spec: StageSpec = spec_of(config)
+    with try_claim(spec):
+        cancel_jobs(config)
+    assert states(jobs) == expected
+
+
+def test_a_job_whose_submitter_died_before_it_noted_it_down_is_found(config: RunConfig) -> None:
+    key = train_spec(config).fingerprint
+    job = submit(config, "train", key)
+    while not (job.record.folder / "controller.json").exists():
+        assert not job.done()
+    (config.workdir / "jobs" / key / "job.json").unlink()
+    assert [found.job_id for found in cancel_jobs(config)] == [job.job_id]
+    assert not job.record.controller or not job.record.controller.is_alive()
+
+
+def test_the_hook_cancels_the_jobs_of_the_flow_runs_config(config: RunConfig, tmp_path: Path) -> None:
+    jobs = submit_all(config)
+    flow_run = SimpleNamespace(parameters={"config": str(tmp_path / "run.yml")})
+    cancel_jobs_of_run(None, flow_run, None)  # type: ignore[arg-type]
+    assert states(jobs) == ["cancelled", "cancelled"]
+
+
+def test_a_run_that_never_submitted_a_job_has_nothing_to_cancel(config: RunConfig) -> None:
+    assert cancel_jobs(config) == []
