@@ -27,7 +27,7 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
 
         base = config.base_model
         check_tokenizer(config.tokenizer.model, config.model)
-        return convert_weights(
+        summary = convert_weights(
             base.path,
             folder,
             config.model,
@@ -38,5 +38,10 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
             new_tokens=base.new_tokens,
             prove=lambda source, shards: prove_conversion(source.folder, shards, config.model, progress),
         )
+        of_logits = summary.get("largest_logit_difference")  # large models are compared layer by layer alone
+        what = "layer" if of_logits is None else "logit"
+        difference = summary["largest_layer_difference"] if of_logits is None else of_logits
+        progress(1.0, f"largest {what} difference to transformers {difference:.1e}")
+        return summary
 
     return run_stage(convert_spec(config), build, progress)
