@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.stage_flow import Row, run_stage_flow
-from neox_core.config import RunConfig
+from flows.stage_flow import run_stage_flow, summary_table
 from tasks.convert import convert as convert_stage
 from tasks.stage import StageResult
 
@@ -17,10 +16,4 @@ def convert(config: str) -> StageResult:
     Args:
         config: path of the run's YAML file.
     """
-    return run_stage_flow("convert", config, convert_stage, proof_table)
-
-
-def proof_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """What the comparison with transformers found, and the files."""
-    proof = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
-    return proof + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]
+    return run_stage_flow("convert", config, convert_stage, summary_table)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.stage_flow import Row, run_stage_flow
-from neox_core.config import RunConfig
+from flows.stage_flow import run_stage_flow, summary_table
 from tasks.export import export as export_stage
 from tasks.stage import StageResult
 
@@ -17,10 +16,4 @@ def export(config: str) -> StageResult:
     Args:
         config: path of the run's YAML file.
     """
-    return run_stage_flow("export", config, export_stage, export_table)
-
-
-def export_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """What the comparison found, and the files."""
-    proof = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
-    return proof + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]
+    return run_stage_flow("export", config, export_stage, summary_table)

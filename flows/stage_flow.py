@@ -61,3 +61,9 @@ def run_stage_flow(
             description=f"{name} {state}; artifact `{artifact.folder}`, fingerprint `{artifact.fingerprint}`",
         )
         return result
+
+
+def summary_table(config: RunConfig, result: StageResult) -> list[Row]:
+    """What a stage found out, and the files that it made."""
+    found = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
+    return found + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.cancellation import cancel_jobs_of_run
-from flows.stage_flow import Row, run_stage_flow
-from neox_core.config import RunConfig
+from flows.stage_flow import run_stage_flow, summary_table
 from tasks.stage import StageResult
 from tasks.train import train as train_stage
 
@@ -18,9 +17,4 @@ def train(config: str) -> StageResult:
     Args:
         config: path of the run's YAML file.
     """
-    return run_stage_flow("train", config, train_stage, training_table)
-
-
-def training_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """Losses, throughput and checkpoints."""
-    return [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
+    return run_stage_flow("train", config, train_stage, summary_table)
