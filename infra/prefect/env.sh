@@ -18,3 +18,4 @@ export DO_NOT_TRACK="${DO_NOT_TRACK:-1}"
 
 # Our own log lines appear with the flow run.
 export PREFECT_LOGGING_EXTRA_LOGGERS="${PREFECT_LOGGING_EXTRA_LOGGERS:-flows,tasks,infra,neox_core}"
+export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="${PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW:-ignore}"
