@@ -124,7 +124,11 @@ def test_the_reason_of_a_failure_is_one_line(prefect: Prefect, tmp_path: Path) -
     assert run["state"]["message"] == f"Flow run encountered an exception: {reason}"
 
 
-def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, config: Path) -> None:
+def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_path: Path) -> None:
+    copy_text(tmp_path)
+    # A training that does not end by itself while this test looks on.
+    endless = {"steps": 100_000, "checkpoint_interval": 100_000, "validation": {"interval": 100_000}}
+    config = write_run(tmp_path, {"train": endless, "data": {"max_epochs": 1_000_000}})
     prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}")
     (parent,) = [run for run in prefect.find("flow_runs") if run["parameters"] == {"config": str(config)}]
     run = Run(config)
