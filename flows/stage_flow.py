@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +12,16 @@ from prefect import Task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.interruption import raise_if_interrupted
 from flows.progress import stage_progress
 from infra.s3.service import storage_service
 from neox_core.config import RunConfig, load_config
+from neox_core.errors import LaunchError
 from neox_core.progress import Progress
 from tasks.preflight import check_run
 from tasks.stage import StageResult
+
+_SIGNAL_SECONDS = 2.0
 
 Stage = Callable[[RunConfig, Progress], StageResult]
 Row = dict[str, Any]
@@ -52,7 +57,13 @@ def run_stage_flow(
     and a new run are the same thing.
     """
     with opened(config_path) as config, stage_progress(name) as progress:
-        result = Task(stage, name=name, cache_policy=NO_CACHE)(config, progress)
+        try:
+            result = Task(stage, name=name, cache_policy=NO_CACHE)(config, progress)
+        except LaunchError:
+            # The signal that cancels a flow ends its local jobs as well, which may be noticed first.
+            time.sleep(_SIGNAL_SECONDS)
+            raise_if_interrupted()
+            raise
         state = "was finished before" if result.skipped else f"took {result.seconds:.1f} s"
         artifact = result.artifact
         create_table_artifact(
