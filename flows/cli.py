@@ -170,8 +170,7 @@ def data_plan(config: ConfigArgument) -> None:
 
     loaded = load_config(config)
     ledger = plan_ledger(require(prepare_spec(loaded)).summary["sources"], loaded)
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=max(console.width, _PLAN_WIDTH))
+    console = Console(highlight=False, width=max(Console().width, _PLAN_WIDTH))
     console.print(plan_table(f"data plan of {config}, {loaded.train.steps:,} steps", ledger))
     if ledger["changes"]:
         console.print(changes_table(ledger))
