@@ -293,6 +293,9 @@ class TrainConfig(Section):
     gradient_clip: PositiveFloat = 1.0
     activation_checkpointing: Literal["none", "full"] = "full"
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
+    attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
+        "auto", description="kernel; auto: the fastest that is installed"
+    )
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     log_interval: PositiveInt = 1
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from neox_core.model.attention_kernel import AttentionBackend
+
 if TYPE_CHECKING:  # so that the model needs nothing but torch
     from neox_core.config.schema import ModelConfig
 
@@ -23,9 +25,11 @@ class ModelDimensions:
     norm_eps: float
     sequence_length: int
     """Longest sequence; the size of the RoPE tables."""
+    attention: AttentionBackend = "auto"
+    """Kernel of the causal attention."""
 
     @classmethod
-    def of(cls, model: ModelConfig, sequence_length: int) -> ModelDimensions:
+    def of(cls, model: ModelConfig, sequence_length: int, attention: AttentionBackend = "auto") -> ModelDimensions:
         """The whole model's dimensions."""
         return cls(
             hidden_size=model.hidden_size,
@@ -37,6 +41,7 @@ class ModelDimensions:
             rope_theta=model.rope_theta,
             norm_eps=model.norm_eps,
             sequence_length=sequence_length,
+            attention=attention,
         )
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:

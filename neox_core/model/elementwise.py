@@ -27,12 +27,33 @@ def fused_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
     return choose
 
 
+def _normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return scale * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 @fused_on_cuda
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, with the mean in fp32 (arXiv 1910.07467)."""
-    x32 = x.float()
-    normalized = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return scale * normalized.to(x.dtype)
+    return _normalize(x, scale, eps)
+
+
+@fused_on_cuda
+def add_and_normalize(x: Tensor, addend: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum, and its RMS norm."""
+    total = x + addend
+    return total, _normalize(total, scale, eps)
+
+
+@fused_on_cuda
+def norm_gradients(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of an x that was handed on as it is and normalized, and of the norm's scale."""
+    x32, d32 = x.float(), d_normed.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    unit, d_unit = x32 * inverse, d32 * scale.float()
+    d_x = d_residual.float() + inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
+    d_scale = (d32 * unit.to(x.dtype)).flatten(0, -2).sum(0)
+    return d_x.to(x.dtype), d_scale.to(scale.dtype)
 
 
 @fused_on_cuda

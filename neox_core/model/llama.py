@@ -45,7 +45,8 @@ class Attention(nn.Module):
         fused_BTF = self.query_key_value(x_BTD)
         cos, sin = self.rotary(x_BTD.shape[1], positions_BT)
         q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, self.dims.num_heads, self.dims.num_kv_heads)
-        return self.dense(causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT).flatten(2))
+        attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
+        return self.dense(attended_BTNH.flatten(2))
 
 
 class MLP(nn.Module):

@@ -1,6 +1,7 @@
 """One rank's layers, in a stated order.
 
-Shard -> load weights -> tensor parallel -> activation checkpointing -> positions beside the hidden states.
+Shard -> load weights -> tensor parallel -> joined residuals -> activation checkpointing -> positions beside the hidden
+states.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.model.residual import join_residuals
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.tensor_parallel import apply_tensor_parallel
 
@@ -49,6 +51,8 @@ def build_layer(
     layer = layer.to(dtype).to_empty(device=mesh.device)
     layer.load_state_dict(weights(index, mesh.tensor_rank), strict=True)
     apply_tensor_parallel(layer, mesh)
+    if isinstance(layer, TransformerBlock):
+        join_residuals(layer)
     if recompute and layer_type is TransformerBlock:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if positions:

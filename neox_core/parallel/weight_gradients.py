@@ -6,7 +6,8 @@ three passes over memory per micro batch, and a rounding to bf16 before the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,20 +15,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neox_core.model.elementwise import swiglu
+from neox_core.model.llama import MLP
 
-class _AccumulatingLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, accumulator: Tensor, on_gradient: Callable[[], None]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.accumulator, ctx.on_gradient = accumulator, on_gradient
-        return F.linear(x, weight)
+LinearFunction = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Where a linear layer's weight gradient goes."""
+
+    buffer: Tensor
+    """fp32, in the weight's shape."""
+    on_gradient: Callable[[], None]
+    """Called after each addition."""
+
+
+class _AccumulatingLinears(torch.autograd.Function):
+    """Linear layers of one input."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        add_outer_product(ctx.accumulator, gradient.flatten(0, -2), x.flatten(0, -2))
-        ctx.on_gradient()
-        return gradient @ weight, None, None, None
+    def forward(ctx: Any, x: Tensor, accumulators: Sequence[Accumulator], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.accumulators = accumulators
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        for accumulator, gradient in zip(ctx.accumulators, gradients, strict=True):
+            add_outer_product(accumulator.buffer, gradient.flatten(0, -2), x.flatten(0, -2))
+            accumulator.on_gradient()
+        d_x = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+            d_x.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)  # the product adds: no pass for the sum
+        return d_x, None, *[None] * len(weights)
 
 
 def add_outer_product(accumulator: Tensor, gradient_MO: Tensor, x_MI: Tensor) -> None:
@@ -40,21 +62,23 @@ def add_outer_product(accumulator: Tensor, gradient_MO: Tensor, x_MI: Tensor) ->
         accumulator.addmm_(gradient_MO.t().float(), x_MI.float())
 
 
-def accumulate_in(linear: nn.Linear, accumulator: Tensor, on_gradient: Callable[[], None]) -> None:
-    """Let a linear layer without bias add its weight gradient to `accumulator`; `weight.grad` stays None.
+def accumulating(linears: Sequence[nn.Linear], accumulators: Sequence[Accumulator]) -> LinearFunction:
+    """One function for linear layers of the same input, whose weight gradients go to the accumulators.
 
-    Args:
-        accumulator: fp32, in the weight's shape.
-        on_gradient: called after each addition.
+    Each `weight.grad` stays None.
+
+    Returns:
+        input -> the layers' outputs
     """
-    assert linear.bias is None, "a bias gradient would be lost"
+    assert all(linear.bias is None for linear in linears), "a bias gradient would be lost"
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        weights = [linear.weight for linear in linears]
         if not torch.is_grad_enabled():
-            return F.linear(x, linear.weight)
-        return _AccumulatingLinear.apply(x, linear.weight, accumulator, on_gradient)
+            return tuple(F.linear(x, weight) for weight in weights)
+        return _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
 
-    linear.forward = forward
+    return forward
 
 
 def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
@@ -64,11 +88,26 @@ def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
         optimizer: DeepSpeed's BF16_Optimizer, which owns the accumulators. It skips those without its mark.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            group, index = places[id(linear.weight)]
-            accumulator = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
-            accumulate_in(linear, accumulator, partial(_mark, optimizer, group, index))
+
+    def accumulator(linear: nn.Linear) -> Accumulator:
+        group, index = places[id(linear.weight)]
+        buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
+        return Accumulator(buffer, partial(_mark, optimizer, group, index))
+
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.forward = partial(_first, accumulating([part], [accumulator(part)]))  # type: ignore[method-assign]
+        elif isinstance(part, MLP):
+            gate_and_up = accumulating([part.w1, part.w3], [accumulator(part.w1), accumulator(part.w3)])
+            part.forward = partial(_mlp, part, gate_and_up)  # type: ignore[method-assign]
+
+
+def _first(linear: LinearFunction, x: Tensor) -> Tensor:
+    return linear(x)[0]
+
+
+def _mlp(mlp: MLP, gate_and_up: LinearFunction, x_BTD: Tensor) -> Tensor:
+    return mlp.w2(swiglu(*gate_and_up(x_BTD)))
 
 
 def _mark(optimizer: Any, group: int, index: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions, OutputHead
+from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
@@ -151,9 +152,10 @@ def verify_master_weights(engine: PipelineEngine) -> None:
 
 
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
-    dims = ModelDimensions.of(config.model, config.train.sequence_length)
+    dims = ModelDimensions.of(config.model, config.train.sequence_length, config.train.attention)
     recompute = config.train.activation_checkpointing == "full"
     dtype = parameter_dtype(config)
+    attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
     loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
 

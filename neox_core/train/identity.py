@@ -13,6 +13,7 @@ _NOT_LOGICAL = {
     "micro_batch_size",
     "activation_checkpointing",
     "loss_chunk_tokens",
+    "attention",
     "master_weights",
     "log_interval",
     "checkpoint_interval",

@@ -5,8 +5,7 @@ pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neox_core.model import ModelDimensions, TransformerBlock
-from neox_core.model.attention_kernel import attention_kernel, causal_attention
+from neox_core.model.attention_kernel import AttentionBackend, causal_attention
 from neox_core.model.rope import rope_tables
 from neox_core.parallel.loss import IGNORED, token_losses
 from tests.neox_core.model import reference
@@ -31,15 +29,15 @@ HEADS = [(8, 8), (16, 2)]
 """Query heads and KV heads: multi-head and grouped."""
 BF16_TOLERANCE = 2e-2
 """Of the largest entry: bf16 has 8 significant bits, and a kernel rounds inputs of its second product too."""
-needs_flash_attention = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None, reason='flash-attn is not installed (the extra "gpu")'
-)
 
 
-@pytest.fixture(autouse=True)
-def choose_again() -> None:
-    """Forget which kernel was chosen before."""
-    attention_kernel.cache_clear()
+def needs(module: str, name: str) -> pytest.MarkDecorator:
+    """Skip where the module lacks the name or cannot be imported."""
+    try:
+        missing = not hasattr(importlib.import_module(module), name)
+    except ImportError:
+        missing = True
+    return pytest.mark.skipif(missing, reason=f'{module} is not installed (the extra "gpu")')
 
 
 def random_qkv(heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -58,42 +56,36 @@ def largest_error(found: Tensor | None, expected: Tensor | None) -> float:
     return float((found.detach().double() - expected).abs().max() / expected.abs().max())
 
 
-def check_attention(heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Output and gradients of whichever kernel is chosen."""
+BACKENDS = [
+    "cudnn",
+    "sdpa",
+    pytest.param("flash_attn", marks=needs("flash_attn", "flash_attn_func")),
+    pytest.param("flash_attn_4", marks=needs("flash_attn.cute", "flash_attn_func")),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_attention_in_bf16(heads: int, kv_heads: int, backend: AttentionBackend) -> None:
+    check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE, backend)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_attention_in_fp32(heads: int, kv_heads: int) -> None:
+    check_attention(heads, kv_heads, torch.float32, 1e-4, "auto")
+
+
+def check_attention(heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float, backend: AttentionBackend) -> None:
+    """Output and gradients."""
     inputs, upstream = random_qkv(heads, kv_heads, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    output, expected = causal_attention(*inputs), reference.causal_attention(*exact)
+    output, expected = causal_attention(*inputs, backend=backend), reference.causal_attention(*exact)
     assert output.dtype == dtype
     assert largest_error(output, expected.detach()) < tolerance
     output.backward(upstream)
     expected.backward(upstream.double())
     for x, x64 in zip(inputs, exact, strict=True):
         assert largest_error(x.grad, x64.grad) < tolerance
-
-
-@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=lambda b: b.name)
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_sdpa_kernels_in_bf16(heads: int, kv_heads: int, backend: SDPBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with sdpa_kernel(backend):
-        check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_chosen_kernel_in_bf16(heads: int, kv_heads: int) -> None:
-    check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
-
-
-@needs_flash_attention
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_flash_attention_is_chosen_and_right(heads: int, kv_heads: int) -> None:
-    assert attention_kernel("cuda", True).__name__ != "_sdpa"
-    check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_attention_in_fp32(heads: int, kv_heads: int) -> None:
-    check_attention(heads, kv_heads, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)

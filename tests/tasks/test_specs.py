@@ -85,6 +85,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.gradient_clip": (2.0, TRAIN),
     "train.activation_checkpointing": ("none", NOTHING),
     "train.mask_documents": (True, TRAIN),
+    "train.attention": ("sdpa", NOTHING),
     "train.log_interval": (7, NOTHING),
     "train.loss_chunk_tokens": (64, NOTHING),
     "train.master_weights": ("packed", NOTHING),

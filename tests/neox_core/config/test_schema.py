@@ -132,7 +132,7 @@ FIELDS = {
     "BaseModelConfig": 5,
     "ModelConfig": 9,
     "ParallelConfig": 2,
-    "TrainConfig": 15,
+    "TrainConfig": 16,
     "OptimizerConfig": 4,
     "ScheduleConfig": 3,
     "ValidationConfig": 2,

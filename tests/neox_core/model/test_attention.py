@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from neox_core.errors import ConfigError
 from neox_core.model import ModelDimensions, attention_kernel
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.elementwise import split_and_rotate
 from neox_core.model.llama import Attention
 from tests.neox_core.model import reference
+
+Choose = Any  # the cached function
 
 HEADS = [(4, 4), (8, 2), (6, 1)]
 """Query heads and KV heads: multi-head, grouped, multi-query."""
@@ -83,37 +86,65 @@ def test_attention_module_in_float64(heads: int, kv_heads: int) -> None:
     torch.testing.assert_close(attention(x).double(), expected.flatten(2) @ dense.double().T, rtol=1e-4, atol=1e-5)
 
 
-Choose = Callable[[str, bool], attention_kernel.AttentionKernel]
-
-
 @pytest.fixture
-def choose() -> Iterator[Choose]:
-    """The choice of the kernel, without what was chosen before."""
+def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choose]:
+    """The choice of the kernel on a Hopper GPU, without what was chosen before."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     attention_kernel.attention_kernel.cache_clear()
     yield attention_kernel.attention_kernel
     attention_kernel.attention_kernel.cache_clear()
 
 
-def test_sdpa_where_flash_attention_cannot_run(
+def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, modules.get(name.replace(".", "_")))  # None makes the import fail
+
+
+def test_only_sdpa_runs_on_cpus_and_in_fp32(choose: Choose) -> None:
+    assert choose("auto", "cpu", torch.bfloat16) is attention_kernel._sdpa
+    assert choose("auto", "cuda", torch.float32) is attention_kernel._sdpa
+    with pytest.raises(ConfigError, match=r"train\.attention cudnn runs on CUDA devices in bf16 only, and this is cpu"):
+        choose("cudnn", "cpu", torch.bfloat16)
+
+
+def test_fastest_that_is_installed(
     choose: Choose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None))
-    assert choose("cpu", True) is attention_kernel._sdpa
-    assert choose("cuda", False) is attention_kernel._sdpa
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes its import fail
+    installed(monkeypatch)
     with caplog.at_level("INFO"):
-        assert choose("cuda", True) is attention_kernel._cudnn
-    assert "flash-attn is not installed" in caplog.text
+        assert choose("auto", "cuda", torch.bfloat16) is attention_kernel._cudnn
+    assert "attention: cudnn" in caplog.text
+    installed(monkeypatch, flash_attn=Flash(), flash_attn_cute=Flash())
+    choose.cache_clear()
+    with caplog.at_level("INFO"):
+        choose("auto", "cuda", torch.bfloat16)
+    assert "attention: flash_attn_4" in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    choose.cache_clear()
+    with caplog.at_level("INFO"):
+        choose("auto", "cuda", torch.bfloat16)
+    assert caplog.messages[-1] == "attention: flash_attn"
 
 
-def test_flash_attention_where_it_can(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **settings: object) -> Tensor:
-        calls.append(settings)
-        return q
-
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn"])
+def test_demanded_backend(backend: attention_kernel.AttentionBackend, choose: Choose, monkeypatch: Any) -> None:
+    installed(monkeypatch)
+    with pytest.raises(ConfigError, match=f"train.attention {backend} cannot be imported .* pip install"):
+        choose(backend, "cuda", torch.bfloat16)
+    flash = Flash(pair=backend == "flash_attn_4")
+    installed(monkeypatch, flash_attn=flash, flash_attn_cute=flash)
     q, k, v = random_qkv(8, 2)
-    assert choose("cuda", True)(q, k, v) is q
-    assert calls == [{"causal": True}]
+    assert choose(backend, "cuda", torch.bfloat16)(q, k, v) is q
+    assert flash.settings == [{"causal": True}]
+
+
+class Flash:
+    """Stands for flash_attn; version 4 returns the log-sum-exp too."""
+
+    def __init__(self, pair: bool = False) -> None:
+        self.pair = pair
+        self.settings: list[dict[str, Any]] = []
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
+        self.settings.append(settings)
+        return (q, None) if self.pair else q

@@ -6,37 +6,42 @@ import pytest
 import torch
 from torch import nn
 
-from neox_core.parallel.weight_gradients import accumulate_in
+from neox_core.parallel.weight_gradients import Accumulator, accumulating
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("widths", [(48,), (48, 32)], ids=["one layer", "two layers of one input"])
+def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
-    linear = nn.Linear(64, 48, bias=False).to(device, dtype)
-    accumulator, marks = torch.zeros(48, 64, device=device), []
-    accumulate_in(linear, accumulator, lambda: marks.append(1))
-    exact = torch.zeros(48, 64, dtype=torch.float64)
+    linears = [nn.Linear(64, width, bias=False).to(device, dtype) for width in widths]
+    marks: list[int] = []
+    buffers = [torch.zeros(width, 64, device=device) for width in widths]
+    forward = accumulating(linears, [Accumulator(buffer, lambda: marks.append(1)) for buffer in buffers])
+    exact = [torch.zeros(width, 64, dtype=torch.float64) for width in widths]
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for _ in range(8):
         x = torch.randn(2, 16, 64).to(device, dtype).requires_grad_()
-        upstream = torch.randn(2, 16, 48).to(device, dtype)
-        linear(x).backward(upstream)
-        rows, columns = upstream.flatten(0, 1).cpu().double(), x.detach().flatten(0, 1).cpu().double()
-        exact += rows.t() @ columns
-        expected = (rows @ linear.weight.detach().cpu().double()).view_as(x)
-        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(x.grad.cpu().double(), expected, rtol=tolerance, atol=tolerance)
-    assert linear.weight.grad is None, "nothing is left for another accumulation"
-    assert len(marks) == 8
+        upstreams = [torch.randn(2, 16, width).to(device, dtype) for width in widths]
+        torch.autograd.backward(forward(x), upstreams)
+        columns, d_x = x.detach().flatten(0, 1).cpu().double(), torch.zeros(32, 64, dtype=torch.float64)
+        for linear, upstream, total in zip(linears, upstreams, exact, strict=True):
+            rows = upstream.flatten(0, 1).cpu().double()
+            total += rows.t() @ columns
+            d_x += rows @ linear.weight.detach().cpu().double()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.cpu().double(), d_x.view_as(x), rtol=tolerance, atol=2 * tolerance)
+    assert all(linear.weight.grad is None for linear in linears), "nothing is left for another accumulation"
+    assert len(marks) == 8 * len(widths)
     # Sums of bf16 products in fp32: far below what a bf16 accumulator could hold (relative 4e-3).
-    torch.testing.assert_close(accumulator.cpu().double(), exact, rtol=1e-4, atol=1e-4)
+    for buffer, total in zip(buffers, exact, strict=True):
+        torch.testing.assert_close(buffer.cpu().double(), total, rtol=1e-4, atol=1e-4)
 
 
 def test_without_gradients_it_is_the_plain_layer() -> None:
     linear = nn.Linear(8, 4, bias=False)
-    expected = linear(torch.ones(2, 8)).detach()
-    accumulate_in(linear, torch.zeros(4, 8), lambda: None)
+    forward = accumulating([linear], [Accumulator(torch.zeros(4, 8), lambda: None)])
     with torch.no_grad():
-        assert torch.equal(linear(torch.ones(2, 8)), expected)
+        assert torch.equal(forward(torch.ones(2, 8))[0], linear(torch.ones(2, 8)))
