@@ -71,6 +71,7 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     verify_master_weights(engine)
     if mesh.device.type == "cuda" and config.train.precision == "bf16":
         accumulate_linear_gradients(module, engine.optimizer)
+        module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
     return engine
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from neox_core.parallel.loss import IGNORED, token_losses
+from neox_core.parallel.loss import IGNORED, ChunkedLoss, token_losses
+from neox_core.parallel.weight_gradients import Accumulator, accumulating
 from tests.distributed import run_ranks
 
 VOCABULARY = 24
@@ -89,3 +92,46 @@ def test_values_and_gradients(ranks: list[Any], name: str, size: int) -> None:
     assert gradient.dtype == case.logits.dtype
     rounding = 2**-8 if name == "bf16" else 1e-6
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-6)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["recomputed", "early gradient"])
+def test_chunked_loss(alone: dist.ProcessGroup, early: bool) -> None:
+    """Mean over the positions that count, its gradient of the hidden states, and that of the head's weight."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, VOCABULARY, bias=False), torch.randn(2, 15, 8, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (2, 15))
+    targets[0, 3:9] = IGNORED
+    exact = [x.detach().double().requires_grad_() for x in (head.weight, hidden)]
+    F.cross_entropy((exact[1] @ exact[0].t()).flatten(0, 1), targets.flatten(), ignore_index=IGNORED).div(4).backward()
+
+    weight_gradient = torch.zeros(VOCABULARY, 8)
+    project = accumulating([head], [Accumulator(weight_gradient, lambda: None)])
+    loss = ChunkedLoss(7, alone, 0)
+    loss.project = lambda x: project(x)[0]
+    loss.early_gradient = 1 / 4 if early else None
+    value = loss(hidden, targets)
+    value.div(4).backward()
+
+    logits = exact[1] @ exact[0].t()
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weight_gradient.double(), exact[0].grad, rtol=1e-5, atol=1e-6)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), exact[1].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_early_gradient_refuses_another_one(alone: dist.ProcessGroup) -> None:
+    loss = ChunkedLoss(7, alone, 0)
+    loss.project, loss.early_gradient = lambda x: x, 0.5
+    value = loss(torch.zeros(1, 3, VOCABULARY, requires_grad=True), torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="another gradient than early_gradient"):
+        value.backward()
