@@ -35,6 +35,7 @@ from neox_core.train.hardware import peak_flops
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"7b": ("llemma_7b.yml", None), "34b-slice": ("llemma_34b.yml", 8), "tiny": ("toy.yml", 2)}
+ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 STEP_TOKENS = 65536
 # Kernel names of each part; the first that matches counts.
 PARTS = {
@@ -72,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)
     parser.add_argument("--table", action="store_true", help="print the slowest kernels")
@@ -88,6 +90,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
             "micro_batch_size": options.micro_batch,
             "activation_checkpointing": options.recompute,
             "master_weights": options.master_weights,
+            "attention": options.attention,
         }
     )
     launch = config.launch.model_copy(update={"nodes": 1, "ranks_per_node": 1, "device": "auto"})

@@ -1,0 +1,166 @@
+"""The training step beside transformers' Llama, compiled, with and without Liger's kernels: the same work in one call.
+
+    python benchmarks/peers.py 7b --micro-batch 2
+    python benchmarks/peers.py 34b-slice
+
+Each runs alone on the GPU, one after the other: the same architecture, 65,536 random tokens a step at sequence 4096,
+no recomputation, clip by the global norm and fused AdamW. The peers' gradients and Adam states are bf16, which is less
+work than ours in fp32. A peer that does not fit gets smaller micro batches. The last line is JSON.
+
+Needs transformers, and liger-kernel for the peer with its kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEP_TOKENS, SEQUENCE = 65536, 4096
+HERE = Path(__file__).parent
+PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
+
+
+def main() -> None:
+    """Run ours and each peer in a process of its own, and print the ratios."""
+    options = _options()
+    if options.peer:
+        sys.stdout.write(json.dumps(_measure_peer(options)) + "\n")
+        return
+    common = [options.model, "--micro-batch", str(options.micro_batch), "--steps", str(options.steps)]
+    common += ["--layers", str(options.layers)] if options.layers else []
+    ours = _run([*_torchrun(), str(HERE / "train_step.py"), *common])
+    if ours is None:
+        raise SystemExit("our own step failed: see above")
+    rates = {"ours": float(ours["tokens_per_second"])}
+    for name in PEERS:
+        result = _run([sys.executable, __file__, *common, "--peer", name])
+        if result is not None:
+            rates[name] = float(result["tokens_per_second"])
+    for name, rate in rates.items():
+        sys.stdout.write(f"{name:32} {rate:10,.0f} tokens/s   ours / this {rates['ours'] / rate:6.3f}\n")
+    sys.stdout.write(json.dumps({"device": ours["device"], "tokens_per_second": rates}) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["7b", "34b-slice", "tiny"])
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--peer", choices=PEERS, help="only this one, in this process")
+    return parser.parse_args()
+
+
+def _torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
+
+
+def _run(command: list[str]) -> dict[str, Any] | None:
+    """The JSON of the last line, or None after a failure, whose last lines are shown."""
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        sys.stdout.write(f"failed: {' '.join(command)}\n{finished.stdout[-500:]}{finished.stderr[-1500:]}\n")
+        return None
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def _measure_peer(options: argparse.Namespace) -> dict[str, Any]:
+    micro_batch = options.micro_batch
+    while True:
+        try:
+            return {"micro_batch": micro_batch, "tokens_per_second": _peer_rate(options, micro_batch)}
+        except torch.cuda.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+            micro_batch //= 2
+        torch.cuda.empty_cache()  # after the exception has let its tensors go
+
+
+def _peer_rate(options: argparse.Namespace, micro_batch: int) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _peer(options, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    vocabulary, micro_batches = model.config.vocab_size, STEP_TOKENS // (micro_batch * SEQUENCE)
+    generator = torch.Generator(device).manual_seed(0)
+    seconds = []
+    for _ in range(options.steps):
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(micro_batches):
+            shape = (micro_batch, SEQUENCE)
+            ids = torch.randint(vocabulary, shape, generator=generator, device=device)
+            (model(input_ids=ids, labels=ids, use_cache=False).loss / micro_batches).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    counted = sorted(seconds[2:])
+    return STEP_TOKENS / counted[len(counted) // 2]
+
+
+def _peer(options: argparse.Namespace, device: torch.device) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if PEERS[options.peer]:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = _architecture(options)
+    config = LlamaConfig(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_kv_heads,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=SEQUENCE,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        dtype=torch.bfloat16,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        peer = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    peer.train()
+    # The kernel that serves it best here; torch's own first choice is slower on Hopper.
+    torch.backends.cuda.enable_flash_sdp(not _has_cudnn_attention(device))
+    for layer in peer.model.layers:
+        layer.compile()
+    return peer
+
+
+def _has_cudnn_attention(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _architecture(options: argparse.Namespace) -> Any:
+    from train_step import CONFIGS, MODELS
+
+    from neox_core.config import load_config
+
+    name, layers = MODELS[options.model]
+    model = load_config(CONFIGS / name).model
+    layers = options.layers or layers or model.num_layers
+    return model.model_copy(update={"num_layers": layers})
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
