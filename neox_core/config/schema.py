@@ -314,6 +314,7 @@ class LaunchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpus_per_rank: PositiveInt = 1
     time_limit_minutes: PositiveInt = 1440
+    hang_timeout_minutes: PositiveFloat = Field(10.0, description="without a step on any rank; then the job ends")
     partition: str | None = None
     account: str | None = None
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")

@@ -39,6 +39,8 @@ class Loop:
     flops_per_token: float
     peak_flops: float
     """FLOP/s of all ranks together."""
+    heartbeat: Callable[[str], None]
+    """Told what begins, so that a hang is noticed."""
 
     def run(self, start: int) -> None:
         """Train from the state after step `start` to `train.steps`.
@@ -54,9 +56,11 @@ class Loop:
                 if step % self.train.validation.interval == 0 or step == self.train.steps:
                     self._validate(step)
                 if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
+                    self.heartbeat(f"checkpoint of step {step}")
                     self.save(step)
 
     def _step(self, step: int, batches: Batches) -> None:
+        self.heartbeat(f"step {step}")
         started = time.perf_counter()
         rate = learning_rate(step, self.train)
         for group in self.engine.optimizer.param_groups:
@@ -84,7 +88,10 @@ class Loop:
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
         batches = self._batches(self.validation_data)
-        losses = [float(self.engine.eval_batch(batches)) for _ in range(self.train.validation.iterations)]
+        losses = []
+        for _ in range(self.train.validation.iterations):
+            self.heartbeat(f"validation after step {step}")
+            losses.append(float(self.engine.eval_batch(batches)))
         self.metrics.log(step, validation__loss=sum(losses) / len(losses))
 
     def _batches(self, data: MixtureDataset, consumed: int = 0) -> Batches:

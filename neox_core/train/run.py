@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from neox_core.artifact import software
@@ -24,12 +25,15 @@ from neox_core.config import BatchGeometry, RunConfig, batch_geometry
 from neox_core.data.dataset import MixtureDataset, open_training_data, open_validation_data
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.shared_store import shared_store
 from neox_core.plan import flops_per_token
 from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
 from neox_core.train.hardware import peak_flops
 from neox_core.train.lineage import Ancestor, check_consumed, inherit_metrics, newest_checkpoint
 from neox_core.train.loop import Loop
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.startup import check_ranks_agree, startup_facts
+from neox_core.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +66,40 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
         The step that training started from, and where the checkpoints are.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError, TrainingError: see the message.
+        ConfigError, DataError, CheckpointError, StorageError, LaunchError, TrainingError: see the message.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with Watchdog(60 * config.launch.hang_timeout_minutes, rank, world_size) as watchdog:
+        summary = _train(config, job, device, watchdog)
+    dist.destroy_process_group()
+    return summary
+
+
+def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
+    watchdog.beat("check of the ranks")
+    check_ranks_agree(startup_facts(config, job.fingerprint, job.data, job.weights))
     mesh = build_mesh(config.parallel, device)
     geometry = _geometry(config, mesh)
     store = ObjectStore(config.storage)
     data = open_training_data(job.data, config)
+    watchdog.beat("weights")
     engine = build_engine(config, mesh, geometry, NeoxCheckpoint(job.weights).layer)
-    writer = CheckpointWriter(store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id())
+    channel = shared_store("checkpoints")
+    writer = CheckpointWriter(
+        store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id(), channel, watchdog.alive
+    )
     engine.checkpoint_engine = writer
+    watchdog.beat("resuming")
     start = _resume(engine, store, job, mesh, data)
     save_state = make_save(engine, writer, job.output / "checkpoints")
 
     with MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics:
+
+        def heartbeat(place: str) -> None:
+            writer.check()
+            watchdog.beat(place)
 
         def save(step: int) -> None:
             metrics.backup()
@@ -93,11 +116,12 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
             save=save,
             flops_per_token=flops_per_token(config.model, config.train.sequence_length),
             peak_flops=peak_flops(device, parameter_dtype(config)) * mesh.world_size,
+            heartbeat=heartbeat,
         ).run(start)
+    watchdog.beat("last upload")
     writer.close()
     # Rank 0 publishes the last manifest: nobody leaves before it.
     dist.barrier()
-    dist.destroy_process_group()
     return {"started_from_step": start, "prefix": store.url(job.prefix)}
 
 

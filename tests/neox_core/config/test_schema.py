@@ -136,7 +136,7 @@ FIELDS = {
     "OptimizerConfig": 4,
     "ScheduleConfig": 3,
     "ValidationConfig": 2,
-    "LaunchConfig": 9,
+    "LaunchConfig": 10,
     "EvaluateConfig": 3,
     "WandbConfig": 3,
 }

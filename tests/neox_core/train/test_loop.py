@@ -107,6 +107,7 @@ def run(
         save=recorder.saved.append,
         flops_per_token=6e3,
         peak_flops=1e9,
+        heartbeat=lambda place: None,
     )
     try:
         loop.run(start)
