@@ -85,20 +85,32 @@ class ChunkedLoss:
         self._chunk_tokens, self._group, self._rank = chunk_tokens, group, rank
         self.project: Callable[[Tensor], Tensor] | None = None
         """Hidden states [B,T,D] to this rank's part of the logits; set on the stage that holds the head."""
+        self.on_token_losses: Callable[[Tensor, Tensor], None] | None = None
+        """Given the losses [B,T] and the targets [B,T] of each micro batch, for statistics."""
+        self._token_losses: list[Tensor] | None = None
         self.early_gradient: float | None = None
         """The gradient that the loss will be given. With it, a chunk's gradients are computed beside its loss, which
         saves a third of the head's products. Only for a head that adds its weight's gradient to a buffer of its own."""
 
     def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean over the positions that count, in fp32 nats."""
-        hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        counted = (targets != IGNORED).sum()
+        if self.on_token_losses is None:
+            return self._mean(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+        self._token_losses = []
+        loss = self._mean(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+        # From now on, chunks are computed again only.
+        token_losses, self._token_losses = torch.cat(self._token_losses, -1), None
+        self.on_token_losses(token_losses.view_as(targets_BT), targets_BT)
+        return loss
+
+    def _mean(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        counted = (targets_T != IGNORED).sum()
         if self.early_gradient is not None and torch.is_grad_enabled():
-            return _EarlyGradient.apply(hidden, targets, counted, self, self.early_gradient)  # type: ignore[no-untyped-call]
+            return _EarlyGradient.apply(hidden_TD, targets_T, counted, self, self.early_gradient)  # type: ignore[no-untyped-call]
         total = torch.stack(
             [
                 checkpoint(self.sum, h, t, use_reentrant=False, preserve_rng_state=False)
-                for h, t in self.chunks(hidden, targets)
+                for h, t in self.chunks(hidden_TD, targets_T)
             ]
         ).sum()
         return total / counted
@@ -112,7 +124,10 @@ class ChunkedLoss:
         """Sum of a chunk's losses, in fp32 nats."""
         assert self.project is not None, "this stage has no output head"
         logits = self.project(hidden_TD[None])
-        return token_losses(logits, targets_T[None], self._group, self._rank).sum()
+        losses = token_losses(logits, targets_T[None], self._group, self._rank)
+        if self._token_losses is not None:
+            self._token_losses.append(losses.detach())
+        return losses.sum()
 
 
 class _EarlyGradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-from neox_core.config import RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
+from neox_core.config import ProfileConfig, RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -86,7 +86,9 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.activation_checkpointing": ("none", NOTHING),
     "train.mask_documents": (True, TRAIN),
     "train.attention": ("sdpa", NOTHING),
+    "train.dry_run": (False, NOTHING),
     "train.log_interval": (7, NOTHING),
+    "train.profile": (ProfileConfig(first_step=3, last_step=5), NOTHING),
     "train.loss_chunk_tokens": (64, NOTHING),
     "train.master_weights": ("packed", NOTHING),
     "launch.executor": ("slurm", NOTHING),
