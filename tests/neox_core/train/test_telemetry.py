@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,10 +18,11 @@ import torch
 from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.reference import llama_from_meta
 from neox_core.checkpoint.toy_base import make_random_base
-from neox_core.config import RunConfig, ValidationConfig, batch_geometry
+from neox_core.config import ProfileConfig, RunConfig, ValidationConfig, batch_geometry
 from neox_core.data.mixture import Mixture
 from neox_core.train.gradient_norms import group_names
 from tests.distributed import run_ranks
+from tests.neox_core.train.host_reads import HostReads
 from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, config_for
 
 INTERVAL, STEPS = 2, 5
@@ -173,3 +176,32 @@ def test_group_names_are_few_and_fixed() -> None:
         "head",
         "norms",
     )
+
+
+def watch_reads(config: RunConfig, shards: Path, folder: Path) -> tuple[set[str], set[str]]:
+    """Where the host reads tensors in steps 2 to 4, and what is found where it certainly does."""
+    reads, control = HostReads(), HostReads()
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            reads.__enter__()
+        elif step == config.train.steps:
+            reads.__exit__(None, None, None)
+
+    run_loop(config, shards, folder, on_step)
+    with control:
+        one = torch.ones(1)
+        float(one)
+        one.tolist()
+    return reads.places, control.places
+
+
+def test_no_step_makes_the_host_wait_and_the_profiled_ones_leave_a_trace(base: Path, tmp_path: Path) -> None:
+    run = config(1, 1, 1, log_interval=1, profile=ProfileConfig(first_step=2, last_step=3))
+    convert(base, tmp_path / "shards", MODELS["gqa"], run.parallel)
+    ((places, control),) = run_ranks(watch_reads, 1, run, tmp_path / "shards", tmp_path / "output")
+    assert control == {"test_telemetry.py:watch_reads"}
+    assert places == set()
+    with gzip.open(tmp_path / "output" / "profile_rank_0_steps_2-3.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
