@@ -32,8 +32,8 @@ def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
 
 
 def _layer_parameters(model: ModelConfig, tensor: int) -> int:
-    """One rank's part of one transformer layer; norms are replicated."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_kv_heads
+    """One rank's part of one transformer layer; norms are replicated, and so are KV heads where ranks exceed them."""
+    heads = 2 * model.num_attention_heads + 2 * max(model.num_kv_heads, tensor)
     attention = heads * model.head_dim * model.hidden_size
     mlp = 3 * model.hidden_size * model.intermediate_size
     return (attention + mlp) // tensor + 2 * model.hidden_size
@@ -115,7 +115,8 @@ def block_activation_bytes(config: RunConfig) -> int:
     """
     model, size = config.model, _DTYPE_BYTES[config.train.precision]
     norms = 2 * (_FP32 + 2 * size) * model.hidden_size
-    attention = size * model.head_dim * 2 * (model.num_attention_heads + model.num_kv_heads)
+    kv_heads = max(model.num_kv_heads, config.parallel.tensor)
+    attention = size * model.head_dim * 2 * (model.num_attention_heads + kv_heads)
     attention += _FP32 * model.num_attention_heads
     mlp = 4 * size * model.intermediate_size
     return _micro_batch_tokens(config) * (norms + (attention + mlp) // config.parallel.tensor)

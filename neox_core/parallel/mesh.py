@@ -111,12 +111,12 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         pipeline_size=parallel.pipeline,
         data_rank=coordinates.data,
         data_size=data_size,
-        tensor_group=_tensor_group(rank, world_size, parallel.tensor),
+        tensor_group=neighbours_group(parallel.tensor),
         device=device,
     )
 
 
-def _tensor_group(rank: int, world_size: int, tensor_size: int) -> dist.ProcessGroup:
-    """The group of `tensor_size` consecutive ranks that this rank is in. Every rank makes every group, in order."""
-    groups = [dist.new_group(list(range(first, first + tensor_size))) for first in range(0, world_size, tensor_size)]
-    return groups[rank // tensor_size]
+def neighbours_group(size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this rank is in. Every rank makes every group, in order."""
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    return groups[dist.get_rank() // size]

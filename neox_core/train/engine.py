@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from neox_core.model import ModelDimensions, OutputHead
 from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.mesh import Mesh, neighbours_group
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
-from neox_core.train.bf16_optimizer import ShardedBf16Optimizer
+from neox_core.train.sharded_optimizer import ShardedOptimizer
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -59,7 +60,8 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     )
     engine = TrainingEngine(
         mesh=mesh,
-        packed=config.train.master_weights == "packed",
+        kv_group=_kv_group(config),
+        packed=config.train.master_weights == "packed" and config.train.precision == "bf16",
         args=None,
         model=module,
         optimizer=optimizer,
@@ -76,20 +78,24 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
 
 
 class TrainingEngine(PipelineEngine):  # type: ignore[misc]
-    """DeepSpeed's pipeline engine with our optimizer for bf16 parameters."""
+    """DeepSpeed's pipeline engine with our optimizer, in both precisions."""
 
-    def __init__(self, mesh: Mesh, packed: bool, **named: Any) -> None:
-        self._mesh, self._packed = mesh, packed
+    def __init__(self, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any) -> None:
+        self._mesh, self._kv_group, self._packed = mesh, kv_group, packed
         super().__init__(**named)
-        self.using_bf16_optimizer = isinstance(self.optimizer, ShardedBf16Optimizer)
+        self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
 
-    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedBf16Optimizer:
-        return ShardedBf16Optimizer(
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return self._configure_bf16_optimizer(optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return ShardedOptimizer(
             optimizer,
             self.param_names,
             mesh=self._mesh,
+            kv_group=self._kv_group,
             packed=self._packed,
-            bfloat16_config=self._config.bfloat16_config,
+            bfloat16_config=BF16Config(enabled=True, immediate_grad_update=True),
             mpu=self.mpu,
             clip_grad=self.gradient_clipping(),
             allgather_bucket_size=self.zero_allgather_bucket_size(),
@@ -135,14 +141,7 @@ def verify_master_weights(engine: PipelineEngine) -> None:
     Raises:
         CheckpointError: they differ; on every rank, so that none waits for another.
     """
-    optimizer = engine.optimizer
-    if isinstance(optimizer, ShardedBf16Optimizer):
-        different = optimizer.count_master_differences()
-    else:  # fp32 parameters: DeepSpeed's ZeRO-1
-        masters, partitions = optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups
-        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-        pairs = zip(masters, partitions, ranks, strict=True)
-        different = sum(int((master.detach() != parts[rank]).sum()) for master, parts, rank in pairs)
+    different = engine.optimizer.count_master_differences()
     total = torch.tensor([different], device=engine.device)
     dist.all_reduce(total)
     if total.item():
@@ -177,6 +176,12 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
         loss_fn=loss,
         partition_method="type:transformerblock",
     )
+
+
+def _kv_group(config: RunConfig) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's KV head, if any do. Collective over all ranks."""
+    copies = config.parallel.tensor // config.model.num_kv_heads
+    return neighbours_group(copies) if copies > 1 else None
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def test_parameter_count_equals_transformers(name: str) -> None:
     assert parameter_count(model, input_embedding=False) == total - embedding
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (8, 4), (4, 5)])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (8, 4), (4, 5), (16, 1)])
 def test_weights_of_a_stage_equal_the_modules_it_holds(tensor: int, pipeline: int) -> None:
     config = load("llemma_34b", tensor=tensor, pipeline=pipeline)
     geometry = geometry_of(data_parallel=3, accumulation_steps=4)

@@ -20,7 +20,7 @@ from neox_core.config import RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS, config_for, rank_batches, tokens
 
-BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
+BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
 def train_rank(configs: dict[str, RunConfig], shards: Path) -> dict[str, dict[str, Any]]:
@@ -53,6 +53,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
         "norms": norms,
         "logits": None if logits is None else logits.float().numpy(),
         "place": (mesh.pipeline_rank, mesh.data_rank, mesh.tensor_rank),
+        "weights": {name: p.detach().float().numpy() for name, p in engine.module.named_parameters()},
     }
 
 
@@ -108,6 +109,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
 # Data parallelism does not depend on the kind of attention: GQA alone covers it.
 LAYOUTS = [("gqa", *layout) for layout in itertools.product((1, 2), repeat=3)]
 LAYOUTS += [("mha", *layout, 1) for layout in itertools.product((1, 2), repeat=2)]
+LAYOUTS += [("gqa", 4, 1, 1), ("mha", 4, 1, 1)]  # four ranks share the two KV heads of gqa
 
 
 Train = Callable[..., list[dict[str, Any]]]
@@ -145,6 +147,23 @@ def test_layout_equals_plain_loop(
     logits = np.concatenate([rank["logits"] for rank in last], axis=-1)
     rows = slice(BATCH - 2 * data, BATCH - 2 * data + 2)
     np.testing.assert_allclose(logits, expected["logits"][rows], atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replicated_weights_stay_the_same(train: Train, precision: str) -> None:
+    """Four ranks have all norms and, in pairs, the same KV head of width 8, at 2 query heads' rows of 8 + 4 + 4."""
+    ranks = [rank["weights"] for rank in train("gqa", 4, 1, 1, precision=precision)]
+    for name, weight in ranks[0].items():
+        others = [rank[name] for rank in ranks[1:]]
+        if weight.ndim == 1:
+            assert all(np.array_equal(weight, other) for other in others), name
+            assert not (weight == 1).all()
+        elif "query_key_value" in name:
+            heads = [rank[name].reshape(2, 16, -1) for rank in ranks]
+            for first, second in ((0, 1), (2, 3)):
+                assert np.array_equal(heads[first][:, 8:], heads[second][:, 8:]), name
+                assert not np.array_equal(heads[first][:, :8], heads[second][:, :8]), name
+            assert not np.array_equal(heads[0][:, 8:], heads[2][:, 8:]), name
 
 
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 optimizer for bf16 parameters, with a sharded reduction and a fused update."""
+"""DeepSpeed's ZeRO-1 optimizer with fp32 accumulation, with a sharded reduction and a fused update."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
 from neox_core.train.adamw import AdamWStep, adamw_update
 from neox_core.train.master_weights import MasterWeights
 
@@ -17,20 +18,23 @@ MATRICES, NORMS = 0, 1
 """Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
 
 
-class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
+class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     """Each data-parallel rank reduces, clips and updates its own partition only.
 
     Where DeepSpeed's own sums all gradients on all ranks, scales them, updates, casts and clears in a pass each, this
     one reduces a shard to each rank (half the traffic) and does the rest in one pass. What it saves is what DeepSpeed
-    saves.
+    saves. DeepSpeed calls the parameters bf16; here they may also be fp32, which are their own master weights.
 
     Args:
         mesh: the grid of ranks.
+        kv_group: the tensor-parallel ranks that have the same KV heads; None where each has its own.
         packed: keep the low half of the master weights only (see master_weights.py).
         others: what BF16_Optimizer takes.
     """
 
-    def __init__(self, *others: Any, mesh: Mesh, packed: bool, **named: Any) -> None:
+    def __init__(
+        self, *others: Any, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+    ) -> None:
         super().__init__(*others, **named)
         self._mesh = mesh
         own = [dist.get_rank(group) for group in self.real_dp_process_group]
@@ -46,22 +50,31 @@ class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         for parameter in (p for group in self.bf16_groups for p in group):
             parameter._hp_mapping = None  # views of that copy, which would keep it in memory
+        matrices, norms = self.fp32_groups_gradient_flat_partition
+        # Of norms each rank computes the whole gradient.
+        self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
+        self._summed = []
+        if kv_group is not None:
+            shared, first = shared_elements(self.bf16_groups[MATRICES]), own[MATRICES] * matrices.numel()
+            self._summed.append(ReplicatedGradients(matrices, first, shared, kv_group))
+        self._replicated += self._summed
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
-        if self._mesh.data_size == 1:
-            return
-        for flat, own, group in zip(
-            self.fp32_groups_gradients_flat,
-            self.fp32_groups_gradient_flat_partition,
-            self.real_dp_process_group,
-            strict=True,
-        ):
-            flat.div_(self._mesh.data_size)
-            dist.reduce_scatter_tensor(own, flat, group=group)
+        if self._mesh.data_size > 1:
+            for flat, own, group in zip(
+                self.fp32_groups_gradients_flat,
+                self.fp32_groups_gradient_flat_partition,
+                self.real_dp_process_group,
+                strict=True,
+            ):
+                flat.div_(self._mesh.data_size)
+                dist.reduce_scatter_tensor(own, flat, group=group)
+        for shared in self._summed:
+            shared.sum()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -74,6 +87,10 @@ class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
             self._gather()
         self.clear_hp_grads()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What is left to clear after a step."""
+        self.clear_lp_grads(set_to_none)
+
     def clear_hp_grads(self) -> None:
         """Set all gradients to zero; on a single data-parallel rank, the update did."""
         if self._mesh.data_size > 1 or self.overflow:
@@ -82,8 +99,9 @@ class ShardedBf16Optimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def _global_norm(self) -> Tensor:
         """Norm of the whole model's gradient, from every rank's partitions."""
-        squares = [part.norm().square() for part in self.fp32_groups_gradient_flat_partition]
-        total = squares[MATRICES] + (squares[NORMS] if self._mesh.tensor_rank == 0 else 0)
+        total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
+        for shared in self._replicated:
+            total -= shared.repeated_squares()
         dist.all_reduce(total)
         return total.sqrt()
 
