@@ -58,7 +58,7 @@ class ReplicatedGradients:
             return  # the ranks of the group have the same partition, so none has any
         total = torch.cat(self._pieces)
         dist.all_reduce(total, group=self._group)
-        torch._foreach_copy_(self._pieces, total.split([piece.numel() for piece in self._pieces]))
+        torch._foreach_copy_(self._pieces, torch.split(total, [piece.numel() for piece in self._pieces]))
 
     def repeated_squares(self) -> Tensor | float:
         """Sum of the squares that another rank of the group counts too; 0 on the group's first rank."""

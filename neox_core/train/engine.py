@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
