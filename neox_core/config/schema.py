@@ -245,6 +245,7 @@ class ParallelConfig(Section):
     """How the model is cut; data parallelism is what remains of the ranks."""
 
     tensor: PositiveInt = 1
+    sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
     pipeline: PositiveInt = 1
 
 
@@ -361,6 +362,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
+        _check_sequence(self.train, self.parallel)
         _check_weight_changes(self.data, self.train)
         return self
 
@@ -370,6 +372,14 @@ def _check_batch(train: TrainConfig) -> None:
         raise ValueError(
             f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "
             f"train.sequence_length {train.sequence_length}"
+        )
+
+
+def _check_sequence(train: TrainConfig, parallel: ParallelConfig) -> None:
+    if parallel.sequence and train.sequence_length % parallel.tensor:
+        raise ValueError(
+            f"train.sequence_length {train.sequence_length} is not divisible by parallel.tensor {parallel.tensor}, "
+            "among whose ranks its tokens are split: change one of them, or set parallel.sequence to false"
         )
 
 

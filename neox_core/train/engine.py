@@ -110,13 +110,15 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
     """DeepSpeed's own settings for the recipe."""
+    # Between stages, DeepSpeed would split activations among tensor-parallel ranks as if they had the same.
+    partitioned = not config.parallel.sequence
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
         "gradient_accumulation_steps": geometry.accumulation_steps,
         "gradient_clipping": config.train.gradient_clip,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
-        "pipeline": {"use_reentrant": False},
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": partitioned, "grad_partitioned": partitioned},
         "checkpoint": {"parallel_write": {"pipeline_stage": True}},
         "steps_per_print": 10**9,
     }

@@ -51,13 +51,14 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         for parameter in (p for group in self.bf16_groups for p in group):
             parameter._hp_mapping = None  # views of that copy, which would keep it in memory
         matrices, norms = self.fp32_groups_gradient_flat_partition
-        # Of norms each rank computes the whole gradient.
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
-        self._summed = []
+        # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
+        self._summed = self._replicated[:] if mesh.sequence_parallel else []
         if kv_group is not None:
             shared, first = shared_elements(self.bf16_groups[MATRICES]), own[MATRICES] * matrices.numel()
-            self._summed.append(ReplicatedGradients(matrices, first, shared, kv_group))
-        self._replicated += self._summed
+            kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
+            self._replicated.append(kv_heads)
+            self._summed.append(kv_heads)
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 

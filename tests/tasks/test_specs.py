@@ -66,6 +66,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.rope_theta": (1e4, CONVERT),
     "model.norm_eps": (1e-6, CONVERT),
     "parallel.tensor": (1, CONVERT),
+    "parallel.sequence": (False, NOTHING),
     "parallel.pipeline": (2, CONVERT),
     "train.steps": (101, TRAIN),
     "train.sequence_length": (128, TRAIN),
