@@ -297,6 +297,7 @@ class TrainConfig(Section):
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
         "auto", description="kernel; auto: the fastest that is installed"
     )
+    z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     log_interval: PositiveInt = 1
 

@@ -106,6 +106,26 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def _bf16_reduce_grads(self) -> None:
         self.optimizer.reduce_gradients()
+        self.optimizer.counted_share = self._own_counted_share()
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """One step; the mean loss over the positions of the global batch that count."""
+        return super().train_batch(data_iter) / self.optimizer.counted_share
+
+    def eval_batch(self, *args: Any, **named: Any) -> Any:
+        """As DeepSpeed's, but the mean over the positions that count."""
+        result = super().eval_batch(*args, **named)
+        share = self._own_counted_share()
+        dist.all_reduce(share)
+        share = (share / self._mesh.data_size).clamp(min=1e-9).float()
+        return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
+
+    def _own_counted_share(self) -> Tensor:
+        """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
+        share = self.module.loss_fn.take_counted_share() if self.is_last_stage() else None
+        if share is None or self._mesh.tensor_rank:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return share
 
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
@@ -159,7 +179,7 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     dtype = parameter_dtype(config)
     attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
-    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
+    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank, config.train.z_loss)
 
     def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
         layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, config.train.mask_documents)

@@ -50,6 +50,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         for parameter in (p for group in self.bf16_groups for p in group):
             parameter._hp_mapping = None  # views of that copy, which would keep it in memory
+        self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
+        same. After it: the share of the global batch's."""
         matrices, norms = self.fp32_groups_gradient_flat_partition
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
         # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
@@ -80,11 +83,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Clip by the global norm and update; a norm that is not finite skips the update and becomes inf."""
-        norm = self._global_norm()
+        norm, share = self._global_norm()
+        self.counted_share = share
         self.overflow = not bool(torch.isfinite(norm))
         self._global_grad_norm = norm if not self.overflow else torch.full_like(norm, torch.inf)
         if not self.overflow:
-            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share)
             self._gather()
         self.clear_hp_grads()
 
@@ -98,13 +102,19 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             super().clear_hp_grads()
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
 
-    def _global_norm(self) -> Tensor:
-        """Norm of the whole model's gradient, from every rank's partitions."""
+    def _global_norm(self) -> tuple[Tensor, Tensor]:
+        """Norm of the whole model's gradient, from every rank's partitions, and the share of positions that count.
+
+        The gradient in the buffers is to be divided by that share, which the norm is already.
+        """
         total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
         for shared in self._replicated:
             total -= shared.repeated_squares()
-        dist.all_reduce(total)
-        return total.sqrt()
+        exchanged = torch.stack([total.double(), self.counted_share])
+        dist.all_reduce(exchanged)
+        # At least some: a batch without any target has no gradient.
+        total, share = exchanged[0], (exchanged[1] / self._mesh.data_size).clamp(min=1e-9)
+        return (total.sqrt() / share).float(), share.float()
 
     def _update(self, scale: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):

@@ -88,6 +88,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.mask_documents": (True, TRAIN),
     "train.attention": ("sdpa", NOTHING),
     "train.log_interval": (7, NOTHING),
+    "train.z_loss": (1e-4, TRAIN),
     "train.loss_chunk_tokens": (64, NOTHING),
     "train.master_weights": ("packed", NOTHING),
     "launch.executor": ("slurm", NOTHING),

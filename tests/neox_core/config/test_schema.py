@@ -136,7 +136,7 @@ FIELDS = {
     "BaseModelConfig": 5,
     "ModelConfig": 9,
     "ParallelConfig": 3,
-    "TrainConfig": 16,
+    "TrainConfig": 17,
     "OptimizerConfig": 4,
     "ScheduleConfig": 3,
     "ValidationConfig": 2,
