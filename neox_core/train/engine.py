@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
@@ -82,6 +83,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def __init__(self, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any) -> None:
         self._mesh, self._kv_group, self._packed = mesh, kv_group, packed
+        self._backward_passes = 0
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
 
@@ -104,7 +106,17 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self._backward_passes += 1
+        if self._backward_passes == self.micro_batches:
+            self.optimizer.begin_reduction()
+        super()._exec_backward_pass(buffer_id)
+
+    # DeepSpeed looks functions up here, not by name.
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {schedule.BackwardPass: _exec_backward_pass}
+
     def _bf16_reduce_grads(self) -> None:
+        self._backward_passes = 0
         self.optimizer.reduce_gradients()
         self.optimizer.counted_share = self._own_counted_share()
 

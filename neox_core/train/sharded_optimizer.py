@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
 from neox_core.train.adamw import AdamWStep, adamw_update
@@ -53,30 +54,50 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
         same. After it: the share of the global batch's."""
+        parameters = self.bf16_groups[MATRICES]
+        self.reduction = OverlappedReduction(
+            self.fp32_groups_gradients_flat[MATRICES],
+            self.real_dp_process_group[MATRICES],
+            sizes=[p.numel() for p in parameters],
+            layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
+        )
         matrices, norms = self.fp32_groups_gradient_flat_partition
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
         # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
         self._summed = self._replicated[:] if mesh.sequence_parallel else []
         if kv_group is not None:
-            shared, first = shared_elements(self.bf16_groups[MATRICES]), own[MATRICES] * matrices.numel()
+            shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
             kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
             self._replicated.append(kv_heads)
             self._summed.append(kv_heads)
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: Tensor, group_idx: int, param_idx: int) -> None:
+        """Add a parameter's gradient to its fp32 sum."""
+        super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
+        self.on_gradient(group_idx, param_idx)
+
+    @torch.no_grad()
+    def on_gradient(self, group: int, parameter: int) -> None:
+        """A parameter's gradient was added to its fp32 sum."""
+        self.fp32_groups_has_gradients[group][parameter] = True
+        if group == MATRICES:
+            self.reduction.on_gradient(parameter)
+
+    def begin_reduction(self) -> None:
+        """The last backward pass of a step comes: what is complete can be reduced meanwhile."""
+        if self._mesh.data_size > 1:
+            self.reduction.begin()
+
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
         if self._mesh.data_size > 1:
-            for flat, own, group in zip(
-                self.fp32_groups_gradients_flat,
-                self.fp32_groups_gradient_flat_partition,
-                self.real_dp_process_group,
-                strict=True,
-            ):
-                flat.div_(self._mesh.data_size)
-                dist.reduce_scatter_tensor(own, flat, group=group)
+            self.reduction.finish()
+            norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
+            own = self.fp32_groups_gradient_flat_partition[NORMS]
+            dist.reduce_scatter_tensor(own, norms, average(norms, group), group)
         for shared in self._summed:
             shared.sum()
 
