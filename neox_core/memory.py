@@ -131,7 +131,8 @@ def _stage_activations(config: RunConfig, geometry: BatchGeometry, stage: int) -
     layers, block = stage_layers(config, stage), block_activation_bytes(config)
     if config.train.activation_checkpointing == "none":
         return in_flight * layers * block
-    block_input = _micro_batch_tokens(config) * config.model.hidden_size * _DTYPE_BYTES[config.train.precision]
+    ranks = config.parallel.tensor if config.parallel.sequence else 1
+    block_input = _micro_batch_tokens(config) * config.model.hidden_size * _DTYPE_BYTES[config.train.precision] // ranks
     return in_flight * layers * block_input + block
 
 

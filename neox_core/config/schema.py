@@ -245,6 +245,7 @@ class ParallelConfig(Section):
     """How the model is cut; data parallelism is what remains of the ranks."""
 
     tensor: PositiveInt = 1
+    sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
     pipeline: PositiveInt = 1
 
 
@@ -310,6 +311,7 @@ class TrainConfig(Section):
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
         "auto", description="kernel; auto: the fastest that is installed"
     )
+    z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     dry_run: bool = Field(True, description="try a few micro batches of zeros before data and weights are read")
     log_interval: PositiveInt = 1
@@ -378,6 +380,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
+        _check_sequence(self.train, self.parallel)
         _check_weight_changes(self.data, self.train)
         return self
 
@@ -389,6 +392,14 @@ def _check_batch(train: TrainConfig) -> None:
         raise ValueError(
             f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "
             f"train.sequence_length {train.sequence_length}"
+        )
+
+
+def _check_sequence(train: TrainConfig, parallel: ParallelConfig) -> None:
+    if parallel.sequence and train.sequence_length % parallel.tensor:
+        raise ValueError(
+            f"train.sequence_length {train.sequence_length} is not divisible by parallel.tensor {parallel.tensor}, "
+            "among whose ranks its tokens are split: change one of them, or set parallel.sequence to false"
         )
 
 

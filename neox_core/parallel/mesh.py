@@ -33,6 +33,8 @@ class Mesh:
     data_size: int
     tensor_group: dist.ProcessGroup
     device: torch.device
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks split the tokens between attention and MLP."""
 
     @property
     def layout(self) -> dict[str, int]:
@@ -113,6 +115,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         data_size=data_size,
         tensor_group=neighbours_group(parallel.tensor),
         device=device,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
@@ -82,6 +83,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def __init__(self, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any) -> None:
         self._mesh, self._kv_group, self._packed = mesh, kv_group, packed
+        self._backward_passes = 0
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
 
@@ -104,19 +106,51 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self._backward_passes += 1
+        if self._backward_passes == self.micro_batches:
+            self.optimizer.begin_reduction()
+        super()._exec_backward_pass(buffer_id)
+
+    # DeepSpeed looks functions up here, not by name.
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {schedule.BackwardPass: _exec_backward_pass}
+
     def _bf16_reduce_grads(self) -> None:
+        self._backward_passes = 0
         self.optimizer.reduce_gradients()
+        self.optimizer.counted_share = self._own_counted_share()
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """One step; the mean loss over the positions of the global batch that count."""
+        return super().train_batch(data_iter) / self.optimizer.counted_share
+
+    def eval_batch(self, *args: Any, **named: Any) -> Any:
+        """As DeepSpeed's, but the mean over the positions that count."""
+        result = super().eval_batch(*args, **named)
+        share = self._own_counted_share()
+        dist.all_reduce(share)
+        share = (share / self._mesh.data_size).clamp(min=1e-9).float()
+        return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
+
+    def _own_counted_share(self) -> Tensor:
+        """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
+        share = self.module.loss_fn.take_counted_share() if self.is_last_stage() else None
+        if share is None or self._mesh.tensor_rank:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return share
 
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
     """DeepSpeed's own settings for the recipe."""
+    # Between stages, DeepSpeed would split activations among tensor-parallel ranks as if they had the same.
+    partitioned = not config.parallel.sequence
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
         "gradient_accumulation_steps": geometry.accumulation_steps,
         "gradient_clipping": config.train.gradient_clip,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
-        "pipeline": {"use_reentrant": False},
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": partitioned, "grad_partitioned": partitioned},
         "checkpoint": {"parallel_write": {"pipeline_stage": True}},
         "steps_per_print": 10**9,
     }
@@ -157,7 +191,7 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     dtype = parameter_dtype(config)
     attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
-    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
+    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank, config.train.z_loss)
 
     def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
         layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, config.train.mask_documents)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
 from neox_core.train.adamw import AdamWStep, adamw_update
@@ -50,40 +51,65 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         for parameter in (p for group in self.bf16_groups for p in group):
             parameter._hp_mapping = None  # views of that copy, which would keep it in memory
+        self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
+        same. After it: the share of the global batch's."""
+        parameters = self.bf16_groups[MATRICES]
+        self.reduction = OverlappedReduction(
+            self.fp32_groups_gradients_flat[MATRICES],
+            self.real_dp_process_group[MATRICES],
+            sizes=[p.numel() for p in parameters],
+            layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
+        )
         matrices, norms = self.fp32_groups_gradient_flat_partition
-        # Of norms each rank computes the whole gradient.
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
-        self._summed = []
+        # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
+        self._summed = self._replicated[:] if mesh.sequence_parallel else []
         if kv_group is not None:
-            shared, first = shared_elements(self.bf16_groups[MATRICES]), own[MATRICES] * matrices.numel()
-            self._summed.append(ReplicatedGradients(matrices, first, shared, kv_group))
-        self._replicated += self._summed
+            shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
+            kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
+            self._replicated.append(kv_heads)
+            self._summed.append(kv_heads)
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: Tensor, group_idx: int, param_idx: int) -> None:
+        """Add a parameter's gradient to its fp32 sum."""
+        super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
+        self.on_gradient(group_idx, param_idx)
+
+    @torch.no_grad()
+    def on_gradient(self, group: int, parameter: int) -> None:
+        """A parameter's gradient was added to its fp32 sum."""
+        self.fp32_groups_has_gradients[group][parameter] = True
+        if group == MATRICES:
+            self.reduction.on_gradient(parameter)
+
+    def begin_reduction(self) -> None:
+        """The last backward pass of a step comes: what is complete can be reduced meanwhile."""
+        if self._mesh.data_size > 1:
+            self.reduction.begin()
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
         if self._mesh.data_size > 1:
-            for flat, own, group in zip(
-                self.fp32_groups_gradients_flat,
-                self.fp32_groups_gradient_flat_partition,
-                self.real_dp_process_group,
-                strict=True,
-            ):
-                flat.div_(self._mesh.data_size)
-                dist.reduce_scatter_tensor(own, flat, group=group)
+            self.reduction.finish()
+            norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
+            own = self.fp32_groups_gradient_flat_partition[NORMS]
+            dist.reduce_scatter_tensor(own, norms, average(norms, group), group)
         for shared in self._summed:
             shared.sum()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Clip by the global norm and update; a norm that is not finite skips the update and becomes inf."""
-        norm = self._global_norm()
+        norm, share = self._global_norm()
+        self.counted_share = share
         self.overflow = not bool(torch.isfinite(norm))
         self._global_grad_norm = norm if not self.overflow else torch.full_like(norm, torch.inf)
         if not self.overflow:
-            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share)
             self._gather()
         self.clear_hp_grads()
 
@@ -97,13 +123,19 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             super().clear_hp_grads()
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
 
-    def _global_norm(self) -> Tensor:
-        """Norm of the whole model's gradient, from every rank's partitions."""
+    def _global_norm(self) -> tuple[Tensor, Tensor]:
+        """Norm of the whole model's gradient, from every rank's partitions, and the share of positions that count.
+
+        The gradient in the buffers is to be divided by that share, which the norm is already.
+        """
         total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
         for shared in self._replicated:
             total -= shared.repeated_squares()
-        dist.all_reduce(total)
-        return total.sqrt()
+        exchanged = torch.stack([total.double(), self.counted_share])
+        dist.all_reduce(exchanged)
+        # At least some: a batch without any target has no gradient.
+        total, share = exchanged[0], (exchanged[1] / self._mesh.data_size).clamp(min=1e-9)
+        return (total.sqrt() / share).float(), share.float()
 
     def _update(self, scale: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
