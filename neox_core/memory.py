@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig
+from neox_core.parallel.stages import pipeline_layers
 
 _FP32 = 4
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -89,9 +90,8 @@ def fullest_stage(config: RunConfig, geometry: BatchGeometry) -> tuple[int, Memo
 
 
 def stage_layers(config: RunConfig, stage: int) -> int:
-    """Transformer layers on one pipeline stage; a remainder goes to the first stages."""
-    each, remainder = divmod(config.model.num_layers, config.parallel.pipeline)
-    return each + (stage < remainder)
+    """Transformer layers on one pipeline stage."""
+    return pipeline_layers(config)[stage]
 
 
 def _rank_parameters(config: RunConfig, stage: int) -> int:

@@ -23,6 +23,7 @@ from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.stages import stage_bounds
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.sharded_optimizer import ShardedOptimizer
 
@@ -41,6 +42,19 @@ class _LayerSpec(LayerSpec):  # type: ignore[misc]
 def _pass_through(x: Any) -> Any:
     """Stands where NeoX transposes, so that layer numbers agree. Must not be a Module: it has no file."""
     return x
+
+
+class _Pipeline(PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's pipeline with stages that begin at given layers."""
+
+    def __init__(self, bounds: list[int], **named: Any) -> None:
+        self._bounds = bounds
+        super().__init__(**named)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
 def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineEngine:
@@ -168,20 +182,27 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
 
 
 def verify_master_weights(engine: PipelineEngine) -> None:
-    """Check that the optimizer's fp32 master weights round to the model's weights, on every rank. Collective.
+    """Check that fp32 master weights round to the model's weights, and that ranks agree on what they share. Collective.
 
-    If they do not, the first step looks right and the second throws the loaded weights away.
+    If the former do not, the first step looks right and the second throws the loaded weights away. A rank checks the
+    master weights that it owns, and peers own the others: so all of its weights are covered if it has its peers'.
 
     Raises:
-        CheckpointError: they differ; on every rank, so that none waits for another.
+        CheckpointError: something differs; on every rank, so that none waits for another.
     """
     different = engine.optimizer.count_master_differences()
-    total = torch.tensor([different], device=engine.device)
-    dist.all_reduce(total)
-    if total.item():
+    own = torch.tensor([different, engine.optimizer.differs_from_peers()], device=engine.device)
+    everyones = own.new_empty(2 * dist.get_world_size())
+    dist.all_gather_into_tensor(everyones, own)
+    all_different, all_odd = everyones.view(-1, 2).unbind(1)
+    if total := int(all_different.sum()):
         raise CheckpointError(
-            f"{total.item()} fp32 master weights differ from the model's weights ({different} on rank "
+            f"{total} fp32 master weights differ from the model's weights ({different} on rank "
             f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
+        )
+    if odd := all_odd.nonzero().flatten().tolist():
+        raise CheckpointError(
+            f"ranks {odd} have loaded other weights than ranks that should have the same: compare what their nodes read"
         )
 
 
@@ -204,11 +225,11 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
         return _pass_through if layer_type is None else _LayerSpec(layer_type, partial(build, index, layer_type))
 
-    return PipelineModule(
+    return _Pipeline(
+        stage_bounds(config),
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
         topology=mesh.topology,
         loss_fn=loss,
-        partition_method="type:transformerblock",
     )
 
 

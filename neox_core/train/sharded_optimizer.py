@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
@@ -65,6 +66,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
         # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
         self._summed = self._replicated[:] if mesh.sequence_parallel else []
+        self._kv_group = kv_group
         if kv_group is not None:
             shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
             kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
@@ -156,6 +158,17 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def count_master_differences(self) -> int:
         """Elements of this rank's master weights that do not round to the model's parameters."""
         return sum(master.count_differences() for master in self.masters)
+
+    def differs_from_peers(self) -> bool:
+        """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
+        tensor-parallel ranks the norms, and some of them KV heads. Collective over all ranks."""
+        flats = self.bf16_groups_flat
+        found = [differs_from_first(flats, self.dp_process_group)]
+        found.append(differs_from_first([flats[NORMS]], self._mesh.tensor_group))
+        if self._kv_group is not None:
+            shared = [flats[MATRICES][r.start : r.stop] for r in shared_elements(self.bf16_groups[MATRICES])]
+            found.append(differs_from_first(shared, self._kv_group))
+        return any(found)
 
     def state_dict(self) -> dict[str, Any]:
         """As DeepSpeed's, with the master weights in fp32."""

@@ -59,6 +59,18 @@ def verdicts(engine: Any, rank: int) -> dict[str, str]:
         p.copy_(old)
     found["restored"] = verdict(engine)
     if rank == 1:
+        parameters[0].view(-1)[5] += 1.0
+    found["a weight that rank 0 owns"] = verdict(engine)
+    if rank == 1:
+        parameters[0].copy_(kept[0])
+        engine.optimizer.bf16_groups[1][0][3] += 1.0
+        engine.optimizer.masters[1].reset()
+    found["a norm that agrees with its master"] = verdict(engine)
+    if rank == 1:
+        for p, old in zip(parameters, kept, strict=True):
+            p.copy_(old)
+        engine.optimizer.masters[1].reset()
+    if rank == 1:
         masters[0][3] += 1.0
     found["one other master"] = verdict(engine)
     return found
@@ -140,6 +152,9 @@ def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], la
         assert int(several[2]) == (int(several[1]) if rank == 1 else 0)
         # Of rank 1's own partition all weights differ: it has the whole or, with data parallelism, half the model.
         assert int(several[1]) == pytest.approx(int(found["parameters"]) / LAYOUTS[layout][2], rel=0.01)
+        if layout == "data":  # of tensor-parallel ranks, each owns all that it has
+            assert found["a weight that rank 0 owns"].startswith("ranks [1] have loaded other weights")
+        assert found["a norm that agrees with its master"].startswith("ranks [1] have loaded other weights")
         assert found["one other master"].startswith(f"1 fp32 master weights differ from the model's weights ({rank} on")
 
 
