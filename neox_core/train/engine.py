@@ -17,7 +17,6 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
-from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions, OutputHead
 from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
@@ -26,6 +25,7 @@ from neox_core.parallel.mesh import Mesh, neighbours_group
 from neox_core.parallel.stages import stage_bounds
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.sharded_optimizer import ShardedOptimizer
+from neox_core.train.verification import verify_master_weights
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -179,31 +179,6 @@ def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, An
 def parameter_dtype(config: RunConfig) -> torch.dtype:
     """dtype of the parameters in forward and backward."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def verify_master_weights(engine: PipelineEngine) -> None:
-    """Check that fp32 master weights round to the model's weights, and that ranks agree on what they share. Collective.
-
-    If the former do not, the first step looks right and the second throws the loaded weights away. A rank checks the
-    master weights that it owns, and peers own the others: so all of its weights are covered if it has its peers'.
-
-    Raises:
-        CheckpointError: something differs; on every rank, so that none waits for another.
-    """
-    different = engine.optimizer.count_master_differences()
-    own = torch.tensor([different, engine.optimizer.differs_from_peers()], device=engine.device)
-    everyones = own.new_empty(2 * dist.get_world_size())
-    dist.all_gather_into_tensor(everyones, own)
-    all_different, all_odd = everyones.view(-1, 2).unbind(1)
-    if total := int(all_different.sum()):
-        raise CheckpointError(
-            f"{total} fp32 master weights differ from the model's weights ({different} on rank "
-            f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
-        )
-    if odd := all_odd.nonzero().flatten().tolist():
-        raise CheckpointError(
-            f"ranks {odd} have loaded other weights than ranks that should have the same: compare what their nodes read"
-        )
 
 
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:

@@ -26,11 +26,12 @@ from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.stages import pipeline_layers
 from neox_core.plan import flops_per_token
-from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
+from neox_core.train.engine import build_engine, parameter_dtype
 from neox_core.train.hardware import peak_flops
 from neox_core.train.lineage import Ancestor, check_consumed, inherit_metrics, newest_checkpoint
 from neox_core.train.loop import Loop
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)
 

@@ -75,6 +75,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
+    @property
+    def fp16_groups(self) -> list[list[Tensor]]:
+        """Where DeepSpeed looks for the parameters of an engine that is not in bf16."""
+        groups: list[list[Tensor]] = self.bf16_groups
+        return groups
+
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Tensor, group_idx: int, param_idx: int) -> None:
         """Add a parameter's gradient to its fp32 sum."""
         super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
