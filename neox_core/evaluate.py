@@ -60,7 +60,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)
-    mesh = build_mesh(ParallelConfig(tensor=config.parallel.tensor), device)
+    mesh = build_mesh(ParallelConfig(tensor=config.parallel.tensor, sequence=False), device)
     store = ObjectStore(config.storage)
     results = []
     for step in job.steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig
+from neox_core.parallel.stages import pipeline_layers
 
 _FP32 = 4
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -32,8 +33,8 @@ def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
 
 
 def _layer_parameters(model: ModelConfig, tensor: int) -> int:
-    """One rank's part of one transformer layer; norms are replicated."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_kv_heads
+    """One rank's part of one transformer layer; norms are replicated, and so are KV heads where ranks exceed them."""
+    heads = 2 * model.num_attention_heads + 2 * max(model.num_kv_heads, tensor)
     attention = heads * model.head_dim * model.hidden_size
     mlp = 3 * model.hidden_size * model.intermediate_size
     return (attention + mlp) // tensor + 2 * model.hidden_size
@@ -89,9 +90,8 @@ def fullest_stage(config: RunConfig, geometry: BatchGeometry) -> tuple[int, Memo
 
 
 def stage_layers(config: RunConfig, stage: int) -> int:
-    """Transformer layers on one pipeline stage; a remainder goes to the first stages."""
-    each, remainder = divmod(config.model.num_layers, config.parallel.pipeline)
-    return each + (stage < remainder)
+    """Transformer layers on one pipeline stage."""
+    return pipeline_layers(config)[stage]
 
 
 def _rank_parameters(config: RunConfig, stage: int) -> int:
@@ -115,7 +115,8 @@ def block_activation_bytes(config: RunConfig) -> int:
     """
     model, size = config.model, _DTYPE_BYTES[config.train.precision]
     norms = 2 * (_FP32 + 2 * size) * model.hidden_size
-    attention = size * model.head_dim * 2 * (model.num_attention_heads + model.num_kv_heads)
+    kv_heads = max(model.num_kv_heads, config.parallel.tensor)
+    attention = size * model.head_dim * 2 * (model.num_attention_heads + kv_heads)
     attention += _FP32 * model.num_attention_heads
     mlp = 4 * size * model.intermediate_size
     return _micro_batch_tokens(config) * (norms + (attention + mlp) // config.parallel.tensor)
@@ -130,7 +131,8 @@ def _stage_activations(config: RunConfig, geometry: BatchGeometry, stage: int) -
     layers, block = stage_layers(config, stage), block_activation_bytes(config)
     if config.train.activation_checkpointing == "none":
         return in_flight * layers * block
-    block_input = _micro_batch_tokens(config) * config.model.hidden_size * _DTYPE_BYTES[config.train.precision]
+    ranks = config.parallel.tensor if config.parallel.sequence else 1
+    block_input = _micro_batch_tokens(config) * config.model.hidden_size * _DTYPE_BYTES[config.train.precision] // ranks
     return in_flight * layers * block_input + block
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry
 from neox_core.errors import ConfigError
 from neox_core.memory import Memory, fullest_stage, parameter_count
+from neox_core.parallel.stages import pipeline_layers, stage_costs
 
 A100_PEAK_TFLOPS = 312.0
 """Dense bf16 peak of an NVIDIA A100 (data sheet); H100 and H200: 989."""
@@ -39,6 +40,10 @@ class Plan:
     steps: int
     memory: Memory
     fullest_stage: int
+    stage_layers: tuple[int, ...]
+    """Transformer layers of each pipeline stage."""
+    stage_costs: tuple[float, ...]
+    """Time of each stage, in units of a transformer layer's."""
     flops_per_token: int
     causal_flops_per_token: int
     utilisation: float
@@ -93,9 +98,17 @@ class Plan:
                 f"{batch.world_size} = TP {self.tensor_parallel} x PP {self.pipeline_parallel}"
                 f" x DP {batch.data_parallel}",
             ),
+            *self._stage_rows(),
             ("global batch", f"{batch.sequences:,} sequences = {batch.tokens:,} tokens"),
             ("gradient accumulation steps", f"{batch.accumulation_steps} of micro batch {batch.micro_batch_size}"),
         ]
+
+    def _stage_rows(self) -> list[tuple[str, str]]:
+        if self.pipeline_parallel == 1:
+            return []
+        slowest, mean = max(self.stage_costs), sum(self.stage_costs) / len(self.stage_costs)
+        layers = " + ".join(map(str, self.stage_layers))
+        return [("layers per stage", f"{layers}; the slowest stage takes {slowest / mean:.2f} times the mean")]
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         parts = [(f"  {part.name}", _bytes(getattr(self.memory, part.name))) for part in fields(self.memory)]
@@ -142,6 +155,8 @@ def plan(
         steps=config.train.steps,
         memory=memory,
         fullest_stage=stage,
+        stage_layers=pipeline_layers(config),
+        stage_costs=stage_costs(config),
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),
         causal_flops_per_token=flops_per_token(config.model, config.train.sequence_length, causal=True),
         utilisation=utilisation,

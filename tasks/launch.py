@@ -138,7 +138,7 @@ def _submit(
             gpus_per_node=gpus or None,  # a cluster without GPUs may refuse even 0
             timeout_min=launch.time_limit_minutes,
             stderr_to_stdout=True,
-            **(_slurm_parameters(launch, job_name) if kind == "slurm" else {}),
+            **(_slurm_parameters(launch, job_name, gpus) if kind == "slurm" else {}),
         )
         job_id = str(executor.submit(task).job_id)
     except (OSError, RuntimeError) as error:
@@ -174,7 +174,7 @@ def _check_one_node(nodes: int) -> None:
         )
 
 
-def _slurm_parameters(launch: LaunchConfig, job_name: str) -> dict[str, Any]:
+def _slurm_parameters(launch: LaunchConfig, job_name: str, gpus: int) -> dict[str, Any]:
     return {
         "name": job_name,
         "cpus_per_task": launch.cpus_per_rank,
@@ -183,6 +183,8 @@ def _slurm_parameters(launch: LaunchConfig, job_name: str) -> dict[str, Any]:
         # srun does not take --cpus-per-task over from sbatch (since SLURM 22.05)
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={launch.cpus_per_rank}"],
         "slurm_additional_parameters": launch.slurm_parameters,
+        # DeepSpeed looks for devices when it is imported, and would take a GPU that is not ours.
+        "slurm_setup": [] if gpus else [f"export {name}={value}" for name, value in local.CPU_ONLY.items()],
     }
 
 

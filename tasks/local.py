@@ -16,6 +16,9 @@ from tasks.local_controller import ControllerReport
 
 _CANCEL_SECONDS = 10.0
 
+CPU_ONLY = {"DS_ACCELERATOR": "cpu"}
+"""Variables that keep DeepSpeed off the GPUs of a machine."""
+
 
 class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
     """submitit's local executor; the job survives the submitter, and one failed rank ends it."""
@@ -23,6 +26,7 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
     def _submit_command(self, command: str) -> Any:
         ranks = self.parameters.get("tasks_per_node", 1)
         limit_seconds = int(60 * self.parameters["timeout_min"])
+        gpus = self.parameters.get("gpus_per_node") or 0
         environment = os.environ | {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
@@ -33,7 +37,8 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(min(30, limit_seconds // 2)),
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
-            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(self.parameters.get("gpus_per_node") or 0)),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(gpus)),
+            **({} if gpus else CPU_ONLY),
         }
         # Its own files, not the submitter's: a pipe that the job holds open would keep the reader waiting. Its
         # session is the submitter's, so that Ctrl-C in the terminal ends the job as well.

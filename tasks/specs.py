@@ -28,7 +28,7 @@ def convert_spec(config: RunConfig) -> StageSpec:
     """Shards depend on the base weights, the architecture and the layout."""
     logical = {
         "model": config.model.model_dump(mode="json"),
-        "parallel": config.parallel.model_dump(mode="json"),
+        "parallel": config.parallel.model_dump(mode="json", include={"tensor", "pipeline"}),
         "base_rope_theta": config.base_model.rope_theta,
         "base_vocab_size": config.base_model.vocab_size,
         "new_tokens": config.base_model.new_tokens,

@@ -12,7 +12,7 @@ before it made, and what attention and MLP add to them apart, so that a large hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,7 @@ class Shards:
     @property
     def dims(self) -> ModelDimensions:
         """A rank's; with more ranks than KV heads, neighbours have the same KV head."""
-        ranks = self.checkpoint.tensor_parallel
-        whole = ModelDimensions.of(self.model, _POSITIONS)
-        return replace(whole.shard(ranks), num_kv_heads=max(1, self.model.num_kv_heads // ranks))
+        return ModelDimensions.of(self.model, _POSITIONS).shard(self.checkpoint.tensor_parallel)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """[B,T] -> [B,T,D]"""

@@ -245,7 +245,11 @@ class ParallelConfig(Section):
     """How the model is cut; data parallelism is what remains of the ranks."""
 
     tensor: PositiveInt = 1
+    sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
     pipeline: PositiveInt = 1
+    pipeline_layers: tuple[PositiveInt, ...] | None = Field(
+        None, description="transformer layers of each stage; None: balanced, with the output head counted"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -296,6 +300,7 @@ class TrainConfig(Section):
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
         "auto", description="kernel; auto: the fastest that is installed"
     )
+    z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     log_interval: PositiveInt = 1
 
@@ -361,6 +366,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
+        _check_sequence(self.train, self.parallel)
         _check_weight_changes(self.data, self.train)
         return self
 
@@ -370,6 +376,14 @@ def _check_batch(train: TrainConfig) -> None:
         raise ValueError(
             f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "
             f"train.sequence_length {train.sequence_length}"
+        )
+
+
+def _check_sequence(train: TrainConfig, parallel: ParallelConfig) -> None:
+    if parallel.sequence and train.sequence_length % parallel.tensor:
+        raise ValueError(
+            f"train.sequence_length {train.sequence_length} is not divisible by parallel.tensor {parallel.tensor}, "
+            "among whose ranks its tokens are split: change one of them, or set parallel.sequence to false"
         )
 
 
@@ -395,6 +409,12 @@ def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.tensor {parallel.tensor} neither divides model.num_kv_heads {model.num_kv_heads} nor is a "
             "multiple of it"
+        )
+    layers = parallel.pipeline_layers
+    if layers is not None and (len(layers), sum(layers)) != (parallel.pipeline, model.num_layers):
+        raise ValueError(
+            f"parallel.pipeline_layers {list(layers)} are {len(layers)} stages of {sum(layers)} layers in all, but "
+            f"parallel.pipeline is {parallel.pipeline} and model.num_layers {model.num_layers}"
         )
     if parallel.pipeline > model.num_layers:
         raise ValueError(

@@ -45,11 +45,14 @@ class ModelDimensions:
         )
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:
-        """What one of `tensor_parallel` ranks computes: fewer heads, a narrower MLP, a part of the vocabulary."""
+        """What one of `tensor_parallel` ranks computes: fewer heads, a narrower MLP, a part of the vocabulary.
+
+        Where there are more ranks than KV heads, neighbours have the same one.
+        """
         return replace(
             self,
             num_heads=self.num_heads // tensor_parallel,
-            num_kv_heads=self.num_kv_heads // tensor_parallel,
+            num_kv_heads=max(1, self.num_kv_heads // tensor_parallel),
             intermediate_size=self.intermediate_size // tensor_parallel,
             vocab_size=self.vocab_size // tensor_parallel,
         )

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.residual import join_residuals
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.replicas import mark_shared_rows
 from neox_core.parallel.tensor_parallel import apply_tensor_parallel
 
 LayerWeights = Callable[[int, int], dict[str, Tensor]]
@@ -53,6 +54,8 @@ def build_layer(
     apply_tensor_parallel(layer, mesh)
     if isinstance(layer, TransformerBlock):
         join_residuals(layer)
+        if mesh.tensor_size > dims.num_kv_heads:
+            mark_shared_rows(layer, dims.shard(mesh.tensor_size))
     if recompute and layer_type is TransformerBlock:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if positions:

@@ -19,7 +19,9 @@ IGNORED = -1
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
+    def forward(
+        ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int, z_loss: float
+    ) -> Tensor:
         logits = logits_BTV.float()
         maximum = logits.amax(-1)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
@@ -33,56 +35,77 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dist.all_reduce(sums, group=group)
         normalizer, target_logit = sums
         probabilities = exponentials.div_(normalizer.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, local, foreign, targets_BT)
-        ctx.dtype = logits_BTV.dtype
-        return (normalizer.log() - target_logit).masked_fill(targets_BT == IGNORED, 0)
+        log_normalizer = normalizer.log()
+        ctx.save_for_backward(probabilities, local, foreign, targets_BT, log_normalizer + maximum)
+        ctx.dtype, ctx.z_loss = logits_BTV.dtype, z_loss
+        return (log_normalizer - target_logit).masked_fill(targets_BT == IGNORED, 0)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BT: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, local, foreign, targets = ctx.saved_tensors
+    def backward(ctx: Any, gradient_BT: Tensor) -> tuple[Tensor, None, None, None, None]:
+        probabilities, local, foreign, targets, log_z = ctx.saved_tensors
+        if ctx.z_loss:
+            probabilities = probabilities * (1 + 2 * ctx.z_loss * log_z).unsqueeze(-1)
         # d loss / d logit = probability - [logit is the target's]
         difference = probabilities.scatter_add(-1, local, -(~foreign).to(probabilities.dtype).unsqueeze(-1))
         weight = gradient_BT.masked_fill(targets == IGNORED, 0).unsqueeze(-1)
-        return (difference * weight).to(ctx.dtype), None, None, None
+        return (difference * weight).to(ctx.dtype), None, None, None, None
 
 
-def token_losses(logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
+def token_losses(
+    logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int, z_loss: float = 0.0
+) -> Tensor:
     """-log p(target) of each position, in fp32 nats; 0 where the target is IGNORED.
+
+    The gradient is that of -log p + z_loss (log Z)^2, Z being the sum that normalizes p (arXiv 2204.02311, section 5):
+    it keeps Z near 1. The value stays the cross-entropy, which can be compared between runs.
 
     Args:
         logits_BTV: this rank's part of the vocabulary, in order of rank.
         targets_BT: ids in the whole vocabulary.
         group: the tensor-parallel group.
         rank: this rank's index in it.
+        z_loss: coefficient of (log Z)^2.
     """
     if dist.get_world_size(group) == 1:
-        return _whole_vocabulary_losses(logits_BTV, targets_BT)
+        return _whole_vocabulary_losses(logits_BTV, targets_BT, z_loss)
     return _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits_BTV, targets_BT, group, rank
+        logits_BTV, targets_BT, group, rank, z_loss
     )
 
 
 @fused_on_cuda
-def _whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def _whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
     logits = logits_BTV.float().flatten(0, -2)
-    losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(targets_BT.shape)
+    losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets_BT)
+    if z_loss:
+        largest = logits.detach().amax(-1)  # taken out, so that the gradient does not round the sum of large logits
+        log_z = largest + (logits - largest.unsqueeze(-1)).logsumexp(-1)
+        squares = log_z.square().view_as(targets_BT).masked_fill(targets_BT == IGNORED, 0)
+        losses = losses + z_loss * (squares - squares.detach())
+    return losses
 
 
 class ChunkedLoss:
-    """Mean loss over a micro batch that never holds the logits of more than `chunk_tokens` positions.
+    """Loss over a micro batch that never holds the logits of more than `chunk_tokens` positions.
 
     A chunk's logits are computed in the forward pass and, unless `early_gradient` is set, once more in the backward
     pass.
+
+    The sum of the losses is divided by the number of positions, whether they count or not. How many of the global
+    batch count is known when all micro batches are through; loss and gradient are then divided by the share of those
+    that do, so that each token has the same weight, in whatever micro batch it is.
 
     Args:
         chunk_tokens: positions at a time.
         group: the tensor-parallel group.
         rank: this rank's index in it.
+        z_loss: see token_losses.
     """
 
-    def __init__(self, chunk_tokens: int, group: dist.ProcessGroup, rank: int) -> None:
-        self._chunk_tokens, self._group, self._rank = chunk_tokens, group, rank
+    def __init__(self, chunk_tokens: int, group: dist.ProcessGroup, rank: int, z_loss: float = 0.0) -> None:
+        self._chunk_tokens, self._group, self._rank, self._z_loss = chunk_tokens, group, rank, z_loss
+        self._counted: list[Tensor] = []
+        self._positions = 0
         self.project: Callable[[Tensor], Tensor] | None = None
         """Hidden states [B,T,D] to this rank's part of the logits; set on the stage that holds the head."""
         self.early_gradient: float | None = None
@@ -90,18 +113,25 @@ class ChunkedLoss:
         saves a third of the head's products. Only for a head that adds its weight's gradient to a buffer of its own."""
 
     def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean over the positions that count, in fp32 nats."""
+        """Sum over the positions that count / all positions, in fp32 nats."""
         hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        counted = (targets != IGNORED).sum()
+        self._counted.append((targets != IGNORED).sum())
+        self._positions += targets.numel()
         if self.early_gradient is not None and torch.is_grad_enabled():
-            return _EarlyGradient.apply(hidden, targets, counted, self, self.early_gradient)  # type: ignore[no-untyped-call]
+            return _EarlyGradient.apply(hidden, targets, self, self.early_gradient)  # type: ignore[no-untyped-call]
         total = torch.stack(
             [
                 checkpoint(self.sum, h, t, use_reentrant=False, preserve_rng_state=False)
                 for h, t in self.chunks(hidden, targets)
             ]
         ).sum()
-        return total / counted
+        return total / targets.numel()
+
+    def take_counted_share(self) -> Tensor:
+        """Share of the positions since the last call that counted, float64; exactly 1 if all did."""
+        share = torch.stack(self._counted).sum().double() / self._positions
+        self._counted, self._positions = [], 0
+        return share
 
     def chunks(self, hidden_TD: Tensor, targets_T: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Parts of at most `chunk_tokens` positions."""
@@ -112,15 +142,13 @@ class ChunkedLoss:
         """Sum of a chunk's losses, in fp32 nats."""
         assert self.project is not None, "this stage has no output head"
         logits = self.project(hidden_TD[None])
-        return token_losses(logits, targets_T[None], self._group, self._rank).sum()
+        return token_losses(logits, targets_T[None], self._group, self._rank, self._z_loss).sum()
 
 
 class _EarlyGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, counted: Tensor, loss: ChunkedLoss, expected: float
-    ) -> Tensor:
-        upstream = (expected / counted).float()
+    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, loss: ChunkedLoss, expected: float) -> Tensor:
+        upstream = hidden_TD.new_full((), expected / targets_T.numel(), dtype=torch.float32)
         sums: list[Tensor] = []
         gradients: list[Tensor] = []
         for hidden, targets in loss.chunks(hidden_TD, targets_T):
@@ -131,10 +159,10 @@ class _EarlyGradient(torch.autograd.Function):
             sums.append(chunk.detach())
         ctx.save_for_backward(torch.cat(gradients))
         ctx.expected = expected
-        return torch.stack(sums).sum() / counted
+        return torch.stack(sums).sum() / targets_T.numel()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         # Checked on the device, since the weights' gradients are in their buffers already.
         torch._assert_async(gradient == ctx.expected, "the loss got another gradient than early_gradient")
-        return ctx.saved_tensors[0], None, None, None, None
+        return ctx.saved_tensors[0], None, None, None

@@ -33,6 +33,8 @@ class Mesh:
     data_size: int
     tensor_group: dist.ProcessGroup
     device: torch.device
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks split the tokens between attention and MLP."""
 
     @property
     def layout(self) -> dict[str, int]:
@@ -111,12 +113,13 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         pipeline_size=parallel.pipeline,
         data_rank=coordinates.data,
         data_size=data_size,
-        tensor_group=_tensor_group(rank, world_size, parallel.tensor),
+        tensor_group=neighbours_group(parallel.tensor),
         device=device,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
     )
 
 
-def _tensor_group(rank: int, world_size: int, tensor_size: int) -> dist.ProcessGroup:
-    """The group of `tensor_size` consecutive ranks that this rank is in. Every rank makes every group, in order."""
-    groups = [dist.new_group(list(range(first, first + tensor_size))) for first in range(0, world_size, tensor_size)]
-    return groups[rank // tensor_size]
+def neighbours_group(size: int) -> dist.ProcessGroup:
+    """The group of `size` consecutive ranks that this rank is in. Every rank makes every group, in order."""
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    return groups[dist.get_rank() // size]

@@ -3,6 +3,12 @@
 A rank's layers are the model's own layers in narrower dimensions, so attention and MLP yield partial sums. Two
 conjugate operators complete them: `copy_to_ranks` before a split region (identity forward, sum of gradients
 backward) and `sum_over_ranks` after it (sum forward, identity backward).
+
+With sequence parallelism (arXiv 2205.05198) the ranks split the tokens outside of these regions, where norms and the
+residual stream would be the same on all: `gather_tokens` before a region (gather forward, reduce-scatter backward) and
+`scatter_sum` after it (reduce-scatter forward, gather backward). A sum is a reduce-scatter and a gather, so that the
+ranks exchange as much as without. A micro batch's B·T tokens are split in the order in which they lie in memory,
+whatever the sequence they belong to, so that nothing is copied; a rank's part has the shape [B, T / ranks, D].
 """
 
 from __future__ import annotations
@@ -54,6 +60,52 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SumOverRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _scattered(gradient, ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _gathered(gradient, ctx.group), None
+
+
+def gather_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' tokens, from a part of them on each; of the gradient's sum, each gets its own part."""
+    return _GatherTokens.apply(x_BTD, group)  # type: ignore[no-untyped-call]
+
+
+def scatter_sum(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Each rank's part of the sum over the group; all ranks get the whole gradient."""
+    return _ScatterSum.apply(x_BTD, group)  # type: ignore[no-untyped-call]
+
+
+def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    batch, tokens, *rest = part.shape
+    whole = part.new_empty(batch, tokens * dist.get_world_size(group), *rest)
+    dist.all_gather_into_tensor(whole.view(-1), part.contiguous().view(-1), group=group)
+    return whole
+
+
+def _scattered(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    batch, tokens, *rest = whole.shape
+    part = whole.new_empty(batch, tokens // dist.get_world_size(group), *rest)
+    dist.reduce_scatter_tensor(part.view(-1), whole.contiguous().view(-1), group=group)
+    return part
+
+
 def apply_tensor_parallel(layer: nn.Module, mesh: Mesh) -> None:
     """Complete a layer that was built in one rank's dimensions, and mark which of its parameters are split."""
     for name, parameter in layer.named_parameters():
@@ -63,21 +115,27 @@ def apply_tensor_parallel(layer: nn.Module, mesh: Mesh) -> None:
     if mesh.tensor_size == 1:
         return
     if isinstance(layer, TransformerBlock):
-        _split_region(layer.attention, mesh.tensor_group)
-        _split_region(layer.mlp, mesh.tensor_group)
+        _split_region(layer.attention, mesh)
+        _split_region(layer.mlp, mesh)
     elif isinstance(layer, TokenEmbedding):
         _split_vocabulary(layer, mesh)
     elif isinstance(layer, OutputHead):
-        _copy_input(layer, mesh.tensor_group)
+        _complete_input(layer, mesh)
 
 
-def _copy_input(region: nn.Module, group: dist.ProcessGroup) -> None:
-    region.register_forward_pre_hook(lambda _, args: (copy_to_ranks(args[0], group), *args[1:]))
+def _complete_input(region: nn.Module, mesh: Mesh) -> None:
+    complete = gather_tokens if mesh.sequence_parallel else copy_to_ranks
+    region.register_forward_pre_hook(lambda _, args: (complete(args[0], mesh.tensor_group), *args[1:]))
 
 
-def _split_region(region: nn.Module, group: dist.ProcessGroup) -> None:
-    _copy_input(region, group)
-    region.register_forward_hook(lambda _module, _args, output: sum_over_ranks(output, group))
+def _complete_sum(region: nn.Module, mesh: Mesh) -> None:
+    complete = scatter_sum if mesh.sequence_parallel else sum_over_ranks
+    region.register_forward_hook(lambda _module, _args, output: complete(output, mesh.tensor_group))
+
+
+def _split_region(region: nn.Module, mesh: Mesh) -> None:
+    _complete_input(region, mesh)
+    _complete_sum(region, mesh)
 
 
 def _split_vocabulary(embedding: TokenEmbedding, mesh: Mesh) -> None:
@@ -89,6 +147,7 @@ def _split_vocabulary(embedding: TokenEmbedding, mesh: Mesh) -> None:
     def look_up_own(ids_BT: Tensor) -> Tensor:
         foreign = (ids_BT < first) | (ids_BT >= first + size)
         vectors = lookup((ids_BT - first).masked_fill(foreign, 0))
-        return sum_over_ranks(vectors.masked_fill(foreign.unsqueeze(-1), 0), mesh.tensor_group)
+        return vectors.masked_fill(foreign.unsqueeze(-1), 0)
 
     embedding.word_embeddings.forward = look_up_own  # type: ignore[method-assign, assignment]
+    _complete_sum(embedding.word_embeddings, mesh)

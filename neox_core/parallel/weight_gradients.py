@@ -85,14 +85,14 @@ def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
     """Let every linear layer of a module add its weight gradient to DeepSpeed's fp32 accumulators.
 
     Args:
-        optimizer: DeepSpeed's BF16_Optimizer, which owns the accumulators. It skips those without its mark.
+        optimizer: the ShardedOptimizer, which owns the accumulators.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
 
     def accumulator(linear: nn.Linear) -> Accumulator:
         group, index = places[id(linear.weight)]
         buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
-        return Accumulator(buffer, partial(_mark, optimizer, group, index))
+        return Accumulator(buffer, partial(optimizer.on_gradient, group, index))
 
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -108,7 +108,3 @@ def _first(linear: LinearFunction, x: Tensor) -> Tensor:
 
 def _mlp(mlp: MLP, gate_and_up: LinearFunction, x_BTD: Tensor) -> Tensor:
     return mlp.w2(swiglu(*gate_and_up(x_BTD)))
-
-
-def _mark(optimizer: Any, group: int, index: int) -> None:
-    optimizer.fp32_groups_has_gradients[group][index] = True

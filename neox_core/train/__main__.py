@@ -54,6 +54,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     if "RANK" not in os.environ:  # neither torchrun nor a scheduler started us
         os.environ.update(_SINGLE_RANK)
 
+    if config.launch.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     from neox_core.train.lineage import ancestors
     from neox_core.train.run import TrainJob, train
 

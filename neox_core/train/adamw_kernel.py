@@ -81,7 +81,7 @@ def _adamw(
         master = tl.load(storage + at, mask=inside, other=0.0)
     denominator = tl.sqrt_rn(square) / bias_correction2_sqrt + eps
     master = master * keep - rate * (mean / denominator)
-    rounded = master.to(tl.bfloat16)
+    rounded = master.to(low_precision.dtype.element_ty)
     if PACKED:
         bits = master.to(tl.int32, bitcast=True)
         up = (rounded.to(tl.int16, bitcast=True).to(tl.int32) - (bits >> 16)) & 1

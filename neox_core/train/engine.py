@@ -10,19 +10,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
-from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions, OutputHead
 from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.stages import stage_bounds
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
-from neox_core.train.bf16_optimizer import ShardedBf16Optimizer
+from neox_core.train.sharded_optimizer import ShardedOptimizer
+from neox_core.train.verification import verify_master_weights
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -39,6 +42,19 @@ class _LayerSpec(LayerSpec):  # type: ignore[misc]
 def _pass_through(x: Any) -> Any:
     """Stands where NeoX transposes, so that layer numbers agree. Must not be a Module: it has no file."""
     return x
+
+
+class _Pipeline(PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's pipeline with stages that begin at given layers."""
+
+    def __init__(self, bounds: list[int], **named: Any) -> None:
+        self._bounds = bounds
+        super().__init__(**named)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
 def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineEngine:
@@ -59,7 +75,8 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     )
     engine = TrainingEngine(
         mesh=mesh,
-        packed=config.train.master_weights == "packed",
+        kv_group=_kv_group(config),
+        packed=config.train.master_weights == "packed" and config.train.precision == "bf16",
         args=None,
         model=module,
         optimizer=optimizer,
@@ -76,20 +93,25 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
 
 
 class TrainingEngine(PipelineEngine):  # type: ignore[misc]
-    """DeepSpeed's pipeline engine with our optimizer for bf16 parameters."""
+    """DeepSpeed's pipeline engine with our optimizer, in both precisions."""
 
-    def __init__(self, mesh: Mesh, packed: bool, **named: Any) -> None:
-        self._mesh, self._packed = mesh, packed
+    def __init__(self, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any) -> None:
+        self._mesh, self._kv_group, self._packed = mesh, kv_group, packed
+        self._backward_passes = 0
         super().__init__(**named)
-        self.using_bf16_optimizer = isinstance(self.optimizer, ShardedBf16Optimizer)
+        self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
 
-    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedBf16Optimizer:
-        return ShardedBf16Optimizer(
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return self._configure_bf16_optimizer(optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return ShardedOptimizer(
             optimizer,
             self.param_names,
             mesh=self._mesh,
+            kv_group=self._kv_group,
             packed=self._packed,
-            bfloat16_config=self._config.bfloat16_config,
+            bfloat16_config=BF16Config(enabled=True, immediate_grad_update=True),
             mpu=self.mpu,
             clip_grad=self.gradient_clipping(),
             allgather_bucket_size=self.zero_allgather_bucket_size(),
@@ -98,19 +120,51 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self._backward_passes += 1
+        if self._backward_passes == self.micro_batches:
+            self.optimizer.begin_reduction()
+        super()._exec_backward_pass(buffer_id)
+
+    # DeepSpeed looks functions up here, not by name.
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {schedule.BackwardPass: _exec_backward_pass}
+
     def _bf16_reduce_grads(self) -> None:
+        self._backward_passes = 0
         self.optimizer.reduce_gradients()
+        self.optimizer.counted_share = self._own_counted_share()
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """One step; the mean loss over the positions of the global batch that count."""
+        return super().train_batch(data_iter) / self.optimizer.counted_share
+
+    def eval_batch(self, *args: Any, **named: Any) -> Any:
+        """As DeepSpeed's, but the mean over the positions that count."""
+        result = super().eval_batch(*args, **named)
+        share = self._own_counted_share()
+        dist.all_reduce(share)
+        share = (share / self._mesh.data_size).clamp(min=1e-9).float()
+        return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
+
+    def _own_counted_share(self) -> Tensor:
+        """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
+        share = self.module.loss_fn.take_counted_share() if self.is_last_stage() else None
+        if share is None or self._mesh.tensor_rank:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return share
 
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:
     """DeepSpeed's own settings for the recipe."""
+    # Between stages, DeepSpeed would split activations among tensor-parallel ranks as if they had the same.
+    partitioned = not config.parallel.sequence
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
         "gradient_accumulation_steps": geometry.accumulation_steps,
         "gradient_clipping": config.train.gradient_clip,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
-        "pipeline": {"use_reentrant": False},
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": partitioned, "grad_partitioned": partitioned},
         "checkpoint": {"parallel_write": {"pipeline_stage": True}},
         "steps_per_print": 10**9,
     }
@@ -127,38 +181,13 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def verify_master_weights(engine: PipelineEngine) -> None:
-    """Check that the optimizer's fp32 master weights round to the model's weights, on every rank. Collective.
-
-    If they do not, the first step looks right and the second throws the loaded weights away.
-
-    Raises:
-        CheckpointError: they differ; on every rank, so that none waits for another.
-    """
-    optimizer = engine.optimizer
-    if isinstance(optimizer, ShardedBf16Optimizer):
-        different = optimizer.count_master_differences()
-    else:  # fp32 parameters: DeepSpeed's ZeRO-1
-        masters, partitions = optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups
-        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-        pairs = zip(masters, partitions, ranks, strict=True)
-        different = sum(int((master.detach() != parts[rank]).sum()) for master, parts, rank in pairs)
-    total = torch.tensor([different], device=engine.device)
-    dist.all_reduce(total)
-    if total.item():
-        raise CheckpointError(
-            f"{total.item()} fp32 master weights differ from the model's weights ({different} on rank "
-            f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
-        )
-
-
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
     dims = ModelDimensions.of(config.model, config.train.sequence_length, config.train.attention)
     recompute = config.train.activation_checkpointing == "full"
     dtype = parameter_dtype(config)
     attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
-    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank)
+    loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank, config.train.z_loss)
 
     def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
         layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, config.train.mask_documents)
@@ -171,12 +200,18 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
         return _pass_through if layer_type is None else _LayerSpec(layer_type, partial(build, index, layer_type))
 
-    return PipelineModule(
+    return _Pipeline(
+        stage_bounds(config),
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
         topology=mesh.topology,
         loss_fn=loss,
-        partition_method="type:transformerblock",
     )
+
+
+def _kv_group(config: RunConfig) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's KV head, if any do. Collective over all ranks."""
+    copies = config.parallel.tensor // config.model.num_kv_heads
+    return neighbours_group(copies) if copies > 1 else None
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -38,17 +38,18 @@ def unpack(low_precision: Tensor, low_bits: Tensor) -> Tensor:
 
 
 class MasterWeights:
-    """Master weights of one flat partition of bf16 parameters.
+    """Master weights of one flat partition of parameters.
 
     Args:
-        low_precision: the bf16 parameters, which the optimizer keeps equal to the rounded master weights.
+        low_precision: the bf16 parameters, which the optimizer keeps equal to the rounded master weights; or fp32
+            parameters, which are the master weights.
         packed: keep 2 bytes per parameter instead of 4.
     """
 
     def __init__(self, low_precision: Tensor, packed: bool) -> None:
         self.low_precision, self.packed = low_precision, packed
         self.storage = torch.zeros_like(low_precision, dtype=torch.int16) if packed else low_precision.float()
-        """int16 low bits if packed, fp32 numbers otherwise."""
+        """int16 low bits if packed, fp32 numbers otherwise: of fp32 parameters, their own memory."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """fp32 numbers of a range; a copy."""

@@ -117,18 +117,19 @@ def one_rank(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float) -> None:
+@pytest.mark.parametrize(("scale", "z_loss"), [(1.0, 0.0), (1e4, 0.0), (1.0, 0.01)])
+def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float, z_loss: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (scale * torch.randn(2, 64, 1000, generator=generator)).to("cuda", torch.bfloat16).requires_grad_()
     targets = torch.randint(1000, (2, 64), generator=generator).cuda()
     targets[0, :7] = IGNORED
-    losses = token_losses(logits, targets, one_rank, 0)
+    losses = token_losses(logits, targets, one_rank, 0, z_loss)
     exact = logits.detach().double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(
         exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-5, atol=1e-4)
     losses.sum().backward()
-    expected.sum().backward()
+    squares = exact.logsumexp(-1).square() * (targets != IGNORED)
+    (expected.sum() + z_loss * squares.sum()).backward()
     assert largest_error(logits.grad, exact.grad) < 2**-8

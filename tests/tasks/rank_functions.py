@@ -10,8 +10,8 @@ from pathlib import Path
 from neox_core.errors import DataError
 
 
-def sum_of_ranks(factor: int) -> dict[str, float]:
-    """Meet over gloo and add up the ranks."""
+def sum_of_ranks(factor: int) -> dict[str, float | str]:
+    """Meet over gloo and add up the ranks; what the environment says of them."""
     import torch
     import torch.distributed as dist
 
@@ -20,7 +20,8 @@ def sum_of_ranks(factor: int) -> dict[str, float]:
     dist.all_reduce(total)
     dist.destroy_process_group()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return {"sum": total.item(), **{name: int(os.environ[name]) for name in names}}
+    variables = {name: int(os.environ[name]) for name in names}
+    return {"sum": total.item(), **variables, "DS_ACCELERATOR": os.environ["DS_ACCELERATOR"]}
 
 
 def count_starts(folder: str, until: str | None = None) -> int:

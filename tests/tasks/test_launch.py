@@ -55,8 +55,8 @@ def test_two_ranks_meet_and_return_their_results(tmp_path: Path) -> None:
     job = submit(tmp_path, rank_functions.sum_of_ranks, 10)
     assert job.state() == "running"
     assert job.results() == [
-        {"sum": 30.0, "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2},
-        {"sum": 30.0, "RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2},
+        {"sum": 30.0, "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "DS_ACCELERATOR": "cpu"},
+        {"sum": 30.0, "RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "DS_ACCELERATOR": "cpu"},
     ]
     assert job.state() == "completed"
     assert job.done()
@@ -280,7 +280,9 @@ def test_what_slurm_is_asked_for(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
 
 def test_no_gpus_are_asked_for_on_cpus(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     submit_to_slurm(tmp_path, device="cpu")
-    assert "--gpus" not in (fake_slurm.folder / "submission.sh").read_text()
+    script = (fake_slurm.folder / "submission.sh").read_text()
+    assert "--gpus" not in script
+    assert script.index("export DS_ACCELERATOR=cpu\n") < script.index("\nsrun")
 
 
 @pytest.mark.parametrize(

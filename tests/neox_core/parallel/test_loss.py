@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,39 +52,46 @@ def cases() -> dict[str, Case]:
     }
 
 
-def compute_all() -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """One rank's losses and its part of the logits' gradients, for every case and size of the group."""
+Results = dict[tuple[str, int, float], tuple[Tensor, Tensor]]
+Z_LOSSES = (0.0, 0.03)
+
+
+def compute_all() -> Results:
+    """One rank's losses and its part of the logits' gradients, for every case, size of the group and z-loss."""
     torch.manual_seed(0)
     dist.init_process_group("gloo")
-    results = {}
+    results: Results = {}
     for size in SIZES:
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
         which, rank = divmod(dist.get_rank(), size)
-        for name, case in cases().items():
+        for (name, case), z_loss in itertools.product(cases().items(), Z_LOSSES):
             logits = case.logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
-            losses = token_losses(logits, case.targets, groups[which], rank)
+            losses = token_losses(logits, case.targets, groups[which], rank, z_loss)
             losses.backward(case.upstream)
             assert logits.grad is not None
-            results[name, size] = losses.detach(), logits.grad
+            results[name, size, z_loss] = losses.detach(), logits.grad
     dist.destroy_process_group()
     return results
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[tuple[str, int], tuple[Tensor, Tensor]]]:
+def ranks() -> list[Results]:
     return run_ranks(compute_all, max(SIZES))
 
 
+@pytest.mark.parametrize("z_loss", Z_LOSSES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", cases())
-def test_values_and_gradients(ranks: list[Any], name: str, size: int) -> None:
+def test_values_and_gradients(ranks: list[Any], name: str, size: int, z_loss: float) -> None:
+    """The value is the cross-entropy; the gradient is that of the cross-entropy and z_loss (log Z)^2."""
     case = cases()[name]
     exact = case.logits.double().requires_grad_()
     expected = F.cross_entropy(
         exact.flatten(0, 1), case.targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(case.targets)
-    expected.backward(case.upstream.double())
-    results = [rank[name, size] for rank in ranks]
+    squares = exact.logsumexp(-1).square() * (case.targets != IGNORED)
+    (expected + z_loss * squares).backward(case.upstream.double())
+    results = [rank[name, size, z_loss] for rank in ranks]
     for losses, _ in results:
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=2e-6)
@@ -105,13 +113,15 @@ def alone(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
 
 @pytest.mark.parametrize("early", [False, True], ids=["recomputed", "early gradient"])
 def test_chunked_loss(alone: dist.ProcessGroup, early: bool) -> None:
-    """Mean over the positions that count, its gradient of the hidden states, and that of the head's weight."""
+    """Sum over the positions that count, its gradient of the hidden states, and that of the head's weight."""
     torch.manual_seed(0)
     head, hidden = nn.Linear(8, VOCABULARY, bias=False), torch.randn(2, 15, 8, requires_grad=True)
     targets = torch.randint(VOCABULARY, (2, 15))
     targets[0, 3:9] = IGNORED
     exact = [x.detach().double().requires_grad_() for x in (head.weight, hidden)]
-    F.cross_entropy((exact[1] @ exact[0].t()).flatten(0, 1), targets.flatten(), ignore_index=IGNORED).div(4).backward()
+    logits = (exact[1] @ exact[0].t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / 30
+    (expected / 4).backward()
 
     weight_gradient = torch.zeros(VOCABULARY, 8)
     project = accumulating([head], [Accumulator(weight_gradient, lambda: None)])
@@ -121,8 +131,7 @@ def test_chunked_loss(alone: dist.ProcessGroup, early: bool) -> None:
     value = loss(hidden, targets)
     value.div(4).backward()
 
-    logits = exact[1] @ exact[0].t()
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    assert float(loss.take_counted_share()) == 24 / 30
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(weight_gradient.double(), exact[0].grad, rtol=1e-5, atol=1e-6)
     assert hidden.grad is not None

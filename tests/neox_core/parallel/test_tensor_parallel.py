@@ -56,14 +56,28 @@ def weights(layer_type: type[nn.Module], rank: int | None) -> Weights:
     }
 
 
-def pass_through(layer: nn.Module, rank: int | None) -> dict[str, Any]:
+def tokens_of(x: Tensor, rank: int) -> Tensor:
+    """A rank's half of the tokens, as memory has them."""
+    return x.flatten(0, 1).chunk(RANKS)[rank].unflatten(0, (2, 3))
+
+
+def whole_batch(parts: list[Tensor]) -> Tensor:
+    """What `tokens_of` cut."""
+    return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (2, 6))
+
+
+def pass_through(layer: nn.Module, rank: int | None, sequence: bool = False) -> dict[str, Any]:
     """Output, and the gradients of the input and of every weight, for a fixed gradient of the output."""
     embedding = isinstance(layer, TokenEmbedding)
-    x = IDS if embedding else random(2, 6, 32, seed=10).requires_grad_()
-    output = layer(x)
+    x = IDS if embedding else random(2, 6, 32, seed=10)
     upstream = random(2, 6, 12 if isinstance(layer, OutputHead) else 32, seed=11)
     if isinstance(layer, OutputHead) and rank is not None:
         upstream = upstream.chunk(RANKS, -1)[rank]
+    elif sequence and rank is not None:
+        upstream = tokens_of(upstream, rank)
+    if not embedding:
+        x = (tokens_of(x, rank) if sequence and rank is not None else x).requires_grad_()
+    output = layer(x)
     output.backward(upstream)
     return {
         "output": output.detach(),
@@ -91,13 +105,16 @@ def compute_all() -> dict[Any, Any]:
     from neox_core.parallel.mesh import build_mesh, init_distributed
     from neox_core.parallel.tensor_parallel import apply_tensor_parallel
 
-    mesh = build_mesh(ParallelConfig(tensor=RANKS), init_distributed(LaunchConfig(device="cpu")))
-    results: dict[Any, Any] = {"operators": operators(mesh.tensor_group, mesh.rank)}
-    for layer_type in LAYERS:
-        layer = layer_type(DIMS.shard(RANKS))
-        layer.load_state_dict(weights(layer_type, mesh.tensor_rank))
-        apply_tensor_parallel(layer, mesh)
-        results[layer_type] = pass_through(layer, mesh.tensor_rank)
+    device = init_distributed(LaunchConfig(device="cpu"))
+    results: dict[Any, Any] = {}
+    for sequence in (False, True):
+        mesh = build_mesh(ParallelConfig(tensor=RANKS, sequence=sequence), device)
+        results["operators"] = operators(mesh.tensor_group, mesh.rank)
+        for layer_type in LAYERS:
+            layer = layer_type(DIMS.shard(RANKS))
+            layer.load_state_dict(weights(layer_type, mesh.tensor_rank))
+            apply_tensor_parallel(layer, mesh)
+            results[layer_type, sequence] = pass_through(layer, mesh.tensor_rank, sequence)
     return results
 
 
@@ -124,25 +141,37 @@ def whole(layer_type: type[nn.Module]) -> dict[str, Any]:
     return pass_through(layer, None)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("layer_type", LAYERS)
-def test_forward_and_input_gradient(ranks: list[dict[Any, Any]], layer_type: type[nn.Module]) -> None:
+def test_forward_and_input_gradient(ranks: list[dict[Any, Any]], layer_type: type[nn.Module], sequence: bool) -> None:
     expected = whole(layer_type)
-    outputs = [rank[layer_type]["output"] for rank in ranks]
+    outputs = [rank[layer_type, sequence]["output"] for rank in ranks]
+    gradients = [rank[layer_type, sequence]["input gradient"] for rank in ranks]
     if layer_type is OutputHead:
         outputs = [torch.cat(outputs, dim=-1)]
+    elif sequence:
+        outputs = [whole_batch(outputs)]
+    if sequence and layer_type is not TokenEmbedding:
+        gradients = [whole_batch(gradients)]
     for output in outputs:
         torch.testing.assert_close(output, expected["output"])
-    for rank in ranks:
-        torch.testing.assert_close(rank[layer_type]["input gradient"], expected["input gradient"])
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, expected["input gradient"])
 
 
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("layer_type", LAYERS)
-def test_weight_gradients(ranks: list[dict[Any, Any]], layer_type: type[nn.Module]) -> None:
-    """A split weight's gradient is its part of the whole one; a norm's is the whole one, the same on both ranks."""
+def test_weight_gradients(ranks: list[dict[Any, Any]], layer_type: type[nn.Module], sequence: bool) -> None:
+    """A split weight's gradient is its part of the whole one; a norm's is the whole one, the same on both ranks.
+
+    Of ranks that split the tokens, each has its tokens' part of a norm's gradient.
+    """
     expected = whole(layer_type)["gradients"]
-    found = [rank[layer_type]["gradients"] for rank in ranks]
+    found = [rank[layer_type, sequence]["gradients"] for rank in ranks]
     for name, gradient in expected.items():
-        if name.endswith("scale"):
+        if name.endswith("scale") and sequence:
+            torch.testing.assert_close(found[0][name] + found[1][name], gradient, msg=name)
+        elif name.endswith("scale"):
             assert torch.equal(found[0][name], found[1][name]), name
             torch.testing.assert_close(found[0][name], gradient, msg=name)
         else:
@@ -166,4 +195,4 @@ def test_split_parameters_are_marked(ranks: list[dict[Any, Any]]) -> None:
         OutputHead: {"final_linear.weight"},
     }
     for rank in ranks:
-        assert {layer_type: rank[layer_type]["split"] for layer_type in LAYERS} == expected
+        assert {layer_type: rank[layer_type, False]["split"] for layer_type in LAYERS} == expected

@@ -19,7 +19,6 @@ from tests.neox_core.train.small_training import MODELS, config_for, rank_batche
 
 RANKS = 2
 STEPS = 6
-PRECISIONS = ("bf16", "fp32")
 LAYOUTS = {"tensor": (2, 1, 1), "data": (1, 1, 2)}
 
 
@@ -36,7 +35,7 @@ def build(config: RunConfig, shards: Path) -> tuple[Any, Any]:
 def verdict(engine: Any) -> str:
     """What verify_master_weights says."""
     from neox_core.errors import CheckpointError
-    from neox_core.train.engine import verify_master_weights
+    from neox_core.train.verification import verify_master_weights
 
     try:
         verify_master_weights(engine)
@@ -48,11 +47,7 @@ def verdict(engine: Any) -> str:
 @torch.no_grad()
 def verdicts(engine: Any, rank: int) -> dict[str, str]:
     """Before, during and after faults that exist on rank 1 alone."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "masters"):
-        masters = [master.storage for master in optimizer.masters]
-    else:
-        masters = optimizer.single_partition_of_fp32_groups
+    masters = [master.storage for master in engine.optimizer.masters]
     parameters = list(engine.module.parameters())
     sizes = sum(p.numel() for p in parameters)
     found = {"built": verdict(engine), "parameters": str(sizes)}
@@ -64,9 +59,58 @@ def verdicts(engine: Any, rank: int) -> dict[str, str]:
         p.copy_(old)
     found["restored"] = verdict(engine)
     if rank == 1:
+        parameters[0].view(-1)[5] += 1.0
+    found["a weight that rank 0 owns"] = verdict(engine)
+    if rank == 1:
+        parameters[0].copy_(kept[0])
+        engine.optimizer.bf16_groups[1][0][3] += 1.0
+        engine.optimizer.masters[1].reset()
+    found["a norm that agrees with its master"] = verdict(engine)
+    if rank == 1:
+        for p, old in zip(parameters, kept, strict=True):
+            p.copy_(old)
+        engine.optimizer.masters[1].reset()
         masters[0][3] += 1.0
     found["one other master"] = verdict(engine)
     return found
+
+
+def train_overlapping(config: RunConfig, shards: Path, overlap: bool) -> dict[str, Any]:
+    """A training whose gradients are summed in buckets, or at the end of the step; and how many were under way then."""
+    mesh, engine = build(config, shards)
+    reduction, under_way = engine.optimizer.reduction, []
+    reduction.bucket_elements = 4096
+    finish = reduction.finish
+
+    def note_and_finish() -> None:
+        under_way.append(reduction.buckets_under_way)
+        finish()
+
+    reduction.finish = note_and_finish
+    if not overlap:
+        engine.optimizer.begin_reduction = lambda: None
+    batches = rank_batches(config, mesh.data_rank)
+    losses = [float(engine.train_batch(batches)) for _ in range(STEPS)]
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    return {"losses": losses, "weights": weights, "under way": under_way}
+
+
+def steps(engine: Any, batches: Any, count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each of the next steps."""
+    return [(float(engine.train_batch(batches)), float(engine.get_global_grad_norm())) for _ in range(count)]
+
+
+def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]:
+    """What follows a saved step in the engine that saved it, and in a new one that loads it."""
+    mesh, engine = build(config, shards)
+    batches = rank_batches(config, mesh.data_rank)
+    steps(engine, batches, 2)
+    engine.save_checkpoint(str(folder), tag="global_step2")
+    went_on = steps(engine, batches, 2)
+    _, resumed = build(config, shards)
+    resumed.load_checkpoint(str(folder), tag="global_step2")
+    assert verdict(resumed) == "equal"
+    return [went_on, steps(resumed, rank_batches(config, mesh.data_rank, first_step=3), 2)]
 
 
 def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, Any]:
@@ -83,19 +127,25 @@ def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, 
     return {"losses": losses, "gradient norms": gradient_norms, "scales": scales}
 
 
-def examine(shards: dict[str, Path]) -> dict[Any, Any]:
+def examine(shards: dict[str, Path], scratch: Path) -> dict[Any, Any]:
     """Everything that one of two ranks finds out."""
     found: dict[Any, Any] = {}
-    for precision in PRECISIONS:
-        for name, layout in LAYOUTS.items():
-            mesh, engine = build(config_for("gqa", *layout, precision=precision), shards[name])
-            found[precision, name] = verdicts(engine, mesh.rank)
+    for name, layout in LAYOUTS.items():
+        mesh, engine = build(config_for("gqa", *layout, precision="bf16"), shards[name])
+        found[name] = verdicts(engine, mesh.rank)
     config = config_for("gqa", 2, 1, 1, precision="bf16")
     found["full"] = train(config, shards["tensor"])
     found["none"] = train(
         config_for("gqa", 2, 1, 1, precision="bf16", activation_checkpointing="none"), shards["tensor"]
     )
     found["validated"] = train(config, shards["tensor"], validate=True)
+    for overlap in (True, False):
+        config = config_for("gqa", 1, 1, 2, precision="bf16")
+        found["overlap", overlap] = train_overlapping(config, shards["data"], overlap)
+    for changes in ({"precision": "fp32"}, {"precision": "bf16", "master_weights": "packed"}):
+        config = config_for("gqa", 1, 1, 2, **changes)
+        name = "-".join(changes.values())
+        found["resumed", name] = go_on_and_resume(config, shards["data"], scratch / name)
     return found
 
 
@@ -107,14 +157,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     for name, (tensor, pipeline, _) in LAYOUTS.items():
         shards[name] = tmp_path_factory.mktemp(name)
         convert(base, shards[name], MODELS["gqa"], ParallelConfig(tensor=tensor, pipeline=pipeline))
-    return run_ranks(examine, RANKS, shards)
+    return run_ranks(examine, RANKS, shards, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], precision: str, layout: str) -> None:
+def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], layout: str) -> None:
     """A fault on one rank is raised on both: a rank that went on would wait for the other for ever."""
-    for rank, found in enumerate(result[precision, layout] for result in ranks):
+    for rank, found in enumerate(result[layout] for result in ranks):
         assert found["built"] == found["restored"] == "equal"
         several = re.match(
             r"(\d+) fp32 master weights differ .* \((\d+) on rank (\d)\)", found["other weights in the model"]
@@ -124,6 +173,9 @@ def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], pr
         assert int(several[2]) == (int(several[1]) if rank == 1 else 0)
         # Of rank 1's own partition all weights differ: it has the whole or, with data parallelism, half the model.
         assert int(several[1]) == pytest.approx(int(found["parameters"]) / LAYOUTS[layout][2], rel=0.01)
+        if layout == "data":  # of tensor-parallel ranks, each owns all that it has
+            assert found["a weight that rank 0 owns"].startswith("ranks [1] have loaded other weights")
+        assert found["a norm that agrees with its master"].startswith("ranks [1] have loaded other weights")
         assert found["one other master"].startswith(f"1 fp32 master weights differ from the model's weights ({rank} on")
 
 
@@ -138,6 +190,25 @@ def test_validation_does_not_disturb_training(ranks: list[dict[Any, Any]]) -> No
         assert rank["full"]["losses"] == rank["validated"]["losses"]
         assert rank["full"]["gradient norms"] == rank["validated"]["gradient norms"]
         assert len(set(rank["full"]["losses"])) == STEPS
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16-packed"])
+def test_a_resumed_training_goes_on_bit_by_bit(ranks: list[dict[Any, Any]], kind: str) -> None:
+    for rank in ranks:
+        went_on, resumed = rank["resumed", kind]
+        assert went_on == resumed
+        assert went_on[0] != went_on[1]
+
+
+def test_overlapping_reduction_changes_no_bit(ranks: list[dict[Any, Any]]) -> None:
+    """Of 74,048 weights in two partitions, 18 buckets of 4,096 but for the embedding's 8,192 and a rest."""
+    for rank in ranks:
+        overlapped, at_the_end = rank["overlap", True], rank["overlap", False]
+        assert overlapped["losses"] == at_the_end["losses"]
+        for name, weight in overlapped["weights"].items():
+            assert torch.equal(weight, at_the_end["weights"][name]), name
+        assert at_the_end["under way"] == [0] * STEPS
+        assert min(overlapped["under way"]) > 10
 
 
 def test_norms_stay_equal_on_tensor_parallel_ranks(ranks: list[dict[Any, Any]]) -> None:

@@ -20,16 +20,15 @@ from neox_core.config import RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS, config_for, rank_batches, tokens
 
-BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
+BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 1)]
 
 
-def train_rank(configs: dict[str, RunConfig], shards: Path) -> dict[str, dict[str, Any]]:
-    """One rank: the training of each configuration, which differ in precision alone."""
+def train_rank(configs: dict[Any, RunConfig], shards: Path) -> dict[Any, dict[str, Any]]:
+    """One rank: the training of each configuration, which have the same shards."""
     from neox_core.parallel.mesh import build_mesh, init_distributed
 
-    first = next(iter(configs.values()))
-    mesh = build_mesh(first.parallel, init_distributed(first.launch))
-    return {name: train_once(config, mesh, shards) for name, config in configs.items()}
+    device = init_distributed(next(iter(configs.values())).launch)
+    return {key: train_once(config, build_mesh(config.parallel, device), shards) for key, config in configs.items()}
 
 
 def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
@@ -53,6 +52,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
         "norms": norms,
         "logits": None if logits is None else logits.float().numpy(),
         "place": (mesh.pipeline_rank, mesh.data_rank, mesh.tensor_rank),
+        "weights": {name: p.detach().float().numpy() for name, p in engine.module.named_parameters()},
     }
 
 
@@ -108,25 +108,40 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
 # Data parallelism does not depend on the kind of attention: GQA alone covers it.
 LAYOUTS = [("gqa", *layout) for layout in itertools.product((1, 2), repeat=3)]
 LAYOUTS += [("mha", *layout, 1) for layout in itertools.product((1, 2), repeat=2)]
+LAYOUTS += [("gqa", 4, 1, 1)]  # in pairs, four ranks have the same of two KV heads
+
+
+def variants(model: str, layout: tuple[int, ...]) -> dict[tuple[str, bool], RunConfig]:
+    """The trainings of a layout by precision and whether the tokens are split."""
+    precisions = ("fp32", "bf16") if model == "gqa" and layout in BF16_LAYOUTS else ("fp32",)
+    splits = ((True, False) if model == "gqa" else (True,)) if layout[0] > 1 else (False,)
+    configs = {}
+    for precision, sequence in itertools.product(precisions, splits):
+        config = config_for(model, *layout, precision=precision)
+        parallel = config.parallel.model_copy(update={"sequence": sequence})
+        configs[precision, sequence] = config.model_copy(update={"parallel": parallel})
+    return configs
 
 
 Train = Callable[..., list[dict[str, Any]]]
-"""(model, tensor, pipeline, data, precision) -> what each rank returned."""
+"""(model, tensor, pipeline, data, precision, sequence) -> what each rank returned."""
 
 
 @pytest.fixture(scope="module")
 def train(references: dict[str, tuple[Path, dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Trains a layout when it is first asked for, in both precisions where both are tested."""
+    """Trains a layout when it is first asked for, in all variants that are tested."""
     done: dict[Any, list[dict[str, Any]]] = {}
 
-    def results(model: str, *layout: int, precision: str = "fp32") -> list[dict[str, Any]]:
+    def results(
+        model: str, *layout: int, precision: str = "fp32", sequence: bool | None = None
+    ) -> list[dict[str, Any]]:
+        wanted = precision, layout[0] > 1 if sequence is None else sequence
         if (model, layout) not in done:
-            both = model == "gqa" and layout in BF16_LAYOUTS
-            configs = {name: config_for(model, *layout, precision=name) for name in ("fp32", "bf16")[: 1 + both]}
+            configs = variants(model, layout)
             shards = tmp_path_factory.mktemp("shards")
-            convert(references[model][0], shards, configs["fp32"].model, configs["fp32"].parallel)
+            convert(references[model][0], shards, MODELS[model], configs[wanted].parallel)
             done[model, layout] = run_ranks(train_rank, math.prod(layout), configs, shards)
-        return [rank[precision] for rank in done[model, layout]]
+        return [rank[wanted] for rank in done[model, layout]]
 
     return results
 
@@ -145,6 +160,38 @@ def test_layout_equals_plain_loop(
     logits = np.concatenate([rank["logits"] for rank in last], axis=-1)
     rows = slice(BATCH - 2 * data, BATCH - 2 * data + 2)
     np.testing.assert_allclose(logits, expected["logits"][rows], atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [layout for model, *layout in LAYOUTS if model == "gqa" and layout[0] > 1])
+def test_splitting_the_tokens_changes_nothing(train: Train, layout: list[int]) -> None:
+    for split, whole in zip(train("gqa", *layout), train("gqa", *layout, sequence=False), strict=True):
+        np.testing.assert_allclose(split["losses"], whole["losses"], rtol=1e-5)
+        np.testing.assert_allclose(split["norms"], whole["norms"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in BF16_LAYOUTS if layout[0] > 1])
+def test_splitting_the_tokens_in_bf16(train: Train, layout: tuple[int, int, int]) -> None:
+    split, whole = (train("gqa", *layout, precision="bf16", sequence=sequence) for sequence in (True, False))
+    for one, other in zip(split, whole, strict=True):
+        np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-2)
+        np.testing.assert_allclose(one["norms"], other["norms"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replicated_weights_stay_the_same(train: Train, precision: str) -> None:
+    """Four ranks have all norms and, in pairs, the same KV head of width 8, at 2 query heads' rows of 8 + 4 + 4."""
+    ranks = [rank["weights"] for rank in train("gqa", 4, 1, 1, precision=precision)]
+    for name, weight in ranks[0].items():
+        others = [rank[name] for rank in ranks[1:]]
+        if weight.ndim == 1:
+            assert all(np.array_equal(weight, other) for other in others), name
+            assert not (weight == 1).all()
+        elif "query_key_value" in name:
+            heads = [rank[name].reshape(2, 16, -1) for rank in ranks]
+            for first, second in ((0, 1), (2, 3)):
+                assert np.array_equal(heads[first][:, 8:], heads[second][:, 8:]), name
+                assert not np.array_equal(heads[first][:, :8], heads[second][:, :8]), name
+            assert not np.array_equal(heads[0][:, 8:], heads[2][:, 8:]), name
 
 
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)
