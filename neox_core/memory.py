@@ -89,12 +89,6 @@ def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memo
     )
 
 
-def fullest_stage(config: RunConfig, geometry: BatchGeometry) -> tuple[int, Memory]:
-    """The pipeline stage whose ranks need the most memory, and how much."""
-    stages = [(stage, stage_memory(config, geometry, stage)) for stage in range(config.parallel.pipeline)]
-    return max(stages, key=lambda entry: entry[1].total)
-
-
 def stage_layers(config: RunConfig, stage: int) -> int:
     """Transformer layers on one pipeline stage."""
     return pipeline_layers(config)[stage]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from neox_core.activations import block_bytes
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, load_config
 from neox_core.errors import ConfigError
-from neox_core.memory import fullest_stage, parameter_count, rank_dimensions, stage_layers, stage_memory
+from neox_core.memory import parameter_count, rank_dimensions, stage_layers, stage_memory
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.plan import flops_per_token, plan
 
@@ -106,12 +106,20 @@ def test_the_last_stage_holds_logits() -> None:
 
 
 def test_the_fullest_stage_is_found() -> None:
-    config = load("llemma_34b", pipeline=2)
-    geometry = geometry_of(16, accumulation_steps=32)
-    stages = [stage_memory(config, geometry, stage) for stage in range(2)]
-    stage, memory = fullest_stage(config, geometry)
-    assert memory.total == max(entry.total for entry in stages)
-    assert stages[stage] == memory
+    config = load("llemma_34b", pipeline=4)
+    made = plan(config)
+    totals = [stage_memory(config, made.batch, stage).total for stage in range(4)]
+    assert [stage.memory.total for stage in made.stages] == totals
+    assert made.memory.total == max(totals) == totals[made.fullest_stage]
+
+
+def test_fits_or_not() -> None:
+    made = plan(load("llemma_34b"))
+    need = made.memory.total / 2**30 + 2  # what the plan does not count
+    assert plan(load("llemma_34b"), gpu_memory_gib=need + 0.01).spare > 0
+    enough, little = (dict(plan(load("llemma_34b"), gpu_memory_gib=size).rows()) for size in (80, 32))
+    assert enough["fits 80 GiB less 2 GiB for CUDA and NCCL"].startswith("yes, 45.")
+    assert little["fits 32 GiB less 2 GiB for CUDA and NCCL"].startswith("no, 2.")
 
 
 def measured(layers: int, name: str, micro_batch: int, master: str) -> float:
@@ -197,7 +205,7 @@ def test_rows_are_readable() -> None:
     rows = dict(plan(load("llemma_34b")).rows())
     assert rows["parameters"] == "33,743,970,304"
     assert rows["GPUs"] == "256 = TP 8 x PP 1 x DP 32"
-    assert rows["  gradients"] == "15.72 GiB"
+    assert rows["memory per GPU"] == "32.18 GiB"
     assert rows["FLOPs per step"] == "923,663 TFLOP (883,130 TFLOP causal)"
     assert rows["run"] == "12,000 steps = 50.33 billion tokens"
     assert rows["run time"] == "96.37 hours = 24,670 GPU hours"
@@ -208,3 +216,5 @@ def test_figures_out_of_range() -> None:
         plan(load("toy"), utilisation=40)
     with pytest.raises(ConfigError, match=r"peak_tflops 0 is not positive"):
         plan(load("toy"), peak_tflops=0)
+    with pytest.raises(ConfigError, match=r"gpu_memory_gib -1 is not positive"):
+        plan(load("toy"), gpu_memory_gib=-1)
