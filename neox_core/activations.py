@@ -57,12 +57,23 @@ def working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeome
     passed = hidden // tensor
     received = passed + (tensor == 1) * flying * hidden if stage > 0 else 0
     if stage == stages - 1:
-        # Of the last micro batch too, whose graph holds its input and the input's gradient.
-        results = (1 + (geometry.accumulation_steps > 1) * (3 if stage > 0 else 1)) * hidden
-        loss = max(3 * hidden, 2 * hidden + _chunk_logits(config, dims))
-        return received + results + max(loss, hidden + block)
+        return received + _last_stage_working(config, dims, geometry, stage > 0)
     restored = 2 * hidden if tensor > 1 else 0  # the stage's result and its gradient
     return received + (flying + 1) * passed + max(3 * hidden, restored + block)
+
+
+def _last_stage_working(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, receives: bool) -> int:
+    """DeepSpeed keeps the results of the last two micro batches, whose graphs hold their inputs and gradients of these.
+
+    One of them is replaced before the loss.
+    """
+    hidden = DTYPE_BYTES[config.train.precision] * dims.hidden_size * micro_batch_tokens(config)
+    result = (3 if receives else 1) * hidden
+    old = min(2, geometry.accumulation_steps - 1)
+    forward = old * result + (3 if config.train.activation_checkpointing == "selective" else 2) * hidden
+    loss = max(3 * hidden, 2 * hidden + _chunk_logits(config, dims))
+    backward = min(1, old) * result + hidden + max(loss, hidden + _block_working(config, dims, hidden))
+    return max(forward, backward)
 
 
 def _block_working(config: RunConfig, dims: ModelDimensions, hidden: int) -> int:
