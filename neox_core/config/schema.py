@@ -295,7 +295,9 @@ class TrainConfig(Section):
         "fp32", description="packed: only what bf16 cuts off; 2 bytes less"
     )
     gradient_clip: PositiveFloat = 1.0
-    activation_checkpointing: Literal["none", "full"] = "full"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "full", description="computed again in the backward pass: nothing, all but matrix products, or all"
+    )
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
         "auto", description="kernel; auto: the fastest that is installed"

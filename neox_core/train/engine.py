@@ -87,9 +87,14 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     )
     verify_master_weights(engine)
     if mesh.device.type == "cuda" and config.train.precision == "bf16":
-        accumulate_linear_gradients(module, engine.optimizer)
-        module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
+        accumulate_in_products(engine, geometry)
     return engine
+
+
+def accumulate_in_products(engine: PipelineEngine, geometry: BatchGeometry) -> None:
+    """Let matrix products add the weights' gradients to the optimizer's buffers, the head's beside the loss."""
+    accumulate_linear_gradients(engine.module, engine.optimizer)
+    engine.module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
 
 
 class TrainingEngine(PipelineEngine):  # type: ignore[misc]
@@ -183,7 +188,7 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
 
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
     dims = ModelDimensions.of(config.model, config.train.sequence_length, config.train.attention)
-    recompute = config.train.activation_checkpointing == "full"
+    recompute = config.train.activation_checkpointing
     dtype = parameter_dtype(config)
     attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 

@@ -43,6 +43,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.masters = [
             MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
         ]
+        for parameter in (p for group in self.bf16_groups for p in group):
+            parameter._hp_mapping = None  # views of DeepSpeed's fp32 copy, which would keep it in memory
         for group, handle in enumerate(self.fp32_groups_flat_partition):
             # DeepSpeed's own fp32 copy only remains as the key of the optimizer's state.
             handle.data = torch.empty(0, device=handle.device)
@@ -50,8 +52,6 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             gradient = self.fp32_groups_gradient_flat_partition[group]
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        for parameter in (p for group in self.bf16_groups for p in group):
-            parameter._hp_mapping = None  # views of that copy, which would keep it in memory
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
         same. After it: the share of the global batch's."""
