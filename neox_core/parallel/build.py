@@ -59,7 +59,8 @@ def build_layer(
         join_residuals(layer)
         if mesh.tensor_size > dims.num_kv_heads:
             mark_shared_rows(layer, dims.shard(mesh.tensor_size))
-        apply_recompute(layer, recompute, partial(gathered, group=mesh.tensor_group) if mesh.sequence_parallel else None)
+        gather = partial(gathered, group=mesh.tensor_group) if mesh.sequence_parallel else None
+        apply_recompute(layer, recompute, gather)
     if positions:
         _carry_positions(layer)
     return layer

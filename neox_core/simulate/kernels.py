@@ -16,7 +16,7 @@ from torch import Tensor
 from neox_core.model import elementwise, llama, residual
 from neox_core.parallel import loss, weight_gradients
 from neox_core.simulate.recorder import Recorder
-from neox_core.train import bf16_optimizer
+from neox_core.train import sharded_optimizer
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def gpu_kernels(recorder: Recorder) -> Iterator[None]:
         *((residual, name, recorder.as_kernel(getattr(elementwise, name))) for name in _WITHOUT_GRAPH),
         (loss, "_whole_vocabulary_losses", compiled(loss._whole_vocabulary_losses, keeps=(0, 1))),
         (weight_gradients, "add_outer_product", _add_outer_product),
-        (bf16_optimizer, "adamw_update", lambda *_: None),
+        (sharded_optimizer, "adamw_update", lambda *_: None),
     ]
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:
