@@ -28,8 +28,9 @@ from neox_core.data.dataset import MixtureDataset, open_training_data, open_vali
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.shared_store import shared_store
+from neox_core.parallel.stages import pipeline_layers
 from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
-from neox_core.train.engine import build_engine, parameter_dtype, verify_master_weights
+from neox_core.train.engine import build_engine, parameter_dtype
 from neox_core.train.hardware import peak_flops
 from neox_core.train.lineage import Ancestor, check_consumed, inherit_metrics, newest_checkpoint
 from neox_core.train.loop import Loop
@@ -37,6 +38,7 @@ from neox_core.train.metrics import MetricsLog
 from neox_core.train.profiler import StepProfiler
 from neox_core.train.startup import check_ranks_agree, startup_facts
 from neox_core.train.telemetry import Telemetry
+from neox_core.train.verification import verify_master_weights
 from neox_core.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     )
     engine.checkpoint_engine = writer
     watchdog.beat("resuming")
-    start = _resume(engine, store, job, mesh, data)
+    start = _resume(config, engine, store, job, mesh, data)
     save_state = make_save(engine, writer, job.output / "checkpoints")
 
     with (
@@ -195,17 +197,24 @@ def _shared_attempt_id() -> str:
     return ids[0]
 
 
-def _resume(engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh, data: MixtureDataset) -> int:
+def _layout(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """What the optimizer's files depend on: the ranks, and the layers of each stage if there are several."""
+    if mesh.pipeline_size == 1:
+        return mesh.layout
+    return mesh.layout | {"pipeline_layers": list(pipeline_layers(config))}
+
+
+def _resume(config: RunConfig, engine: Any, store: ObjectStore, job: TrainJob, mesh: Mesh, data: MixtureDataset) -> int:
     """Load the newest complete checkpoint, if there is one, and return its step."""
     found = _newest_checkpoint(store, job)
     if found is None:
         return 0
     prefix, manifest = found
     check_consumed(data, manifest)
-    if manifest.layout != mesh.layout:
+    if manifest.layout != (layout := _layout(config, mesh)):
         raise CheckpointError(
             f"checkpoint {store.url(prefix)}/{checkpoint_key(manifest.step)} was written with layout "
-            f"{manifest.layout}, this job has {mesh.layout}: use the same parallel sections and number of nodes"
+            f"{manifest.layout}, this job has {layout}: use the same parallel sections and number of nodes"
         )
     own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{_model_rank(mesh):02d}_optim_states.pt"
     folder = job.output / "checkpoints"
@@ -241,7 +250,7 @@ def _manifest(config: RunConfig, job: TrainJob, mesh: Mesh, step: int, sequences
         step=step,
         sequences_consumed=sequences,
         files=(),
-        layout=mesh.layout,
+        layout=_layout(config, mesh),
         fingerprint=job.fingerprint,
         config=config.model_dump(mode="json"),
         consumed=consumed(sequences),

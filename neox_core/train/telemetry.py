@@ -27,7 +27,7 @@ from neox_core.train.profiler import StepProfiler
 from neox_core.train.source_losses import SourceLosses
 
 Item = TypeVar("Item")
-_LOGGING, _WAIT = "logging", "time/data_wait"
+_LOGGING, _WAIT, _SHARE = "logging", "time/data_wait", "share"
 
 
 class Telemetry:
@@ -58,6 +58,7 @@ class Telemetry:
         self._config, self._mesh, self._tokens = config, mesh, geometry.tokens
         self._metrics, self._profiler, self._peak_flops = metrics, profiler, peak_flops
         self._phases = PhaseTimer(mesh.device)
+        self._optimizer = engine.optimizer
         self._norms = GradientNorms(engine.module, engine.optimizer, config.model, mesh)
         self._sources = SourceLosses(mixture, geometry, mesh.data_rank, mesh.device)
         if engine.is_last_stage() and mesh.tensor_rank == 0:
@@ -80,6 +81,11 @@ class Telemetry:
             self.flush()
         else:
             self._write_arrived()
+
+    def use(self, geometry: BatchGeometry, mixture: Mixture) -> None:
+        """The steps to come cut their batches like this, from this mixture."""
+        self._tokens = geometry.tokens
+        self._sources.use(geometry, mixture)
 
     def batches(self, source: Iterator[Item]) -> Iterator[Item]:
         """What `source` yields, with the time measured that the training waits for it."""
@@ -173,12 +179,13 @@ class Telemetry:
         step_seconds = sum(seconds.values())
         seconds[_LOGGING] += figures.logging_seconds / figures.steps
         found[_WAIT] /= figures.steps
+        share = found.pop(_SHARE)  # of the positions that count, by which the buffers' gradient is to be divided
         losses = {name: total / n for name, total, n in zip(sources, sums, tokens, strict=True) if n}
         return {
             **figures.known,
             **self._speed(step_seconds),
             **{f"loss/{name}": loss for name, loss in losses.items()},
-            **{f"gradient_norm/{name}": square**0.5 for name, square in zip(groups, squares, strict=True)},
+            **{f"gradient_norm/{name}": square**0.5 / share for name, square in zip(groups, squares, strict=True)},
             **found,
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/step": step_seconds,

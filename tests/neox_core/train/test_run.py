@@ -20,7 +20,7 @@ from neox_core.parallel.mesh import Mesh
 from neox_core.train import run
 from neox_core.train.hardware import peak_flops
 from neox_core.train.run import TrainJob
-from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
+from tests.neox_core.train.small_training import BATCH, CONFIG, SEQUENCE, config_for
 
 ONE_RANK = Mesh(
     topology=cast(Any, None), rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
@@ -44,7 +44,7 @@ def job(tmp_path: Path) -> TrainJob:
     return TrainJob(tmp_path, tmp_path, tmp_path / "output", "0123456789abcdef" * 4)
 
 
-def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, int]) -> None:
+def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, Any]) -> None:
     """A complete checkpoint of two small files."""
     names = ("layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     files = []
@@ -79,7 +79,7 @@ def test_number_of_ranks_must_be_the_configured_one() -> None:
 
 
 def test_nothing_to_resume(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
-    assert run._resume(engine, store, job, ONE_RANK, DATA) == 0
+    assert run._resume(CONFIG, engine, store, job, ONE_RANK, DATA) == 0
     assert engine.loaded == []
 
 
@@ -90,7 +90,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
         publish(store, job, step, LAYOUT)
     store.put_text(f"{job.prefix}/global_step11/layer_00-model_00-model_states.pt", "x")  # not complete
     publish(store, replace(job, fingerprint="f" * 64), 12, LAYOUT)  # of another training
-    assert run._resume(engine, store, job, ONE_RANK, DATA) == 10
+    assert run._resume(CONFIG, engine, store, job, ONE_RANK, DATA) == 10
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
 
@@ -99,7 +99,7 @@ def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, sto
     layout = {"tensor": 1, "pipeline": 1, "data": 2}
     publish(store, job, 10, layout)
     second = replace(ONE_RANK, rank=1, local_rank=1, data_rank=1, data_size=2, world_size=2)
-    run._resume(engine, store, job, second, DATA)
+    run._resume(CONFIG, engine, store, job, second, DATA)
     assert engine.loaded == [("global_step10", [])]  # rank 0 of the node fetches the weights
 
 
@@ -110,10 +110,21 @@ def test_another_layout_is_refused_before_anything_is_fetched(
     with pytest.raises(
         CheckpointError, match=r"global_step10 was written with layout .*'data': 4.*, this job has"
     ) as e:
-        run._resume(engine, store, job, ONE_RANK, DATA)
+        run._resume(CONFIG, engine, store, job, ONE_RANK, DATA)
     assert "\n" not in str(e.value)
     assert engine.loaded == []
     assert not job.output.exists()
+
+
+def test_other_stages_are_refused(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    """Optimizer states lie in files per stage."""
+    two_stages = replace(ONE_RANK, pipeline_size=2)
+    parallel = CONFIG.parallel.model_copy(update={"pipeline": 2, "pipeline_layers": (3, 1)})
+    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [2, 2]})
+    with pytest.raises(CheckpointError, match=r"'pipeline_layers': \[2, 2\].*, this job has .*\[3, 1\]"):
+        run._resume(CONFIG.model_copy(update={"parallel": parallel}), engine, store, job, two_stages, DATA)
+    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [3, 1]})
+    assert run._resume(CONFIG.model_copy(update={"parallel": parallel}), engine, store, job, two_stages, DATA) == 10
 
 
 @pytest.mark.parametrize(
