@@ -171,7 +171,10 @@ class Job:
             return first.rank, first.message
         if report and report.timed_out:
             return None, "its time limit (launch.time_limit_minutes) is over"
-        return None, "it ended without a word from any rank (killed, out of memory, or over its time limit)"
+        return None, (
+            "it ended without a word from any rank (killed, out of memory, hung, or over its time limit); "
+            f"last words of rank 0: {self._last_words(0)}"
+        )
 
     def _last_words(self, rank: int) -> str:
         try:

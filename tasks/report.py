@@ -14,10 +14,13 @@ from neox_core.errors import DataError
 from tasks.report_figures import (
     consumed_figure,
     evaluation_figure,
+    gradient_norm_figure,
     loss_figure,
     metric_figure,
     mixture_figure,
     source_colours,
+    source_loss_figure,
+    time_figure,
 )
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,9 @@ _STEP_METRICS = (
     ("train/lr", "learning rate", ".3~e"),
     ("train/gradient_norm", "gradient norm", ".4~g"),
     ("train/tokens_per_second", "tokens/s", ",.0f"),
+    ("train/mfu", "model FLOPs utilisation", ".1%"),
+    ("memory/allocated_gib", "peak memory, GiB", ".1f"),
+    ("memory/resident_gib", "peak memory, GiB", ".2f"),
 )
 
 
@@ -171,6 +177,7 @@ def _source_names(data: ReportData) -> list[str]:
     names = [*data.ledger.get("run", {}), *data.ledger.get("sources", {})]
     names += [name for entry in data.train.get("consumed", ()) for name in entry["sources"]]
     names += [name for evaluation in data.evaluations for name in evaluation["sources"]]
+    names += [key.removeprefix("loss/") for row in data.metrics for key in row if key.startswith("loss/")]
     return list(dict.fromkeys(names))
 
 
@@ -178,6 +185,9 @@ def _charts(data: ReportData, colours: Mapping[str, str]) -> dict[str, str | Non
     evaluations = sorted(data.evaluations, key=lambda evaluation: int(evaluation["step"]))
     charts = {
         "loss": loss_figure(data.metrics),
+        "source_loss": source_loss_figure(data.metrics, colours),
+        "gradient_norms": gradient_norm_figure(data.metrics),
+        "time": time_figure(data.metrics),
         "perplexity": evaluation_figure(evaluations, "perplexity", "perplexity", colours),
         "bits_per_byte": evaluation_figure(evaluations, "bits_per_byte", "bits per byte", colours),
         "mixture": mixture_figure(data.ledger.get("run", {}), colours),

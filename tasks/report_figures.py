@@ -15,6 +15,8 @@ _FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 
 _LOG_ABOVE = 5.0
 """Ratio of the largest to the smallest value above which an axis is logarithmic."""
 
+_PHASES = {"forward_backward": ACCENT, "reduce": "#0f9d77", "optimizer": SECOND, "logging": "#5c677d"}
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -48,6 +50,59 @@ def metric_figure(metrics: Rows, key: str, label: str, number_format: str = ".4~
     figure.add_scatter(**_points(series), name=label, mode="lines", line={"color": ACCENT, "width": 1.6})
     figure.update_yaxes(rangemode="tozero", hoverformat=number_format)
     return _html(figure, key.replace("/", "-"), "step", label)
+
+
+def source_loss_figure(metrics: Rows, colours: Mapping[str, str]) -> str | None:
+    """Training loss of each source over steps; None where it was not recorded."""
+    series = {name: _series(metrics, f"loss/{name}") for name in colours}
+    lines = {name: (points, colours[name]) for name, points in series.items() if points}
+    return _lines_figure("source-loss", lines, "loss, nats per token")
+
+
+def gradient_norm_figure(metrics: Rows) -> str | None:
+    """Gradient norm of each group of layers over steps, from the embedding (blue) to the head; None without any."""
+    groups = _measured(metrics, "gradient_norm/")
+    shades = dict(zip(groups, _shades(len(groups)), strict=True))
+    lines = {name.replace("_", " "): (_series(metrics, f"gradient_norm/{name}"), shades[name]) for name in groups}
+    return _lines_figure("gradient-norms", lines, "gradient norm", logarithmic=True)
+
+
+def time_figure(metrics: Rows) -> str | None:
+    """Seconds of a step by phase, stacked, and the wait for data within; None without any."""
+    phases = [(name, colour) for name, colour in _PHASES.items() if _series(metrics, f"time/{name}")]
+    if not phases:
+        return None
+    figure = _figure(height=300)
+    for name, colour in phases:
+        points, line = _points(_series(metrics, f"time/{name}")), {"color": colour, "width": 1.2}
+        figure.add_scatter(**points, name=name.replace("_", " and "), mode="lines", line=line, stackgroup="all")
+    if waits := _series(metrics, "time/data_wait"):
+        line = {"color": INK, "width": 1.6, "dash": "dot"}
+        figure.add_scatter(**_points(waits), name="wait for data (longest of all ranks)", mode="lines", line=line)
+    figure.update_yaxes(hoverformat=".3~s")
+    return _html(figure, "time", "step", "seconds per step")
+
+
+def _lines_figure(
+    name: str, lines: Mapping[str, tuple[list[tuple[int, float]], str]], label: str, logarithmic: bool = False
+) -> str | None:
+    if not lines:
+        return None
+    figure = _figure(height=340)
+    for title, (series, colour) in lines.items():
+        figure.add_scatter(**_points(series), name=title, mode="lines", line={"color": colour, "width": 1.6})
+    figure.update_yaxes(hoverformat=".4~g", type="log" if logarithmic else "linear")
+    return _html(figure, name, "step", label)
+
+
+def _measured(metrics: Rows, prefix: str) -> list[str]:
+    """Names under a prefix, in the order in which they were logged."""
+    return list(dict.fromkeys(key.removeprefix(prefix) for row in metrics for key in row if key.startswith(prefix)))
+
+
+def _shades(count: int) -> list[str]:
+    """Colours from blue to orange, as many as things that have an order."""
+    return [f"hsl({round(225 + 160 * i / max(1, count - 1)) % 360}, 65%, 48%)" for i in range(count)]
 
 
 def evaluation_figure(evaluations: Rows, measure: str, label: str, colours: Mapping[str, str]) -> str | None:

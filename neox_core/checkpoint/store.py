@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +69,10 @@ class ObjectStore:
         """The object's full name, s3://bucket/..."""
         return f"s3://{self.bucket}/{self._full(key)}"
 
-    def put_file(self, path: Path, key: str) -> None:
-        """Upload a file, in parts if it is large."""
+    def put_file(self, path: Path, key: str, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Upload a file, in parts if it is large; `on_bytes` is called with the size of each piece that went out."""
         with self._errors(key):
-            self._client.upload_file(str(path), self.bucket, self._full(key), Config=_TRANSFER)
+            self._client.upload_file(str(path), self.bucket, self._full(key), Config=_TRANSFER, Callback=on_bytes)
 
     def get_file(self, key: str, path: Path) -> None:
         """Download an object; `path` appears when it is complete."""

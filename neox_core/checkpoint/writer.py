@@ -2,11 +2,12 @@
 
 DeepSpeed hands each rank's files to this engine, which copies them to host memory and returns. A thread then writes,
 hashes and uploads them; no rank waits for another. When all ranks have reported their files to the store, rank 0
-publishes the manifest, and only then does the checkpoint exist.
+publishes the manifest, and only then does the checkpoint exist. A rank that fails tells rank 0, which ends the job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,10 +42,22 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         rank: this rank.
         world_size: number of ranks whose reports make a checkpoint complete.
         attempt: an id that all ranks of this job share and no other job has; reports of a job that died are ignored.
+        channel: a torch.distributed store of all ranks, for word of a failure: the object store may be what fails.
+        alive: called as an upload gets on.
     """
 
-    def __init__(self, store: ObjectStore, prefix: str, rank: int, world_size: int, attempt: str) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        prefix: str,
+        rank: int,
+        world_size: int,
+        attempt: str,
+        channel: Any,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
+        self._channel, self._alive = channel, alive
         self._store, self._prefix, self._attempt = store, prefix, attempt
         self._rank, self._world_size = rank, world_size
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -88,6 +101,11 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
             pending, self._pending = self._pending, None
             pending.result()
 
+    def check(self) -> None:
+        """Raise what `wait` would, if the upload under way has failed already; costs nothing otherwise."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def close(self) -> None:
         """Finish the upload under way and stop the thread."""
         try:
@@ -99,24 +117,34 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
     def _write(self, staged: list[tuple[Any, Path]], manifest: Manifest) -> None:
         started = time.monotonic()
         key = f"{self._prefix}/{checkpoint_key(manifest.step)}"
-        records = []
-        for content, path in staged:
-            _save_atomically(content, path)
-            record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
-            self._store.put_file(path, f"{key}/{path.name}")
-            records.append(record)
-        report = json.dumps([asdict(record) for record in records])
-        self._store.put_text(f"{key}/reports/{self._attempt}/rank_{self._rank}.json", report)
+        reports = f"{key}/reports/{self._attempt}/"
+        try:
+            records = [self._write_file(content, path, key) for content, path in staged]
+            report = json.dumps([asdict(record) for record in records])
+            self._store.put_text(f"{reports}rank_{self._rank}.json", report)
+        except Exception as error:  # passed on, and told rank 0, which would wait for this rank's report
+            with contextlib.suppress(RuntimeError):  # rank 0, which holds the channel, may be gone
+                self._channel.compare_set(reports, "", f"rank {self._rank}: {error}")
+            raise
         if self._rank == 0:
-            files = self._collect_reports(f"{key}/reports/{self._attempt}/")
+            files = self._collect_reports(reports)
             publish_manifest(self._store, self._prefix, replace(manifest, files=files))
             logger.info("checkpoint of step %d is complete after %.1f s", manifest.step, time.monotonic() - started)
         self._forget_old([path for _, path in staged])
+
+    def _write_file(self, content: Any, path: Path, key: str) -> FileRecord:
+        _save_atomically(content, path)
+        self._alive()
+        record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
+        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._alive())
+        return record
 
     def _collect_reports(self, prefix: str) -> tuple[FileRecord, ...]:
         """Files of all ranks, once every rank has reported."""
         deadline = time.monotonic() + _REPORT_TIMEOUT_SECONDS
         while len(reports := self._store.list(prefix)) < self._world_size:
+            if self._channel.check([prefix]):
+                raise CheckpointError(f"not published, a file is missing: {self._channel.get(prefix).decode()}")
             if time.monotonic() > deadline or self._stop.wait(0.5):
                 raise CheckpointError(
                     f"only {len(reports)} of {self._world_size} ranks have uploaded their files to {prefix} after "

@@ -279,6 +279,20 @@ class ValidationConfig(Section):
     iterations: PositiveInt = 25
 
 
+class ProfileConfig(Section):
+    """Steps that torch's profiler records; the traces lie beside the metrics."""
+
+    first_step: PositiveInt
+    last_step: PositiveInt
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileConfig:
+        if self.last_step < self.first_step:
+            raise ValueError(f"last_step {self.last_step} is before first_step {self.first_step}")
+        return self
+
+
 class TrainConfig(Section):
     """The recipe. The batch is set in tokens; gradient accumulation follows from the number of ranks."""
 
@@ -304,7 +318,9 @@ class TrainConfig(Section):
     )
     z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
+    dry_run: bool = Field(True, description="try a few micro batches of zeros before data and weights are read")
     log_interval: PositiveInt = 1
+    profile: ProfileConfig | None = Field(None, description="steps to record with torch's profiler; None: none")
 
     @property
     def decay_steps(self) -> int:
@@ -321,6 +337,7 @@ class LaunchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpus_per_rank: PositiveInt = 1
     time_limit_minutes: PositiveInt = 1440
+    hang_timeout_minutes: PositiveFloat = Field(10.0, description="without a step on any rank; then the job ends")
     partition: str | None = None
     account: str | None = None
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
@@ -374,6 +391,8 @@ class RunConfig(Section):
 
 
 def _check_batch(train: TrainConfig) -> None:
+    if train.profile and train.profile.last_step > train.steps:
+        raise ValueError(f"train.profile.last_step {train.profile.last_step} is after train.steps {train.steps}")
     if train.global_batch_tokens % train.sequence_length:
         raise ValueError(
             f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "

@@ -20,18 +20,18 @@ def micro_batches(
     A global batch takes the next `geometry.sequences` sequences of the mixture's order, whatever the number of ranks,
     so the only state is `sequences_consumed`: the sequences that all ranks together have taken before.
     """
-    return map(dataset.sequences, _indices(geometry, data_parallel_rank, sequences_consumed))
+    return map(dataset.sequences, micro_batch_indices(geometry, data_parallel_rank, sequences_consumed))
 
 
 def micro_batch_positions(
     dataset: MixtureDataset, geometry: BatchGeometry, data_parallel_rank: int, sequences_consumed: int = 0
 ) -> Iterator[Tokens]:
     """The positions within documents that belong to `micro_batches`, int64 [micro_batch, S]."""
-    return map(dataset.positions, _indices(geometry, data_parallel_rank, sequences_consumed))
+    return map(dataset.positions, micro_batch_indices(geometry, data_parallel_rank, sequences_consumed))
 
 
-def _indices(geometry: BatchGeometry, data_parallel_rank: int, sequences_consumed: int) -> Iterator[Indices]:
-    """Global indices of each micro batch's sequences, [micro_batch]."""
+def micro_batch_indices(geometry: BatchGeometry, data_parallel_rank: int, sequences_consumed: int) -> Iterator[Indices]:
+    """Global indices of each micro batch's sequences, [micro_batch], without end; see `micro_batches`."""
     assert 0 <= data_parallel_rank < geometry.data_parallel, "data-parallel rank out of range"
     micro, ranks = geometry.micro_batch_size, geometry.data_parallel
     first = sequences_consumed + data_parallel_rank * micro + np.arange(micro, dtype=np.int64)

@@ -108,6 +108,9 @@ class ChunkedLoss:
         self._positions = 0
         self.project: Callable[[Tensor], Tensor] | None = None
         """Hidden states [B,T,D] to this rank's part of the logits; set on the stage that holds the head."""
+        self.on_token_losses: Callable[[Tensor, Tensor], None] | None = None
+        """Given the losses [B,T] and the targets [B,T] of each micro batch, for statistics."""
+        self._token_losses: list[Tensor] | None = None
         self.early_gradient: float | None = None
         """The gradient that the loss will be given. With it, a chunk's gradients are computed beside its loss, which
         saves a third of the head's products. Only for a head that adds its weight's gradient to a buffer of its own."""
@@ -117,15 +120,25 @@ class ChunkedLoss:
         hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         self._counted.append((targets != IGNORED).sum())
         self._positions += targets.numel()
+        if self.on_token_losses is None:
+            return self._mean(hidden, targets)
+        self._token_losses = []
+        loss = self._mean(hidden, targets)
+        # From now on, chunks are computed again only.
+        token_losses, self._token_losses = torch.cat(self._token_losses, -1), None
+        self.on_token_losses(token_losses.view_as(targets_BT), targets_BT)
+        return loss
+
+    def _mean(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         if self.early_gradient is not None and torch.is_grad_enabled():
-            return _EarlyGradient.apply(hidden, targets, self, self.early_gradient)  # type: ignore[no-untyped-call]
+            return _EarlyGradient.apply(hidden_TD, targets_T, self, self.early_gradient)  # type: ignore[no-untyped-call]
         total = torch.stack(
             [
                 checkpoint(self.sum, h, t, use_reentrant=False, preserve_rng_state=False)
-                for h, t in self.chunks(hidden, targets)
+                for h, t in self.chunks(hidden_TD, targets_T)
             ]
         ).sum()
-        return total / targets.numel()
+        return total / targets_T.numel()
 
     def take_counted_share(self) -> Tensor:
         """Share of the positions since the last call that counted, float64; exactly 1 if all did."""
@@ -142,7 +155,10 @@ class ChunkedLoss:
         """Sum of a chunk's losses, in fp32 nats."""
         assert self.project is not None, "this stage has no output head"
         logits = self.project(hidden_TD[None])
-        return token_losses(logits, targets_T[None], self._group, self._rank, self._z_loss).sum()
+        losses = token_losses(logits, targets_T[None], self._group, self._rank, self._z_loss)
+        if self._token_losses is not None:
+            self._token_losses.append(losses.detach())
+        return losses.sum()
 
 
 class _EarlyGradient(torch.autograd.Function):

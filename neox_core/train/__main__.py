@@ -1,5 +1,7 @@
 """One rank's training without flows: `python -m neox_core.train CONFIG --data FOLDER --weights FOLDER --output FOLDER`.
 
+With `--dry-run` instead of the folders it tries a step on zeros: does the run work, and fit, here?
+
 Start it with torchrun for several ranks. It has the identity of the flow's training of the same config and artifacts,
 so that it resumes the flow's checkpoints, and the other way round.
 """
@@ -39,23 +41,29 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m neox_core.train", description=__doc__)
     parser.add_argument("config", type=Path, help="the run's YAML file")
-    parser.add_argument("--data", type=Path, required=True, help="folder of prepare-data's artifact")
-    parser.add_argument("--weights", type=Path, required=True, help="folder of convert's artifact")
-    parser.add_argument("--output", type=Path, required=True, help="folder for metrics and local checkpoint files")
+    parser.add_argument("--data", type=Path, help="folder of prepare-data's artifact")
+    parser.add_argument("--weights", type=Path, help="folder of convert's artifact")
+    parser.add_argument("--output", type=Path, help="folder for metrics and local checkpoint files")
+    parser.add_argument("--dry-run", action="store_true", help="try a step on zeros, without data and weights, and end")
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, object]:
     config = load_config(arguments.config)
-    _check_endpoint(config)
     batch_geometry(config)
-    data = _read(arguments.data, "prepare-data")
-    weights = _read(arguments.weights, "convert")
     if "RANK" not in os.environ:  # neither torchrun nor a scheduler started us
         os.environ.update(_SINGLE_RANK)
-
     if config.launch.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    if arguments.dry_run:
+        from neox_core.train.run import rehearse
+
+        return rehearse(config)
+    if missing := [f"--{name}" for name in ("data", "weights", "output") if getattr(arguments, name) is None]:
+        raise ConfigError(f"{', '.join(missing)} missing: give the artifacts' folders and one for what is written")
+    _check_endpoint(config)
+    data = _read(arguments.data, "prepare-data")
+    weights = _read(arguments.weights, "convert")
     from neox_core.train.lineage import ancestors
     from neox_core.train.run import TrainJob, train
 

@@ -15,7 +15,9 @@ _NOT_LOGICAL = {
     "loss_chunk_tokens",
     "attention",
     "master_weights",
+    "dry_run",
     "log_interval",
+    "profile",
     "checkpoint_interval",
     "validation",
 }

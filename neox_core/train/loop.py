@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.errors import TrainingError
 from neox_core.train.metrics import MetricsLog
 from neox_core.train.schedule import learning_rate
+from neox_core.train.telemetry import Telemetry
 
 Batches = Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]
 """Micro batches as the pipeline takes them: inputs [B,T] (with positions within documents [B,T]), targets [B,T]."""
@@ -36,9 +36,9 @@ class Loop:
     validation_data: MixtureDataset
     metrics: MetricsLog
     save: Callable[[int], None]
-    flops_per_token: float
-    peak_flops: float
-    """FLOP/s of all ranks together."""
+    telemetry: Telemetry
+    heartbeat: Callable[[str], None]
+    """Told what begins, so that a hang is noticed."""
 
     def run(self, start: int) -> None:
         """Train from the state after step `start` to `train.steps`.
@@ -48,16 +48,19 @@ class Loop:
         """
         if start == 0:
             self._validate(0)
-        with Prefetcher(self._batches(self.training_data, start * self.geometry.sequences)) as batches:
+        with Prefetcher(self._batches(self.training_data, start * self.geometry.sequences)) as prefetched:
+            batches = self.telemetry.batches(prefetched)
             for step in range(start + 1, self.train.steps + 1):
                 self._step(step, batches)
                 if step % self.train.validation.interval == 0 or step == self.train.steps:
                     self._validate(step)
                 if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
+                    self.heartbeat(f"checkpoint of step {step}")
                     self.save(step)
 
     def _step(self, step: int, batches: Batches) -> None:
-        started = time.perf_counter()
+        self.heartbeat(f"step {step}")
+        self.telemetry.begin(step, (step - 1) * self.geometry.sequences)
         rate = learning_rate(step, self.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -68,23 +71,23 @@ class Loop:
                 f"step {step}: loss {loss}, gradient norm {norm}. This state is not saved: "
                 "run again to resume from the last checkpoint, with a lower learning rate if it happens again"
             )
-        if step % self.train.log_interval and step != self.train.steps:
-            return
-        tokens_per_second = self.geometry.tokens / (time.perf_counter() - started)
-        self.metrics.log(
+        self.telemetry.end(
             step,
-            train__loss=loss,
-            train__lr=rate,
-            train__gradient_norm=norm,
-            train__tokens_per_second=tokens_per_second,
-            train__mfu=tokens_per_second * self.flops_per_token / self.peak_flops,
-            train__sequences_consumed=step * self.geometry.sequences,
+            {
+                "train/loss": loss,
+                "train/lr": rate,
+                "train/gradient_norm": norm,
+                "train/sequences_consumed": step * self.geometry.sequences,
+            },
         )
 
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
         batches = self._batches(self.validation_data)
-        losses = [float(self.engine.eval_batch(batches)) for _ in range(self.train.validation.iterations)]
+        losses = []
+        for _ in range(self.train.validation.iterations):
+            self.heartbeat(f"validation after step {step}")
+            losses.append(float(self.engine.eval_batch(batches)))
         self.metrics.log(step, validation__loss=sum(losses) / len(losses))
 
     def _batches(self, data: MixtureDataset, consumed: int = 0) -> Batches:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
@@ -16,6 +19,9 @@ from neox_core.config import RunConfig
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+_SHOWN = ("train/", "validation/", "guard/")
+_WANDB_URL = "https://api.wandb.ai"
+_CONNECT_SECONDS = 5.0
 
 
 class MetricsLog:
@@ -55,15 +61,16 @@ class MetricsLog:
             self._wandb.finish(exit_code=int(error is not None))
 
     def log(self, step: int, **values: float) -> None:
-        """Record values of one step; `__` in a name stands for the `/` that groups charts."""
+        """Record values of one step; `__` in a name stands for the `/` that groups charts. The log shows some."""
         if not self._active:
             return
         row = {name.replace("__", "/"): value for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
         self._file.flush()
-        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        shown = {name: value for name, value in row.items() if name.startswith(_SHOWN)}
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in shown.items()))
         if self._wandb is not None:
-            self._wandb.log(row, step=step)
+            self._wandb.log({"step": step} | row)
 
     def backup(self) -> None:
         """Copy the rows so far to the store."""
@@ -85,8 +92,14 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    return wandb.init(
-        mode=config.wandb.mode,
+    mode = config.wandb.mode
+    if mode == "online" and not _reachable(os.environ.get("WANDB_BASE_URL", _WANDB_URL)):
+        logger.warning(
+            "W&B cannot be reached: this job writes offline; upload later: wandb sync %s/wandb/offline-*", folder
+        )
+        mode = "offline"
+    run = wandb.init(
+        mode=mode,
         project=config.wandb.project,
         entity=config.wandb.entity,
         name=config.name,
@@ -95,3 +108,17 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
         dir=folder,
         config=config.model_dump(mode="json"),
     )
+    # W&B's own count of steps only rises, and would drop those that a resumed job takes again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _reachable(url: str) -> bool:
+    """Whether a connection to the server, or to the proxy that leads there, can be made."""
+    parts = urlsplit(getproxies().get(urlsplit(url).scheme, url))
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=_CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from neox_core.artifact import software
@@ -24,14 +27,19 @@ from neox_core.config import BatchGeometry, RunConfig, batch_geometry
 from neox_core.data.dataset import MixtureDataset, open_training_data, open_validation_data
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.shared_store import shared_store
 from neox_core.parallel.stages import pipeline_layers
-from neox_core.plan import flops_per_token
+from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
 from neox_core.train.engine import build_engine, parameter_dtype
 from neox_core.train.hardware import peak_flops
 from neox_core.train.lineage import Ancestor, check_consumed, inherit_metrics, newest_checkpoint
 from neox_core.train.loop import Loop
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.profiler import StepProfiler
+from neox_core.train.startup import check_ranks_agree, startup_facts
+from neox_core.train.telemetry import Telemetry
 from neox_core.train.verification import verify_master_weights
+from neox_core.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -64,23 +72,79 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
         The step that training started from, and where the checkpoints are.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError, TrainingError: see the message.
+        ConfigError, DataError, CheckpointError, StorageError, LaunchError, TrainingError: see the message.
     """
+    with _world(config) as (device, watchdog):
+        watchdog.beat("check of the ranks")
+        check_ranks_agree(startup_facts(config, job.fingerprint, job.data, job.weights))
+        return _train(config, job, device, watchdog)
+
+
+def rehearse(config: RunConfig) -> dict[str, Any]:
+    """Find out whether a step of the run works and fits, without its data and weights. Collective over all ranks.
+
+    Returns:
+        GiB of device memory at the peak, on the fullest rank; 0 on CPUs.
+
+    Raises:
+        ConfigError, LaunchError: see the message.
+    """
+    with _world(config) as (device, _):
+        mesh = build_mesh(config.parallel, device)
+        geometry = _geometry(config, mesh)
+        with memory_explained(config, geometry, mesh):
+            engine = build_engine(config, mesh, geometry, zero_weights(config))
+            dry_run(engine, config, geometry, mesh)
+        peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return {"dry_run": "passed", "peak_memory_gib": round(float(peak) / 2**30, 2)}
+
+
+@contextlib.contextmanager
+def _world(config: RunConfig) -> Iterator[tuple[torch.device, Watchdog]]:
+    """The process group, this rank's device, and the watchdog of the job."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)
+    with Watchdog(60 * config.launch.hang_timeout_minutes, dist.get_rank(), dist.get_world_size()) as watchdog:
+        yield device, watchdog
+    dist.destroy_process_group()
+
+
+def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Watchdog) -> dict[str, Any]:
     mesh = build_mesh(config.parallel, device)
     geometry = _geometry(config, mesh)
+    engine = _engine(config, job, mesh, geometry, watchdog)
     store = ObjectStore(config.storage)
     data = open_training_data(job.data, config)
-    engine = build_engine(config, mesh, geometry, NeoxCheckpoint(job.weights).layer)
-    writer = CheckpointWriter(store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id())
+    channel = shared_store("checkpoints")
+    writer = CheckpointWriter(
+        store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id(), channel, watchdog.alive
+    )
     engine.checkpoint_engine = writer
+    watchdog.beat("resuming")
     start = _resume(config, engine, store, job, mesh, data)
     save_state = make_save(engine, writer, job.output / "checkpoints")
 
-    with MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics:
+    with (
+        MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics,
+        Telemetry(
+            config,
+            mesh,
+            geometry,
+            engine,
+            data.mixture,
+            metrics,
+            StepProfiler(config.train.profile, job.output, mesh.rank),
+            peak_flops(device, parameter_dtype(config)) * mesh.world_size,
+        ) as telemetry,
+    ):
+
+        def heartbeat(place: str) -> None:
+            writer.check()
+            watchdog.beat(place)
 
         def save(step: int) -> None:
+            telemetry.flush()
             metrics.backup()
             save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.consumed))
 
@@ -93,14 +157,29 @@ def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
             validation_data=open_validation_data(job.data, config),
             metrics=metrics,
             save=save,
-            flops_per_token=flops_per_token(config.model, config.train.sequence_length),
-            peak_flops=peak_flops(device, parameter_dtype(config)) * mesh.world_size,
+            telemetry=telemetry,
+            heartbeat=heartbeat,
         ).run(start)
+    watchdog.beat("last upload")
     writer.close()
     # Rank 0 publishes the last manifest: nobody leaves before it.
     dist.barrier()
-    dist.destroy_process_group()
     return {"started_from_step": start, "prefix": store.url(job.prefix)}
+
+
+def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> Any:
+    """The engine with the weights to start from, tried out before they are read."""
+    weights = NeoxCheckpoint(job.weights).layer
+    watchdog.beat("building the model")
+    with memory_explained(config, geometry, mesh):
+        if not config.train.dry_run:
+            return build_engine(config, mesh, geometry, weights)
+        engine = build_engine(config, mesh, geometry, zero_weights(config))
+        watchdog.beat("dry run")
+        dry_run(engine, config, geometry, mesh)
+    watchdog.beat("weights")
+    load_weights(engine, weights, mesh)
+    return engine
 
 
 def _geometry(config: RunConfig, mesh: Mesh) -> BatchGeometry:

@@ -64,3 +64,26 @@ def sleep_for_ever(folder: str) -> None:
     """Say where we are and never return."""
     (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(3600)
+
+
+def rank_1_hangs(folder: str, timeout: float) -> None:
+    """First rank 0 waits for a rank 1 that gets on, for longer than the timeout; then for one that does not."""
+    import torch
+    import torch.distributed as dist
+
+    from neox_core.train.watchdog import Watchdog
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    with Watchdog(timeout, rank, 2) as watchdog:
+        watchdog.beat("step 1")
+        watchdog.beat("step 2")
+        for _ in range(8 if rank == 1 else 0):
+            time.sleep(timeout / 4)
+            watchdog.alive()
+        dist.barrier()
+        (Path(folder) / f"waited-{rank}").touch()
+        watchdog.beat("step 3")
+        if rank == 1:
+            time.sleep(3600)
+        dist.all_reduce(torch.ones(1))

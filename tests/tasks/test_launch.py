@@ -349,3 +349,18 @@ def test_a_refused_submission_says_why(tmp_path: Path, fake_slurm: FakeSlurm) ->
     (fake_slurm.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: big' >&2; exit 1\n")
     with pytest.raises(LaunchError, match=r"llemma-train-0123456789ab cannot be submitted: .*invalid partition"):
         submit_to_slurm(tmp_path)
+
+
+def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
+    job = submit(tmp_path, rank_functions.rank_1_hangs, str(tmp_path), 2.0)
+    with pytest.raises(LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank got on for"):
+        job.results()
+    # A rank that waits for one that gets on is no hang.
+    assert {path.name for path in tmp_path.glob("waited-*")} == {"waited-0", "waited-1"}
+    logs = [path.read_text() for path in job.log_paths()]
+    for log in logs:
+        assert "in rank_1_hangs" in log
+        assert "they were at: step 3: ranks 0-1." in log
+        assert "rank_functions.py" in log
+    assert "in all_reduce" in logs[0]
+    assert "in all_reduce" not in logs[1]

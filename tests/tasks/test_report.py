@@ -165,6 +165,39 @@ def test_each_source_has_one_colour_everywhere(tmp_path: Path) -> None:
     assert [re.findall("#[0-9a-f]{6}", style) for style in dots] == [[colour] for colour in expected.values()]
 
 
+def test_telemetry_is_shown(tmp_path: Path) -> None:
+    names = ("embedding", "blocks_00-01", "head")
+    phases = {"time/forward_backward": 0.5, "time/optimizer": 0.1, "time/data_wait": 0.02, "time/step": 0.6}
+    rows = [
+        {"step": step, "train/mfu": 0.4, "memory/allocated_gib": 70.0, "loss/arxiv": 3.0 / step, "loss/new": 2.0}
+        | {f"gradient_norm/{name}": float(step + index) for index, name in enumerate(names)}
+        | phases
+        for step in (1, 2)
+    ]
+    page = render(tmp_path, replace(DATA, metrics=rows))
+    losses = {trace["name"]: trace for trace in page.figure("source-loss")}
+    assert losses.keys() == {"arxiv", "new"}
+    assert (losses["arxiv"]["x"], losses["arxiv"]["y"]) == ([1, 2], [3.0, 1.5])
+    assert losses["arxiv"]["line"]["color"] == SOURCE_COLOURS[0]
+    norms = page.figure("gradient-norms")
+    assert [(trace["name"], trace["y"]) for trace in norms] == [
+        ("embedding", [1.0, 2.0]),
+        ("blocks 00-01", [2.0, 3.0]),
+        ("head", [3.0, 4.0]),
+    ]
+    assert len({trace["line"]["color"] for trace in norms}) == 3
+    times = page.figure("time")
+    assert [trace["name"] for trace in times] == [
+        "forward and backward",
+        "optimizer",
+        "wait for data (longest of all ranks)",
+    ]
+    assert [trace.get("stackgroup") for trace in times] == ["all", "all", None]
+    assert page.figure("train-mfu")[0]["y"] == [0.4, 0.4]
+    assert page.figure("memory-allocated_gib")[0]["y"] == [70.0, 70.0]
+    assert not page_has_chart(page, "memory-resident_gib")
+
+
 def test_ledger_stages_and_links_are_shown(tmp_path: Path) -> None:
     text = render(tmp_path, DATA).text
     assert "arxiv 12 150 kB 50,000 3.00 777 75.0% 3,072 0.0614" in text

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-from neox_core.config import RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
+from neox_core.config import ProfileConfig, RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -88,8 +88,10 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.activation_checkpointing": ("none", NOTHING),
     "train.mask_documents": (True, TRAIN),
     "train.attention": ("sdpa", NOTHING),
+    "train.dry_run": (False, NOTHING),
     "train.log_interval": (7, NOTHING),
     "train.z_loss": (1e-4, TRAIN),
+    "train.profile": (ProfileConfig(first_step=3, last_step=5), NOTHING),
     "train.loss_chunk_tokens": (64, NOTHING),
     "train.master_weights": ("packed", NOTHING),
     "launch.executor": ("slurm", NOTHING),
@@ -98,6 +100,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "launch.device": ("cuda", NOTHING),
     "launch.cpus_per_rank": (7, NOTHING),
     "launch.time_limit_minutes": (7, NOTHING),
+    "launch.hang_timeout_minutes": (7.0, NOTHING),
     "launch.partition": ("gpu", NOTHING),
     "launch.account": ("math", NOTHING),
     "launch.slurm_parameters": ({"qos": "high"}, NOTHING),

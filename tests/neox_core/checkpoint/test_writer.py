@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
 
 from neox_core.artifact import sha256_of
@@ -38,9 +39,10 @@ def info(step: int) -> CheckpointCommitInfo:
 def new_writer(store: ObjectStore) -> Iterator[Callable[..., CheckpointWriter]]:
     """Makes writers, and ends their threads after the test whatever they do."""
     made: list[CheckpointWriter] = []
+    channel = dist.HashStore()
 
     def make(rank: int = 0, world_size: int = 1, attempt: str = "now", store: ObjectStore = store) -> CheckpointWriter:
-        made.append(CheckpointWriter(store, PREFIX, rank, world_size, attempt))
+        made.append(CheckpointWriter(store, PREFIX, rank, world_size, attempt, channel))
         return made[-1]
 
     yield make
@@ -86,10 +88,10 @@ def fail_upload(store: ObjectStore, name: str, monkeypatch: pytest.MonkeyPatch) 
     """Let uploads of files with this name fail."""
     through = store.put_file
 
-    def put_file(path: Path, key: str) -> None:
+    def put_file(path: Path, key: str, on_bytes: Any) -> None:
         if path.name == name:
             raise StorageError(f"no space for {key}")
-        through(path, key)
+        through(path, key, on_bytes)
 
     monkeypatch.setattr(store, "put_file", put_file)
 
@@ -244,6 +246,39 @@ def test_training_may_go_on_after_a_failed_upload(
     save(writer, tmp_path, 2, "good.pt")
     writer.close()
     assert steps(store) == [2]
+
+
+def test_rank_0_hears_of_another_ranks_failure_at_once(
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for the report that cannot come, and neither for the next checkpoint."""
+    fail_upload(store, "bad.pt", monkeypatch)
+    first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
+    still_waiting = waited_for_reports(store, monkeypatch)
+    save(first, tmp_path / "0", 1, "good.pt")
+    assert still_waiting(first)
+    first.check()
+    save(second, tmp_path / "1", 1, "bad.pt")
+    assert second._pending is not None
+    assert first._pending is not None
+    with pytest.raises(StorageError, match="no space"):
+        second._pending.result(PATIENCE)
+    with pytest.raises(StorageError, match="no space"):
+        second.check()
+    with pytest.raises(CheckpointError, match=r"not published, a file is missing: rank 1: no space for .*bad\.pt"):
+        first._pending.result(PATIENCE)
+    with pytest.raises(CheckpointError, match="not published"):
+        first.check()
+    assert steps(store) == []
+    first.check()  # says it once
+
+
+def test_an_upload_that_gets_on_says_so(store: ObjectStore, tmp_path: Path) -> None:
+    beats: list[int] = []
+    writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore(), lambda: beats.append(1))
+    save(writer, tmp_path, 1)
+    writer.close()
+    assert len(beats) >= 2  # written, and sent
 
 
 def test_a_rank_that_never_reports_is_an_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,16 @@ from neox_core.train import metrics
 from neox_core.train.metrics import METRICS_FILE, MetricsLog
 from tasks.report import read_metrics
 
+Mode = Literal["disabled", "offline", "online"]
 RUN_ID = "0123456789abcdef0123456789abcdef"
 
 
-def config(mode: Literal["disabled", "offline"] = "disabled") -> RunConfig:
+def config(mode: Mode = "disabled") -> RunConfig:
     toy = load_config(Path(__file__).parents[3] / "configs/toy.yml")
     return toy.model_copy(update={"wandb": WandbConfig(mode=mode)})
 
 
-def open_log(folder: Path, store: ObjectStore, rank: int = 0, mode: Literal["disabled", "offline"] = "disabled") -> Any:
+def open_log(folder: Path, store: ObjectStore, rank: int = 0, mode: Mode = "disabled") -> Any:
     return MetricsLog(config(mode), folder, store, "train-0123", RUN_ID, rank)
 
 
@@ -103,8 +105,8 @@ class FakeRun:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def log(self, row: dict[str, float], step: int) -> None:
-        self.calls.append((step, row))
+    def log(self, row: dict[str, float]) -> None:
+        self.calls.append(row)
 
     def finish(self, exit_code: int) -> None:
         self.calls.append(exit_code)
@@ -125,7 +127,7 @@ def test_wandb_gets_the_rows_and_hears_of_failure(
         fail()
     with open_log(tmp_path, store, mode="offline"):
         pass
-    assert run.calls == [(7, {"train/loss": 3.0}), 1, 0]
+    assert run.calls == [{"step": 7, "train/loss": 3.0}, 1, 0]
 
 
 def test_wandb_offline_writes_a_run_named_by_the_fingerprint(store: ObjectStore, tmp_path: Path) -> None:
@@ -134,3 +136,20 @@ def test_wandb_offline_writes_a_run_named_by_the_fingerprint(store: ObjectStore,
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(f"-{RUN_ID[:16]}")
     assert [path.name for path in folder.glob("*.wandb")] == [f"run-{RUN_ID[:16]}.wandb"]
+
+
+def test_without_a_network_wandb_writes_offline(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # nobody listens
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.delenv("http_proxy", raising=False)
+        for step in (1, 2):  # a job and its successor
+            with open_log(tmp_path, store, mode="online") as log:
+                log.log(step, train__loss=3.0)
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(RUN_ID[:16] in folder.name for folder in folders)
+    assert "W&B cannot be reached" in caplog.text
+    assert "wandb sync" in caplog.text
