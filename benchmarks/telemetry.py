@@ -1,7 +1,7 @@
 """What logging every step costs, through the real engine on one GPU (or slowly on a CPU).
 
-    torchrun --nproc_per_node 1 benchmarks/telemetry.py 7b
-    torchrun --nproc_per_node 1 benchmarks/telemetry.py tiny --steps 30
+    torchrun --nproc_per_node 1 -m benchmarks.telemetry 7b
+    torchrun --nproc_per_node 1 -m benchmarks.telemetry tiny --steps 30
 
 The options are those of train_step.py. The last line is JSON: seconds of a step without and with telemetry, in turns,
 and the share of a step that telemetry itself says it takes (`time/logging` of the metrics).
@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from train_step import _batches, _config, _options, _random_weights, _synchronize
 
+from benchmarks.train_step import _batches, _config, _options, _random_weights, _synchronize
 from neox_core.config import WandbConfig, batch_geometry
 from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import build_mesh, init_distributed

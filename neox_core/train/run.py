@@ -148,7 +148,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             metrics.backup()
             save_state(_manifest(config, job, mesh, step, step * geometry.sequences, data.consumed))
 
-        Loop(
+        loop = Loop(
             engine=engine,
             train=config.train,
             geometry=geometry,
@@ -159,7 +159,9 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             save=save,
             telemetry=telemetry,
             heartbeat=heartbeat,
-        ).run(start)
+        )
+        with memory_explained(config, geometry, mesh):
+            loop.run(start)
     watchdog.beat("last upload")
     writer.close()
     # Rank 0 publishes the last manifest: nobody leaves before it.
