@@ -145,13 +145,13 @@ class Telemetry:
         sums = torch.cat((self._sources.take(), self._squares))
         figures = torch.cat((sums, own.to(self._mesh.device, non_blocking=True)))
         gathered = figures.new_empty(self._mesh.world_size * figures.numel())
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        on_device[_SHARE] = self._optimizer.counted_share
         return Figures(
             step=step,
             steps=self._steps,
             known={name: value for name, value in values.items() if not isinstance(value, Tensor)},
-            scalars={
-                name: value.detach().float().view(1) for name, value in values.items() if isinstance(value, Tensor)
-            },
+            scalars={name: value.detach().float().view(1) for name, value in on_device.items()},
             sums=sums.numel(),
             gathered=gathered,
             work=dist.all_gather_into_tensor(gathered, figures, async_op=True),
