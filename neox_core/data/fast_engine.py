@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
+from neox_core.data.bpe_json import tokenizer_json
 from neox_core.data.indexed import Tokens
 from neox_core.data.sentencepiece_model import SentencePieceModel
 
@@ -43,6 +44,7 @@ class FastEngine:
         self._model = model
         self._process = psutil.Process()
         self._specials = _matcher(model.special_texts)
+        self._json = tokenizer_json(model.proto())
         self._renew()
 
     @classmethod
@@ -80,7 +82,7 @@ class FastEngine:
         import gigatoken
 
         self._encode: Any = None  # the old one's memory goes first
-        self._encode = gigatoken.Tokenizer.from_sentencepiece(self._model.content).encode
+        self._encode = gigatoken.Tokenizer.from_json(self._json).encode
         self._resident: int = self._process.memory_info().rss
         self._until_look = _LOOK_EVERY
 

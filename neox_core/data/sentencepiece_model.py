@@ -22,6 +22,7 @@ _CROSSING = re.compile(rf"[^{_MARK}]{_MARK}|[ \n]")
 _BPE = 2  # TrainerSpec.ModelType
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+_SPECIAL = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED))
 
 
 class SentencePieceModel:
@@ -37,7 +38,8 @@ class SentencePieceModel:
             ValueError, RuntimeError: it is none.
         """
         proto = _parsed(content)
-        for piece in proto.pieces:
+        unusual = [piece for piece in proto.pieces if piece.type in _SPECIAL]
+        for piece in unusual:
             if piece.type == _Piece.USER_DEFINED and _INFILL.fullmatch(piece.piece):
                 piece.type = _Piece.CONTROL
         self.content: bytes = proto.SerializeToString()
@@ -49,13 +51,16 @@ class SentencePieceModel:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.unk_id: int = self._model.unk_id()
-        special = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED)
-        self.special_texts = [piece.piece for piece in proto.pieces if piece.type in special]
+        self.special_texts = [piece.piece for piece in unusual]
         """Pieces that other engines may treat in another way when they stand in a text."""
         self.is_plain_bpe = _is_plain_bpe(proto)
         """BPE with byte fallback whose only normalisation is of blanks, as Llama's."""
         self._cuts = self.is_plain_bpe and not any(_CROSSING.search(piece.piece) for piece in proto.pieces)
         self._ids_before_line_feed = len(self._model.encode("\n")) - 1
+
+    def proto(self) -> Any:
+        """The model as a ModelProto."""
+        return _parsed(self.content)
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, [tokens]."""

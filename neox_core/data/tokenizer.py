@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 
-from neox_core.config import TokenizerConfig
 from neox_core.data.fast_engine import FastEngine
 from neox_core.data.indexed import Tokens, token_dtype
 from neox_core.data.sentencepiece_model import SentencePieceModel
 from neox_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from neox_core.config import TokenizerConfig
+    from neox_core.data.part_settings import TokenizerSettings
 
 _log = logging.getLogger(__name__)
 _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
@@ -21,7 +25,7 @@ _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
 class Tokenizer:
     """A SentencePiece model, the engine that encodes with it, and the id that ends a document."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig | TokenizerSettings) -> None:
         """Load the model.
 
         Raises:
@@ -69,7 +73,7 @@ class Tokenizer:
                 f"({ids[at : at + 4].tolist()}, not {expected[at : at + 4].tolist()}): set tokenizer.engine: sentencepiece"
             )
 
-    def _begin_of_document(self, config: TokenizerConfig) -> list[int]:
+    def _begin_of_document(self, config: TokenizerConfig | TokenizerSettings) -> list[int]:
         if not config.begin_of_document:
             return []
         if self._model.bos_id < 0:
@@ -78,7 +82,7 @@ class Tokenizer:
             )
         return [self._model.bos_id]
 
-    def _end_of_document(self, config: TokenizerConfig) -> int:
+    def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
         found = self._model.eos_id if config.end_of_document == "eos" else self._model.unk_id
         if found < 0:
