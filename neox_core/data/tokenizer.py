@@ -49,7 +49,9 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> Tokens:
         """Ids of a whole document: the begin-of-document id if configured, its text, the end-of-document id."""
-        ids = self._fast.encode(text) if self._fast else self._model.encode(text)
+        return self._document(self._fast.encode(text) if self._fast else self._model.encode(text))
+
+    def _document(self, ids: Tokens) -> Tokens:
         begin = len(self._begin)
         document = np.empty(begin + len(ids) + 1, dtype=self.dtype)
         document[:begin] = self._begin
@@ -63,7 +65,7 @@ class Tokenizer:
         Raises:
             DataError: one differs.
         """
-        expected = np.array([*self._begin, *self._model.encode(text), self.end_of_document_id])
+        expected = self._document(self._model.encode(text))
         if not np.array_equal(ids, expected):
             shorter = min(len(ids), len(expected))
             differing = np.flatnonzero(ids[:shorter] != expected[:shorter])

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import sentencepiece
@@ -24,6 +25,7 @@ import zstandard
 
 from neox_core.artifact import DigestCache, sha256_of
 from neox_core.config import RunConfig, load_config
+from neox_core.data.indexed import IndexedDataset
 from neox_core.data.ledger import run_ledger
 from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths
@@ -306,6 +308,34 @@ def test_killed_workers_are_told(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"was killed, perhaps .* lower data\.workers \(1\) and run again"):
             next(made)
         killer.join()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from tasks.tokenize_pool import made_in_processes
+from neox_core.data.part_settings import PartSettings, TokenizerSettings
+from neox_core.data.readers import InputFile
+settings = PartSettings(TokenizerSettings(Path("data/tokenizers/demo-2048.model").resolve()), None)
+(_, made), = made_in_processes([InputFile("a", "train", "x", sys.argv[2], 1)], settings, Path(sys.argv[1]), 1)
+print(made.documents, made.rejected, made.verified, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
+def test_memory_of_a_worker_on_huge_documents(tmp_path: Path) -> None:
+    """Without a blank, and of such letters that it cannot be cut; then digits, which give the most ids; then words."""
+    million = 1_000_000
+    texts = ["a" * 5 * million, "0123456789" * (million // 2), "some words " * (million // 2), "x" * 200_000]
+    small_input(tmp_path, {"x.jsonl": texts})
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), str(tmp_path / "x.jsonl")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    documents, rejected, verified, mebibytes = map(int, answer)
+    assert (documents, rejected, verified) == (4, 0, 1)
+    assert mebibytes < 476  # 500 MB
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+    made = IndexedDataset(tmp_path / "out" / ".parts" / "a" / "train" / "x")
+    for document, text in zip(made, texts, strict=True):
+        assert np.array_equal(document[:-1], reference.encode(text))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
