@@ -217,14 +217,14 @@ source, target = Path(sys.argv[1]), Path(sys.argv[2])
 outputs._WORKERS = 1
 written = outputs._write
 
-def slowly(target, file, meter):
+def slowly(target, file, meter, fillers):
     if len(list(target.folder.glob("global_step0/*.pt"))) == 3:
-        with target.create(file.path, meter) as sink:
-            sink.write(b"half")
+        with target.create(file.path) as put:
+            put(memoryview(b"half"))
             print("waiting", flush=True)
             import time
             time.sleep(600)
-    return written(target, file, meter)
+    return written(target, file, meter, fillers)
 
 outputs._write = slowly
 convert(source, target, MetaCheckpoint(source).model, ParallelConfig(tensor=2, pipeline=2))
