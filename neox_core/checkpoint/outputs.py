@@ -218,7 +218,11 @@ def write_files(
     kept = sum(record.size for record in records.values())
     meter = Meter(total=kept + sum(file.size for file in missing), done=kept, kept=kept)
     files_at_once = min(_WORKERS, os.cpu_count() or 1)
-    with _one_thread_each(), ThreadPoolExecutor(2 * files_at_once) as fillers, ThreadPoolExecutor(files_at_once) as pool:
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(2 * files_at_once) as fillers,
+        ThreadPoolExecutor(files_at_once) as pool,
+    ):
         futures = [pool.submit(_write, target, file, meter, fillers) for file in missing]
         try:
             _follow(futures, lambda record: _note(target, records, record), meter, progress)

@@ -111,9 +111,7 @@ def _fill(tensor: StreamedTensor, rows: range, buffer: Tensor) -> Tensor:
     return data
 
 
-def write_torch(
-    sink: Sink, tensors: Sequence[StreamedTensor], pool: Executor, under: str | None = None
-) -> None:
+def write_torch(sink: Sink, tensors: Sequence[StreamedTensor], pool: Executor, under: str | None = None) -> None:
     """Write torch's archive of a dict of named tensors, or of {under: such a dict}. `pool`: see `filled`."""
     chunks = filled(tensors, pool)
     with zipfile.ZipFile(_WriteOnly(sink), "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]

@@ -353,8 +353,16 @@ def test_new_tokens_and_padding(write_base: WriteBase, tmp_path: Path, method: A
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"positions are scaled \(llama3\)"),
-        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, r"positions are scaled \(linear\)"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"llama3 needs low_freq_factor"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"positions are scaled \(yarn\).*linear and llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"positions are scaled \(dynamic\)"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
+            r"rope_parameters and rope_scaling differ, .*factor=4\.0.*factor=2\.0",
+        ),
         ({"rope_theta": 5.0}, r"gives two RoPE bases, \[5\.0, 1000000\.0\]"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
