@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,8 @@ def make_source(folder: Path, model: ModelConfig, shards: int) -> None:
             StreamedTensor(layout.name, layout.shape, torch.bfloat16, fill)
             for _, layout in layouts_of(model, Form.META, shards, shard)
         ]
-        with (folder / shard_name(shard)).open("wb") as file:
-            write_torch(file, tensors)
+        with (folder / shard_name(shard)).open("wb") as file, ThreadPoolExecutor(1) as in_order:
+            write_torch(file, tensors, in_order)
             os.fsync(file.fileno())
     (folder / "params.json").write_text(json.dumps(meta_params(model)))
 

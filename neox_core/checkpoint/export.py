@@ -105,13 +105,15 @@ def export_meta(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
-        ConfigError: the model cannot be cut into that many shards.
+        ConfigError: the model cannot be cut into that many shards, or its positions are scaled in a way that Meta's
+            format has no words for.
     """
     exported = without_padding(model)
+    params = json.dumps(meta_params(exported), indent=1)
     weights = NeoxCheckpoint(source).weights(model)
     files = meta_files(weights, exported, shards, weights.dtype)
     summary = _write(target, weights, files, PARAMS_FILE, progress)
-    write_atomically(target / PARAMS_FILE, json.dumps(meta_params(exported), indent=1))
+    write_atomically(target / PARAMS_FILE, params)
     return summary
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from neox_core.checkpoint.files import described_by
 from neox_core.checkpoint.layout import Form, check_divides
 from neox_core.checkpoint.outputs import OutputFile
 from neox_core.checkpoint.stored import LocalContent, StoredTensor, open_tensors
 from neox_core.checkpoint.weights import Locator, Weights, layouts_of
-from neox_core.config import ModelConfig
-from neox_core.errors import CheckpointError
+from neox_core.config import ModelConfig, RopeScalingConfig
+from neox_core.errors import CheckpointError, ConfigError
 
 PARAMS_FILE = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -27,6 +27,10 @@ _ROPE_TABLE = "rope.freqs"
 _DEFAULT_NORM_EPS = 1e-5
 _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_ROPE_THETA = 10000.0
+_LLAMA3 = RopeScalingConfig(
+    rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
+)
+"""What Meta's code has as constants."""
 
 
 def shard_name(shard: int) -> str:
@@ -124,7 +128,7 @@ def meta_files(weights: Weights, model: ModelConfig, shards: int, dtype: torch.d
     ]
 
 
-def meta_params(model: ModelConfig) -> dict[str, int | float]:
+def meta_params(model: ModelConfig) -> dict[str, Any]:
     """The params.json of a model."""
     return {
         "dim": model.hidden_size,
@@ -135,6 +139,7 @@ def meta_params(model: ModelConfig) -> dict[str, int | float]:
         "norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "vocab_size": model.vocab_size,
+        **_scaling_params(model),
     }
 
 
@@ -185,8 +190,7 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def _model_config(folder: Path, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> ModelConfig:
-    path = folder / PARAMS_FILE
-    try:
+    with described_by(folder / PARAMS_FILE):
         hidden, heads = int(params["dim"]), int(params["n_heads"])
         return ModelConfig(
             num_layers=int(params["n_layers"]),
@@ -198,15 +202,44 @@ def _model_config(folder: Path, params: Mapping[str, Any], shards: list[dict[str
             ),
             vocab_size=_vocab_size(folder, params, shards),
             rope_theta=params.get("rope_theta", _DEFAULT_ROPE_THETA),
+            rope_scaling=_rope_scaling(folder, params),
             norm_eps=params.get("norm_eps", _DEFAULT_NORM_EPS),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has a value that is not a number of the right kind: {error}") from None
+
+
+def _rope_scaling(folder: Path, params: Mapping[str, Any]) -> RopeScalingConfig | None:
+    """Llama 3's scaling of positions, of which params.json has a switch and not always the numbers."""
+    if not params.get("use_scaled_rope"):
+        return None
+    if "rope_scaling_factor" not in params:
+        raise CheckpointError(
+            f"{folder / PARAMS_FILE} says use_scaled_rope without rope_scaling_factor: add it (Llama 3.1: 8, 3.2: 32)"
+        )
+    return _LLAMA3.model_copy(
+        update={
+            "factor": float(params["rope_scaling_factor"]),
+            "high_freq_factor": float(params.get("high_freq_factor") or 4.0),
+        }
+    )
+
+
+def _scaling_params(model: ModelConfig) -> dict[str, Any]:
+    """The entries of params.json that say how positions are scaled.
+
+    Raises:
+        ConfigError: in a way that Meta's format has no words for.
+    """
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling != _LLAMA3.model_copy(update=same):
+        raise ConfigError(f"Meta's format cannot say that positions are scaled by {scaling}: export to Hugging Face's")
+    return {
+        "use_scaled_rope": True,
+        "rope_scaling_factor": scaling.factor,
+        "high_freq_factor": scaling.high_freq_factor,
+    }
 
 
 def _vocab_size(folder: Path, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> int:

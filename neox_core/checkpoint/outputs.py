@@ -8,12 +8,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from io import RawIOBase
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, BinaryIO
+from typing import Any
+
+import torch
 
 from neox_core.artifact import FileRecord, sha256_of, write_atomically
 from neox_core.checkpoint.stream import Sink, StreamedTensor, write_safetensors, write_torch
@@ -23,7 +27,11 @@ from neox_core.progress import Progress
 JOURNAL_FILE = ".conversion.json"
 """Which files are finished; a memory of the attempt, not a part of its result."""
 _WORKERS = 4
+"""Files at a time."""
 _POLL_SECONDS = 0.5
+_WORTH_A_THREAD = 1 << 16
+_WRITE_BACK_BYTES = 1 << 25
+"""After so many the disk is told to begin, so that not all is left to the end."""
 _BYTES_PER_TENSOR = 1024
 """At most, for names, headers and alignment."""
 
@@ -43,12 +51,12 @@ class OutputFile:
         """Bytes, rounded up."""
         return sum(tensor.nbytes + _BYTES_PER_TENSOR for tensor in self.tensors)
 
-    def write(self, sink: Sink) -> None:
-        """Compute the tensors and write them."""
+    def write(self, sink: Sink, pool: Executor) -> None:
+        """Compute the tensors in the pool's threads and write them."""
         if self.path.endswith(".safetensors"):
-            write_safetensors(sink, self.tensors)
+            write_safetensors(sink, self.tensors, pool)
         else:
-            write_torch(sink, self.tensors, self.under)
+            write_torch(sink, self.tensors, pool, self.under)
 
 
 @dataclass
@@ -79,11 +87,11 @@ class Meter:
         progress(min(self.done / max(self.total, 1), 0.999), text)
 
 
-class LocalSink:
-    """A file being written, hashed on the way."""
+class HashedSink:
+    """Bytes on their way to a file, hashed by a thread of its own while they are written."""
 
-    def __init__(self, file: BinaryIO, meter: Meter) -> None:
-        self._file, self._meter = file, meter
+    def __init__(self, put: Callable[[memoryview], None], meter: Meter, hasher: Executor) -> None:
+        self._put, self._meter, self._hasher = put, meter, hasher
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -91,15 +99,20 @@ class LocalSink:
         """Append a buffer."""
         view = memoryview(data).cast("B")
         self._meter.add(len(view))
-        self.digest.update(view)
-        written = 0
-        while written < len(view):
-            written += self._file.write(view[written:])
+        if len(view) < _WORTH_A_THREAD:
+            self.digest.update(view)
+            self._put(view)
+        else:
+            hashed = self._hasher.submit(self.digest.update, view)
+            try:
+                self._put(view)
+            finally:
+                hashed.result()
         self.size += len(view)
         return len(view)
 
     def flush(self) -> None:
-        """The file is not buffered."""
+        """Nothing is held back."""
 
 
 class LocalTarget:
@@ -146,14 +159,14 @@ class LocalTarget:
             )
 
     @contextmanager
-    def create(self, path: str, meter: Meter) -> Iterator[LocalSink]:
-        """A sink whose file appears, complete and on the disk, when the block ends without an error."""
+    def create(self, path: str) -> Iterator[Callable[[memoryview], None]]:
+        """Takes a file's bytes; the file appears, complete and on the disk, when the block ends without an error."""
         final = self.folder / path
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb", buffering=0) as file:
-                yield LocalSink(file, meter)
+                yield partial(_append, file)
                 os.fsync(file.fileno())
             temporary.replace(final)
         except OSError as error:
@@ -164,6 +177,29 @@ class LocalTarget:
     def _intact(self, record: FileRecord) -> bool:
         path = self.folder / record.path
         return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
+
+
+def _append(file: RawIOBase, view: memoryview) -> None:
+    """Write all of a buffer."""
+    start = file.tell()
+    written = 0
+    while written < len(view):
+        written += file.write(view[written:]) or 0
+    if start // _WRITE_BACK_BYTES != (start + written) // _WRITE_BACK_BYTES:
+        # Linux begins to write dirty pages of the range to the disk, and does not wait for them.
+        first = max(0, start - _WRITE_BACK_BYTES)
+        os.posix_fadvise(file.fileno(), first, start + written - first, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that begin in the block compute on one core each: files and chunks are what runs side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_files(
@@ -181,8 +217,13 @@ def write_files(
     target.check_space(sum(file.size for file in missing))
     kept = sum(record.size for record in records.values())
     meter = Meter(total=kept + sum(file.size for file in missing), done=kept, kept=kept)
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(_write, target, file, meter) for file in missing]
+    files_at_once = min(_WORKERS, os.cpu_count() or 1)
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(2 * files_at_once) as fillers,
+        ThreadPoolExecutor(files_at_once) as pool,
+    ):
+        futures = [pool.submit(_write, target, file, meter, fillers) for file in missing]
         try:
             _follow(futures, lambda record: _note(target, records, record), meter, progress)
         except BaseException:
@@ -192,9 +233,10 @@ def write_files(
     return [records[file.path] for file in files]
 
 
-def _write(target: LocalTarget, file: OutputFile, meter: Meter) -> FileRecord:
-    with target.create(file.path, meter) as sink:
-        file.write(sink)
+def _write(target: LocalTarget, file: OutputFile, meter: Meter, fillers: Executor) -> FileRecord:
+    with ThreadPoolExecutor(1) as hasher, target.create(file.path) as put:
+        sink = HashedSink(put, meter, hasher)
+        file.write(sink, fillers)
     return FileRecord(file.path, sink.size, sink.digest.hexdigest())
 
 

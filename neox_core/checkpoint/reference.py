@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from neox_core.config import ModelConfig
 
 State = dict[str, Tensor]
+_LLAMA3_POSITIONS = 8192
 
 
 class MetaReference:
@@ -41,11 +42,25 @@ class MetaReference:
             num_attention_heads=params["n_heads"],
             num_key_value_heads=params.get("n_kv_heads") or params["n_heads"],
             rms_norm_eps=params.get("norm_eps", 1e-5),
-            max_position_embeddings=sequence_length,
-            rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))},
+            max_position_embeddings=max(sequence_length, 2 * _LLAMA3_POSITIONS),
+            rope_parameters=self._rope(),
             tie_word_embeddings=False,
             attn_implementation="sdpa",
         )
+
+    def _rope(self) -> dict[str, Any]:
+        params = self._params
+        theta = float(params.get("rope_theta", 10000.0))
+        if not params.get("use_scaled_rope"):
+            return {"rope_type": "default", "rope_theta": theta}
+        return {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": float(params["rope_scaling_factor"]),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": float(params.get("high_freq_factor") or 4.0),
+            "original_max_position_embeddings": _LLAMA3_POSITIONS,
+        }
 
     def embedding(self) -> Tensor:
         """[V, D]"""

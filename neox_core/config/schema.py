@@ -191,6 +191,30 @@ class BaseModelConfig(Section):
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
 
 
+class RopeScalingConfig(Section):
+    """Positions of a model that was extended to longer sequences, as Hugging Face names them (see model/rope.py)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only, like the next two; Llama 3.1: 1")
+    high_freq_factor: PositiveFloat | None = Field(None, description="Llama 3.1: 4")
+    original_max_position_embeddings: PositiveInt | None = Field(None, description="Llama 3.1: 8192")
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        blend = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        given = [name for name in blend if getattr(self, name) is not None]
+        if given != (list(blend) if self.rope_type == "llama3" else []):
+            raise ValueError(
+                f"llama3 needs {', '.join(blend)}, and linear takes none; {self.rope_type} has {given or 'none'}"
+            )
+        if self.low_freq_factor and self.high_freq_factor and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """Architecture of a Llama-family model."""
 
@@ -204,6 +228,7 @@ class ModelConfig(Section):
         None, description="tokens; the rows of vocab_size above it are padding, cut off on export. None: no padding"
     )
     rope_theta: PositiveFloat
+    rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
     norm_eps: PositiveFloat = 1e-5
 
     @property

@@ -217,14 +217,14 @@ source, target = Path(sys.argv[1]), Path(sys.argv[2])
 outputs._WORKERS = 1
 written = outputs._write
 
-def slowly(target, file, meter):
+def slowly(target, file, meter, fillers):
     if len(list(target.folder.glob("global_step0/*.pt"))) == 3:
-        with target.create(file.path, meter) as sink:
-            sink.write(b"half")
+        with target.create(file.path) as put:
+            put(memoryview(b"half"))
             print("waiting", flush=True)
             import time
             time.sleep(600)
-    return written(target, file, meter)
+    return written(target, file, meter, fillers)
 
 outputs._write = slowly
 convert(source, target, MetaCheckpoint(source).model, ParallelConfig(tensor=2, pipeline=2))
@@ -353,8 +353,16 @@ def test_new_tokens_and_padding(write_base: WriteBase, tmp_path: Path, method: A
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"positions are scaled \(llama3\)"),
-        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, r"positions are scaled \(linear\)"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"llama3 needs low_freq_factor"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"positions are scaled \(yarn\).*linear and llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"positions are scaled \(dynamic\)"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
+            r"rope_parameters and rope_scaling differ, .*factor=4\.0.*factor=2\.0",
+        ),
         ({"rope_theta": 5.0}, r"gives two RoPE bases, \[5\.0, 1000000\.0\]"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
