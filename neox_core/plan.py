@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, sequences_before
 from neox_core.errors import ConfigError
 from neox_core.memory import Memory, fullest_stage, parameter_count
 
@@ -37,17 +37,14 @@ class Plan:
     pipeline_parallel: int
     batch: BatchGeometry
     steps: int
+    run_tokens: int
+    """Tokens that the whole run trains on."""
     memory: Memory
     fullest_stage: int
     flops_per_token: int
     causal_flops_per_token: int
     utilisation: float
     peak_tflops: float
-
-    @property
-    def run_tokens(self) -> int:
-        """Tokens that the whole run trains on."""
-        return self.steps * self.batch.tokens
 
     @property
     def flops_per_step(self) -> int:
@@ -67,7 +64,7 @@ class Plan:
     @property
     def run_hours(self) -> float:
         """Time of all steps; validation, checkpoints and queueing come on top."""
-        return self.steps * self.step_seconds / 3600
+        return self.run_tokens / self.batch.tokens * self.step_seconds / 3600
 
     @property
     def gpu_hours(self) -> float:
@@ -140,6 +137,7 @@ def plan(
         pipeline_parallel=config.parallel.pipeline,
         batch=batch,
         steps=config.train.steps,
+        run_tokens=sequences_before(config.train, config.train.steps + 1) * config.train.sequence_length,
         memory=memory,
         fullest_stage=stage,
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),

@@ -141,6 +141,12 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return share
 
+    def set_accumulation_steps(self, steps: int) -> None:
+        """Micro batches of the global batches from now on. Between steps only."""
+        self.set_train_batch_size(steps * self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        if self.module.loss_fn.early_gradient is not None:
+            self.module.loss_fn.early_gradient = 1 / steps
+
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if self.is_last_stage():
             # Tensor-parallel ranks have the same loss: it counts once, but what is not finite counts on each.
@@ -149,7 +155,10 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         super()._take_model_step(lr_kwargs)
 
     def _aggregate_total_loss(self) -> Tensor:
-        """The mean loss over the positions of the global batch that count. It came with the gradient norm, so DeepSpeed's own exchange of it can be spared."""
+        """The mean loss over the positions of the global batch that count.
+
+        It came with the gradient norm, so that DeepSpeed's own exchange of it is spared.
+        """
         self.agg_additional_losses = None
         return loss_of(self.optimizer.outcome).float()
 

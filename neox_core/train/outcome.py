@@ -72,7 +72,7 @@ class PendingOutcome:
         self._arrived: torch.cuda.Event | None = None
         if outcome.is_cuda:
             self._values = torch.empty(outcome.shape, pin_memory=True).copy_(outcome, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def read(self) -> StepOutcome:

@@ -29,6 +29,10 @@ class SourceLosses:
         self._sequences: list[Tensor] = []
         self._totals = torch.zeros(2, len(self.names), device=device)
 
+    def use(self, geometry: BatchGeometry, mixture: Mixture) -> None:
+        """The batches to come are cut like this, from this mixture of the same sources."""
+        self._geometry, self._mixture = geometry, mixture
+
     def begin(self, first_sequence: int) -> None:
         """The losses to come are of the global batch that begins with this sequence, micro batch by micro batch."""
         self._first_sequence = first_sequence

@@ -101,6 +101,11 @@ class Telemetry:
         else:
             self._write_passed()
 
+    def use(self, geometry: BatchGeometry, mixture: Mixture) -> None:
+        """The steps to come cut their batches like this, from this mixture."""
+        self._tokens = geometry.tokens
+        self._sources.use(geometry, mixture)
+
     def batches(self, source: Iterator[Item]) -> Iterator[Item]:
         """What `source` yields, with the time measured that the training waits for it."""
         while True:

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-from neox_core.config import ProfileConfig, RunConfig, SourceConfig, TokenizeJobConfig, WeightChange
+from neox_core.config import ProfileConfig, RunConfig, SourceConfig, TokenizeJobConfig, TrainChange, WeightChange
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -76,6 +76,16 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.optimizer.betas": ((0.9, 0.99), TRAIN),
     "train.optimizer.eps": (1e-7, TRAIN),
     "train.optimizer.weight_decay": (0.0, TRAIN),
+    "train.schedule.kind": ("wsd", TRAIN),
+    "train.schedule.decay_share": (0.1, TRAIN),
+    "train.schedule.decay_shape": ("linear", TRAIN),
+    "train.changes": ((TrainChange(from_step=9, lr=1e-4),), TRAIN),
+    "train.guard.on_not_finite": ("skip", NOTHING),
+    "train.guard.on_spike": ("stop", NOTHING),
+    "train.guard.spike_sigma": (6.0, NOTHING),
+    "train.guard.spike_window": (9, NOTHING),
+    "train.guard.max_skips": (9, NOTHING),
+    "train.guard.max_rollbacks": (9, NOTHING),
     "train.schedule.warmup_steps": (11, TRAIN),
     "train.schedule.decay_steps": (50, TRAIN),
     "train.schedule.min_lr_ratio": (0.1, TRAIN),

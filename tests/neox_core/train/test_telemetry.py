@@ -46,6 +46,10 @@ def config(*layout: int, **train: Any) -> RunConfig:
     return config_for("gqa", *layout, **settings | train)
 
 
+def never(incident: Any) -> Any:
+    raise AssertionError(incident)
+
+
 def run_loop(
     config: RunConfig, shards: Path, folder: Path, on_step: Callable[[int], None] = lambda step: None
 ) -> list[dict[str, float]]:
@@ -53,8 +57,10 @@ def run_loop(
     from neox_core.checkpoint.neox import NeoxCheckpoint
     from neox_core.parallel.mesh import build_mesh, init_distributed
     from neox_core.train.engine import build_engine
+    from neox_core.train.guards import Guard
     from neox_core.train.loop import Loop
     from neox_core.train.profiler import StepProfiler
+    from neox_core.train.resume import Position
     from neox_core.train.telemetry import Telemetry
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
@@ -68,15 +74,16 @@ def run_loop(
         Loop(
             engine=engine,
             train=config.train,
-            geometry=geometry,
+            geometry=lambda step: geometry,
             data_rank=mesh.data_rank,
-            training_data=data,
             validation_data=data,
             metrics=metrics,
-            save=lambda step: None,
+            guard=Guard(config.train.guard, engine.optimizer.loss_limit.fill_, never),
+            save=lambda position: None,
+            go_back=never,
             telemetry=telemetry,
             heartbeat=lambda place: on_step(int(place.split()[-1])) if place.startswith("step") else None,
-        ).run(0)
+        ).run(Position(0, data))
     return [row for row in rows if "train/loss" in row]
 
 
