@@ -153,6 +153,6 @@ def _explain(incident: Incident, wanted: str, config: GuardConfig) -> str:
     }
     return (
         f"{what}{limits.get(wanted, '')}. The update was not done, and this state is not saved: look at "
-        "incidents.jsonl; run again to resume from the last checkpoint, with train.guard set to skip or rollback, or a lower learning "
-        "rate (train.changes), if it happens again"
+        "incidents.jsonl; run again to resume from the last checkpoint, with train.guard set to skip or rollback, or "
+        "with a lower learning rate (train.changes), if it happens again"
     )

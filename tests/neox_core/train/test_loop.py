@@ -306,7 +306,7 @@ def test_rollback_goes_on_after_the_offending_batch_and_repeats_nothing() -> Non
     train = train_config(steps=9, guard=GuardConfig(on_not_finite="rollback", max_rollbacks=2))
     engine, recorder, error = run(train, losses=nan_at(5, 8))
     assert error is None
-    # 5 is found bad when 6 is under way; back at 4, training goes on with 6. 7 is found bad at once: a validation is due.
+    # 5 is found bad when 6 is under way; back at 4, training goes on with 6. 7 is found bad before its validation.
     assert steps_taken(engine) == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12]
     rates = [learning_rate(step, train) for step in (1, 2, 3, 4, 5, 6, 5, 6, 5, 6, 7, 8, 9)]
     assert [rate for rate, _ in engine.rates] == rates

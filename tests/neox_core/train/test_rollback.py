@@ -25,7 +25,7 @@ from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import TrainingError
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
-from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, config_for
+from tests.neox_core.train.small_training import BATCH, config_for
 
 POISON = 127
 """A token that makes the loss NaN, on the data-parallel rank that has it."""
@@ -82,8 +82,17 @@ def poisonous() -> Iterator[None]:
 
 
 def train_jobs(config: RunConfig, jobs: list[tuple[TrainJob, int | None]], ports: list[int]) -> list[Any]:
-    """Train one job after another; those with a number are killed when that many steps have begun."""
-    return [train_job(config, job, kill_at, port) for (job, kill_at), port in zip(jobs, ports, strict=True)]
+    """Train one job after another; those with a number are killed when that many steps have begun.
+
+    Before the last, the last step's checkpoint is deleted.
+    """
+    results = []
+    for (job, kill_at), port in zip(jobs, ports, strict=True):
+        if job is jobs[-1][0] and os.environ["RANK"] == "0":  # which decides from where a job resumes
+            store = ObjectStore(config.storage)
+            store.delete([info.key for info in store.list(object_key(job.prefix, STEPS, ""))])
+        results.append(train_job(config, job, kill_at, port))
+    return results
 
 
 def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
@@ -149,11 +158,15 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     killed = TrainJob(data, weights, tmp_path / "killed", "b" * 64)
     lost = replace(whole, output=tmp_path / "lost")
     # Steps 1 to 5 and, before 5 is known to be bad, 6; then 4 again and so on: the ninth is 6 the second time.
-    first = run_ranks(train_jobs, 2, run, [(whole, None), (killed, 9), (killed, None)], free_ports(3))
-    for started, begun, ended in first:
-        assert started == (0, [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9])
-        assert begun == ("", [1, 2, 3, 4, 5, 6, 4, 5, 6])
-        assert ended == (3, [4, 5, 6, 7, 8, 9])
+    # The last job starts from a checkpoint after the rollback, in a new folder.
+    jobs = [(whole, None), (killed, 9), (killed, None), (lost, None)]
+    for found in run_ranks(train_jobs, 2, run, jobs, free_ports(len(jobs))):
+        assert found == [
+            (0, [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]),
+            ("", [1, 2, 3, 4, 5, 6, 4, 5, 6]),
+            (3, [4, 5, 6, 7, 8, 9]),
+            (6, [7, 8, 9]),
+        ]
 
     window = SkippedSequences(3, 3 * BATCH, 2 * BATCH)
     assert rows(whole)[STEPS][2] == (STEPS + 2) * BATCH
@@ -164,11 +177,6 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     assert manifests[-1].consumed == clean.consumed(11 * BATCH)
     check_incident(json.loads((whole.output / "incidents.jsonl").read_text()), name, place)
     assert json.loads(store.get_text(f"{whole.prefix}/incidents.jsonl") or "")["action"] == "rollback"
-
-    # From a checkpoint after the rollback, in a new folder.
-    store.delete([info.key for info in store.list(object_key(whole.prefix, STEPS, ""))])
-    (ended,), _ = run_ranks(train_jobs, 2, run, [(lost, None)], free_ports(1))
-    assert ended == (6, [7, 8, 9])
     assert rows(lost) == rows(whole)
     assert (lost.output / "incidents.jsonl").read_text() == (whole.output / "incidents.jsonl").read_text()
 
@@ -178,11 +186,9 @@ def check_incident(record: dict[str, Any], source: str, place: int) -> None:
     assert record["loss"] == "nan"
     assert record["ranks"] == [1]
     assert (record["first_sequence"], record["sequences"]) == ((BAD_STEP - 1) * BATCH, BATCH)
-    assert record["sources"] == {name: BATCH // 2 for name in SOURCES}
+    assert record["sources"] == dict.fromkeys(SOURCES, BATCH // 2)
     assert list(record["gradient_norms"]) == ["embedding", "blocks_00", "blocks_01", "head", "norms"]
     # The loss alone is not finite.
-    assert np.hypot.reduce(list(record["gradient_norms"].values())) == pytest.approx(record["gradient_norm"])
+    assert np.hypot.reduce(list(record["gradient_norms"].values())) == pytest.approx(record["gradient_norm"], rel=1e-5)
     assert any(first <= place // 100 <= last for first, last in record["documents"][source])
     assert all(0 <= last - first <= 1 for spans in record["documents"].values() for first, last in spans)
-    assert SEQUENCE < 100
-    assert MODELS
