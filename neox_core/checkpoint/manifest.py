@@ -45,7 +45,7 @@ class Manifest:
     consumed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The ledger so far: sequences, tokens and epochs consumed per source."""
     software: Mapping[str, str] = field(default_factory=dict)
-    skipped: Sequence[Mapping[str, int]] = ()
+    skipped: Sequence[Mapping[str, int]] = field(default_factory=list)
     """Sequences among the consumed that training went back from: after_step, first, count of each window."""
     guard: Mapping[str, Any] = field(default_factory=dict)
     """What the guard decides by."""

@@ -121,7 +121,7 @@ class TrainCheckpoints:
         What was skipped after the checkpoint by this training is in the manifest.
         """
         found: list[tuple[str, Manifest] | None] = [None]
-        if self.mesh.rank == 0:
+        if dist.get_rank() == 0:
             found = [newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors)]
             text = self.store.get_text(f"{self.job.prefix}/{_SKIPPED_FILE}")
             if found[0] is not None and text is not None and (record := json.loads(text))["step"] == found[0][1].step:
