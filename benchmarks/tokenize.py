@@ -6,8 +6,8 @@
 All runs are of the same text, in turn, each in a fresh process. Figures are MB of UTF-8 text per second: of CPU (user
 and system, with all child processes) and by the wall. The last line is JSON, of the figures per CPU second.
 
-GPT-NeoX's way is written here from its description: one writer, a pool of encoders fed document by document with JSON
-lines, one `add_item` per document of a list of ids.
+The encoders are timed from the first text on, cold. The stages (`tokenizing/neox_way.py`, `tokenizing/our_way.py`) are
+whole commands: the start of the interpreter, imports, and the tokenizer's loading count.
 """
 
 from __future__ import annotations
@@ -22,27 +22,21 @@ import argparse
 import io
 import json
 import multiprocessing
-import resource
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 import zstandard
 
-from neox_core.config import StorageConfig, TokenizerConfig
 from neox_core.data.indexed import IndexedDataset
-from neox_core.data.merge import merge
-from neox_core.data.part import PartSettings
-from neox_core.data.part_files import PartPaths
-from neox_core.data.readers import InputFile
+from neox_core.data.part_settings import TokenizerSettings
 from neox_core.data.tokenizer import Tokenizer
-from tasks.tokenize_pool import made_in_processes
+from neox_core.errors import DataError
 
 _MB = 1e6
 
@@ -78,73 +72,41 @@ def encode_sentencepiece(work: Work) -> tuple[float, float]:
 def encode_ours(work: Work) -> tuple[float, float]:
     """CPU and wall seconds of our encode, text by text, starting cold."""
     texts = list(texts_of(work.files))
-    return _timed(Tokenizer(TokenizerConfig(model=work.model)).encode, texts)
+    return _timed(Tokenizer(TokenizerSettings(work.model)).encode, texts)
 
 
-def stage_neox(work: Work) -> tuple[float, float]:
-    """zstd in, .bin and .idx out, as GPT-NeoX's preprocess_data does it."""
-    cpu, wall = _cpu(), time.perf_counter()
-    sizes = []
-    with (
-        multiprocessing.get_context("spawn").Pool(work.workers, _start_encoder, (work.model,)) as pool,
-        (work.output / "neox.bin").open("wb") as file,
-    ):
-        for ids in pool.imap(_encode_line, lines_of(work.files), chunksize=25):
-            file.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
-            sizes.append(len(ids))
-        pool.close()
-        pool.join()
-    offsets = np.cumsum([0, *sizes[:-1]], dtype=np.int64) * 2
-    with (work.output / "neox.idx").open("wb") as file:
-        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(sizes), len(sizes) + 1))
-        file.write(np.array(sizes, "<i4").tobytes() + offsets.tobytes() + np.arange(len(sizes) + 1).tobytes())
-    return _cpu() - cpu, time.perf_counter() - wall
-
-
-def stage_ours(work: Work) -> tuple[float, float]:
-    """The same, our way: parts, verification against SentencePiece and merge included."""
-    cpu, wall = _cpu(), time.perf_counter()
-    settings = PartSettings(
-        TokenizerConfig(model=work.model), StorageConfig(url="s3://unused/x"), "text", False, False, (), 30
-    )
-    files = [InputFile("all", "train", f"{n}-{p.name}", str(p), p.stat().st_size) for n, p in enumerate(work.files)]
-    for _ in made_in_processes(files, settings, work.output, work.workers):
-        pass
-    merge([PartPaths.of(file, work.output).prefix for file in files], work.output / "ours", work.workers)
-    return _cpu() - cpu, time.perf_counter() - wall
+def run_stage(way: str, work: Work) -> tuple[float, float]:
+    """CPU and wall seconds of one of the commands in `tokenizing`: zstd in, .bin and .idx out."""
+    script = Path(__file__).with_name("tokenizing") / f"{way}_way.py"
+    output = work.output / way
+    output.mkdir()
+    # -P: else its folder would come first on the path, where this file is.
+    command = [sys.executable, "-P", script, work.model, str(work.workers), output / "all", *work.files]
+    started = time.perf_counter()
+    process = os.spawnve(os.P_NOWAIT, sys.executable, command, os.environ | {"PYTHONPATH": sys.path[0]})
+    _, status, usage = os.wait4(process, 0)  # of the process and of the children that it waited for
+    if status:
+        raise DataError(f"{script} failed (wait status {status}): see its message above")
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started
 
 
 def identical(work: Work) -> bool:
     """Whether each of our ids is SentencePiece's, and the two stages' files agree."""
     reference = sentencepiece.SentencePieceProcessor(model_file=str(work.model))
-    ours = IndexedDataset(work.output / "ours")
+    ours = IndexedDataset(work.output / "our" / "all")
     texts = list(texts_of(work.files))
     same = len(ours) == len(texts) and all(
         ours[i].tolist() == [*reference.encode(text), reference.eos_id()] for i, text in enumerate(texts)
     )
-    names = [("ours.bin", "neox.bin"), ("ours.idx", "neox.idx")]
-    return same and all((work.output / a).read_bytes() == (work.output / b).read_bytes() for a, b in names)
-
-
-def _start_encoder(model: Path) -> None:
-    global _encoder
-    _encoder = sentencepiece.SentencePieceProcessor(model_file=str(model))
-
-
-def _encode_line(line: str) -> list[int]:
-    return [*_encoder.encode(json.loads(line)["text"]), _encoder.eos_id()]
+    files = [[(work.output / way / f"all.{kind}").read_bytes() for way in ("our", "neox")] for kind in ("bin", "idx")]
+    return same and all(first == second for first, second in files)
 
 
 def _timed(encode: Callable[[str], Any], texts: list[str]) -> tuple[float, float]:
-    cpu, wall = _cpu(), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     for text in texts:
         encode(text)
-    return _cpu() - cpu, time.perf_counter() - wall
-
-
-def _cpu() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def _in_fresh_process(function: Callable[[Work], Any], work: Work) -> Any:
@@ -189,14 +151,22 @@ def main() -> None:
     out.write(f"{'':24} MB per CPU second  MB per second\n")
     with tempfile.TemporaryDirectory() as folder:
         work = Work(files, arguments.model, arguments.workers, Path(folder))
-        cpu: dict[str, float] = {}
-        for contestant in (encode_sentencepiece, encode_ours, stage_neox, stage_ours):
-            cpu[contestant.__name__], wall = _in_fresh_process(contestant, work)
-            speed = size / _MB / cpu[contestant.__name__]
-            out.write(f"{contestant.__name__:24} {speed:17.1f} {size / _MB / wall:14.1f}\n")
+        contestants: dict[str, Callable[[], tuple[float, float]]] = {
+            "encode, SentencePiece": partial(_in_fresh_process, encode_sentencepiece, work),
+            "encode, ours": partial(_in_fresh_process, encode_ours, work),
+            "stage, GPT-NeoX's way": partial(run_stage, "neox", work),
+            "stage, ours": partial(run_stage, "our", work),
+        }
+        cpu: list[float] = []
+        walls: list[float] = []
+        for name, contest in contestants.items():
+            cpu_seconds, wall = contest()
+            out.write(f"{name:24} {size / _MB / cpu_seconds:17.1f} {size / _MB / wall:14.1f}\n")
+            cpu, walls = [*cpu, cpu_seconds], [*walls, wall]
+        out.write(f"by the wall: encode {walls[0] / walls[1]:.2f} times, stage {walls[2] / walls[3]:.2f} times\n")
         result = {
-            "encode_vs_sentencepiece": round(cpu["encode_sentencepiece"] / cpu["encode_ours"], 2),
-            "stage_vs_neox": round(cpu["stage_neox"] / cpu["stage_ours"], 2),
+            "encode_vs_sentencepiece": round(cpu[0] / cpu[1], 2),
+            "stage_vs_neox": round(cpu[2] / cpu[3], 2),
             "identical_ids": identical(work),
         }
     out.write(json.dumps(result) + "\n")

@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
-    parser.add_argument("--recompute", choices=["none", "full"], default="none")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)

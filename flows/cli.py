@@ -28,7 +28,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at the training data.")
 app.add_typer(data_app, name="data")
 
 _PLAN_WIDTH = 130
-"""Columns that the data plan needs, also where the output is no terminal."""
+"""Columns that plans need, also where the output is no terminal."""
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 
@@ -70,11 +70,23 @@ def plan(
     nodes: Annotated[int | None, typer.Option(help="Number of nodes; default: launch.nodes.")] = None,
     utilisation: Annotated[float, typer.Option(help="Model FLOPs utilisation to reckon with.")] = 0.4,
     peak_tflops: Annotated[float, typer.Option(help="Peak bf16 TFLOP/s of one GPU; A100: 312.")] = 312.0,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU's memory; A100: 40 or 80.")] = 40.0,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Also run a step at full size without data, and measure.")
+    ] = False,
 ) -> None:
-    """Will it fit, how long will it take, is the batch still what it should be?"""
+    """Will it fit, how long will it take, what is sent, is the batch still what it should be?"""
+    from flows.plan_tables import memory_table, traffic_table
     from neox_core.plan import plan as make_plan
+    from neox_core.simulate import simulate as run_simulation
 
-    _print_rows(f"plan of {config}", make_plan(load_config(config), nodes, utilisation, peak_tflops).rows())
+    loaded = load_config(config)
+    made = make_plan(loaded, nodes, utilisation, peak_tflops, gpu_memory)
+    _print_rows(f"plan of {config}", made.rows())
+    found = run_simulation(loaded, nodes) if simulate else []
+    console = Console(highlight=False, width=max(Console().width, _PLAN_WIDTH))
+    console.print(memory_table(made, found))
+    console.print(traffic_table(made, found))
 
 
 @app.command("make-base")

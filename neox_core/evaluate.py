@@ -96,7 +96,7 @@ def _build_layers(config: RunConfig, weights: LayerWeights, mesh: Mesh) -> nn.Se
     dtype = parameter_dtype(config)
     return nn.Sequential(
         *(
-            build_layer(layer_type, index, dims, mesh, weights, dtype, False, config.train.mask_documents)
+            build_layer(layer_type, index, dims, mesh, weights, dtype, "none", config.train.mask_documents)
             for index, layer_type in enumerate(layer_types(config.model.num_layers))
             if layer_type is not None
         )

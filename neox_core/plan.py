@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass
 
+from neox_core.communication import Collective, group_size, sent_bytes, step_traffic
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, sequences_before
 from neox_core.errors import ConfigError
-from neox_core.memory import Memory, fullest_stage, parameter_count
+from neox_core.memory import Memory, parameter_count, stage_layers, stage_memory
+from neox_core.parallel.stages import stage_costs
+from neox_core.units import format_bytes, format_count, format_digits, format_flop, format_seconds
 
 A100_PEAK_TFLOPS = 312.0
 """Dense bf16 peak of an NVIDIA A100 (data sheet); H100 and H200: 989."""
+A100_MEMORY_GIB = 40.0
+"""Memory of the A100s that Llemma was trained on; others have 80, an H200 has 141 GB = 131 GiB or more."""
+RESERVED_BYTES = 2 * 2**30
+"""What the plan does not count: the CUDA context, NCCL's buffers, workspaces of matrix products, fragments."""
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = False) -> int:
@@ -28,8 +36,22 @@ def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = Fal
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """What each rank of one pipeline stage needs."""
+
+    layers: int
+    cost: float
+    """Time, in units of a transformer layer's."""
+    memory: Memory
+    traffic: Counter[Collective]
+    """Bytes of a step's collectives, by group and kind: the whole tensor's size."""
+    sent: int
+    """Bytes that a rank sends in a step."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run's needs. Times hold at the given utilisation of the given peak; memory is of the fullest GPU."""
+    """A run's needs. Times hold at the given utilisation of the given peak."""
 
     parameters: int
     parameters_without_embedding: int
@@ -39,12 +61,28 @@ class Plan:
     steps: int
     run_tokens: int
     """Tokens that the whole run trains on."""
-    memory: Memory
-    fullest_stage: int
+    stages: tuple[StagePlan, ...]
+    gpu_memory: float
+    """Bytes of one GPU's memory."""
     flops_per_token: int
     causal_flops_per_token: int
     utilisation: float
     peak_tflops: float
+
+    @property
+    def fullest_stage(self) -> int:
+        """The pipeline stage whose ranks need the most memory."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].memory.total)
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the fullest GPU."""
+        return self.stages[self.fullest_stage].memory
+
+    @property
+    def spare(self) -> float:
+        """Bytes that are left on the fullest GPU; negative if it does not fit."""
+        return self.gpu_memory - RESERVED_BYTES - self.memory.total
 
     @property
     def flops_per_step(self) -> int:
@@ -90,29 +128,55 @@ class Plan:
                 f"{batch.world_size} = TP {self.tensor_parallel} x PP {self.pipeline_parallel}"
                 f" x DP {batch.data_parallel}",
             ),
+            *self._stage_rows(),
             ("global batch", f"{batch.sequences:,} sequences = {batch.tokens:,} tokens"),
             ("gradient accumulation steps", f"{batch.accumulation_steps} of micro batch {batch.micro_batch_size}"),
         ]
 
+    def _stage_rows(self) -> list[tuple[str, str]]:
+        if self.pipeline_parallel == 1:
+            return []
+        costs = [stage.cost for stage in self.stages]
+        slowest, mean = max(costs), sum(costs) / len(costs)
+        layers = " + ".join(str(stage.layers) for stage in self.stages)
+        return [("layers per stage", f"{layers}; the slowest stage takes {slowest / mean:.2f} times the mean")]
+
     def _memory_rows(self) -> list[tuple[str, str]]:
-        parts = [(f"  {part.name}", _bytes(getattr(self.memory, part.name))) for part in fields(self.memory)]
         where = f" on pipeline stage {self.fullest_stage}" if self.pipeline_parallel > 1 else ""
-        return [(f"memory per GPU{where}", f"{_bytes(self.memory.total)}, and the CUDA context and workspace"), *parts]
+        answer = (
+            f"yes, {format_bytes(self.spare)} to spare"
+            if self.spare >= 0
+            else f"no, {format_bytes(-self.spare)} too much"
+        )
+        return [
+            (f"memory per GPU{where}", format_bytes(self.memory.total)),
+            (f"fits {format_bytes(self.gpu_memory)} less {format_bytes(RESERVED_BYTES)} for CUDA and NCCL", answer),
+        ]
 
     def _time_rows(self) -> list[tuple[str, str]]:
         speed = f"{self.tokens_per_second_per_gpu:,.0f} tokens/s"
         return [
-            ("FLOPs per token", f"{_flop(self.flops_per_token)} ({_flop(self.causal_flops_per_token)} causal)"),
-            ("FLOPs per step", f"{_flop(self.flops_per_step)} ({_flop(self.causal_flops_per_step)} causal)"),
+            (
+                "FLOPs per token",
+                f"{format_flop(self.flops_per_token)} ({format_flop(self.causal_flops_per_token)} causal)",
+            ),
+            (
+                "FLOPs per step",
+                f"{format_flop(self.flops_per_step)} ({format_flop(self.causal_flops_per_step)} causal)",
+            ),
             ("assumed speed per GPU", f"{self.utilisation:.0%} of {self.peak_tflops:g} TFLOP/s = {speed}"),
-            ("time per step", _duration(self.step_seconds)),
-            ("run", f"{self.steps:,} steps = {_scaled(self.run_tokens, _COUNTS)} tokens"),
-            ("run time", f"{_duration(self.run_hours * 3600)} = {_digits(self.gpu_hours)} GPU hours"),
+            ("time per step", format_seconds(self.step_seconds)),
+            ("run", f"{self.steps:,} steps = {format_count(self.run_tokens)} tokens"),
+            ("run time", f"{format_seconds(self.run_hours * 3600)} = {format_digits(self.gpu_hours)} GPU hours"),
         ]
 
 
 def plan(
-    config: RunConfig, nodes: int | None = None, utilisation: float = 0.4, peak_tflops: float = A100_PEAK_TFLOPS
+    config: RunConfig,
+    nodes: int | None = None,
+    utilisation: float = 0.4,
+    peak_tflops: float = A100_PEAK_TFLOPS,
+    gpu_memory_gib: float = A100_MEMORY_GIB,
 ) -> Plan:
     """Work out what a run needs.
 
@@ -120,6 +184,7 @@ def plan(
         nodes: number of nodes instead of launch.nodes.
         utilisation: share of the peak that the model FLOPs (full attention) reach. Llemma: 0.36 (7B), 0.21 (34B).
         peak_tflops: dense peak of one GPU in the run's precision.
+        gpu_memory_gib: memory of one GPU.
 
     Raises:
         ConfigError: the nodes don't divide the batch (the message names those that do), or a figure is out of range.
@@ -128,8 +193,11 @@ def plan(
         raise ConfigError(f"utilisation {utilisation} is not a share: give a number above 0 and up to 1, such as 0.4")
     if peak_tflops <= 0:
         raise ConfigError(f"peak_tflops {peak_tflops} is not positive: give one GPU's peak, 312 for an A100")
+    if gpu_memory_gib <= 0:
+        raise ConfigError(
+            f"gpu_memory_gib {gpu_memory_gib} is not positive: give one GPU's memory, 40 or 80 for an A100"
+        )
     batch = batch_geometry(config, nodes)
-    stage, memory = fullest_stage(config, batch)
     return Plan(
         parameters=parameter_count(config.model),
         parameters_without_embedding=parameter_count(config.model, input_embedding=False),
@@ -138,8 +206,8 @@ def plan(
         batch=batch,
         steps=config.train.steps,
         run_tokens=sequences_before(config.train, config.train.steps + 1) * config.train.sequence_length,
-        memory=memory,
-        fullest_stage=stage,
+        stages=tuple(_stage_plan(config, batch, stage) for stage in range(config.parallel.pipeline)),
+        gpu_memory=gpu_memory_gib * 2**30,
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),
         causal_flops_per_token=flops_per_token(config.model, config.train.sequence_length, causal=True),
         utilisation=utilisation,
@@ -147,29 +215,8 @@ def plan(
     )
 
 
-_BYTES = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
-_FLOPS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-_COUNTS = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3))
-_TIMES = (("hours", 3600.0), ("minutes", 60.0), ("s", 1.0), ("ms", 1e-3))
-
-
-def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
-    """The value in the largest unit that leaves it at or above 1."""
-    unit, size = next((entry for entry in units if value >= entry[1]), units[-1])
-    return f"{_digits(value / size)} {unit}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _bytes(size: int) -> str:
-    return _scaled(size, _BYTES)
-
-
-def _flop(count: int) -> str:
-    return _scaled(count, _FLOPS)
-
-
-def _duration(seconds: float) -> str:
-    return _scaled(seconds, _TIMES)
+def _stage_plan(config: RunConfig, batch: BatchGeometry, stage: int) -> StagePlan:
+    traffic = step_traffic(config, batch, stage)
+    sent = sum(sent_bytes(key, size, group_size(key, config, batch)) for key, size in traffic.items())
+    memory = stage_memory(config, batch, stage)
+    return StagePlan(stage_layers(config, stage), stage_costs(config)[stage], memory, traffic, sent)

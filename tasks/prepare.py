@@ -19,12 +19,12 @@ def prepare(config: RunConfig, progress: Progress) -> StageResult:
     left out and why, and which engine encoded.
 
     Raises:
-        DataError: an input is missing or bad, or the run would repeat a source too often.
+        DataError: an input is missing or bad, or the run would repeat a source too often; in the latter case the
+            artifact is there, since the mixture may change without a new tokenization.
     """
 
     def build(folder: Path) -> Mapping[str, Any]:
-        # What the run takes from a source is no property of the datasets: it may change without a new tokenization.
-        return {key: value for key, value in prepare_data(config, folder, progress).items() if key != "run"}
+        return prepare_data(config, folder, progress)
 
     result = run_stage(prepare_spec(config), build, progress)
     ledger(config, result)

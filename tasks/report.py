@@ -35,6 +35,9 @@ _STEP_METRICS = (
 )
 
 
+_ACCOUNT = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
+
+
 @dataclass(frozen=True)
 class ReportData:
     """What a report shows. Any part may be empty: what is not known yet is left out."""
@@ -102,6 +105,7 @@ def write_report(path: Path, data: ReportData) -> None:
         data=data,
         cards=headline(data),
         charts=charts,
+        accounts=_accounts(data.ledger.get("sources", {})),
         step_charts=[f"step-{key}" for key, _, _ in _STEP_METRICS if f"step-{key}" in charts],
         colours=colours,
         total_seconds=sum(stage["seconds"] for stage in data.stages),
@@ -161,6 +165,26 @@ def _token_rows(data: ReportData) -> Iterator[tuple[str, str]]:
         if use := run.get(name):
             text += f", {use['tokens']:,} used ({use['share']:.1%} of the run, {use['epochs']:.3g} epochs)"
         yield name, text
+
+
+def _accounts(sources: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Per source, and of all, the records of all its splits by what became of them; empty if that was not counted.
+
+    Raises:
+        DataError: records that came in are missing among those that are accounted for.
+    """
+    accounts = {
+        name: [sum(counts[unit] for counts in splits.values()) for unit in _ACCOUNT]
+        for name, splits in sources.items()
+        if all(unit in counts for counts in splits.values() for unit in _ACCOUNT)
+    }
+    for name, (found, *accounted) in accounts.items():
+        if found != sum(accounted):
+            raise DataError(
+                f"source {name!r}: {found} records came in, {sum(accounted)} are accounted for: make prepare-data's "
+                "artifact again"
+            )
+    return accounts | ({"all": [sum(column) for column in zip(*accounts.values(), strict=True)]} if accounts else {})
 
 
 def _before_after(data: ReportData) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

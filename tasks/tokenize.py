@@ -15,10 +15,9 @@ from neox_core.data.assemble import MadePart, SplitPlan, check_rejected, merge_s
 from neox_core.data.assemble import write_overlap as write_overlaps
 from neox_core.data.assemble import write_rejected as write_rejections
 from neox_core.data.dataset import token_prefix
-from neox_core.data.ledger import run_ledger
 from neox_core.data.overlap import load_items
-from neox_core.data.part import PartSettings
 from neox_core.data.part_files import PARTS, PartPaths
+from neox_core.data.part_settings import PartSettings
 from neox_core.data.readers import SPLITS, InputFile, source_files
 from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
@@ -81,12 +80,12 @@ def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -
     listed in `<folder>/rejected.jsonl`, overlaps with the evaluation sets in `<folder>/overlap.json`.
 
     Returns:
-        The ledger (see `run_ledger`; a split's counts also tell documents_in, rejected, duplicates, decontaminated),
-        "accounting" (their sums), "encoder", "damaged_files" (left out) and, with evaluation sets, "overlap".
+        "sources": per source and split documents, bytes (UTF-8 of the text), tokens, documents_in, rejected, duplicates
+        and decontaminated; "accounting", their sums; "encoder"; "damaged_files" (left out); with evaluation sets,
+        "overlap".
 
     Raises:
-        DataError: an input is missing or damaged, too many of its records are bad, or a source would be repeated too
-            often; finished parts are kept.
+        DataError: an input is missing or damaged, or too many of its records are bad; finished parts are kept.
         ConfigError: the tokenizer's model is missing or does not fit the model.
         LaunchError, StorageError: a job failed, or the object store did.
     """
@@ -96,7 +95,6 @@ def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -
     counts: dict[str, dict[str, Mapping[str, int]]] = {}
     for (source, split), plan in plans.items():
         counts.setdefault(source, {})[split] = plan.counts
-    ledger = run_ledger(counts, config)
     overlap = {"overlap": write_overlaps(parts, config.data, folder)} if config.data.evaluation_sets else {}
     for done, ((source, split), plan) in enumerate(plans.items()):
         progress(0.95 + 0.05 * done / len(plans), f"merging {source}/{split}")
@@ -105,7 +103,7 @@ def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -
     for leftover in folder.glob("*/.*.tmp"):  # of merges that were killed
         leftover.unlink()
     progress(1.0, f"{len(parts)} files done")
-    return {**ledger, **overlap, **_findings(parts, plans)}
+    return {"sources": counts, **overlap, **_findings(parts, plans)}
 
 
 def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[MadePart]:

@@ -16,8 +16,9 @@ from submitit.core.utils import pickle_load
 
 from neox_core.artifact import write_atomically
 from neox_core.config import TokenizeJobConfig
-from neox_core.data.part import PartRecord, PartSettings, make_part
+from neox_core.data.part import make_part
 from neox_core.data.part_files import PARTS
+from neox_core.data.part_settings import PartRecord, PartSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError, LaunchError, LlemmaError
 from tasks import slurm

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
-from neox_core.data.part import PartRecord, PartSettings, make_part
+from neox_core.data.part_settings import PartRecord, PartSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError
 from neox_core.progress import Progress
@@ -23,28 +24,60 @@ MadeParts = Iterator[tuple[InputFile, PartRecord]]
 """Each file and its part's record, as they are finished."""
 
 
+class Order(NamedTuple):
+    """What the foreman is sent. He answers with (place in `files`, record) for each, or with an exception at last."""
+
+    files: tuple[InputFile, ...]
+    settings: PartSettings
+    folder: Path
+    workers: int
+
+
 def made_in_processes(files: Sequence[InputFile], settings: PartSettings, folder: Path, workers: int) -> MadeParts:
-    """Make the files' parts, the largest first.
+    """Make the files' parts, the largest first, in worker processes that end with this one.
 
     Raises:
         DataError, ConfigError, StorageError: the first failure of a worker; finished parts are kept.
     """
-    workers = min(workers, len(files))
-    # spawn: a fork of a process with threads, which Prefect's is, may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
-        largest_first = sorted(files, key=lambda file: -file.size)
-        futures = {pool.submit(make_part, file, settings, folder): file for file in largest_first}
+    order = Order(tuple(sorted(files, key=lambda file: -file.size)), settings, folder, min(workers, len(files)))
+    made = 0
+    with _foreman() as connection:
+        connection.send(order)
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run "
-                "again; finished files are kept"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            while True:
+                answer = connection.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                place, record = answer
+                made += 1
+                yield order.files[place], record
+        except (EOFError, ConnectionError):  # he has ended
+            pass
+    if made < len(files):
+        raise DataError(
+            f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run "
+            "again; finished files are kept"
+        )
+
+
+@contextmanager
+def _foreman() -> Iterator[Connection]:
+    """Start a foreman (tasks/tokenize_foreman.py); he ends with his work, or when the connection to him is closed."""
+    ours, theirs = multiprocessing.Pipe()
+    code = f"import sys; sys.path[:] = {sys.path!r}; from tasks.tokenize_foreman import main; main({theirs.fileno()})"
+    # A session of its own: Ctrl-C is for this process alone, with which the foreman and his workers end.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    theirs.close()
+    try:
+        with ours:
+            yield ours
+    finally:
+        process.wait()
 
 
 def with_progress(made: MadeParts, files: Sequence[InputFile], progress: Progress) -> MadeParts:
@@ -62,18 +95,6 @@ def with_progress(made: MadeParts, files: Sequence[InputFile], progress: Progres
             "%s: %d documents, %d tokens, %d rejected", file.location, record.documents, record.tokens, record.rejected
         )
         yield file, record
-
-
-def end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker only"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _clock(seconds: float) -> str:

@@ -36,8 +36,8 @@ class Manifest:
     """The next step's first sequence: the sampler's whole state."""
     files: tuple[FileRecord, ...]
     """Paths are relative to the checkpoint's folder."""
-    layout: Mapping[str, int]
-    """Ranks along 'tensor', 'pipeline' and 'data'."""
+    layout: Mapping[str, Any]
+    """Ranks along 'tensor', 'pipeline' and 'data'; 'pipeline_layers', those of each stage, if there are several."""
     fingerprint: str
     """Of the train stage."""
     config: Mapping[str, Any]

@@ -247,6 +247,9 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
     pipeline: PositiveInt = 1
+    pipeline_layers: tuple[PositiveInt, ...] | None = Field(
+        None, description="transformer layers of each stage; None: balanced, with the output head counted"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -340,7 +343,9 @@ class TrainConfig(Section):
         "fp32", description="packed: only what bf16 cuts off; 2 bytes less"
     )
     gradient_clip: PositiveFloat = 1.0
-    activation_checkpointing: Literal["none", "full"] = "full"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "full", description="computed again in the backward pass: nothing, all but matrix products, or all"
+    )
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
         "auto", description="kernel; auto: the fastest that is installed"
@@ -469,6 +474,12 @@ def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.tensor {parallel.tensor} neither divides model.num_kv_heads {model.num_kv_heads} nor is a "
             "multiple of it"
+        )
+    layers = parallel.pipeline_layers
+    if layers is not None and (len(layers), sum(layers)) != (parallel.pipeline, model.num_layers):
+        raise ValueError(
+            f"parallel.pipeline_layers {list(layers)} are {len(layers)} stages of {sum(layers)} layers in all, but "
+            f"parallel.pipeline is {parallel.pipeline} and model.num_layers {model.num_layers}"
         )
     if parallel.pipeline > model.num_layers:
         raise ValueError(

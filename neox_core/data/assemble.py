@@ -16,8 +16,8 @@ from neox_core.data.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.merge import Mask, Part, merge
 from neox_core.data.overlap import load_items
-from neox_core.data.part import PartRecord
 from neox_core.data.part_files import PartPaths, load_table
+from neox_core.data.part_settings import PartRecord
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError
 

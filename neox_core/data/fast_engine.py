@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
+from neox_core.data.bpe_json import tokenizer_json
 from neox_core.data.indexed import Tokens
 from neox_core.data.sentencepiece_model import SentencePieceModel
 
@@ -20,6 +21,8 @@ _SEGMENT = 1 << 20
 """Characters encoded at a time."""
 _CACHE_BYTES = 150 << 20
 """Memory that the engine may add for what it remembers of earlier text; it has no limit of its own."""
+_CACHE_BYTES_BESIDE_LONG = 30 << 20
+"""The same before a text longer than a segment, which needs much memory itself if it cannot be cut."""
 _LOOK_EVERY = 1 << 20
 """Characters between two looks at the memory."""
 _PROBES = (
@@ -43,6 +46,7 @@ class FastEngine:
         self._model = model
         self._process = psutil.Process()
         self._specials = _matcher(model.special_texts)
+        self._json = tokenizer_json(model.proto())
         self._renew()
 
     @classmethod
@@ -65,22 +69,24 @@ class FastEngine:
         """Ids of a text, [tokens]."""
         if self._specials.search(text):
             return self._model.encode(text)
+        if len(text) > _SEGMENT:
+            self._bound_memory(_CACHE_BYTES_BESIDE_LONG)
         ids = self._model.encode_segments(text, _SEGMENT, self._encode)
         self._until_look -= len(text)
         if self._until_look <= 0:
-            self._bound_memory()
+            self._bound_memory(_CACHE_BYTES)
         return ids
 
-    def _bound_memory(self) -> None:
+    def _bound_memory(self, limit: int) -> None:
         self._until_look = _LOOK_EVERY
-        if self._process.memory_info().rss - self._resident > _CACHE_BYTES:
+        if self._process.memory_info().rss - self._resident > limit:
             self._renew()
 
     def _renew(self) -> None:
         import gigatoken
 
         self._encode: Any = None  # the old one's memory goes first
-        self._encode = gigatoken.Tokenizer.from_sentencepiece(self._model.content).encode
+        self._encode = gigatoken.Tokenizer.from_json(self._json).encode
         self._resident: int = self._process.memory_info().rss
         self._until_look = _LOOK_EVERY
 

@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neox_core.artifact import sha256_of, write_atomically
-from neox_core.config import RunConfig, StorageConfig, TokenizerConfig
 from neox_core.data.indexed import IndexedDataset, bin_path
-from neox_core.data.overlap import load_items
+from neox_core.data.overlap import EvaluationItems, load_items
 from neox_core.data.part_files import PARTS, PartPaths, PartWriter, load_table
+from neox_core.data.part_settings import PartRecord, PartSettings, TokenizerSettings
 from neox_core.data.readers import DamagedFileError, InputFile, open_input, read_records
 from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
-
-@dataclass(frozen=True)
-class PartSettings:
-    """What a part depends on beside its text, and how to reach that."""
-
-    tokenizer: TokenizerConfig
-    storage: StorageConfig
-    text_key: str
-    skip_damaged_files: bool
-    deduplicate: bool
-    evaluation_sets: tuple[Path, ...]
-    overlap_words: int
-
-    @classmethod
-    def of(cls, config: RunConfig) -> PartSettings:
-        """The settings of a run."""
-        data = config.data
-        return cls(
-            config.tokenizer,
-            config.storage,
-            data.text_key,
-            data.skip_damaged_files,
-            data.deduplicate,
-            data.evaluation_sets,
-            data.overlap_words,
-        )
-
-    def logical(self) -> dict[str, str]:
-        """What the part's content depends on."""
-        return {
-            "tokenizer": sha256_of(self.tokenizer.model),
-            "end_of_document": self.tokenizer.end_of_document,
-            "begin_of_document": str(self.tokenizer.begin_of_document),
-            "text_key": self.text_key,
-            "skip_damaged_files": str(self.skip_damaged_files),
-            "deduplicate": str(self.deduplicate),
-            "evaluation_sets": " ".join(sha256_of(path) for path in self.evaluation_sets),
-            "overlap_words": str(self.overlap_words),
-        }
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """What a part holds and what it was made from; written last."""
-
-    documents: int
-    bytes: int
-    tokens: int
-    rejected: int
-    damaged: str
-    """Why the file was left out as a whole; empty if it was not."""
-    engine: str
-    verified: int
-    """Documents whose ids were compared with SentencePiece's."""
-    bin_sha256: str
-    made_from: dict[str, str]
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartRecord:
@@ -113,8 +59,7 @@ def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartReco
 def _written(
     file: InputFile, settings: PartSettings, paths: PartPaths, tokenizer: Tokenizer, scratch: Path
 ) -> PartWriter:
-    searched = settings.evaluation_sets and file.split == "train"
-    items = load_items(settings.evaluation_sets, settings.overlap_words) if searched else None
+    items = _items(settings) if file.split == "train" else None
     with (
         open_input(file, settings.storage, scratch) as path,
         PartWriter(file, paths, tokenizer, items, settings.deduplicate) as writer,
@@ -124,10 +69,24 @@ def _written(
     return writer
 
 
+def load_before_fork(settings: PartSettings) -> None:
+    """Load what every part needs, so that the forks of this process have it.
+
+    Raises:
+        ConfigError, DataError: as `make_part`.
+    """
+    _tokenizer(settings.tokenizer, settings.logical()["tokenizer"])
+    _items(settings)
+
+
+def _items(settings: PartSettings) -> EvaluationItems | None:
+    return load_items(settings.evaluation_sets, settings.overlap_words) if settings.evaluation_sets else None
+
+
 @lru_cache(maxsize=1)
-def _tokenizer(config: TokenizerConfig, model_sha256: str) -> Tokenizer:
+def _tokenizer(settings: TokenizerSettings, model_sha256: str) -> Tokenizer:
     """One per process; the digest is there so that a changed file is read again."""
-    return Tokenizer(config)
+    return Tokenizer(settings)
 
 
 def find_part(paths: PartPaths, made_from: dict[str, str]) -> PartRecord | None:

@@ -64,7 +64,7 @@ class PartPaths:
 class PartWriter:
     """Writes one part; a context manager. Nothing lies under the final names before it closes without an error.
 
-    SentencePiece encodes the first document again, and further ones that make half a percent of the text.
+    SentencePiece encodes the first document again, and further ones that make up to half a percent of the text.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class PartWriter:
             _write_line(self._rejected, {"line": record.line, "reason": record.reason})
             return
         ids = self._tokenizer.encode_document(record.text)
-        if self._verified_bytes * _VERIFY_ONE_IN <= self.bytes:
+        if not len(self) or (self._verified_bytes + record.bytes) * _VERIFY_ONE_IN <= self.bytes + record.bytes:
             self._verify(record, ids)
         for hit in self._items.hits(record.text) if self._items else ():
             found = {"set": hit.item.set_name, "item": hit.item.item, "field": hit.item.field}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,15 @@ _MARK = "\u2581"  # what SentencePiece writes for a blank
 _INFILL = re.compile(f"{_MARK}?<(PRE|MID|SUF|EOT)>")
 _SEGMENT = 1 << 16
 """Characters. SentencePiece needs some 70 bytes of memory for each, and slows down with the length."""
+_NEAR = 1 << 12
+"""Characters in which a blank or line feed is looked for before other borders."""
+_BLANKS = frozenset(f" {_MARK}\n")
 _BORDER = re.compile(rf"[^ {_MARK}\n](?= [\s\S])|(?=\n)")
 _CROSSING = re.compile(rf"[^{_MARK}]{_MARK}|[ \n]")
 _BPE = 2  # TrainerSpec.ModelType
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+_SPECIAL = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED))
 
 
 class SentencePieceModel:
@@ -37,7 +43,8 @@ class SentencePieceModel:
             ValueError, RuntimeError: it is none.
         """
         proto = _parsed(content)
-        for piece in proto.pieces:
+        unusual = [piece for piece in proto.pieces if piece.type in _SPECIAL]
+        for piece in unusual:
             if piece.type == _Piece.USER_DEFINED and _INFILL.fullmatch(piece.piece):
                 piece.type = _Piece.CONTROL
         self.content: bytes = proto.SerializeToString()
@@ -49,13 +56,16 @@ class SentencePieceModel:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.unk_id: int = self._model.unk_id()
-        special = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED)
-        self.special_texts = [piece.piece for piece in proto.pieces if piece.type in special]
+        self.special_texts = [piece.piece for piece in unusual]
         """Pieces that other engines may treat in another way when they stand in a text."""
         self.is_plain_bpe = _is_plain_bpe(proto)
         """BPE with byte fallback whose only normalisation is of blanks, as Llama's."""
         self._cuts = self.is_plain_bpe and not any(_CROSSING.search(piece.piece) for piece in proto.pieces)
         self._ids_before_line_feed = len(self._model.encode("\n")) - 1
+
+    def proto(self) -> Any:
+        """The model as a ModelProto."""
+        return _parsed(self.content)
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, [tokens]."""
@@ -65,30 +75,58 @@ class SentencePieceModel:
         """Encode a text longer than `length` characters in segments of about that length.
 
         BPE never merges over a pair of letters that no piece contains. In Llama's vocabularies none holds a blank after
-        another letter, or a line feed, so a segment may begin at either. An encoder puts a blank before each text: it
-        stands for the blank that is cut off, and its ids are taken away before a line feed.
+        another letter, or a line feed, so a segment may begin at either, or between two letters that no piece holds one
+        after the other. An encoder puts a blank before each text: it stands for the blank that is cut off, and its ids
+        are taken away before a line feed, which itself may stand for what went before.
         """
-        if len(text) <= length or not self._cuts:
-            return np.asarray(encode(text))
-        starts = _segment_starts(text, length)
-        parts = [np.asarray(encode(text[: starts[1]]))] if len(starts) > 1 else [np.asarray(encode(text))]
-        for start, end in zip(starts[1:], [*starts[2:], len(text)], strict=False):
+        starts = self._segment_starts(text, length) if self._cuts else []
+        if not starts:
+            return _array(encode(text))
+        parts = [_array(encode(text[: starts[0]]))]
+        for start, end in pairwise([*starts, len(text)]):
             if text[start] == " ":
-                parts.append(np.asarray(encode(text[start + 1 : end])))
+                parts.append(_array(encode(text[start + 1 : end])))
+            elif text[start] == "\n":
+                parts.append(_array(encode(text[start:end]))[self._ids_before_line_feed :])
             else:
-                parts.append(np.asarray(encode(text[start:end]))[self._ids_before_line_feed :])
+                parts.append(_array(encode("\n" + text[start:end]))[self._ids_before_line_feed + 1 :])
         return np.concatenate(parts)
+
+    def _segment_starts(self, text: str, length: int) -> list[int]:
+        """Where segments but the first begin."""
+        starts: list[int] = []
+        while len(text) - (last := starts[-1] if starts else 0) > length:
+            after = last + length
+            border = _BORDER.search(text, after, after + _NEAR)
+            start = border.end() if border else self._next_border(text, after)
+            if start is None:
+                break
+            starts.append(start)
+        return starts
+
+    def _next_border(self, text: str, after: int) -> int | None:
+        """The next place where a segment may begin, of any kind."""
+        border = _BORDER.search(text, after)
+        end = border.end() if border else len(text)
+        pairs = self._pairs
+        for place in range(after, end):
+            if (pair := text[place - 1 : place + 1]) not in pairs and _BLANKS.isdisjoint(pair):
+                return place
+        return end if border else None
+
+    @cached_property
+    def _pairs(self) -> frozenset[str]:
+        """Letters that stand one after the other in a piece."""
+        pieces = (piece.piece for piece in self.proto().pieces)
+        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def specials_in(self, text: str) -> list[int]:
         """Ids of control pieces in the text's encoding, or of pieces that are the text itself."""
         return [i for i in self._model.encode(text) if self._model.is_control(i) or self._model.IdToPiece(i) == text]
 
 
-def _segment_starts(text: str, length: int) -> list[int]:
-    starts = [0]
-    while len(text) - starts[-1] > length and (border := _BORDER.search(text, starts[-1] + length)):
-        starts.append(border.end())
-    return starts
+def _array(ids: Sequence[int] | Tokens) -> Tokens:
+    return np.asarray(ids, dtype=np.uint32)
 
 
 def _parsed(content: bytes) -> Any:

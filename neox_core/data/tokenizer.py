@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 
-from neox_core.config import TokenizerConfig
 from neox_core.data.fast_engine import FastEngine
 from neox_core.data.indexed import Tokens, token_dtype
 from neox_core.data.sentencepiece_model import SentencePieceModel
 from neox_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from neox_core.config import TokenizerConfig
+    from neox_core.data.part_settings import TokenizerSettings
 
 _log = logging.getLogger(__name__)
 _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
@@ -21,7 +25,7 @@ _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
 class Tokenizer:
     """A SentencePiece model, the engine that encodes with it, and the id that ends a document."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig | TokenizerSettings) -> None:
         """Load the model.
 
         Raises:
@@ -45,7 +49,9 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> Tokens:
         """Ids of a whole document: the begin-of-document id if configured, its text, the end-of-document id."""
-        ids = self._fast.encode(text) if self._fast else self._model.encode(text)
+        return self._document(self._fast.encode(text) if self._fast else self._model.encode(text))
+
+    def _document(self, ids: Tokens) -> Tokens:
         begin = len(self._begin)
         document = np.empty(begin + len(ids) + 1, dtype=self.dtype)
         document[:begin] = self._begin
@@ -59,7 +65,7 @@ class Tokenizer:
         Raises:
             DataError: one differs.
         """
-        expected = np.array([*self._begin, *self._model.encode(text), self.end_of_document_id])
+        expected = self._document(self._model.encode(text))
         if not np.array_equal(ids, expected):
             shorter = min(len(ids), len(expected))
             differing = np.flatnonzero(ids[:shorter] != expected[:shorter])
@@ -69,7 +75,7 @@ class Tokenizer:
                 f"({ids[at : at + 4].tolist()}, not {expected[at : at + 4].tolist()}): set tokenizer.engine: sentencepiece"
             )
 
-    def _begin_of_document(self, config: TokenizerConfig) -> list[int]:
+    def _begin_of_document(self, config: TokenizerConfig | TokenizerSettings) -> list[int]:
         if not config.begin_of_document:
             return []
         if self._model.bos_id < 0:
@@ -78,7 +84,7 @@ class Tokenizer:
             )
         return [self._model.bos_id]
 
-    def _end_of_document(self, config: TokenizerConfig) -> int:
+    def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
         found = self._model.eos_id if config.end_of_document == "eos" else self._model.unk_id
         if found < 0:

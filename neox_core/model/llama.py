@@ -42,11 +42,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        fused_BTF = self.query_key_value(x_BTD)
-        cos, sin = self.rotary(x_BTD.shape[1], positions_BT)
+        return self.dense(self.attend(self.query_key_value(x_BTD), positions_BT))
+
+    def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """What every token's heads read: fused projection [B,T,F] -> [B,T,N*H]"""
+        cos, sin = self.rotary(fused_BTF.shape[1], positions_BT)
         q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, self.dims.num_heads, self.dims.num_kv_heads)
         attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
-        return self.dense(attended_BTNH.flatten(2))
+        return attended_BTNH.flatten(2)
 
 
 class MLP(nn.Module):
@@ -60,7 +63,11 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        return self.w2(swiglu(self.w1(x_BTD), self.w3(x_BTD)))
+        return self.w2(self.activate(self.w1(x_BTD), self.w3(x_BTD)))
+
+    def activate(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        """The gated values that w2 projects: twice [B,T,F] -> [B,T,F]"""
+        return swiglu(gate_BTF, up_BTF)
 
 
 class TokenEmbedding(nn.Module):

@@ -17,13 +17,20 @@ from neox_core.model.llama import RMSNorm, TransformerBlock
 
 
 def join_residuals(block: TransformerBlock) -> None:
-    """Replace a block's forward by one that adds and normalizes in one pass. Hooks on its parts stay in force."""
+    """Replace a block's forward by one that adds and normalizes in one pass. Hooks on its parts stay in force.
+
+    Each of its norms gets a method `fork`: (x, addend or None) -> the sum, and its norm.
+    """
+    for norm in (block.input_layernorm, block.post_attention_layernorm):
+        norm.fork = partial(_fork, norm)  # type: ignore[assignment]
     block.forward = partial(_forward, block)  # type: ignore[method-assign]
 
 
 def _forward(block: TransformerBlock, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-    x_BTD, normed_BTD = _fork(block.input_layernorm, x_BTD)
-    h_BTD, normed_BTD = _fork(block.post_attention_layernorm, x_BTD, block.attention(normed_BTD, positions_BT))
+    first: Any = block.input_layernorm
+    second: Any = block.post_attention_layernorm
+    x_BTD, normed_BTD = first.fork(x_BTD)
+    h_BTD, normed_BTD = second.fork(x_BTD, block.attention(normed_BTD, positions_BT))
     return h_BTD + block.mlp(normed_BTD)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.residual import join_residuals
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.recompute import Recompute, apply_recompute
 from neox_core.parallel.replicas import mark_shared_rows
-from neox_core.parallel.tensor_parallel import apply_tensor_parallel
+from neox_core.parallel.tensor_parallel import apply_tensor_parallel, gathered
 
 LayerWeights = Callable[[int, int], dict[str, Tensor]]
 """(NeoX layer index, tensor-parallel rank) -> the layer's state_dict for that rank."""
@@ -36,7 +36,7 @@ def build_layer(
     mesh: Mesh,
     weights: LayerWeights,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: Recompute,
     positions: bool = False,
 ) -> nn.Module:
     """Build one layer of this rank on its device, with its weights.
@@ -44,20 +44,23 @@ def build_layer(
     Args:
         index: NeoX layer index, which names the layer in checkpoints.
         dims: the whole model's dimensions.
-        recompute: recompute a transformer block's activations in the backward pass instead of keeping them.
+        recompute: what a transformer block computes again in the backward pass instead of keeping it.
         positions: the layer's argument and its result are (ids or hidden states, positions within documents).
     """
     with torch.device("meta"):
         layer = layer_type(dims.shard(mesh.tensor_size))
-    layer = layer.to(dtype).to_empty(device=mesh.device)
-    layer.load_state_dict(weights(index, mesh.tensor_rank), strict=True)
+    loaded = weights(index, mesh.tensor_rank)
+    own = {name: tensor.to(mesh.device, dtype, copy=True) for name, tensor in loaded.items()}
+    layer.load_state_dict(own, strict=True, assign=True)
+    if isinstance(layer, TransformerBlock):
+        layer.attention.rotary.to(mesh.device)
     apply_tensor_parallel(layer, mesh)
     if isinstance(layer, TransformerBlock):
         join_residuals(layer)
         if mesh.tensor_size > dims.num_kv_heads:
             mark_shared_rows(layer, dims.shard(mesh.tensor_size))
-    if recompute and layer_type is TransformerBlock:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        gather = partial(gathered, group=mesh.tensor_group) if mesh.sequence_parallel else None
+        apply_recompute(layer, recompute, gather)
     if positions:
         _carry_positions(layer)
     return layer

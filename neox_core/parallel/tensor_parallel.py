@@ -64,7 +64,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _gathered(x, group)
+        return gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -79,7 +79,7 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _gathered(gradient, ctx.group), None
+        return gathered(gradient, ctx.group), None
 
 
 def gather_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -92,7 +92,8 @@ def scatter_sum(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _ScatterSum.apply(x_BTD, group)  # type: ignore[no-untyped-call]
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' tokens, outside of any graph."""
     batch, tokens, *rest = part.shape
     whole = part.new_empty(batch, tokens * dist.get_world_size(group), *rest)
     dist.all_gather_into_tensor(whole.view(-1), part.contiguous().view(-1), group=group)

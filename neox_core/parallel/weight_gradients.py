@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox_core.model.elementwise import swiglu
 from neox_core.model.llama import MLP
 
 LinearFunction = Callable[[Tensor], tuple[Tensor, ...]]
@@ -32,13 +31,17 @@ class Accumulator:
 
 
 class _AccumulatingLinears(torch.autograd.Function):
-    """Linear layers of one input."""
+    """Linear layers of one input, whose outputs are made but not computed.
+
+    So autograd has saved the input before the products: a checkpoint that only wanted the last of a block's inputs
+    stops there, and w2's product is not computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, accumulators: Sequence[Accumulator], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.accumulators = accumulators
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,7 +79,11 @@ def accumulating(linears: Sequence[nn.Linear], accumulators: Sequence[Accumulato
         weights = [linear.weight for linear in linears]
         if not torch.is_grad_enabled():
             return tuple(F.linear(x, weight) for weight in weights)
-        return _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for output, weight in zip(outputs, weights, strict=True):
+                torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
+        return outputs
 
     return forward
 
@@ -107,4 +114,4 @@ def _first(linear: LinearFunction, x: Tensor) -> Tensor:
 
 
 def _mlp(mlp: MLP, gate_and_up: LinearFunction, x_BTD: Tensor) -> Tensor:
-    return mlp.w2(swiglu(*gate_and_up(x_BTD)))
+    return mlp.w2(mlp.activate(*gate_and_up(x_BTD)))

@@ -23,8 +23,9 @@ from neox_core.memory import stage_memory
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
 from neox_core.parallel.mesh import Mesh
-from neox_core.train.engine import parameter_dtype, verify_master_weights
+from neox_core.train.engine import parameter_dtype
 from neox_core.train.loop import pipeline_batches
+from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,17 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
-from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions, OutputHead
 from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.stages import stage_bounds
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.gradient_norms import GradientNorms
 from neox_core.train.outcome import loss_of
 from neox_core.train.sharded_optimizer import ShardedOptimizer
+from neox_core.train.verification import verify_master_weights
 
 
 class _LayerSpec(LayerSpec):  # type: ignore[misc]
@@ -43,6 +44,19 @@ class _LayerSpec(LayerSpec):  # type: ignore[misc]
 def _pass_through(x: Any) -> Any:
     """Stands where NeoX transposes, so that layer numbers agree. Must not be a Module: it has no file."""
     return x
+
+
+class _Pipeline(PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's pipeline with stages that begin at given layers."""
+
+    def __init__(self, bounds: list[int], **named: Any) -> None:
+        self._bounds = bounds
+        super().__init__(**named)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
 def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineEngine:
@@ -77,9 +91,14 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
     norms = GradientNorms(module, engine.optimizer, config.model, mesh)
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
     if mesh.device.type == "cuda" and config.train.precision == "bf16":
-        accumulate_linear_gradients(module, engine.optimizer)
-        module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
+        accumulate_in_products(engine, geometry)
     return engine
+
+
+def accumulate_in_products(engine: PipelineEngine, geometry: BatchGeometry) -> None:
+    """Let matrix products add the weights' gradients to the optimizer's buffers, the head's beside the loss."""
+    accumulate_linear_gradients(engine.module, engine.optimizer)
+    engine.module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
 
 
 class TrainingEngine(PipelineEngine):  # type: ignore[misc]
@@ -201,27 +220,9 @@ def parameter_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def verify_master_weights(engine: PipelineEngine) -> None:
-    """Check that the optimizer's fp32 master weights round to the model's weights, on every rank. Collective.
-
-    If they do not, the first step looks right and the second throws the loaded weights away.
-
-    Raises:
-        CheckpointError: they differ; on every rank, so that none waits for another.
-    """
-    different = engine.optimizer.count_master_differences()
-    total = torch.tensor([different], device=engine.device)
-    dist.all_reduce(total)
-    if total.item():
-        raise CheckpointError(
-            f"{total.item()} fp32 master weights differ from the model's weights ({different} on rank "
-            f"{dist.get_rank()}): the optimizer did not take the loaded weights, so the first update would lose them"
-        )
-
-
 def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> PipelineModule:
     dims = ModelDimensions.of(config.model, config.train.sequence_length, config.train.attention)
-    recompute = config.train.activation_checkpointing == "full"
+    recompute = config.train.activation_checkpointing
     dtype = parameter_dtype(config)
     attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
@@ -238,11 +239,11 @@ def _build_module(config: RunConfig, mesh: Mesh, weights: LayerWeights) -> Pipel
     def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
         return _pass_through if layer_type is None else _LayerSpec(layer_type, partial(build, index, layer_type))
 
-    return PipelineModule(
+    return _Pipeline(
+        stage_bounds(config),
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
         topology=mesh.topology,
         loss_fn=loss,
-        partition_method="type:transformerblock",
     )
 
 

@@ -19,10 +19,11 @@ from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences, first_sequence
 from neox_core.errors import CheckpointError, TrainingError
 from neox_core.parallel.mesh import Mesh
-from neox_core.train.engine import verify_master_weights
+from neox_core.parallel.stages import pipeline_layers
 from neox_core.train.guards import Incident
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
+from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class TrainCheckpoints:
             step=position.step,
             sequences_consumed=sequences,
             files=(),
-            layout=self.mesh.layout,
+            layout=self._layout(),
             fingerprint=self.job.fingerprint,
             config=self.config.model_dump(mode="json"),
             consumed=position.data.consumed(sequences),
@@ -144,11 +145,18 @@ class TrainCheckpoints:
                 f"{expected} up to there: change the batch with train.changes only, and only for steps to come"
             )
         check_consumed(position.data, manifest)
-        if manifest.layout != self.mesh.layout:
+        if manifest.layout != (layout := self._layout()):
             raise CheckpointError(
-                f"{where} was written with layout {manifest.layout}, this job has {self.mesh.layout}: use the same "
+                f"{where} was written with layout {manifest.layout}, this job has {layout}: use the same "
                 "parallel sections and number of nodes"
             )
+
+    def _layout(self) -> dict[str, Any]:
+        """What the optimizer's files depend on: the ranks, and the layers of each stage if there are several."""
+        layout: dict[str, Any] = dict(self.mesh.layout)
+        if self.mesh.pipeline_size > 1:
+            layout["pipeline_layers"] = list(pipeline_layers(self.config))
+        return layout
 
     def _load(self, prefix: str, manifest: Manifest) -> None:
         mesh = self.mesh

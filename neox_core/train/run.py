@@ -118,7 +118,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             metrics.backup()
             checkpoints.save(position)
 
-        Loop(
+        loop = Loop(
             engine=engine,
             train=config.train,
             geometry=partial(batch_geometry, config, None),
@@ -130,7 +130,9 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             go_back=checkpoints.go_back,
             telemetry=telemetry,
             heartbeat=heartbeat,
-        ).run(start)
+        )
+        with memory_explained(config, geometry, mesh):
+            loop.run(start)
     watchdog.beat("last upload")
     writer.close()
     # Rank 0 publishes the last manifest: nobody leaves before it.

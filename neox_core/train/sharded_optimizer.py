@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
@@ -41,11 +42,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*others, **named)
         self._mesh = mesh
-        self.round_robin_bit16_groups = self.bf16_groups  # where DeepSpeed looks for them if they are fp32
         own = [dist.get_rank(group) for group in self.real_dp_process_group]
         self.masters = [
             MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
         ]
+        for parameter in (p for group in self.bf16_groups for p in group):
+            parameter._hp_mapping = None  # views of DeepSpeed's fp32 copy, which would keep it in memory
         for group, handle in enumerate(self.fp32_groups_flat_partition):
             # DeepSpeed's own fp32 copy only remains as the key of the optimizer's state.
             handle.data = torch.empty(0, device=handle.device)
@@ -54,10 +56,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             # On the device, which alone knows in time of updates that are not done.
             state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        for parameter in (p for group in self.bf16_groups for p in group):
-            parameter._hp_mapping = None  # views of that copy, which would keep it in memory
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        """Share of this rank's positions that count, 0 on all but one of the ranks that have the same."""
+        """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
+        same. After it: the share of the global batch's."""
         parameters = self.bf16_groups[MATRICES]
         self.reduction = OverlappedReduction(
             self.fp32_groups_gradients_flat[MATRICES],
@@ -69,6 +70,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
         # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
         self._summed = self._replicated[:] if mesh.sequence_parallel else []
+        self._kv_group = kv_group
         if kv_group is not None:
             shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
             kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
@@ -84,6 +86,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    @property
+    def fp16_groups(self) -> list[list[Tensor]]:
+        """Where DeepSpeed looks for the parameters of an engine that is not in bf16."""
+        groups: list[list[Tensor]] = self.bf16_groups
+        return groups
 
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Tensor, group_idx: int, param_idx: int) -> None:
         """Add a parameter's gradient to its fp32 sum."""
@@ -134,6 +142,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self._update(torch.where(applied, scale, 0.0).float(), applied)
         self._gather()
         self.clear_hp_grads()
+        self.counted_share = share
         self.outcome, self._global_grad_norm = pack_outcome(applied, total[1:], own[1:]), norm.float()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -172,6 +181,17 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def count_master_differences(self) -> int:
         """Elements of this rank's master weights that do not round to the model's parameters."""
         return sum(master.count_differences() for master in self.masters)
+
+    def differs_from_peers(self) -> bool:
+        """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
+        tensor-parallel ranks the norms, and some of them KV heads. Collective over all ranks."""
+        flats = self.bf16_groups_flat
+        found = [differs_from_first(flats, self.dp_process_group)]
+        found.append(differs_from_first([flats[NORMS]], self._mesh.tensor_group))
+        if self._kv_group is not None:
+            shared = [flats[MATRICES][r.start : r.stop] for r in shared_elements(self.bf16_groups[MATRICES])]
+            found.append(differs_from_first(shared, self._kv_group))
+        return any(found)
 
     def state_dict(self) -> dict[str, Any]:
         """As DeepSpeed's, with the master weights in fp32."""

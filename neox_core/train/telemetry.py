@@ -1,15 +1,13 @@
 """What is measured of each step, and how it comes to the log without making the device or the host wait.
 
-On the device everything stays there: at a step that is logged, one small all-gather brings the ranks' figures together
-and rank 0 starts a copy to the host. The row is written when a later step finds the copy done.
+What is on the device stays there: at a step that is logged, one small all-gather starts to bring the ranks' figures
+together; at the next step's end, rank 0 starts a copy to the host; the row is written when a later step finds it done.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,34 +19,15 @@ from neox_core.config import BatchGeometry, RunConfig
 from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import Mesh
 from neox_core.plan import flops_per_token
+from neox_core.train.figures import Figures, peak_memory
 from neox_core.train.gradient_norms import GradientNorms
 from neox_core.train.metrics import MetricsLog
-from neox_core.train.phases import Event, Phases, PhaseTimer, hook_phases, new_event
+from neox_core.train.phases import PhaseTimer, hook_phases
 from neox_core.train.profiler import StepProfiler
 from neox_core.train.source_losses import SourceLosses
 
 Item = TypeVar("Item")
-_GIB = 2**30
-_LOGGING, _WAIT = "logging", "time/data_wait"
-_LOSS_SUM, _TOKENS, _SQUARE = "sum of losses", "tokens", "square"
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A step whose figures are on their way to the host."""
-
-    step: int
-    steps: int
-    """How many steps the phases and sums are of."""
-    phases: Phases
-    logging_seconds: float
-    """Spent by the host outside of the phases."""
-    known: Mapping[str, float]
-    """What the host knew at once."""
-    names: tuple[str, ...]
-    figures: Tensor
-    """Values of `names`, on the host when `copied` has passed."""
-    copied: Event
+_LOGGING, _WAIT, _SHARE = "logging", "time/data_wait", "share"
 
 
 class Telemetry:
@@ -79,6 +58,7 @@ class Telemetry:
         self._config, self._mesh, self._tokens = config, mesh, geometry.tokens
         self._metrics, self._profiler, self._peak_flops = metrics, profiler, peak_flops
         self._phases = PhaseTimer(mesh.device)
+        self._optimizer = engine.optimizer
         self._norms = GradientNorms(engine.module, engine.optimizer, config.model, mesh)
         self._sources = SourceLosses(mixture, geometry, mesh.data_rank, mesh.device)
         if engine.is_last_stage() and mesh.tensor_rank == 0:
@@ -88,7 +68,8 @@ class Telemetry:
         self._squares: Tensor | None = None
         self._steps = 0
         self._host_seconds = self._waited = 0.0
-        self._under_way: list[_Row] = []
+        self._gathering: Figures | None = None
+        self._under_way: list[Figures] = []
 
     def __enter__(self) -> Telemetry:
         return self
@@ -99,7 +80,7 @@ class Telemetry:
         if error is None:  # else the device may never come to what is under way
             self.flush()
         else:
-            self._write_passed()
+            self._write_arrived()
 
     def use(self, geometry: BatchGeometry, mixture: Mixture) -> None:
         """The steps to come cut their batches like this, from this mixture."""
@@ -133,25 +114,22 @@ class Telemetry:
         self._steps += 1
         with torch.no_grad():
             self._sources.end()
-            figures = self._gather(values) if self._logged else None
+            self._send()
+            if self._logged:
+                self._gathering = self._gather(step, values)
         self._phases.mark(None)
         self._profiler.end(step)
         started = time.perf_counter()
-        if self._logged:
-            phases = self._phases.take()
-            if figures is not None:
-                known = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-                self._under_way.append(_Row(step, self._steps, phases, self._host_seconds, known, *figures))
+        if self._gathering is not None and self._logged:
+            self._gathering.phases, self._gathering.logging_seconds = self._phases.take(), self._host_seconds
             self._steps, self._host_seconds, self._waited = 0, 0.0, 0.0
-        self._write_passed()
+        self._write_arrived()
         self._host_seconds += time.perf_counter() - started
 
     def flush(self) -> None:
         """Write the rows that are under way; waits for them."""
-        for row in self._under_way:
-            row.phases.wait()
-            row.copied.synchronize()
-        self._write_passed()
+        self._send()
+        self._write_arrived(wait=True)
 
     def _before_update(self) -> None:
         self._phases.mark(_LOGGING)
@@ -159,53 +137,55 @@ class Telemetry:
             self._squares = self._norms.squares()
         self._phases.mark("optimizer")
 
-    def _gather(self, values: Mapping[str, float | Tensor]) -> tuple[tuple[str, ...], Tensor, Event] | None:
-        """Bring the ranks' figures together; on rank 0, start their way to the host: their names, values, arrival."""
+    def _gather(self, step: int, values: Mapping[str, float | Tensor]) -> Figures:
+        """Start to bring the ranks' figures together."""
         assert self._squares is not None, "the engine did not come to its update"
-        peaks = {_WAIT: self._waited, **_memory(self._mesh.device)}
-        own = torch.tensor(list(peaks.values()), pin_memory=self._mesh.device.type == "cuda")
+        peaks = (self._waited, *peak_memory(self._mesh.device).values())
+        own = torch.tensor(peaks, pin_memory=self._mesh.device.type == "cuda")
         sums = torch.cat((self._sources.take(), self._squares))
         figures = torch.cat((sums, own.to(self._mesh.device, non_blocking=True)))
         gathered = figures.new_empty(self._mesh.world_size * figures.numel())
-        dist.all_gather_into_tensor(gathered, figures)
-        if self._mesh.rank != 0:
-            return None
-        everywhere = gathered.view(self._mesh.world_size, -1)
-        scalars = {name: value.detach().float().view(1) for name, value in values.items() if isinstance(value, Tensor)}
-        size = sums.numel()
-        figures = torch.cat((everywhere[:, :size].sum(0), everywhere[:, size:].amax(0), *scalars.values()))
-        names = (
-            *(f"{kind}/{name}" for kind in (_LOSS_SUM, _TOKENS) for name in self._sources.names),
-            *(f"{_SQUARE}/{name}" for name in self._norms.names),
-            *peaks,
-            *scalars,
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        on_device[_SHARE] = self._optimizer.counted_share
+        return Figures(
+            step=step,
+            steps=self._steps,
+            known={name: value for name, value in values.items() if not isinstance(value, Tensor)},
+            scalars={name: value.detach().float().view(1) for name, value in on_device.items()},
+            sums=sums.numel(),
+            gathered=gathered,
+            work=dist.all_gather_into_tensor(gathered, figures, async_op=True),
         )
-        host = torch.empty(figures.shape, pin_memory=figures.is_cuda)
-        host.copy_(figures, non_blocking=True)
-        copied = new_event(figures.device)
-        copied.record()
-        return names, host, copied
 
-    def _write_passed(self) -> None:
-        while self._under_way and self._under_way[0].copied.query() and self._under_way[0].phases.passed():
-            row = self._under_way.pop(0)
-            self._metrics.log(row.step, **self._read(row))
+    def _send(self) -> None:
+        """Send the figures that have come together meanwhile to the host."""
+        figures, self._gathering = self._gathering, None
+        if figures is not None:
+            figures.send(self._mesh.rank, self._mesh.world_size)
+            if self._mesh.rank == 0:
+                self._under_way.append(figures)
 
-    def _read(self, row: _Row) -> dict[str, float]:
-        """The row's values as they are logged."""
-        found = dict(zip(row.names, row.figures.tolist(), strict=True))
-        sums = {name: found.pop(f"{_LOSS_SUM}/{name}") for name in self._sources.names}
-        tokens = {name: found.pop(f"{_TOKENS}/{name}") for name in self._sources.names}
-        squares = {name: found.pop(f"{_SQUARE}/{name}") for name in self._norms.names}
-        seconds = {name: total / row.steps for name, total in row.phases.seconds().items()}
+    def _write_arrived(self, wait: bool = False) -> None:
+        while self._under_way and self._under_way[0].arrived(wait):
+            figures = self._under_way.pop(0)
+            self._metrics.log(figures.step, **self._row(figures))
+
+    def _row(self, figures: Figures) -> dict[str, float]:
+        """The values that are logged."""
+        others = (_WAIT, *peak_memory(self._mesh.device), *figures.scalars)
+        sources, groups = self._sources.names, self._norms.names
+        sums, tokens, squares, rest = figures.read(len(sources), len(sources), len(groups), len(others))
+        seconds, found = figures.seconds(), dict(zip(others, rest, strict=True))
         step_seconds = sum(seconds.values())
-        seconds[_LOGGING] += row.logging_seconds / row.steps
-        found[_WAIT] /= row.steps
+        seconds[_LOGGING] += figures.logging_seconds / figures.steps
+        found[_WAIT] /= figures.steps
+        share = found.pop(_SHARE)  # of the positions that count, by which the buffers' gradient is to be divided
+        losses = {name: total / n for name, total, n in zip(sources, sums, tokens, strict=True) if n}
         return {
-            **row.known,
+            **figures.known,
             **self._speed(step_seconds),
-            **{f"loss/{name}": sums[name] / count for name, count in tokens.items() if count},
-            **{f"gradient_norm/{name}": square**0.5 for name, square in squares.items()},
+            **{f"loss/{name}": loss for name, loss in losses.items()},
+            **{f"gradient_norm/{name}": square**0.5 / share for name, square in zip(groups, squares, strict=True)},
             **found,
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/step": step_seconds,
@@ -219,11 +199,3 @@ class Telemetry:
             "train/mfu": rate * flops_per_token(model, length) / self._peak_flops,
             "train/mfu_causal": rate * flops_per_token(model, length, causal=True) / self._peak_flops,
         }
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """Peaks so far, in GiB, by name."""
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"memory/allocated_gib": allocated / _GIB, "memory/reserved_gib": reserved / _GIB}
-    return {"memory/resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB}

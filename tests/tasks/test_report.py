@@ -303,3 +303,21 @@ def test_half_a_last_line_is_passed_over_and_another_is_an_error(
     path.write_text('{"step": 1}\n{"loss": 2}\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not a JSON object with a step"):
         read_metrics(path)
+
+
+def test_every_record_is_accounted_for(tmp_path: Path) -> None:
+    def with_account(found: int, *others: int) -> dict[str, int]:
+        units = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
+        return counts(9) | dict(zip(units, (found, *others), strict=True))
+
+    sources = {
+        "arxiv": {"train": with_account(1000, 960, 5, 30, 5), "validation": with_account(20, 19, 1, 0, 0)},
+        "code": {"train": with_account(7, 7, 0, 0, 0)},
+    }
+    text = render(tmp_path, replace(DATA, ledger={"sources": sources})).text
+    assert "in = out + rejected + duplicates + decontaminated" in text
+    assert "arxiv 1,020 979 6 30 5 code 7 7 0 0 0 all 1,027 986 6 30 5" in text
+    assert "in = out" not in render(tmp_path, DATA).text
+    sources["code"]["train"] = with_account(8, 7, 0, 0, 0)
+    with pytest.raises(DataError, match="'code': 8 records came in, 7 are accounted for"):
+        render(tmp_path, replace(DATA, ledger={"sources": sources}))

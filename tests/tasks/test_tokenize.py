@@ -12,23 +12,33 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import sentencepiece
 import zstandard
 
 from neox_core.artifact import DigestCache, sha256_of
 from neox_core.config import RunConfig, load_config
-from neox_core.data.part import PartSettings, make_part
+from neox_core.data.indexed import IndexedDataset
+from neox_core.data.ledger import run_ledger
+from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths
+from neox_core.data.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import ConfigError, DataError
+from neox_core.progress import silent
+from tasks.prepare import prepare
 from tasks.tokenize import checked_inputs, input_digests, prepare_data
+from tasks.tokenize_pool import made_in_processes
 
 INPUT = Path("data/tiny-proof-pile")
+MODEL = Path("data/tokenizers/demo-2048.model").resolve()
 
 
 def toy(input_folder: Path = INPUT, **data: Any) -> RunConfig:
@@ -91,12 +101,12 @@ def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> No
 
 
 def test_ledger_of_the_run(prepared: tuple[Path, dict[str, Any]]) -> None:
-    _, ledger = prepared
-    assert set(ledger["sources"]["arxiv"]) == {"train"}
-    run = ledger["run"]
+    counts = prepared[1]
+    assert set(counts["sources"]["arxiv"]) == {"train"}
+    run = run_ledger(counts["sources"], toy())["run"]
     assert run["arxiv"]["sequences"] + run["open-web-math"]["sequences"] == 1600
     assert run["arxiv"]["share"] == run["arxiv"]["sequences"] / 1600 == pytest.approx(1 / 3, abs=1 / 1600)
-    json.dumps(ledger, allow_nan=False)
+    json.dumps(counts, allow_nan=False)
 
 
 def test_two_workers_give_the_same_bits_and_progress(prepared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -207,12 +217,13 @@ def test_too_many_bad_records_are_named_and_finished_parts_are_kept(tmp_path: Pa
     assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
-def test_too_many_epochs_keeps_the_parts(tmp_path: Path) -> None:
-    config = small(small_input(tmp_path / "in", FILES), max_epochs=4)
+def test_too_many_epochs_fail_when_the_artifact_is_there(tmp_path: Path) -> None:
+    """So that `llemma data plan` can show the table, and another mixture needs no new tokenization."""
+    base = small(small_input(tmp_path / "in", FILES), max_epochs=4).model_copy(update={"workdir": tmp_path / "run"})
     with pytest.raises(DataError, match="source 'a' would be repeated"):
-        prepare_data(config, tmp_path / "out")
-    assert len(list((tmp_path / "out" / ".parts").rglob("*.idx"))) == 5
-    assert not (tmp_path / "out" / "a").exists()
+        prepare(base, silent)
+    enough = base.model_copy(update={"data": base.data.model_copy(update={"max_epochs": 1e6})})
+    assert prepare(enough, silent).skipped
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
@@ -249,31 +260,82 @@ def test_missing_input_is_found_before_any_work(tmp_path: Path) -> None:
 
 
 PARENT = """
-import multiprocessing, os, time
-from concurrent.futures import ProcessPoolExecutor
-from tasks.tokenize_pool import end_with_parent
-if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
-    print(pool.submit(os.getpid).result(), flush=True)
-    pool.submit(time.sleep, 300).result()
+import sys, time
+from pathlib import Path
+from tasks.tokenize import made_in_processes
+from neox_core.data.part_settings import PartSettings, TokenizerSettings
+from neox_core.data.readers import InputFile
+settings = PartSettings(TokenizerSettings(Path("data/tokenizers/demo-2048.model").resolve()), None)
+files = [InputFile("a", "train", f"{n}", path, n) for n, path in enumerate(sys.argv[2:])]
+for file, record in made_in_processes(files, settings, Path(sys.argv[1]), 2):
+    print(file.name, flush=True)
 """
 
 
 def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
-    """Otherwise it would wait for work for ever, and hold its memory."""
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    """Otherwise they would work on, or wait for work, for ever, and hold their memory."""
+    endless = tmp_path / "endless.jsonl"
+    os.mkfifo(endless)
+    (tmp_path / "good.jsonl").write_text(json.dumps({"text": "good"}) + "\n")
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "out"), str(endless), str(tmp_path / "good.jsonl")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "1\n"
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) == 3  # the foreman and two workers
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    for _ in range(300):
-        if not Path(f"/proc/{worker}").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text():
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived its parent by 30 s")
+    _, alive = psutil.wait_procs(family, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def test_killed_workers_are_told(tmp_path: Path) -> None:
+    endless = tmp_path / "endless.jsonl"
+    os.mkfifo(endless)
+    files = [InputFile("a", "train", "0.jsonl", str(endless), 1)]
+    for whose in ("worker", "foreman"):
+        made = made_in_processes(files, PartSettings(TokenizerSettings(MODEL), None), tmp_path / "out", 1)
+
+        def kill() -> None:
+            while len(family := psutil.Process().children(recursive=True)) < 2:
+                time.sleep(0.05)
+            family[-1 if whose == "worker" else 0].kill()  # noqa: B023
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(DataError, match=r"was killed, perhaps .* lower data\.workers \(1\) and run again"):
+            next(made)
+        killer.join()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from tasks.tokenize_pool import made_in_processes
+from neox_core.data.part_settings import PartSettings, TokenizerSettings
+from neox_core.data.readers import InputFile
+settings = PartSettings(TokenizerSettings(Path("data/tokenizers/demo-2048.model").resolve()), None)
+(_, made), = made_in_processes([InputFile("a", "train", "x", sys.argv[2], 1)], settings, Path(sys.argv[1]), 1)
+print(made.documents, made.rejected, made.verified, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
+def test_memory_of_a_worker_on_huge_documents(tmp_path: Path) -> None:
+    """Without a blank, and of such letters that it cannot be cut; then digits, which give the most ids; then words."""
+    million = 1_000_000
+    texts = ["a" * 5 * million, "0123456789" * (million // 2), "some words " * (million // 2), "x" * 200_000]
+    small_input(tmp_path, {"x.jsonl": texts})
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), str(tmp_path / "x.jsonl")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    documents, rejected, verified, mebibytes = map(int, answer)
+    assert (documents, rejected, verified) == (4, 0, 1)
+    assert mebibytes < 476  # 500 MB
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+    made = IndexedDataset(tmp_path / "out" / ".parts" / "a" / "train" / "x")
+    for document, text in zip(made, texts, strict=True):
+        assert np.array_equal(document[:-1], reference.encode(text))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from neox_core.artifact import sha256_of
-from neox_core.config import DataConfig, StorageConfig
 from neox_core.errors import DataError
 
 if TYPE_CHECKING:
+    from neox_core.config import DataConfig, StorageConfig
     from neox_core.checkpoint.store import ObjectStore
 
 SPLITS = ("train", "validation", "test")
@@ -80,7 +80,7 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
 
 
 @contextmanager
-def open_input(file: InputFile, storage: StorageConfig, scratch: Path) -> Iterator[Path]:
+def open_input(file: InputFile, storage: StorageConfig | None, scratch: Path) -> Iterator[Path]:
     """The file as a local path; an S3 object is fetched into `scratch` and removed afterwards.
 
     Raises:
@@ -90,6 +90,7 @@ def open_input(file: InputFile, storage: StorageConfig, scratch: Path) -> Iterat
     if not file.location.startswith("s3://"):
         yield Path(file.location)
         return
+    assert storage is not None, "s3:// inputs come with the settings of their store"
     scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=scratch, prefix=".fetch-") as folder:
         url, _, key = file.location.rpartition("/")

@@ -11,8 +11,8 @@ import orjson
 from neox_core.errors import DataError
 
 _LONGEST_REASON = 200
-MAX_UNBROKEN = 4 << 20
-"""Characters in a row without a blank or line feed: an encoder needs some 70 bytes of memory for each of them."""
+MAX_UNBROKEN = 6 << 20
+"""Characters in a row without a blank or line feed: an encoder needs some 50 bytes of memory for each of them."""
 
 
 class Document(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from neox_core.config import TokenizerConfig
-from neox_core.data import fast_engine
+from neox_core.data import fast_engine, sentencepiece_model
 from neox_core.data.fast_engine import FastEngine
 from neox_core.data.sentencepiece_model import SentencePieceModel
 from neox_core.data.tokenizer import Tokenizer
@@ -95,6 +96,24 @@ def test_segments_are_exact(path: Path) -> None:
         assert ids.tolist() == reference.encode(text), (text, length)
         cut += len(calls) > 1
     assert cut > 500
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_segments_without_blanks_are_exact(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut between letters that no piece joins, and not at all where every pair is joined by some piece."""
+    monkeypatch.setattr(sentencepiece_model, "_NEAR", 8)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(need(path)))
+    model = SentencePieceModel(path.read_bytes())
+    rng = random.Random(5)
+    alphabets = [*ALPHABETS, string.ascii_letters + string.digits + "+/", string.digits, "éèα日本😀ab", "▁ab", "a"]
+    for alphabet in alphabets:
+        for _ in range(40):
+            text = "".join(rng.choice(alphabet.replace(" ", "").replace("\n", "")) for _ in range(300))
+            calls: list[str] = []
+            ids = model.encode_segments(text, 20, recorder(calls, reference.encode))
+            assert ids.tolist() == reference.encode(text), text
+            assert alphabet != string.digits or len(calls) == 15
+            assert alphabet != "a" or len(calls) == 1
 
 
 def changed(**pieces: int) -> bytes:

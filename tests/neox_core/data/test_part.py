@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from neox_core.config import StorageConfig, TokenizerConfig
 from neox_core.data import part, part_files
 from neox_core.data.indexed import IndexedDataset
-from neox_core.data.part import PartSettings, make_part
+from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths, load_table
+from neox_core.data.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.readers import DamagedFileError, InputFile
 from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
@@ -24,12 +24,8 @@ GOOD = ["first text", "</s> literal <s>", "", "last"]
 
 def settings(**changes: Any) -> PartSettings:
     values: dict[str, Any] = {
-        "tokenizer": TokenizerConfig(model=MODEL),
-        "storage": StorageConfig(url="s3://unused/x"),
-        "text_key": "text",
-        "skip_damaged_files": False,
-        "deduplicate": False,
-        "evaluation_sets": (),
+        "tokenizer": TokenizerSettings(MODEL),
+        "storage": None,
         "overlap_words": 3,
     }
     return PartSettings(**values | changes)
@@ -107,7 +103,7 @@ def test_tokenizer_is_read_again_when_it_changes(tmp_path: Path) -> None:
     model = tmp_path / "m.model"
     model.write_bytes(MODEL.read_bytes())
     file = input_file(tmp_path / "x.jsonl", [record("text")])
-    changed = settings(tokenizer=TokenizerConfig(model=model))
+    changed = settings(tokenizer=TokenizerSettings(model))
     make_part(file, changed, tmp_path / "out")
     part._tokenizer.cache_clear()
     model.write_bytes(b"broken")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.build import build_layer, layer_types
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.recompute import Recompute
 
 DIMS = ModelDimensions(
     hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=12,
@@ -47,7 +48,7 @@ def weights_of(dtype: torch.dtype) -> Callable[[int, int], dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_loaded_in_the_asked_dtype(dtype: torch.dtype) -> None:
     weights = weights_of(torch.bfloat16)
-    block = build_layer(TransformerBlock, 2, DIMS, ONE_RANK, weights, dtype, recompute=False)
+    block = build_layer(TransformerBlock, 2, DIMS, ONE_RANK, weights, dtype, recompute="none")
     assert {p.dtype for p in block.parameters()} == {dtype}
     for name, tensor in block.state_dict().items():
         assert torch.equal(tensor, weights(2, 0)[name].to(dtype)), name
@@ -63,7 +64,7 @@ def test_the_right_part_is_asked_for() -> None:
         asked.append((index, rank))
         return weights(index, rank)
 
-    build_layer(TransformerBlock, 17, DIMS, replace(ONE_RANK, tensor_rank=3), record, torch.float32, recompute=False)
+    build_layer(TransformerBlock, 17, DIMS, replace(ONE_RANK, tensor_rank=3), record, torch.float32, recompute="none")
     assert asked == [(17, 3)]
 
 
@@ -77,10 +78,10 @@ def test_weights_that_do_not_fit_are_refused(change: str) -> None:
     else:
         state["mlp.w3.weight"] = torch.zeros(24, 32)
     with pytest.raises(RuntimeError, match=r"mlp\.w[34]\.weight"):
-        build_layer(TransformerBlock, 2, DIMS, ONE_RANK, lambda index, rank: state, torch.float32, recompute=False)
+        build_layer(TransformerBlock, 2, DIMS, ONE_RANK, lambda index, rank: state, torch.float32, recompute="none")
 
 
-def run_block(recompute: bool) -> tuple[Tensor, list[Tensor | None], int]:
+def run_block(recompute: Recompute) -> tuple[Tensor, list[Tensor | None], int]:
     """Output, gradients and how often attention was computed in one training step."""
     block = build_layer(TransformerBlock, 2, DIMS, ONE_RANK, weights_of(torch.float32), torch.float32, recompute)
     calls: list[nn.Module] = []
@@ -92,8 +93,8 @@ def run_block(recompute: bool) -> tuple[Tensor, list[Tensor | None], int]:
 
 
 def test_recomputation_changes_nothing_but_the_work() -> None:
-    output, gradients, computed = run_block(recompute=False)
-    again, gradients_again, computed_again = run_block(recompute=True)
+    output, gradients, computed = run_block(recompute="none")
+    again, gradients_again, computed_again = run_block(recompute="full")
     assert (computed, computed_again) == (1, 2)
     assert torch.equal(output, again)
     for gradient, other in zip(gradients, gradients_again, strict=True):

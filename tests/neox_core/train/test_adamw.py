@@ -31,9 +31,11 @@ def adam_step(number: int, device: str) -> AdamWStep:
     return AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, number=on_device)
 
 
-def run(device: str, packed: bool, scale: float = 0.5) -> tuple[MasterWeights, Tensor, Tensor]:
+def run(
+    device: str, packed: bool, dtype: torch.dtype = torch.bfloat16, scale: float = 0.5
+) -> tuple[MasterWeights, Tensor, Tensor]:
     """Master weights and moments after 20 updates."""
-    weights = MasterWeights(numbers(device), packed)
+    weights = MasterWeights(numbers(device).to(dtype), packed)
     exp_avg, exp_avg_sq = torch.zeros(SIZE, device=device), torch.zeros(SIZE, device=device)
     for number, gradient in enumerate(gradients(device), start=1):
         step = adam_step(number, device)
@@ -48,17 +50,19 @@ def require(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_equals_torch_in_float64(device: str, packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32)])
+def test_equals_torch_in_float64(device: str, packed: bool, dtype: torch.dtype) -> None:
     require(device)
     exact = torch.nn.Parameter(numbers("cpu").double())
     optimizer = torch.optim.AdamW([exact], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for gradient in gradients("cpu"):
         exact.grad = gradient.double() * 0.5
         optimizer.step()
-    weights, exp_avg, exp_avg_sq = run(device, packed)
+    weights, exp_avg, exp_avg_sq = run(device, packed, dtype)
     state = optimizer.state[exact]
     torch.testing.assert_close(weights.to_host().double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    if dtype == torch.float32:
+        assert weights.storage.data_ptr() == weights.low_precision.data_ptr(), "no second copy"
     # The largest gradients are about 20: fp32 resolves their mean to 1e-6 where terms cancel.
     torch.testing.assert_close(exp_avg.cpu().double(), state["exp_avg"], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(exp_avg_sq.cpu().double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-9)

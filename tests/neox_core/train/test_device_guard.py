@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,9 +45,8 @@ def nan_loss(engine: Any) -> Iterator[None]:
         seen.append(1)
         return whole(self, *given) + (math.nan if len(seen) == 1 else 0.0)
 
-    ChunkedLoss.__call__ = spoilt  # type: ignore[method-assign]
-    yield
-    ChunkedLoss.__call__ = whole  # type: ignore[method-assign]
+    with patch.object(ChunkedLoss, "__call__", spoilt):
+        yield
 
 
 @contextmanager

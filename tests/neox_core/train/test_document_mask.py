@@ -39,6 +39,7 @@ def config_for(tensor: int, pipeline: int) -> RunConfig:
         "micro_batch_size": 2,
         "precision": "fp32",
         "mask_documents": True,
+        "activation_checkpointing": "full" if pipeline == 1 else "selective",
     }
     return base.model_copy(
         update={

@@ -35,7 +35,7 @@ def build(config: RunConfig, shards: Path) -> tuple[Any, Any]:
 def verdict(engine: Any) -> str:
     """What verify_master_weights says."""
     from neox_core.errors import CheckpointError
-    from neox_core.train.engine import verify_master_weights
+    from neox_core.train.verification import verify_master_weights
 
     try:
         verify_master_weights(engine)
@@ -59,6 +59,17 @@ def verdicts(engine: Any, rank: int) -> dict[str, str]:
         p.copy_(old)
     found["restored"] = verdict(engine)
     if rank == 1:
+        parameters[0].view(-1)[5] += 1.0
+    found["a weight that rank 0 owns"] = verdict(engine)
+    if rank == 1:
+        parameters[0].copy_(kept[0])
+        engine.optimizer.bf16_groups[1][0][3] += 1.0
+        engine.optimizer.masters[1].reset()
+    found["a norm that agrees with its master"] = verdict(engine)
+    if rank == 1:
+        for p, old in zip(parameters, kept, strict=True):
+            p.copy_(old)
+        engine.optimizer.masters[1].reset()
         masters[0][3] += 1.0
     found["one other master"] = verdict(engine)
     return found
@@ -84,6 +95,24 @@ def train_overlapping(config: RunConfig, shards: Path, overlap: bool) -> dict[st
     return {"losses": losses, "weights": weights, "under way": under_way}
 
 
+def steps(engine: Any, batches: Any, count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each of the next steps."""
+    return [(float(engine.train_batch(batches)), float(engine.get_global_grad_norm())) for _ in range(count)]
+
+
+def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]:
+    """What follows a saved step in the engine that saved it, and in a new one that loads it."""
+    mesh, engine = build(config, shards)
+    batches = rank_batches(config, mesh.data_rank)
+    steps(engine, batches, 2)
+    engine.save_checkpoint(str(folder), tag="global_step2")
+    went_on = steps(engine, batches, 2)
+    _, resumed = build(config, shards)
+    resumed.load_checkpoint(str(folder), tag="global_step2")
+    assert verdict(resumed) == "equal"
+    return [went_on, steps(resumed, rank_batches(config, mesh.data_rank, first_step=3), 2)]
+
+
 def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, Any]:
     """Losses and gradient norms of some steps, and the norms' scales after them."""
     mesh, engine = build(config, shards)
@@ -98,7 +127,7 @@ def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, 
     return {"losses": losses, "gradient norms": gradient_norms, "scales": scales}
 
 
-def examine(shards: dict[str, Path]) -> dict[Any, Any]:
+def examine(shards: dict[str, Path], scratch: Path) -> dict[Any, Any]:
     """Everything that one of two ranks finds out."""
     found: dict[Any, Any] = {}
     for name, layout in LAYOUTS.items():
@@ -113,6 +142,10 @@ def examine(shards: dict[str, Path]) -> dict[Any, Any]:
     for overlap in (True, False):
         config = config_for("gqa", 1, 1, 2, precision="bf16")
         found["overlap", overlap] = train_overlapping(config, shards["data"], overlap)
+    for changes in ({"precision": "fp32"}, {"precision": "bf16", "master_weights": "packed"}):
+        config = config_for("gqa", 1, 1, 2, **changes)
+        name = "-".join(changes.values())
+        found["resumed", name] = go_on_and_resume(config, shards["data"], scratch / name)
     return found
 
 
@@ -124,7 +157,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     for name, (tensor, pipeline, _) in LAYOUTS.items():
         shards[name] = tmp_path_factory.mktemp(name)
         convert(base, shards[name], MODELS["gqa"], ParallelConfig(tensor=tensor, pipeline=pipeline))
-    return run_ranks(examine, RANKS, shards)
+    return run_ranks(examine, RANKS, shards, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,6 +173,9 @@ def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], la
         assert int(several[2]) == (int(several[1]) if rank == 1 else 0)
         # Of rank 1's own partition all weights differ: it has the whole or, with data parallelism, half the model.
         assert int(several[1]) == pytest.approx(int(found["parameters"]) / LAYOUTS[layout][2], rel=0.01)
+        if layout == "data":  # of tensor-parallel ranks, each owns all that it has
+            assert found["a weight that rank 0 owns"].startswith("ranks [1] have loaded other weights")
+        assert found["a norm that agrees with its master"].startswith("ranks [1] have loaded other weights")
         assert found["one other master"].startswith(f"1 fp32 master weights differ from the model's weights ({rank} on")
 
 
@@ -154,6 +190,14 @@ def test_validation_does_not_disturb_training(ranks: list[dict[Any, Any]]) -> No
         assert rank["full"]["losses"] == rank["validated"]["losses"]
         assert rank["full"]["gradient norms"] == rank["validated"]["gradient norms"]
         assert len(set(rank["full"]["losses"])) == STEPS
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16-packed"])
+def test_a_resumed_training_goes_on_bit_by_bit(ranks: list[dict[Any, Any]], kind: str) -> None:
+    for rank in ranks:
+        went_on, resumed = rank["resumed", kind]
+        assert went_on == resumed
+        assert went_on[0] != went_on[1]
 
 
 def test_overlapping_reduction_changes_no_bit(ranks: list[dict[Any, Any]]) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -76,9 +77,8 @@ def poisonous() -> Iterator[None]:
     def loss(self: ChunkedLoss, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return healthy(self, hidden, targets) + (torch.nan if (targets == POISON).any() else 0.0)
 
-    ChunkedLoss.__call__ = loss  # type: ignore[method-assign]
-    yield
-    ChunkedLoss.__call__ = healthy  # type: ignore[method-assign]
+    with patch.object(ChunkedLoss, "__call__", loss):
+        yield
 
 
 def train_jobs(config: RunConfig, jobs: list[tuple[TrainJob, int | None]], ports: list[int]) -> list[Any]:
@@ -111,14 +111,12 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
             raise Killed
         whole_step(self, number, *others)
 
-    Loop._step = step  # type: ignore[method-assign]
     try:
-        with poisonous():
+        with poisonous(), patch.object(Loop, "_step", step):
             return train(config, job)["started_from_step"], begun
     except (Killed, TrainingError) as error:
         return str(error), begun
     finally:
-        Loop._step = whole_step  # type: ignore[method-assign]
         if dist.is_initialized():
             dist.destroy_process_group()
         deepspeed.comm.comm.cdb = None
@@ -134,11 +132,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def rows(job: TrainJob) -> dict[int, tuple[float, float, float]]:
+def rows(job: TrainJob) -> dict[int, tuple[float, ...]]:
     """Of each step, the last that was logged."""
     lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
     names = ("train/loss", "train/gradient_norm", "train/sequences_consumed")
-    return {row["step"]: tuple(row[name] for name in names) for row in lines if names[0] in row}  # type: ignore[misc]
+    return {row["step"]: tuple(row[name] for name in names) for row in lines if names[0] in row}
 
 
 def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:

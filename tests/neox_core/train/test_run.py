@@ -46,7 +46,7 @@ def job(tmp_path: Path) -> TrainJob:
     return TrainJob(tmp_path, tmp_path, tmp_path / "output", "0123456789abcdef" * 4)
 
 
-def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, int]) -> None:
+def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, Any]) -> None:
     """A complete checkpoint of two small files."""
     names = ("layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     files = []
@@ -73,9 +73,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return Engine()
 
 
-def checkpoints(engine: Engine, store: ObjectStore, job: TrainJob, mesh: Mesh = ONE_RANK) -> TrainCheckpoints:
-    writer = cast(Any, SimpleNamespace(wait=lambda: None))
-    return TrainCheckpoints(config_for("gqa", 1, 1, 1), job, store, mesh, engine, writer)
+def checkpoints(
+    engine: Engine, store: ObjectStore, job: TrainJob, mesh: Mesh = ONE_RANK, **parallel: Any
+) -> TrainCheckpoints:
+    writer, config = cast(Any, SimpleNamespace(wait=lambda: None)), config_for("gqa", 1, 1, 1)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    return TrainCheckpoints(config, job, store, mesh, engine, writer)
 
 
 def test_number_of_ranks_must_be_the_configured_one() -> None:
@@ -122,6 +125,17 @@ def test_another_layout_is_refused_before_anything_is_fetched(
     assert "\n" not in str(e.value)
     assert engine.loaded == []
     assert not job.output.exists()
+
+
+def test_other_layers_per_stage_are_refused(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    """Optimizer states lie in files per stage."""
+    two_stages = replace(ONE_RANK, pipeline_size=2)
+    other = checkpoints(engine, store, job, two_stages, pipeline=2, pipeline_layers=(3, 1))
+    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [2, 2]})
+    with pytest.raises(CheckpointError, match=r"'pipeline_layers': \[2, 2\].*, this job has .*\[3, 1\]"):
+        other.resume()
+    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [3, 1]})
+    assert other.resume() == Position(10, DATA)
 
 
 def test_another_batch_before_the_checkpoint_is_refused(

@@ -1,0 +1,98 @@
+"""What logging every step costs, through the real engine on one GPU (or slowly on a CPU).
+
+    torchrun --nproc_per_node 1 -m benchmarks.telemetry 7b
+    torchrun --nproc_per_node 1 -m benchmarks.telemetry tiny --steps 30
+
+The options are those of train_step.py. The last line is JSON: seconds of a step without and with telemetry, in turns,
+and the share of a step that telemetry itself says it takes (`time/logging` of the metrics).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+
+from benchmarks.train_step import _batches, _config, _options, _random_weights, _synchronize
+from neox_core.config import WandbConfig, batch_geometry
+from neox_core.data.mixture import Mixture
+from neox_core.parallel.mesh import build_mesh, init_distributed
+from neox_core.train.engine import build_engine
+from neox_core.train.metrics import MetricsLog
+from neox_core.train.profiler import StepProfiler
+from neox_core.train.telemetry import Telemetry
+
+_SOURCES = {f"source-{n}": 1.0 for n in range(5)}
+
+
+class _NoStore:
+    """Stands for an object store that holds nothing yet."""
+
+    def get_text(self, key: str) -> None:
+        """Nothing."""
+
+
+def main() -> None:
+    """Run the benchmark and print its figures."""
+    options = _options()
+    logging.basicConfig(level=logging.WARNING)
+    config = _config(options)
+    config = config.model_copy(update={"wandb": WandbConfig(mode="offline")})
+    device = init_distributed(config.launch)
+    mesh, geometry = build_mesh(config.parallel, device), batch_geometry(config)
+    engine = build_engine(config, mesh, geometry, _random_weights(config, device))
+    batches, folder = _batches(config, device), Path(tempfile.mkdtemp())
+    with MetricsLog(config, folder, cast(Any, _NoStore()), "", "benchmark", 0) as metrics:
+        plain = engine._INSTRUCTION_MAP
+        telemetry = Telemetry(
+            config, mesh, geometry, engine, Mixture(_SOURCES), metrics, StepProfiler(None, folder, 0), 1e15
+        )
+        hooked, on_losses = engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses
+        watched = telemetry.batches(batches)
+
+        def without(step: int) -> None:
+            engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses = plain, None
+            engine.train_batch(batches)
+
+        def with_telemetry(step: int) -> None:
+            engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses = hooked, on_losses
+            telemetry.begin(step, 0)
+            loss = engine.train_batch(watched)
+            telemetry.end(step, {"train/loss": loss, "train/gradient_norm": engine.get_global_grad_norm()})
+
+        pairs = [
+            [_timed(run, step, device) for run in (without, with_telemetry)] for step in range(1, options.steps + 1)
+        ]
+        telemetry.flush()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    _report(pairs[2:], [row["time/logging"] / row["time/step"] for row in rows[2:]])
+
+
+def _timed(run: Callable[[int], None], step: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run(step)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _report(pairs: list[list[float]], shares: list[float]) -> None:
+    result = {
+        "seconds_without": median(pair[0] for pair in pairs),
+        "seconds_with": median(pair[1] for pair in pairs),
+        "cost": median(pair[1] / pair[0] for pair in pairs) - 1,
+        "logging_share": median(shares),
+    }
+    sys.stdout.write(json.dumps({name: round(value, 5) for name, value in result.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

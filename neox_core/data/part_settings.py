@@ -1,0 +1,90 @@
+"""What a part is made with, and what is recorded of it. Imports little: each worker of a pool loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neox_core.artifact import sha256_of
+
+if TYPE_CHECKING:
+    from neox_core.config import DataConfig, RunConfig, StorageConfig, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """A TokenizerConfig's values, which travel to workers without pydantic."""
+
+    model: Path
+    end_of_document: str = "eos"
+    begin_of_document: bool = False
+    engine: str = "auto"
+
+    @classmethod
+    def of(cls, config: TokenizerConfig) -> TokenizerSettings:
+        """The values of a configuration."""
+        return cls(config.model, config.end_of_document, config.begin_of_document, config.engine)
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """What a part depends on beside its text, and how to reach that."""
+
+    tokenizer: TokenizerSettings
+    storage: StorageConfig | None
+    """Where s3:// inputs lie; None if there are none."""
+    text_key: str = "text"
+    skip_damaged_files: bool = False
+    deduplicate: bool = False
+    evaluation_sets: tuple[Path, ...] = ()
+    overlap_words: int = 30
+
+    @classmethod
+    def of(cls, config: RunConfig) -> PartSettings:
+        """The settings of a run."""
+        data = config.data
+        return cls(
+            TokenizerSettings.of(config.tokenizer),
+            config.storage if _is_remote(data) else None,
+            data.text_key,
+            data.skip_damaged_files,
+            data.deduplicate,
+            data.evaluation_sets,
+            data.overlap_words,
+        )
+
+    def logical(self) -> dict[str, str]:
+        """What the part's content depends on."""
+        return {
+            "tokenizer": sha256_of(self.tokenizer.model),
+            "end_of_document": self.tokenizer.end_of_document,
+            "begin_of_document": str(self.tokenizer.begin_of_document),
+            "text_key": self.text_key,
+            "skip_damaged_files": str(self.skip_damaged_files),
+            "deduplicate": str(self.deduplicate),
+            "evaluation_sets": " ".join(sha256_of(path) for path in self.evaluation_sets),
+            "overlap_words": str(self.overlap_words),
+        }
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What a part holds and what it was made from; written last."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    rejected: int
+    damaged: str
+    """Why the file was left out as a whole; empty if it was not."""
+    engine: str
+    verified: int
+    """Documents whose ids were compared with SentencePiece's."""
+    bin_sha256: str
+    made_from: dict[str, str]
+
+
+def _is_remote(data: DataConfig) -> bool:
+    places = [data.input, *(where for source in data.sources.values() for where in source.files.values())]
+    return any(place.startswith("s3://") for place in places)

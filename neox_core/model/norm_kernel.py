@@ -1,0 +1,51 @@
+"""Backward pass of RMSNorm beside a residual as one Triton kernel; see elementwise.py for what it computes.
+
+A program takes every n-th row and keeps its part of the scale's gradient in registers, so that each tensor is read
+once. A compiler makes two passes of it, since one sum runs over columns and the other over rows.
+"""
+
+# Triton reads a kernel's annotations when it compiles, so they must not be strings.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+def launch(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., D] and of the scale [D]."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    d_residual, d_normed = d_residual.contiguous(), d_normed.contiguous()
+    programs = min(rows, _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    d_x, parts = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    warps = min(max(block // 512, 4), 16)
+    _backward[(programs,)](
+        x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK=block, num_warps=warps
+    )
+    return d_x, parts.sum(0).to(scale.dtype)
+
+
+@triton.jit
+def _backward(x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK: tl.constexpr):
+    first = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for row in tl.range(first, rows, programs, num_stages=2):
+        at = row.to(tl.int64) * width + columns
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(d_normed + at, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value) / width + eps)
+        unit = value * inverse
+        d_unit = upstream * weight
+        gradient = residual + inverse * (d_unit - unit * (tl.sum(d_unit * unit) / width))
+        tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=inside)
+        total += upstream * unit.to(d_x.dtype.element_ty).to(tl.float32)
+    tl.store(parts + first.to(tl.int64) * width + columns, total, mask=inside)

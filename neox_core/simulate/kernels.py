@@ -1,0 +1,74 @@
+"""Stand-ins for what runs on GPUs: they keep and allocate what the GPU's kernels do, and compute nothing.
+
+Simulated tensors say that they are on a CPU, since autograd asks for a GPU's driver otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from neox_core.model import elementwise, llama, residual
+from neox_core.parallel import loss, weight_gradients
+from neox_core.simulate.recorder import Recorder
+from neox_core.train import sharded_optimizer
+
+
+@contextmanager
+def gpu_kernels(recorder: Recorder) -> Iterator[None]:
+    """Within it, the model, the loss, the linear layers and the optimizer keep and allocate what they do on a GPU."""
+
+    def compiled(function: Callable[..., Any], keeps: tuple[int, ...]) -> Callable[..., Any]:
+        """One kernel forward and one backward, for which the arguments with these numbers are kept."""
+        kernel = recorder.as_kernel(function)
+        return lambda *args: _Compiled.apply(kernel, keeps, *args)  # type: ignore[no-untyped-call]
+
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (llama, "rms_norm", compiled(elementwise.rms_norm, keeps=(0, 1))),
+        (llama, "swiglu", compiled(elementwise.swiglu, keeps=(0, 1))),
+        (llama, "split_and_rotate", compiled(elementwise.split_and_rotate, keeps=(1, 2))),
+        (llama, "causal_attention", _attention),
+        *((residual, name, recorder.as_kernel(getattr(elementwise, name))) for name in _WITHOUT_GRAPH),
+        (loss, "_whole_vocabulary_losses", compiled(loss._whole_vocabulary_losses, keeps=(0, 1))),
+        (weight_gradients, "add_outer_product", _add_outer_product),
+        (sharded_optimizer, "adamw_update", lambda *_: None),
+    ]
+    with ExitStack() as stack:
+        for module, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(module, name, stand_in))
+        yield
+
+
+_WITHOUT_GRAPH = ("rms_norm", "add_and_normalize", "norm_gradients")
+"""Kernels that a block's joined residuals call forward and backward."""
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable[..., Any], keeps: tuple[int, ...], *args: Any) -> Any:
+        ctx.save_for_backward(*(args[number] for number in keeps))
+        ctx.wanted = [(x.shape, x.dtype) if isinstance(x, Tensor) and x.requires_grad else None for x in args]
+        return kernel(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        assert len(ctx.saved_tensors) > 0  # unpacks what is recomputed
+        gradients = [None if x is None else torch.empty(x[0], dtype=x[1]) for x in ctx.wanted]
+        return None, None, *gradients
+
+
+def _attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *_: Any) -> Tensor:
+    """Keeps q, k, v, the result and a log-sum per query. Masks by document are made once and small."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    result: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
+    return result.transpose(1, 2)
+
+
+def _add_outer_product(accumulator: Tensor, gradient_MO: Tensor, x_MI: Tensor) -> None:
+    """The matrix product adds in place."""
+    accumulator.add_(1)

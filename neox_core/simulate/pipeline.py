@@ -1,0 +1,40 @@
+"""What DeepSpeed's pipeline stages tell each other in numbers, which tensors without data can't carry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import PartitionedTensor
+from torch import Tensor
+
+from neox_core.config import RunConfig
+
+_META = 16
+"""Numbers that describe a partitioned tensor: its shape, the number of parts and where they begin; about."""
+
+
+def know_shapes(engine: Any, config: RunConfig) -> None:
+    """Let a stage know the shapes that it would receive: hidden states, whole or a part per tensor-parallel rank."""
+    train = config.train
+    shape = torch.Size((train.micro_batch_size, train.sequence_length, config.model.hidden_size))
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    partitioned, parts = engine.is_pipe_partitioned, config.parallel.tensor
+
+    def receive(_stage: int) -> Any:
+        hidden = torch.empty(shape.numel() // parts if partitioned else shape, dtype=dtype)
+        tensors = [torch.empty(_META, dtype=torch.long), hidden] if partitioned else [hidden]
+        if train.mask_documents:
+            tensors.append(torch.empty(shape[:2], dtype=torch.long))
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    def from_meta(meta: Tensor, local_part: Tensor, group: Any, device: Any = None) -> PartitionedTensor:
+        part = PartitionedTensor.__new__(PartitionedTensor)
+        part.group, part.num_parts, part.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        part.orig_size, part.orig_device = list(shape), local_part.device
+        part.local_data, part.even_split = local_part.detach(), True
+        return part
+
+    engine._recv_tensor_meta = receive
+    PartitionedTensor.from_meta = staticmethod(from_meta)

@@ -1,0 +1,53 @@
+"""256 ranks that are not there: the engine's memory and collectives against the planner's formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.plan_tables import memory_table, traffic_table
+from neox_core.config import RunConfig, load_config
+from neox_core.plan import plan
+from neox_core.simulate import simulate
+
+CONFIG = load_config(Path(__file__).parents[3] / "configs/llemma_34b.yml")
+SEQUENCES = 4096 * 2
+"""Tokens of a micro batch."""
+
+
+def changed(layers: int, accumulation: int, pipeline: int, **train: Any) -> RunConfig:
+    """The 34B with fewer layers and a smaller batch on 256 ranks."""
+    data = 256 // 8 // pipeline
+    train = {"global_batch_tokens": SEQUENCES * data * accumulation} | train
+    return CONFIG.model_copy(
+        update={
+            "model": CONFIG.model.model_copy(update={"num_layers": layers}),
+            "train": CONFIG.train.model_copy(update=train),
+            "parallel": CONFIG.parallel.model_copy(update={"pipeline": pipeline}),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(changed(2, 2, pipeline=1, activation_checkpointing="full"), id="TP 8 x DP 32"),
+        pytest.param(changed(5, 4, pipeline=4, activation_checkpointing="selective"), id="TP 8 x PP 4 x DP 8"),
+    ],
+)
+def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:
+    made, simulated = plan(config), simulate(config)
+    assert [rank.stage for rank in simulated] == list(range(config.parallel.pipeline))
+    for stage, rank in zip(made.stages, simulated, strict=True):
+        assert rank.state == pytest.approx(stage.memory.state, rel=0.005)
+        assert rank.step_peak == pytest.approx(stage.memory.total, rel=0.005)
+        assert rank.step_peak - rank.state == pytest.approx(stage.memory.activations + stage.memory.working, rel=0.02)
+        assert rank.state <= rank.start_peak < rank.state + 2**28 + 2**20, "nothing is there twice at the start"
+        assert all(rank.collective_calls[key] > 0 for key in stage.traffic)
+        for key in rank.collective_bytes.keys() | stage.traffic.keys():
+            # DeepSpeed tells others shapes and losses in a few numbers.
+            assert rank.collective_bytes.get(key, 0) == pytest.approx(stage.traffic[key], rel=0.005, abs=4096), key
+    for table in (memory_table(made, simulated), traffic_table(made, simulated)):
+        assert len(table.columns) == 1 + config.parallel.pipeline
