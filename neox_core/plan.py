@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from neox_core.communication import Collective, group_size, sent_bytes, step_traffic
-from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, sequences_before
 from neox_core.errors import ConfigError
 from neox_core.memory import Memory, parameter_count, stage_layers, stage_memory
 from neox_core.parallel.stages import stage_costs
@@ -59,6 +59,8 @@ class Plan:
     pipeline_parallel: int
     batch: BatchGeometry
     steps: int
+    run_tokens: int
+    """Tokens that the whole run trains on."""
     stages: tuple[StagePlan, ...]
     gpu_memory: float
     """Bytes of one GPU's memory."""
@@ -83,11 +85,6 @@ class Plan:
         return self.gpu_memory - RESERVED_BYTES - self.memory.total
 
     @property
-    def run_tokens(self) -> int:
-        """Tokens that the whole run trains on."""
-        return self.steps * self.batch.tokens
-
-    @property
     def flops_per_step(self) -> int:
         """Model FLOPs of one step over all GPUs, full attention."""
         return self.flops_per_token * self.batch.tokens
@@ -105,7 +102,7 @@ class Plan:
     @property
     def run_hours(self) -> float:
         """Time of all steps; validation, checkpoints and queueing come on top."""
-        return self.steps * self.step_seconds / 3600
+        return self.run_tokens / self.batch.tokens * self.step_seconds / 3600
 
     @property
     def gpu_hours(self) -> float:
@@ -208,6 +205,7 @@ def plan(
         pipeline_parallel=config.parallel.pipeline,
         batch=batch,
         steps=config.train.steps,
+        run_tokens=sequences_before(config.train, config.train.steps + 1) * config.train.sequence_length,
         stages=tuple(_stage_plan(config, batch, stage) for stage in range(config.parallel.pipeline)),
         gpu_memory=gpu_memory_gib * 2**30,
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),

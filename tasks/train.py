@@ -92,7 +92,7 @@ def train_rank(
 
     Imports torch and DeepSpeed, which the flow does not: its threads would do so at once, and deadlock.
     """
-    from neox_core.train.run import TrainJob
+    from neox_core.train.job import TrainJob
     from neox_core.train.run import train as train_on_this_rank
 
     return train_on_this_rank(config, TrainJob(data, weights, output, fingerprint, lineage))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ class Manifest:
 
     step: int
     sequences_consumed: int
-    """The sampler's whole state."""
+    """The next step's first sequence: the sampler's whole state."""
     files: tuple[FileRecord, ...]
     """Paths are relative to the checkpoint's folder."""
     layout: Mapping[str, Any]
@@ -45,6 +45,10 @@ class Manifest:
     consumed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The ledger so far: sequences, tokens and epochs consumed per source."""
     software: Mapping[str, str] = field(default_factory=dict)
+    skipped: Sequence[Mapping[str, int]] = field(default_factory=list)
+    """Sequences among the consumed that training went back from: after_step, first, count of each window."""
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """What the guard decides by."""
 
     def to_json(self) -> str:
         """As it is stored."""

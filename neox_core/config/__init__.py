@@ -1,11 +1,12 @@
 """Typed, frozen, nested configuration."""
 
-from neox_core.config.batch import BatchGeometry, batch_geometry
+from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, sequences_before
 from neox_core.config.load import load_config, parse_config, read_yaml
 from neox_core.config.schema import (
     BaseModelConfig,
     DataConfig,
     EvaluateConfig,
+    GuardConfig,
     LaunchConfig,
     ModelConfig,
     OptimizerConfig,
@@ -19,6 +20,7 @@ from neox_core.config.schema import (
     StorageConfig,
     TokenizeJobConfig,
     TokenizerConfig,
+    TrainChange,
     TrainConfig,
     ValidationConfig,
     WandbConfig,
@@ -30,6 +32,7 @@ __all__ = [
     "BatchGeometry",
     "DataConfig",
     "EvaluateConfig",
+    "GuardConfig",
     "LaunchConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -43,12 +46,15 @@ __all__ = [
     "StorageConfig",
     "TokenizeJobConfig",
     "TokenizerConfig",
+    "TrainChange",
     "TrainConfig",
     "ValidationConfig",
     "WandbConfig",
     "WeightChange",
     "batch_geometry",
+    "batch_tokens",
     "load_config",
     "parse_config",
     "read_yaml",
+    "sequences_before",
 ]

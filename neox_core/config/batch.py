@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from neox_core.config.schema import RunConfig
+from neox_core.config.schema import RunConfig, TrainConfig
 from neox_core.errors import ConfigError
 
 
@@ -22,24 +23,50 @@ class BatchGeometry:
     """Tokens of a global batch over all ranks."""
 
 
-def batch_geometry(config: RunConfig, nodes: int | None = None) -> BatchGeometry:
-    """Cut the global batch for a number of nodes (default: launch.nodes).
+def batch_geometry(config: RunConfig, nodes: int | None = None, step: int = 1) -> BatchGeometry:
+    """Cut a step's global batch for a number of nodes (default: launch.nodes).
 
     Raises:
-        ConfigError: TP x PP does not divide the world size, or the ranks do not divide the batch; the message
-            names the numbers of nodes that do.
+        ConfigError: TP x PP does not divide the world size, or the ranks do not divide the batch of some step; the
+            message names the numbers of nodes that do.
     """
     nodes = nodes or config.launch.nodes
-    geometry = _try_geometry(config, nodes)
-    if isinstance(geometry, str):
-        fits = [n for n in range(1, max(64, 2 * nodes) + 1) if not isinstance(_try_geometry(config, n), str)]
+    if problem := _problem(config, nodes):
+        fits = [n for n in range(1, max(64, 2 * nodes) + 1) if not _problem(config, n)]
         advice = f"numbers of nodes that work: {', '.join(map(str, fits))}" if fits else _no_nodes_advice(config)
-        raise ConfigError(f"{geometry}; {advice}")
+        raise ConfigError(f"{problem}; {advice}")
+    geometry = _try_geometry(config, nodes, batch_tokens(config.train, step))
+    assert isinstance(geometry, BatchGeometry), "a batch of the run"
     return geometry
 
 
-def _try_geometry(config: RunConfig, nodes: int) -> BatchGeometry | str:
-    """The geometry, or what stands in its way."""
+def batch_tokens(train: TrainConfig, step: int) -> int:
+    """Tokens of a step's global batch."""
+    return next(tokens for first, tokens in reversed(_batches(train)) if first <= step)
+
+
+def sequences_before(train: TrainConfig, step: int) -> int:
+    """Sequences that the steps before this one take."""
+    bounds = [*_batches(train), (step, 0)]
+    spans = ((first, min(end, step), size) for (first, size), (end, _) in pairwise(bounds) if first < step)
+    tokens = sum((end - first) * size for first, end, size in spans)
+    return tokens // train.sequence_length
+
+
+def _batches(train: TrainConfig) -> list[tuple[int, int]]:
+    """First step of each batch size, and the batch's tokens."""
+    changes = [(change.from_step, change.global_batch_tokens) for change in train.changes]
+    return [(1, train.global_batch_tokens), *((step, tokens) for step, tokens in changes if tokens)]
+
+
+def _problem(config: RunConfig, nodes: int) -> str | None:
+    """What stands in the way of some step's batch."""
+    found = [_try_geometry(config, nodes, tokens) for _, tokens in _batches(config.train)]
+    return next((problem for problem in found if isinstance(problem, str)), None)
+
+
+def _try_geometry(config: RunConfig, nodes: int, tokens: int) -> BatchGeometry | str:
+    """The geometry of a batch, or what stands in its way."""
     world = nodes * config.launch.ranks_per_node
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     if world % (tensor * pipeline):
@@ -48,11 +75,11 @@ def _try_geometry(config: RunConfig, nodes: int) -> BatchGeometry | str:
             f"{tensor} x parallel.pipeline {pipeline} = {tensor * pipeline} does not divide"
         )
     data_parallel = world // (tensor * pipeline)
-    sequences = config.train.global_batch_tokens // config.train.sequence_length
+    sequences = tokens // config.train.sequence_length
     per_pass = data_parallel * config.train.micro_batch_size
     if sequences % per_pass:
         return (
-            f"a global batch of {sequences} sequences ({config.train.global_batch_tokens} tokens) is not divisible by "
+            f"a global batch of {sequences} sequences ({tokens} tokens) is not divisible by "
             f"{data_parallel} data-parallel ranks x micro batch {config.train.micro_batch_size} on {nodes} nodes"
         )
     return BatchGeometry(

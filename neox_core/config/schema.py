@@ -290,11 +290,43 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then cosine decay to a share of the peak (arXiv 2310.10631)."""
+    """Linear warmup, then down to a share of the peak: a cosine (arXiv 2310.10631), or late in the run (2405.18392)."""
 
+    kind: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warmup, stable at the peak, decay at the end")
     warmup_steps: NonNegativeInt = 500
-    decay_steps: PositiveInt | None = Field(None, description="None: train.steps")
+    decay_steps: PositiveInt | None = Field(
+        None, description="cosine: step of the minimum, None: train.steps; wsd: length of the decay, None: by its share"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: part of train.steps that decays")
+    decay_shape: Literal["linear", "1-sqrt"] = Field("1-sqrt", description="wsd")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.033
+
+
+Reaction = Literal["stop", "skip", "rollback"]
+
+
+class GuardConfig(Section):
+    """What follows when a step's loss or gradient is not finite, or its loss jumps. Its update is not done in any case.
+
+    skip: go on with the next batch. rollback: back to the last checkpoint, and on after the batch in question.
+    """
+
+    on_not_finite: Reaction = "stop"
+    on_spike: Reaction = "skip"
+    spike_sigma: PositiveFloat | None = Field(
+        None, description="standard deviations above the mean loss of the window that make a spike; None: none is"
+    )
+    spike_window: Annotated[int, Field(ge=2)] = Field(100, description="steps")
+    max_skips: NonNegativeInt = Field(3, description="in a row; then training stops")
+    max_rollbacks: NonNegativeInt = Field(3, description="of the whole training; then it stops")
+
+
+class TrainChange(Section):
+    """Another peak learning rate or batch from a step on; a training that has not reached it takes it up."""
+
+    from_step: PositiveInt
+    lr: PositiveFloat | None = Field(None, description="peak of the schedule, which goes on; None: as before")
+    global_batch_tokens: PositiveInt | None = Field(None, description="None: as before")
 
 
 class ValidationConfig(Section):
@@ -328,6 +360,8 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
+    changes: tuple[TrainChange, ...] = Field((), description="in order of their steps")
+    guard: GuardConfig = GuardConfig()
     checkpoint_interval: PositiveInt
     precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
     master_weights: Literal["fp32", "packed"] = Field(
@@ -346,6 +380,16 @@ class TrainConfig(Section):
     dry_run: bool = Field(True, description="try a few micro batches of zeros before data and weights are read")
     log_interval: PositiveInt = 1
     profile: ProfileConfig | None = Field(None, description="steps to record with torch's profiler; None: none")
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> Self:
+        steps = [change.from_step for change in self.changes]
+        if steps != sorted(set(steps)) or 1 in steps or steps[-1:] > [self.steps]:
+            raise ValueError(f"changes are from steps {steps}: they must rise, from 2 to steps {self.steps}")
+        for change in self.changes:
+            if change.lr is None and change.global_batch_tokens is None:
+                raise ValueError(f"changes from step {change.from_step}: give lr, global_batch_tokens or both")
+        return self
 
     @property
     def decay_steps(self) -> int:
@@ -418,11 +462,11 @@ class RunConfig(Section):
 def _check_batch(train: TrainConfig) -> None:
     if train.profile and train.profile.last_step > train.steps:
         raise ValueError(f"train.profile.last_step {train.profile.last_step} is after train.steps {train.steps}")
-    if train.global_batch_tokens % train.sequence_length:
-        raise ValueError(
-            f"train.global_batch_tokens {train.global_batch_tokens} is not divisible by "
-            f"train.sequence_length {train.sequence_length}"
-        )
+    for tokens in (train.global_batch_tokens, *(change.global_batch_tokens or 0 for change in train.changes)):
+        if tokens % train.sequence_length:
+            raise ValueError(
+                f"train.global_batch_tokens {tokens} is not divisible by train.sequence_length {train.sequence_length}"
+            )
 
 
 def _check_sequence(train: TrainConfig, parallel: ParallelConfig) -> None:

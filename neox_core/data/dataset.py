@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from neox_core.config import RunConfig
-from neox_core.data.documents import document_starts, restarting_positions
+from neox_core.data.documents import document_at, document_starts, restarting_positions
 from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
+from neox_core.data.skipped import SkippedSequences
 from neox_core.data.weights import initial_weights, training_mixture
 from neox_core.errors import DataError
 
@@ -62,6 +63,12 @@ class SequenceDataset:
             starts = np.concatenate([starts, length - rest + document_starts(self._dataset, 0, rest)])
         return restarting_positions(starts, length)
 
+    def documents(self, index: int) -> tuple[int, int]:
+        """Numbers of the documents that a sequence's first and last input id belong to, from 0."""
+        start = self._start(index)
+        last = (start + self.sequence_length - 1) % len(self._tokens)
+        return document_at(self._dataset, start), document_at(self._dataset, last)
+
     def _start(self, index: int) -> int:
         """Where in the files the sequence starts."""
         length, tokens = self.sequence_length, len(self._tokens)
@@ -100,6 +107,14 @@ class MixtureDataset:
             output[row] = source.positions(index)
         return output
 
+    def documents(self, indices: Indices) -> dict[str, list[tuple[int, int]]]:
+        """Per source, the first and last document of each sequence with these global indices [n], in their order."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        source_ids, within = self.mixture.locate(indices)
+        for source_id, index in zip(source_ids.tolist(), within.tolist(), strict=True):
+            found.setdefault(self.mixture.names[source_id], []).append(self._sources[source_id].documents(index))
+        return found
+
     def consumed(self, sequences: int) -> dict[str, dict[str, float]]:
         """What the first `sequences` sequences took of each source: sequences, tokens (x S) and passes over it."""
         counts = self.mixture.consumed(sequences)
@@ -121,14 +136,17 @@ def consumption(sequences: int, sequence_length: int, available: int) -> dict[st
     return {"sequences": sequences, "tokens": tokens, "epochs": tokens / available if sequences else 0.0}
 
 
-def open_training_data(folder: Path, config: RunConfig) -> MixtureDataset:
+def open_training_data(folder: Path, config: RunConfig, skipped: Sequence[SkippedSequences] = ()) -> MixtureDataset:
     """The training mixture from the token files of `folder` (`<source>/train.bin/.idx`).
+
+    Args:
+        skipped: sequences that training left out so far.
 
     Raises:
         DataError: files are missing or damaged, or a source is shorter than a sequence.
         ConfigError: the amounts that the configuration asks for do not add up.
     """
-    mixture = training_mixture(config, _train_tokens(folder))
+    mixture = training_mixture(config, _train_tokens(folder), skipped)
     return MixtureDataset(mixture, _open(folder, config, mixture.drawn, "train"))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from functools import partial
 
 import numpy as np
 
@@ -14,17 +15,23 @@ def document_starts(dataset: IndexedDataset, start: int, stop: int) -> Tokens:
 
     Found by bisection in the mapped index, so that the cost grows with the logarithm of the number of documents.
     """
-    width = dataset.dtype.itemsize
-    first_sequences = dataset.document_index[:-1]
-
-    def token_of(document: int) -> int:
-        sequence = int(first_sequences[document])
-        return int(dataset.offsets[sequence]) // width if sequence < len(dataset) else len(dataset.tokens)
-
-    documents = range(len(first_sequences))
+    documents = range(len(dataset.document_index) - 1)
+    token_of = partial(_first_token, dataset)
     first = bisect_left(documents, start, key=token_of)
     last = bisect_left(documents, stop, lo=first, key=token_of)
     return np.array([token_of(document) for document in range(first, last)], dtype=np.int64)
+
+
+def document_at(dataset: IndexedDataset, place: int) -> int:
+    """Number of the document that a token belongs to, from 0."""
+    documents = range(len(dataset.document_index) - 1)
+    return bisect_right(documents, place, key=partial(_first_token, dataset)) - 1
+
+
+def _first_token(dataset: IndexedDataset, document: int) -> int:
+    """Place of a document's first token."""
+    sequence = int(dataset.document_index[document])
+    return int(dataset.offsets[sequence]) // dataset.dtype.itemsize if sequence < len(dataset) else len(dataset.tokens)
 
 
 def restarting_positions(starts: Tokens, length: int) -> Tokens:

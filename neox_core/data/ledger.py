@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from neox_core.config import RunConfig
+from neox_core.config import RunConfig, sequences_before
 from neox_core.data.dataset import consumption
 from neox_core.data.mixture import Mixture
 from neox_core.data.weights import training_mixture
@@ -43,13 +43,13 @@ def plan_ledger(counts: Counts, config: RunConfig) -> dict[str, Any]:
     _check_lengths(counts, config)
     length = config.train.sequence_length
     mixture = training_mixture(config, lambda name: counts[name]["train"]["tokens"])
-    per_step = config.train.global_batch_tokens // length
-    total = config.train.steps * per_step
+    total = sequences_before(config.train, config.train.steps + 1)
     run = {
         name: {"share": sequences / total, **consumption(sequences, length, counts[name]["train"]["tokens"])}
         for name, sequences in mixture.consumed(total).items()
     }
-    bounds = [*((change.from_step - 1) * per_step for change in config.data.weight_changes), total]
+    starts = (sequences_before(config.train, change.from_step) for change in config.data.weight_changes)
+    bounds = [*starts, total]
     changes = [
         {"from_step": change.from_step, "shares": _shares(mixture, start, end)}
         for change, (start, end) in zip(config.data.weight_changes, pairwise(bounds), strict=True)

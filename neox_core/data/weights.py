@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from neox_core.config import RunConfig, SourceAmount
+from neox_core.config import RunConfig, SourceAmount, batch_tokens, sequences_before
 from neox_core.data.mixture import Mixture
+from neox_core.data.skipped import SkippedSequences, first_sequence
 from neox_core.errors import ConfigError
 
 TokensOf = Callable[[str], int]
 """Tokens of a source's training split; asked only for sources whose amount is given in epochs."""
 
 
-def training_mixture(config: RunConfig, tokens_of: TokensOf) -> Mixture:
-    """The run's mixture, with its changes of weights.
+def training_mixture(config: RunConfig, tokens_of: TokensOf, skipped: Sequence[SkippedSequences] = ()) -> Mixture:
+    """The run's mixture, with its changes of weights, which begin at their steps also where sequences were skipped.
 
     Raises:
         ConfigError: amounts do not add up.
         DataError: a share is too small to be drawn.
     """
-    per_step = config.train.global_batch_tokens // config.train.sequence_length
     changes = [
-        ((change.from_step - 1) * per_step, _weights(config, change.sources, change.from_step, tokens_of))
+        (
+            first_sequence(config.train, change.from_step, skipped),
+            _weights(config, change.sources, change.from_step, tokens_of),
+        )
         for change in config.data.weight_changes
     ]
     return Mixture(initial_weights(config, tokens_of), changes)
@@ -47,8 +50,9 @@ def _weights(
     amounts = {name: _amount(source, name, tokens_of) for name, source in sources.items() if name not in weights}
     if not amounts:
         return weights
-    batch = config.train.global_batch_tokens
-    total, asked = (config.train.steps - from_step + 1) * batch, sum(amounts.values())
+    train = config.train
+    sequences = sequences_before(train, train.steps + 1) - sequences_before(train, from_step)
+    batch, total, asked = batch_tokens(train, train.steps), sequences * train.sequence_length, sum(amounts.values())
     where = f"steps {from_step} to {config.train.steps} take {total:,} tokens"
     total_weight = sum(weights.values())
     if total_weight > 0:
@@ -61,7 +65,7 @@ def _weights(
     if abs(total - asked) >= batch:
         raise ConfigError(
             f"{where}, but the amounts in data.sources sum to {asked:,.0f}: set train.steps to "
-            f"{from_step - 1 + round(asked / batch)}, or give one source a weight, so that it takes what is left"
+            f"{train.steps + round((asked - total) / batch)}, or give one source a weight, so that it takes what is left"
         )
     return amounts | weights
 

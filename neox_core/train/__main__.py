@@ -64,8 +64,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     _check_endpoint(config)
     data = _read(arguments.data, "prepare-data")
     weights = _read(arguments.weights, "convert")
+    from neox_core.train.job import TrainJob
     from neox_core.train.lineage import ancestors
-    from neox_core.train.run import TrainJob, train
+    from neox_core.train.run import train
 
     identity = training_fingerprint(config, data.fingerprint, weights.fingerprint)
     lineage = ancestors(config, data.fingerprint, weights.fingerprint)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from neox_core.train.master_weights import MasterWeights
@@ -23,18 +24,13 @@ class AdamWStep:
     beta2: float
     eps: float
     weight_decay: float
-    step: int
-    """Number of the update, from 1."""
+    number: Tensor
+    """Number of the update, from 1: a scalar on the device, which alone knows of updates that were not done."""
 
-    @property
-    def bias_correction1(self) -> float:
-        """1 - beta1^step"""
-        return 1 - float(self.beta1**self.step)
-
-    @property
-    def bias_correction2_sqrt(self) -> float:
-        """sqrt(1 - beta2^step)"""
-        return float((1 - self.beta2**self.step) ** 0.5)
+    def factors(self, scale: Tensor) -> Tensor:
+        """Gradient factor, lr / (1 - beta1^number) and sqrt(1 - beta2^number), float64 [3] on the device."""
+        number = self.number.double()
+        return torch.stack([scale.double(), self.lr / (1 - self.beta1**number), (1 - self.beta2**number).sqrt()])
 
 
 def adamw_update(
@@ -42,22 +38,28 @@ def adamw_update(
 ) -> None:
     """Update a partition in place, with `gradient x scale`, and set the gradient to zero.
 
+    Where the scale is not above 0, nothing but the gradient changes; the host need not know.
+
     Args:
         gradient, exp_avg, exp_avg_sq: fp32, flat, as long as the weights.
-        scale: fp32 scalar on the device: the clipping factor.
+        scale: fp32 scalar on the device: the clipping factor, or 0 for no update.
     """
     if gradient.is_cuda:
         from neox_core.train.adamw_kernel import launch
 
         launch(weights, gradient, exp_avg, exp_avg_sq, scale, step)
         return
+    clip, rate, bias_correction2_sqrt = step.factors(scale).tolist()
+    if not clip > 0:
+        gradient.zero_()
+        return
     for start in range(0, gradient.numel(), _CHUNK):
         part = slice(start, min(start + _CHUNK, gradient.numel()))
-        clipped, mean, square = gradient[part] * scale, exp_avg[part], exp_avg_sq[part]
+        clipped, mean, square = gradient[part] * clip, exp_avg[part], exp_avg_sq[part]
         mean.lerp_(clipped, 1 - step.beta1)
         square.mul_(step.beta2).addcmul_(clipped, clipped, value=1 - step.beta2)
         master = weights.read(part.start, part.stop).mul_(1 - step.lr * step.weight_decay)
-        denominator = square.sqrt().div_(step.bias_correction2_sqrt).add_(step.eps)
-        master.addcdiv_(mean, denominator, value=-step.lr / step.bias_correction1)
+        denominator = square.sqrt().div_(bias_correction2_sqrt).add_(step.eps)
+        master.addcdiv_(mean, denominator, value=-rate)
         weights.write(part.start, part.stop, master)
         gradient[part].zero_()

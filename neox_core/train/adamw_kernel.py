@@ -33,14 +33,12 @@ def launch(
         gradient,
         exp_avg,
         exp_avg_sq,
-        scale,
+        step.factors(scale).float(),
         size,
         1 - step.lr * step.weight_decay,
-        step.lr / step.bias_correction1,
         step.beta1,
         step.beta2,
         step.eps,
-        step.bias_correction2_sqrt,
         PACKED=weights.packed,
         BLOCK=_BLOCK,
         num_warps=8,
@@ -54,20 +52,22 @@ def _adamw(
     gradient,
     exp_avg,
     exp_avg_sq,
-    scale,
+    factors,
     size,
     keep,
-    rate,
     beta1,
     beta2,
     eps,
-    bias_correction2_sqrt,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    g = tl.load(gradient + at, mask=inside, other=0.0) * tl.load(scale)
+    scale = tl.load(factors)
+    rate = tl.load(factors + 1)
+    bias_correction2_sqrt = tl.load(factors + 2)
+    exists = at < size
+    inside = exists & (scale > 0)  # no update: nothing is read or written but the gradient's zeros
+    g = tl.load(gradient + at, mask=inside, other=0.0) * scale
     mean = tl.load(exp_avg + at, mask=inside, other=0.0)
     square = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
     mean = mean + (1 - beta1) * (g - mean)
@@ -92,4 +92,4 @@ def _adamw(
     tl.store(low_precision + at, rounded, mask=inside)
     tl.store(exp_avg + at, mean, mask=inside)
     tl.store(exp_avg_sq + at, square, mask=inside)
-    tl.store(gradient + at, tl.zeros_like(g), mask=inside)
+    tl.store(gradient + at, tl.zeros_like(g), mask=exists)

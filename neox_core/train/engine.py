@@ -24,6 +24,8 @@ from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh, neighbours_group
 from neox_core.parallel.stages import stage_bounds
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
+from neox_core.train.gradient_norms import GradientNorms
+from neox_core.train.outcome import loss_of
 from neox_core.train.sharded_optimizer import ShardedOptimizer
 from neox_core.train.verification import verify_master_weights
 
@@ -86,6 +88,8 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
     verify_master_weights(engine)
+    norms = GradientNorms(module, engine.optimizer, config.model, mesh)
+    engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
     if mesh.device.type == "cuda" and config.train.precision == "bf16":
         accumulate_in_products(engine, geometry)
     return engine
@@ -105,6 +109,8 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self._backward_passes = 0
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
+        self.gradient_groups: tuple[str, ...] = ()
+        """Names of the groups of layers in an outcome."""
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         return self._configure_bf16_optimizer(optimizer)
@@ -139,10 +145,6 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.optimizer.reduce_gradients()
         self.optimizer.counted_share = self._own_counted_share()
 
-    def train_batch(self, data_iter: Any = None) -> Tensor:
-        """One step; the mean loss over the positions of the global batch that count."""
-        return super().train_batch(data_iter) / self.optimizer.counted_share
-
     def eval_batch(self, *args: Any, **named: Any) -> Any:
         """As DeepSpeed's, but the mean over the positions that count."""
         result = super().eval_batch(*args, **named)
@@ -157,6 +159,38 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         if share is None or self._mesh.tensor_rank:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return share
+
+    def set_accumulation_steps(self, steps: int) -> None:
+        """Micro batches of the global batches from now on. Between steps only."""
+        self.set_train_batch_size(steps * self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        if self.module.loss_fn.early_gradient is not None:
+            self.module.loss_fn.early_gradient = 1 / steps
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self.is_last_stage():
+            # Tensor-parallel ranks have the same loss: it counts once, but what is not finite counts on each.
+            share = 1 / self._mesh.data_size if self._mesh.tensor_rank == 0 else 0.0
+            self.optimizer.loss_share = self._scale_loss_by_gas(self.total_loss.detach()) * share
+        super()._take_model_step(lr_kwargs)
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """The mean loss over the positions of the global batch that count.
+
+        It came with the gradient norm, so that DeepSpeed's own exchange of it is spared.
+        """
+        self.agg_additional_losses = None
+        return loss_of(self.optimizer.outcome).float()
+
+    def _next_batch(self) -> Any:
+        """Move a micro batch to the device without waiting for it, as DeepSpeed's own copy from the host would."""
+        batch = super()._next_batch()
+        return batch if batch is None or self.device.type != "cuda" else _to_device(batch, self.device)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch if batch.is_cuda else batch.pin_memory().to(device, non_blocking=True)
+    return tuple(_to_device(part, device) for part in batch)
 
 
 def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, Any]:

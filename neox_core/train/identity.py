@@ -20,6 +20,8 @@ _NOT_LOGICAL = {
     "profile",
     "checkpoint_interval",
     "validation",
+    # A training that stopped at an incident goes on with another policy; what it then did is in its checkpoints.
+    "guard",
 }
 
 

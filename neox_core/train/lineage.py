@@ -1,4 +1,5 @@
-"""Trainings that begin as another one: a change of weights is a training of its own, which takes up the one before it.
+"""Trainings that begin as another one: a change of weights, of learning rate or of batch size is a training of its own.
+It takes up the one before it.
 
 So nothing that was trained is overwritten, both can be compared, and taking the change back finds the old training.
 """
@@ -18,7 +19,7 @@ from neox_core.config import RunConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import CheckpointError
 from neox_core.train.identity import training_fingerprint
-from neox_core.train.metrics import METRICS_FILE
+from neox_core.train.metrics import INCIDENTS_FILE, METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,24 @@ class Ancestor:
 
 
 def ancestors(config: RunConfig, data: str, weights: str) -> tuple[Ancestor, ...]:
-    """The trainings without the last change of weights, without the last two, ..., on these artifacts' fingerprints."""
-    changes = config.data.weight_changes
-    found = []
-    for count in range(len(changes) - 1, -1, -1):
-        earlier = config.data.model_copy(update={"weight_changes": changes[:count]})
-        fingerprint = training_fingerprint(config.model_copy(update={"data": earlier}), data, weights)
-        found.append(Ancestor(fingerprint, changes[count].from_step - 1))
-    return tuple(found)
+    """The trainings without the last changes, without those and the ones before, ..., on these artifacts' fingerprints.
+
+    Changes are those of data.weight_changes and of train.changes; those from the same step are one.
+    """
+    steps = {change.from_step for change in config.data.weight_changes}
+    steps |= {change.from_step for change in config.train.changes}
+    return tuple(
+        Ancestor(training_fingerprint(_without_changes(config, step), data, weights), step - 1)
+        for step in sorted(steps, reverse=True)
+    )
+
+
+def _without_changes(config: RunConfig, from_step: int) -> RunConfig:
+    """The configuration without changes from this step on."""
+    weight_changes = tuple(change for change in config.data.weight_changes if change.from_step < from_step)
+    changes = tuple(change for change in config.train.changes if change.from_step < from_step)
+    data = config.data.model_copy(update={"weight_changes": weight_changes})
+    return config.model_copy(update={"data": data, "train": config.train.model_copy(update={"changes": changes})})
 
 
 def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
@@ -76,12 +87,13 @@ def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
             )
 
 
-def inherit_metrics(store: ObjectStore, prefix: str, step: int, folder: Path) -> None:
-    """Begin the metrics with an ancestor's, up to the step that is resumed from."""
-    path = folder / METRICS_FILE
-    if path.exists():
-        return
-    lines = (store.get_text(f"{prefix}/{METRICS_FILE}") or "").splitlines(keepends=True)
+def inherit_records(store: ObjectStore, prefix: str, step: int, folder: Path) -> None:
+    """Begin the metrics and the incidents with an ancestor's, up to the step that is resumed from."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
-    logger.info("goes on from step %d of %s, with other weights of the sources", step, store.url(prefix))
+    for name in (METRICS_FILE, INCIDENTS_FILE):
+        path, text = folder / name, store.get_text(f"{prefix}/{name}")
+        if text is None or path.exists():
+            continue
+        lines = text.splitlines(keepends=True)
+        write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+    logger.info("goes on from step %d of %s, with changes", step, store.url(prefix))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from neox_core.config import BatchGeometry, TrainConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.data.prefetch import Prefetcher
 from neox_core.data.sampler import micro_batch_positions, micro_batches
-from neox_core.errors import TrainingError
+from neox_core.data.skipped import first_sequence
+from neox_core.train.engine import TrainingEngine
+from neox_core.train.guards import Batch, Guard, Incident, RollBackError
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.resume import Position
 from neox_core.train.schedule import learning_rate
 from neox_core.train.telemetry import Telemetry
 
@@ -26,75 +27,102 @@ Batches = Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Loop:
-    """What the loop works with. `save` is called with the step whose state is to be saved."""
+    """What the loop works with."""
 
-    engine: PipelineEngine
+    engine: TrainingEngine
     train: TrainConfig
-    geometry: BatchGeometry
+    geometry: Callable[[int], BatchGeometry]
+    """How a step's batch is cut."""
     data_rank: int
-    training_data: MixtureDataset
     validation_data: MixtureDataset
     metrics: MetricsLog
-    save: Callable[[int], None]
+    guard: Guard
+    save: Callable[[Position], None]
+    go_back: Callable[[Incident], Position]
+    """Loads the state to go on from after an incident."""
     telemetry: Telemetry
     heartbeat: Callable[[str], None]
     """Told what begins, so that a hang is noticed."""
 
-    def run(self, start: int) -> None:
-        """Train from the state after step `start` to `train.steps`.
+    def run(self, position: Position) -> None:
+        """Train from a position to `train.steps`.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; the state is not saved.
+            TrainingError: the guard stops training; the state is not saved.
         """
-        if start == 0:
+        if position.step == 0:
             self._validate(0)
-        with Prefetcher(self._batches(self.training_data, start * self.geometry.sequences)) as prefetched:
-            batches = self.telemetry.batches(prefetched)
-            for step in range(start + 1, self.train.steps + 1):
-                self._step(step, batches)
-                if step % self.train.validation.interval == 0 or step == self.train.steps:
-                    self._validate(step)
-                if step % self.train.checkpoint_interval == 0 or step == self.train.steps:
-                    self.heartbeat(f"checkpoint of step {step}")
-                    self.save(step)
+        while position.step < self.train.steps:
+            self.guard.restore(position.guard, len(position.skipped))
+            try:
+                position = self._train(position)
+            except RollBackError as error:
+                self.heartbeat(f"rollback after step {error.incident.outcome.step}")
+                position = self.go_back(error.incident)
 
-    def _step(self, step: int, batches: Batches) -> None:
+    def _train(self, position: Position) -> Position:
+        """Train as long as the batch keeps its size."""
+        begin, data = position.step + 1, position.data
+        changes = [change.from_step for change in self.train.changes if change.from_step > begin]
+        last = min([self.train.steps, *(step - 1 for step in changes)])
+        geometry, first = self.geometry(begin), first_sequence(self.train, begin, position.skipped)
+        self.engine.set_accumulation_steps(geometry.accumulation_steps)
+        self.telemetry.use(geometry, data.mixture)
+        with Prefetcher(self._batches(data, geometry, first)) as prefetched:
+            batches = self.telemetry.batches(prefetched)
+            for step in range(begin, last + 1):
+                self._step(step, batches, Batch(data, first, geometry.sequences))
+                first += geometry.sequences
+                position = replace(position, step=step)
+                self._between(position)
+        self.guard.drain()
+        return replace(position, guard=self.guard.state())
+
+    def _step(self, step: int, batches: Batches, batch: Batch) -> None:
         self.heartbeat(f"step {step}")
-        self.telemetry.begin(step, (step - 1) * self.geometry.sequences)
+        self.telemetry.begin(step, batch.first)
         rate = learning_rate(step, self.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        loss = float(self.engine.train_batch(batches))
-        norm = float(self.engine.get_global_grad_norm())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {norm}. This state is not saved: "
-                "run again to resume from the last checkpoint, with a lower learning rate if it happens again"
-            )
-        self.telemetry.end(
-            step,
-            {
-                "train/loss": loss,
-                "train/lr": rate,
-                "train/gradient_norm": norm,
-                "train/sequences_consumed": step * self.geometry.sequences,
-            },
+        self.guard.begin(step)
+        values = {
+            "train/loss": self.engine.train_batch(batches),
+            "train/gradient_norm": self.engine.get_global_grad_norm(),
+            "train/lr": rate,
+            "train/sequences_consumed": batch.first + batch.count,
+        }
+        self.telemetry.end(step, values)
+        self.guard.end(step, self.engine.optimizer.outcome, batch)
+
+    def _between(self, position: Position) -> None:
+        """What is due after a step, beside training."""
+        step, last = position.step, position.step == self.train.steps
+        validate, save = (
+            last or step % n == 0 for n in (self.train.validation.interval, self.train.checkpoint_interval)
         )
+        if validate or save:
+            self.guard.drain()
+        if validate:
+            self._validate(step)
+        if save:
+            self.heartbeat(f"checkpoint of step {step}")
+            self.save(replace(position, guard=self.guard.state()))
 
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
-        batches = self._batches(self.validation_data)
+        geometry = self.geometry(1)
+        batches = self._batches(self.validation_data, geometry)
         losses = []
         for _ in range(self.train.validation.iterations):
             self.heartbeat(f"validation after step {step}")
-            losses.append(float(self.engine.eval_batch(batches)))
+            losses.append(float(self.engine.eval_batch(batches, num_micro_batches=geometry.accumulation_steps)))
         self.metrics.log(step, validation__loss=sum(losses) / len(losses))
 
-    def _batches(self, data: MixtureDataset, consumed: int = 0) -> Batches:
+    def _batches(self, data: MixtureDataset, geometry: BatchGeometry, consumed: int = 0) -> Batches:
         positions = None
         if self.train.mask_documents:
-            positions = micro_batch_positions(data, self.geometry, self.data_rank, consumed)
-        return pipeline_batches(micro_batches(data, self.geometry, self.data_rank, consumed), positions)
+            positions = micro_batch_positions(data, geometry, self.data_rank, consumed)
+        return pipeline_batches(micro_batches(data, geometry, self.data_rank, consumed), positions)
 
 
 def pipeline_batches(sequences: Iterator[np.ndarray], positions: Iterator[np.ndarray] | None = None) -> Batches:

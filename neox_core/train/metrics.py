@@ -19,6 +19,7 @@ from neox_core.config import RunConfig
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+INCIDENTS_FILE = "incidents.jsonl"
 _SHOWN = ("train/", "validation/", "guard/")
 _WANDB_URL = "https://api.wandb.ai"
 _CONNECT_SECONDS = 5.0

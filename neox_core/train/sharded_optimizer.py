@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
 from neox_core.train.adamw import AdamWStep, adamw_update
 from neox_core.train.master_weights import MasterWeights
+from neox_core.train.outcome import pack_outcome
 
 MATRICES, NORMS = 0, 1
 """Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
@@ -50,7 +53,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             handle.data = torch.empty(0, device=handle.device)
             state = self.optimizer.state[handle]
             gradient = self.fp32_groups_gradient_flat_partition[group]
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # On the device, which alone knows in time of updates that are not done.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
@@ -72,6 +76,14 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
             self._replicated.append(kv_heads)
             self._summed.append(kv_heads)
+        self.loss_share = torch.zeros((), device=mesh.device)
+        """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
+        self.loss_limit = torch.full((), torch.inf, device=mesh.device)
+        """A loss above it stops the update too."""
+        self.group_squares: Callable[[], Tensor] = partial(torch.zeros, 0, device=mesh.device)
+        """This rank's share of the squared gradient norm of groups of layers, [groups]."""
+        self.outcome = torch.zeros(0)
+        """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
@@ -111,15 +123,27 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Clip by the global norm and update; a norm that is not finite skips the update and becomes inf."""
-        norm, share = self._global_norm()
-        self.counted_share = share
-        self.overflow = not bool(torch.isfinite(norm))
-        self._global_grad_norm = norm if not self.overflow else torch.full_like(norm, torch.inf)
-        if not self.overflow:
-            self._update((self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share)
-            self._gather()
+        """Clip by the global norm and update, unless the norm or the loss is not finite or the loss is above its limit.
+
+        All ranks do the same, and none asks the device: `outcome` says later what was done.
+        """
+        own = torch.stack([self.counted_share, self.loss_share.double(), self._own_square().double()])
+        own = torch.cat([own, self.group_squares().double()])
+        total = own.clone()
+        dist.all_reduce(total)
+        # Loss and gradient in the buffers are to be divided by the share of positions that count. At least some do: a
+        # batch without any target has no gradient.
+        share = (total[0] / self._mesh.data_size).clamp(min=1e-9)
+        total[1] /= share
+        total[2:] /= share.square()
+        loss, norm = total[1], total[2].sqrt()
+        applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
+        scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share
+        self._update(torch.where(applied, scale, 0.0).float(), applied)
+        self._gather()
         self.clear_hp_grads()
+        self.counted_share = share
+        self.outcome, self._global_grad_norm = pack_outcome(applied, total[1:], own[1:]), norm.float()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """What is left to clear after a step."""
@@ -127,32 +151,25 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def clear_hp_grads(self) -> None:
         """Set all gradients to zero; on a single data-parallel rank, the update did."""
-        if self._mesh.data_size > 1 or self.overflow:
+        if self._mesh.data_size > 1:
             super().clear_hp_grads()
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
 
-    def _global_norm(self) -> tuple[Tensor, Tensor]:
-        """Norm of the whole model's gradient, from every rank's partitions, and the share of positions that count.
-
-        The gradient in the buffers is to be divided by that share, which the norm is already.
-        """
+    def _own_square(self) -> Tensor:
+        """This rank's share of the whole model's squared gradient norm."""
         total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
         for shared in self._replicated:
             total -= shared.repeated_squares()
-        exchanged = torch.stack([total.double(), self.counted_share])
-        dist.all_reduce(exchanged)
-        # At least some: a batch without any target has no gradient.
-        total, share = exchanged[0], (exchanged[1] / self._mesh.data_size).clamp(min=1e-9)
-        return (total.sqrt() / share).float(), share.float()
+        return total
 
-    def _update(self, scale: Tensor) -> None:
+    def _update(self, scale: Tensor, applied: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
             state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
-            state["step"] += 1
             beta1, beta2 = group["betas"]
-            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"]))
+            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"] + 1)
             gradient = self.fp32_groups_gradient_flat_partition[index]
             adamw_update(self.masters[index], gradient, state["exp_avg"], state["exp_avg_sq"], scale, step)
+            state["step"] += applied
 
     def _gather(self) -> None:
         """Give every data-parallel rank the others' updated parameters."""

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from neox_core import config as schema
-from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.config import RunConfig, batch_geometry, batch_tokens, load_config, sequences_before
 from neox_core.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -99,6 +99,42 @@ def test_weight_changes_out_of_order_or_range(steps: tuple[int, ...], expected: 
     assert changed.data.weight_changes[0].sources["arxiv"].weight == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([{"from_step": 1, "lr": 1e-4}], r"train.*changes are from steps \[1\]: they must rise, from 2 to steps 100"),
+        ([{"from_step": 9, "lr": 1e-4}, {"from_step": 9, "lr": 1e-5}], r"from steps \[9, 9\]: they must rise"),
+        ([{"from_step": 101, "lr": 1e-4}], r"from steps \[101\]: they must rise, from 2 to steps 100"),
+        ([{"from_step": 9}], "changes from step 9: give lr, global_batch_tokens or both"),
+        ([{"from_step": 9, "global_batch_tokens": 5000}], "global_batch_tokens 5000 is not divisible by"),
+    ],
+)
+def test_changes_that_cannot_be(changes: list[dict[str, Any]], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        toy(tmp_path, f"train: {json.dumps({'changes': changes})}")
+
+
+def test_a_changed_batch_must_fit_the_nodes_too(tmp_path: Path) -> None:
+    config = toy(tmp_path, f"train: {json.dumps({'changes': [{'from_step': 9, 'global_batch_tokens': 4096 + 256}]})}")
+    with pytest.raises(ConfigError, match=r"a global batch of 17 sequences \(4352 tokens\) is not divisible by 1 data"):
+        batch_geometry(config)
+
+
+def test_sequences_before_a_step(tmp_path: Path) -> None:
+    """Against a sum over the steps."""
+    changes = [
+        {"from_step": 3, "lr": 1e-4},
+        {"from_step": 10, "global_batch_tokens": 8192},
+        {"from_step": 11, "global_batch_tokens": 2048},
+    ]
+    config = toy(tmp_path, f"train: {json.dumps({'changes': changes})}")
+    batches = [4096] * 9 + [8192] + [2048] * 90
+    assert [batch_tokens(config.train, step) for step in range(1, 101)] == batches
+    assert [batch_geometry(config, step=step).tokens for step in (1, 9, 10, 11, 100)] == [4096, 4096, 8192, 2048, 2048]
+    for step in range(1, 102):
+        assert sequences_before(config.train, step) * 256 == sum(batches[: step - 1])
+
+
 def test_world_size_that_the_model_does_not_divide_names_node_counts(tmp_path: Path) -> None:
     config = toy(
         tmp_path, "parallel: {pipeline: 2}\nlaunch: {nodes: 3, ranks_per_node: 2}\ntrain: {micro_batch_size: 1}"
@@ -147,11 +183,13 @@ FIELDS = {
     "RopeScalingConfig": 5,
     "ModelConfig": 10,
     "ParallelConfig": 4,
-    "TrainConfig": 19,
+    "TrainConfig": 21,
     "ProfileConfig": 3,
     "OptimizerConfig": 4,
-    "ScheduleConfig": 3,
+    "ScheduleConfig": 6,
     "ValidationConfig": 2,
+    "GuardConfig": 6,
+    "TrainChange": 3,
     "LaunchConfig": 10,
     "EvaluateConfig": 3,
     "WandbConfig": 3,

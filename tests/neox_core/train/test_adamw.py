@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ def numbers(device: str) -> Tensor:
     return torch.randn(SIZE, generator=generator).to(device).bfloat16()
 
 
+def adam_step(number: int, device: str) -> AdamWStep:
+    on_device = torch.tensor(float(number), device=device)
+    return AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, number=on_device)
+
+
 def run(
     device: str, packed: bool, dtype: torch.dtype = torch.bfloat16, scale: float = 0.5
 ) -> tuple[MasterWeights, Tensor, Tensor]:
@@ -31,7 +38,7 @@ def run(
     weights = MasterWeights(numbers(device).to(dtype), packed)
     exp_avg, exp_avg_sq = torch.zeros(SIZE, device=device), torch.zeros(SIZE, device=device)
     for number, gradient in enumerate(gradients(device), start=1):
-        step = AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=number)
+        step = adam_step(number, device)
         adamw_update(weights, gradient, exp_avg, exp_avg_sq, torch.tensor(scale, device=device), step)
         assert not gradient.any(), "the gradient is cleared"
     return weights, exp_avg, exp_avg_sq
@@ -59,6 +66,21 @@ def test_equals_torch_in_float64(device: str, packed: bool, dtype: torch.dtype) 
     # The largest gradients are about 20: fp32 resolves their mean to 1e-6 where terms cancel.
     torch.testing.assert_close(exp_avg.cpu().double(), state["exp_avg"], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(exp_avg_sq.cpu().double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan, -1.0])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_a_positive_scale_only_the_gradient_changes(device: str, packed: bool, scale: float) -> None:
+    require(device)
+    weights, exp_avg, exp_avg_sq = run(device, packed)
+    tensors = (weights.storage, weights.low_precision, exp_avg, exp_avg_sq)
+    before = [tensor.clone() for tensor in tensors]
+    gradient = gradients(device)[0]
+    gradient[7], gradient[8], gradient[-1] = math.nan, math.inf, -math.inf
+    adamw_update(weights, gradient, exp_avg, exp_avg_sq, torch.tensor(scale, device=device), adam_step(21, device))
+    assert not gradient.any()
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

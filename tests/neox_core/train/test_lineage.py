@@ -17,7 +17,7 @@ from neox_core.data.indexed import IndexedWriter
 from neox_core.data.mixture import Mixture
 from neox_core.errors import CheckpointError
 from neox_core.train.identity import training_fingerprint
-from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_metrics, newest_checkpoint
+from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
 
 
 def config(*from_steps: int) -> RunConfig:
@@ -85,9 +85,9 @@ def test_a_mixture_that_was_another_before_the_checkpoint_is_refused(tmp_path: P
 
 def test_metrics_begin_with_the_ancestors_up_to_the_step(store: ObjectStore, tmp_path: Path) -> None:
     store.put_text("old/metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(5)))
-    inherit_metrics(store, "old", 3, tmp_path / "new")
+    inherit_records(store, "old", 3, tmp_path / "new")
     path = tmp_path / "new" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     path.write_text("own\n")
-    inherit_metrics(store, "old", 3, tmp_path / "new")
+    inherit_records(store, "old", 3, tmp_path / "new")
     assert path.read_text() == "own\n"

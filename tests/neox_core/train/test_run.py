@@ -15,12 +15,14 @@ import torch.distributed as dist
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.manifest import Manifest, publish_manifest
 from neox_core.checkpoint.store import ObjectStore
-from neox_core.errors import CheckpointError, ConfigError
+from neox_core.data.skipped import SkippedSequences
+from neox_core.errors import CheckpointError, ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh
-from neox_core.train import run
+from neox_core.train import resume, run
 from neox_core.train.hardware import peak_flops
-from neox_core.train.run import TrainJob
-from tests.neox_core.train.small_training import BATCH, CONFIG, SEQUENCE, config_for
+from neox_core.train.job import TrainJob
+from neox_core.train.resume import Position, TrainCheckpoints
+from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
 
 ONE_RANK = Mesh(
     topology=cast(Any, None), rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
@@ -66,8 +68,17 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(run, "verify_master_weights", lambda engine: None)
+    monkeypatch.setattr(resume, "verify_master_weights", lambda engine: None)
+    monkeypatch.setattr(resume, "open_training_data", lambda folder, config, skipped=(): DATA)
     return Engine()
+
+
+def checkpoints(
+    engine: Engine, store: ObjectStore, job: TrainJob, mesh: Mesh = ONE_RANK, **parallel: Any
+) -> TrainCheckpoints:
+    writer, config = cast(Any, SimpleNamespace(wait=lambda: None)), config_for("gqa", 1, 1, 1)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    return TrainCheckpoints(config, job, store, mesh, engine, writer)
 
 
 def test_number_of_ranks_must_be_the_configured_one() -> None:
@@ -79,7 +90,7 @@ def test_number_of_ranks_must_be_the_configured_one() -> None:
 
 
 def test_nothing_to_resume(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
-    assert run._resume(CONFIG, engine, store, job, ONE_RANK, DATA) == 0
+    assert checkpoints(engine, store, job).resume() == Position(0, DATA)
     assert engine.loaded == []
 
 
@@ -90,7 +101,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
         publish(store, job, step, LAYOUT)
     store.put_text(f"{job.prefix}/global_step11/layer_00-model_00-model_states.pt", "x")  # not complete
     publish(store, replace(job, fingerprint="f" * 64), 12, LAYOUT)  # of another training
-    assert run._resume(CONFIG, engine, store, job, ONE_RANK, DATA) == 10
+    assert checkpoints(engine, store, job).resume() == Position(10, DATA)
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
 
@@ -99,7 +110,7 @@ def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, sto
     layout = {"tensor": 1, "pipeline": 1, "data": 2}
     publish(store, job, 10, layout)
     second = replace(ONE_RANK, rank=1, local_rank=1, data_rank=1, data_size=2, world_size=2)
-    run._resume(CONFIG, engine, store, job, second, DATA)
+    checkpoints(engine, store, job, second).resume()
     assert engine.loaded == [("global_step10", [])]  # rank 0 of the node fetches the weights
 
 
@@ -110,21 +121,57 @@ def test_another_layout_is_refused_before_anything_is_fetched(
     with pytest.raises(
         CheckpointError, match=r"global_step10 was written with layout .*'data': 4.*, this job has"
     ) as e:
-        run._resume(CONFIG, engine, store, job, ONE_RANK, DATA)
+        checkpoints(engine, store, job).resume()
     assert "\n" not in str(e.value)
     assert engine.loaded == []
     assert not job.output.exists()
 
 
-def test_other_stages_are_refused(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+def test_other_layers_per_stage_are_refused(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
     """Optimizer states lie in files per stage."""
     two_stages = replace(ONE_RANK, pipeline_size=2)
-    parallel = CONFIG.parallel.model_copy(update={"pipeline": 2, "pipeline_layers": (3, 1)})
+    other = checkpoints(engine, store, job, two_stages, pipeline=2, pipeline_layers=(3, 1))
     publish(store, job, 10, two_stages.layout | {"pipeline_layers": [2, 2]})
     with pytest.raises(CheckpointError, match=r"'pipeline_layers': \[2, 2\].*, this job has .*\[3, 1\]"):
-        run._resume(CONFIG.model_copy(update={"parallel": parallel}), engine, store, job, two_stages, DATA)
+        other.resume()
     publish(store, job, 10, two_stages.layout | {"pipeline_layers": [3, 1]})
-    assert run._resume(CONFIG.model_copy(update={"parallel": parallel}), engine, store, job, two_stages, DATA) == 10
+    assert other.resume() == Position(10, DATA)
+
+
+def test_another_batch_before_the_checkpoint_is_refused(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    publish_manifest(store, job.prefix, Manifest(10, 10 * BATCH + 1, (), LAYOUT, job.fingerprint, {}))
+    with pytest.raises(
+        CheckpointError, match=r"had consumed 81 sequences, but this configuration takes 80 up to there"
+    ):
+        checkpoints(engine, store, job).resume()
+    assert engine.loaded == []
+
+
+def incident(step: int, first: int) -> Any:
+    outcome, batch = SimpleNamespace(step=step), SimpleNamespace(first=first, count=BATCH)
+    return SimpleNamespace(outcome=outcome, batch=batch, problem="not finite")
+
+
+def test_going_back(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    for step in (9, 10):
+        publish(store, job, step, LAYOUT)
+    saved = checkpoints(engine, store, job)
+    skipped = SkippedSequences(10, 10 * BATCH, 3 * BATCH)
+    assert saved.go_back(incident(13, 12 * BATCH)) == Position(10, DATA, (skipped,))
+    assert saved.resume() == Position(10, DATA, (skipped,)), "as a job does that is started after a kill"
+    again = SkippedSequences(10, 13 * BATCH, BATCH)
+    assert saved.go_back(incident(11, 13 * BATCH)) == Position(10, DATA, (skipped, again))
+    assert [tag for tag, _ in engine.loaded] == ["global_step10"] * 3
+    # What was skipped after step 10 says nothing of another step.
+    store.delete([info.key for info in store.list(f"{job.prefix}/global_step10/")])
+    assert saved.resume() == Position(9, DATA)
+
+
+def test_nothing_to_go_back_to(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+    with pytest.raises(TrainingError, match=r"step 3: not finite, and there is no checkpoint to go back to: lower"):
+        checkpoints(engine, store, job).go_back(incident(3, 2 * BATCH))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""What a training job is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_core.checkpoint.manifest import training_prefix
+from neox_core.train.lineage import Ancestor
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What one training job reads and writes."""
+
+    data: Path
+    """Folder of token datasets, as prepare-data makes it."""
+    weights: Path
+    """Folder of NeoX shards, as convert makes it."""
+    output: Path
+    """Folder for metrics and local checkpoint files."""
+    fingerprint: str
+    """Identity of the training; checkpoints of another one are never resumed, but for its ancestors."""
+    ancestors: tuple[Ancestor, ...] = ()
+    """The trainings that it was before changes of weights, learning rate or batch size."""
+
+    @property
+    def prefix(self) -> str:
+        """Key of this training's checkpoints in the store."""
+        return training_prefix(self.fingerprint)

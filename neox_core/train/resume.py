@@ -1,0 +1,173 @@
+"""Where training is, and how it comes back there: from the newest checkpoint, after a stop or after an incident."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from neox_core.artifact import software
+from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.checkpoint.writer import CheckpointWriter, make_save
+from neox_core.config import RunConfig
+from neox_core.data.dataset import MixtureDataset, open_training_data
+from neox_core.data.skipped import SkippedSequences, first_sequence
+from neox_core.errors import CheckpointError, TrainingError
+from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.stages import pipeline_layers
+from neox_core.train.guards import Incident
+from neox_core.train.job import TrainJob
+from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
+from neox_core.train.verification import verify_master_weights
+
+logger = logging.getLogger(__name__)
+
+_SKIPPED_FILE = "skipped.json"
+"""Beside the checkpoints: what a training that went back to one of them left out after it."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """The state after a step, without the weights."""
+
+    step: int
+    data: MixtureDataset
+    skipped: tuple[SkippedSequences, ...] = ()
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """What `Guard.state` returned."""
+
+
+@dataclass(frozen=True)
+class TrainCheckpoints:
+    """Saves and loads the training's checkpoints. All methods are collective over all ranks."""
+
+    config: RunConfig
+    job: TrainJob
+    store: ObjectStore
+    mesh: Mesh
+    engine: Any
+    writer: CheckpointWriter
+
+    def save(self, position: Position) -> None:
+        """Save the state after a step, and start its upload."""
+        sequences = first_sequence(self.config.train, position.step + 1, position.skipped)
+        manifest = Manifest(
+            step=position.step,
+            sequences_consumed=sequences,
+            files=(),
+            layout=self._layout(),
+            fingerprint=self.job.fingerprint,
+            config=self.config.model_dump(mode="json"),
+            consumed=position.data.consumed(sequences),
+            software=software(),
+            skipped=[asdict(window) for window in position.skipped],
+            guard=position.guard,
+        )
+        make_save(self.engine, self.writer, self.job.output / "checkpoints")(manifest)
+
+    def resume(self) -> Position:
+        """Load the newest complete checkpoint, if there is one, and say where it is.
+
+        Raises:
+            CheckpointError: it is of another layout or of other data, or is damaged.
+        """
+        found = self._newest()
+        if found is None:
+            return Position(0, open_training_data(self.job.data, self.config))
+        prefix, manifest = found
+        position = self._position(manifest)
+        self._check(prefix, manifest, position)
+        self._load(prefix, manifest)
+        if prefix != self.job.prefix and self.mesh.rank == 0:
+            inherit_records(self.store, prefix, manifest.step, self.job.output)
+        consumed = first_sequence(self.config.train, position.step + 1, position.skipped)
+        logger.info("resumed from step %d, the next sequence is %d", manifest.step, consumed)
+        return position
+
+    def go_back(self, incident: Incident) -> Position:
+        """Load the newest complete checkpoint, and leave out the sequences from there to the end of the incident's.
+
+        Where training goes on is written down first, so that a job that is killed afterwards goes on the same way.
+
+        Raises:
+            TrainingError: there is no checkpoint yet.
+        """
+        self.writer.wait()
+        dist.barrier()  # the last upload is published by rank 0
+        found = self._newest()
+        if found is None:
+            raise TrainingError(
+                f"step {incident.outcome.step}: {incident.problem}, and there is no checkpoint to go back to: lower "
+                "train.checkpoint_interval, or set train.guard to skip"
+            )
+        manifest = found[1]
+        skipped = self._position(manifest).skipped
+        first = first_sequence(self.config.train, manifest.step + 1, skipped)
+        end = incident.batch.first + incident.batch.count
+        skipped = (*skipped, SkippedSequences(manifest.step, first, end - first))
+        if self.mesh.rank == 0:
+            record = {"step": manifest.step, "skipped": [asdict(window) for window in skipped]}
+            self.store.put_text(f"{self.job.prefix}/{_SKIPPED_FILE}", json.dumps(record))
+        dist.barrier()
+        return self.resume()
+
+    def _newest(self) -> tuple[str, Manifest] | None:
+        """Rank 0 decides for all, so that no two ranks resume from different steps.
+
+        What was skipped after the checkpoint by this training is in the manifest.
+        """
+        found: list[tuple[str, Manifest] | None] = [None]
+        if dist.get_rank() == 0:
+            found = [newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors)]
+            text = self.store.get_text(f"{self.job.prefix}/{_SKIPPED_FILE}")
+            if found[0] is not None and text is not None and (record := json.loads(text))["step"] == found[0][1].step:
+                found = [(found[0][0], replace(found[0][1], skipped=record["skipped"]))]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _position(self, manifest: Manifest) -> Position:
+        skipped = tuple(SkippedSequences(**window) for window in manifest.skipped)
+        data = open_training_data(self.job.data, self.config, skipped)
+        return Position(manifest.step, data, skipped, manifest.guard)
+
+    def _check(self, prefix: str, manifest: Manifest, position: Position) -> None:
+        before = [window for window in position.skipped if window.after_step < manifest.step]
+        expected = first_sequence(self.config.train, manifest.step + 1, before)
+        where = f"checkpoint {self.store.url(prefix)}/{checkpoint_key(manifest.step)}"
+        if manifest.sequences_consumed != expected:
+            raise CheckpointError(
+                f"{where} had consumed {manifest.sequences_consumed} sequences, but this configuration takes "
+                f"{expected} up to there: change the batch with train.changes only, and only for steps to come"
+            )
+        check_consumed(position.data, manifest)
+        if manifest.layout != (layout := self._layout()):
+            raise CheckpointError(
+                f"{where} was written with layout {manifest.layout}, this job has {layout}: use the same "
+                "parallel sections and number of nodes"
+            )
+
+    def _layout(self) -> dict[str, Any]:
+        """What the optimizer's files depend on: the ranks, and the layers of each stage if there are several."""
+        layout: dict[str, Any] = dict(self.mesh.layout)
+        if self.mesh.pipeline_size > 1:
+            layout["pipeline_layers"] = list(pipeline_layers(self.config))
+        return layout
+
+    def _load(self, prefix: str, manifest: Manifest) -> None:
+        mesh = self.mesh
+        # DeepSpeed's `mp_rank`: the index among ranks that share a data-parallel rank.
+        model_rank = mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
+        own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
+        folder = self.job.output / "checkpoints"
+        # Weights and metadata once per node, and this rank's own share of the optimizer state.
+        if mesh.local_rank == 0:
+            download_checkpoint(self.store, prefix, manifest, folder, lambda name: "optim_states" not in name)
+        download_checkpoint(self.store, prefix, manifest, folder, lambda name: name.endswith(own_state))
+        dist.barrier()
+        self.engine.load_checkpoint(str(folder), tag=checkpoint_key(manifest.step))
+        verify_master_weights(self.engine)

@@ -1,0 +1,192 @@
+"""A training that goes back: past the bad batch, repeating nothing, and the same when it is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from neox_core.checkpoint.convert import convert
+from neox_core.checkpoint.manifest import list_checkpoints, object_key
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.config import DataConfig, GuardConfig, RunConfig, StorageConfig, ValidationConfig
+from neox_core.data.dataset import open_training_data
+from neox_core.data.indexed import IndexedWriter
+from neox_core.data.skipped import SkippedSequences
+from neox_core.errors import TrainingError
+from neox_core.train.job import TrainJob
+from tests.distributed import run_ranks
+from tests.neox_core.train.small_training import BATCH, config_for
+
+POISON = 127
+"""A token that makes the loss NaN, on the data-parallel rank that has it."""
+STEPS, INTERVAL, BAD_STEP = 9, 3, 5
+SOURCES = ("arxiv", "code")
+
+
+class Killed(Exception):
+    """Stands for a job that ends without a word."""
+
+
+def config(storage: StorageConfig, **train: Any) -> RunConfig:
+    values = {
+        "steps": STEPS,
+        "checkpoint_interval": INTERVAL,
+        "validation": ValidationConfig(interval=100, iterations=1),
+        "guard": GuardConfig(on_not_finite="rollback"),
+    }
+    base = config_for("gqa", 1, 1, 2, **values | train)
+    data = DataConfig.model_validate(
+        {"input": str(base.data.input), "sources": {name: {"weight": 1} for name in SOURCES}}
+    )
+    wandb = base.wandb.model_copy(update={"mode": "disabled"})
+    return base.model_copy(update={"data": data, "storage": storage, "wandb": wandb})
+
+
+def write_data(folder: Path, poisoned: tuple[str, int] | None = None) -> None:
+    """Documents of 100 tokens; one token of one source may be the poison."""
+    for number, name in enumerate(SOURCES):
+        for split in ("train", "validation"):
+            ids = (np.arange(5000) * (number + 3) + np.arange(5000) // 100) % 127
+            if poisoned and (name, split) == (poisoned[0], "train"):
+                ids[poisoned[1]] = POISON
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            with IndexedWriter(folder / name / split, np.dtype("<u2")) as writer:
+                for start in range(0, 5000, 100):
+                    writer.add_document(ids[start : start + 100])
+
+
+@contextmanager
+def poisonous() -> Iterator[None]:
+    import torch
+
+    from neox_core.parallel.loss import ChunkedLoss
+
+    healthy = ChunkedLoss.__call__
+
+    def loss(self: ChunkedLoss, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return healthy(self, hidden, targets) + (torch.nan if (targets == POISON).any() else 0.0)
+
+    with patch.object(ChunkedLoss, "__call__", loss):
+        yield
+
+
+def train_jobs(config: RunConfig, jobs: list[tuple[TrainJob, int | None]], ports: list[int]) -> list[Any]:
+    """Train one job after another; those with a number are killed when that many steps have begun.
+
+    Before the last, the last step's checkpoint is deleted.
+    """
+    results = []
+    for (job, kill_at), port in zip(jobs, ports, strict=True):
+        if job is jobs[-1][0] and os.environ["RANK"] == "0":  # which decides from where a job resumes
+            store = ObjectStore(config.storage)
+            store.delete([info.key for info in store.list(object_key(job.prefix, STEPS, ""))])
+        results.append(train_job(config, job, kill_at, port))
+    return results
+
+
+def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
+    import deepspeed
+    import torch.distributed as dist
+
+    from neox_core.train.loop import Loop
+    from neox_core.train.run import train
+
+    os.environ["MASTER_PORT"] = str(port)
+    whole_step, begun = Loop._step, []
+
+    def step(self: Loop, number: int, *others: Any) -> None:
+        begun.append(number)
+        if len(begun) == kill_at:
+            raise Killed
+        whole_step(self, number, *others)
+
+    try:
+        with poisonous(), patch.object(Loop, "_step", step):
+            return train(config, job)["started_from_step"], begun
+    except (Killed, TrainingError) as error:
+        return str(error), begun
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def rows(job: TrainJob) -> dict[int, tuple[float, ...]]:
+    """Of each step, the last that was logged."""
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    names = ("train/loss", "train/gradient_norm", "train/sequences_consumed")
+    return {row["step"]: tuple(row[name] for name in names) for row in lines if names[0] in row}
+
+
+def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:
+    run = config(storage_config)
+    data, weights = tmp_path / "data", tmp_path / "weights"
+    write_data(data)
+    clean = open_training_data(data, run)
+    bad = (BAD_STEP - 1) * BATCH + 3  # of the second data-parallel rank
+    source_id, within = (int(found[0]) for found in clean.mixture.locate(np.array([bad])))
+    name = clean.mixture.names[source_id]
+    place = clean._sources[source_id]._start(within) + 7
+    write_data(data, (name, place))
+    make_random_base(run.model, tmp_path / "base", seed=7)
+    convert(tmp_path / "base", weights, run.model, run.parallel)
+
+    whole = TrainJob(data, weights, tmp_path / "whole", "a" * 64)
+    killed = TrainJob(data, weights, tmp_path / "killed", "b" * 64)
+    lost = replace(whole, output=tmp_path / "lost")
+    # Steps 1 to 5 and, before 5 is known to be bad, 6; then 4 again and so on: the ninth is 6 the second time.
+    # The last job starts from a checkpoint after the rollback, in a new folder.
+    jobs = [(whole, None), (killed, 9), (killed, None), (lost, None)]
+    for found in run_ranks(train_jobs, 2, run, jobs, free_ports(len(jobs))):
+        assert found == [
+            (0, [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]),
+            ("", [1, 2, 3, 4, 5, 6, 4, 5, 6]),
+            (3, [4, 5, 6, 7, 8, 9]),
+            (6, [7, 8, 9]),
+        ]
+
+    window = SkippedSequences(3, 3 * BATCH, 2 * BATCH)
+    assert rows(whole)[STEPS][2] == (STEPS + 2) * BATCH
+    assert rows(killed) == rows(whole)
+    manifests = list_checkpoints(store, whole.prefix)
+    assert [(m.step, m.sequences_consumed) for m in manifests] == [(3, 3 * BATCH), (6, 8 * BATCH), (9, 11 * BATCH)]
+    assert [[SkippedSequences(**w) for w in m.skipped] for m in manifests] == [[], [window], [window]]
+    assert manifests[-1].consumed == clean.consumed(11 * BATCH)
+    check_incident(json.loads((whole.output / "incidents.jsonl").read_text()), name, place)
+    assert json.loads(store.get_text(f"{whole.prefix}/incidents.jsonl") or "")["action"] == "rollback"
+    assert rows(lost) == rows(whole)
+    assert (lost.output / "incidents.jsonl").read_text() == (whole.output / "incidents.jsonl").read_text()
+
+
+def check_incident(record: dict[str, Any], source: str, place: int) -> None:
+    assert (record["step"], record["problem"], record["action"]) == (BAD_STEP, "not finite", "rollback")
+    assert record["loss"] == "nan"
+    assert record["ranks"] == [1]
+    assert (record["first_sequence"], record["sequences"]) == ((BAD_STEP - 1) * BATCH, BATCH)
+    assert record["sources"] == dict.fromkeys(SOURCES, BATCH // 2)
+    assert list(record["gradient_norms"]) == ["embedding", "blocks_00", "blocks_01", "head", "norms"]
+    # The loss alone is not finite.
+    assert np.hypot.reduce(list(record["gradient_norms"].values())) == pytest.approx(record["gradient_norm"], rel=1e-5)
+    assert any(first <= place // 100 <= last for first, last in record["documents"][source])
+    assert all(0 <= last - first <= 1 for spans in record["documents"].values() for first, last in spans)
