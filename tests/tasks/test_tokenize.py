@@ -382,3 +382,15 @@ def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
     assert [(line["file"], line["line"]) for line in listed] == [("a/train/1.jsonl", 3), ("a/train/2.jsonl.zst", None)]
     overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert [hit["line"] for hit in overlap["sources"]["a"]["hits"]] == [1, 4]
+
+
+def test_begin_of_document(tmp_path: Path) -> None:
+    """SentencePiece's own <s> and </s> around every document of every split."""
+    config = toy()
+    tokenizer = config.tokenizer.model_copy(update={"begin_of_document": True})
+    prepare_data(config.model_copy(update={"tokenizer": tokenizer}), tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL), add_bos=True, add_eos=True)
+    for source, split in (("arxiv", "train"), ("open-web-math", "train"), ("open-web-math", "validation")):
+        made, texts = documents_of(tmp_path / source / split), texts_of(INPUT / source / split)
+        assert made == reference.encode(texts)
+        assert {document[0] for document in made} == {1}
