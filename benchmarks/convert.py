@@ -1,6 +1,6 @@
 """Conversion at real shapes: rate beside cp, peak memory, and a bit-identical way back.
 
-    python benchmarks/convert.py --folder /scratch/convert
+    python -m benchmarks.convert --folder /scratch/convert
 
 Makes a 34B-shaped Meta checkpoint with fewer layers (random bits, bf16, 4 shards), converts it to TP=8 and back to
 Meta's format, copies it with cp before and after on the same disk, and does the same conversion as GPT-NeoX's scripts

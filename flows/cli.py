@@ -89,8 +89,8 @@ def make_base(config: ConfigArgument) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Option("--from", help="Folder in Meta's or Hugging Face's format.")],
-    target: Annotated[Path, typer.Option("--to", help="Folder for NeoX shards.")],
+    source: Annotated[str, typer.Option("--from", help="Folder or s3:// prefix in Meta's or Hugging Face's format.")],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix for NeoX shards.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; above 1, one file per layer and rank.")] = 1,
     vocab_multiple: Annotated[int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this.")] = 1,
@@ -106,8 +106,10 @@ def convert(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Option("--from", help="Folder of a NeoX or training checkpoint, any TP x PP x DP.")],
-    target: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    source: Annotated[
+        str, typer.Option("--from", help="Folder or s3:// prefix of a NeoX or training checkpoint, any TP x PP x DP.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix to write.")],
     form: Annotated[ExportForm, typer.Option("--format", help="huggingface or meta.")] = "huggingface",
     shards: Annotated[int, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B.")] = 1,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
@@ -127,7 +129,7 @@ def export(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder in Meta's, Hugging Face's or NeoX's layout.")],
+    folder: Annotated[str, typer.Argument(help="Folder or s3:// prefix in Meta's, Hugging Face's or NeoX's layout.")],
     config: Annotated[Path | None, typer.Option(help="Run's YAML file with the architecture, for NeoX.")] = None,
 ) -> None:
     """Layout, shapes, types, parameters, and where each tensor lives; reads no weights."""

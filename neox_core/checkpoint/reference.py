@@ -7,26 +7,74 @@ the description of transformers' own Llama conversion, so that a mistake in layo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neox_core.checkpoint.folders import Folder, LocalFolder, Location, open_folder, small_files
+from neox_core.checkpoint.stored import open_tensors
 from neox_core.config import ModelConfig
 
 State = dict[str, Tensor]
 _LLAMA3_POSITIONS = 8192
 
 
+def _open(folder: Folder, name: str) -> Mapping[str, Tensor]:
+    """A file's tensors, read when asked for: by torch's and safetensors' own readers where the file is local."""
+    if not isinstance(folder, LocalFolder):
+        return _Remote(open_tensors(folder.content(name)))
+    if not name.endswith(".safetensors"):
+        return dict(torch.load(folder.path / name, map_location="cpu", mmap=True, weights_only=True))
+    return _Safetensors(folder.path / name)
+
+
+class _Remote(Mapping[str, Tensor]):
+    """The tensors of a file in an object store."""
+
+    def __init__(self, stored: Mapping[str, Any]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._stored[name].whole()
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    """The tensors of a local file in safetensors' format."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file: Any = safe_open(str(path), framework="pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
 class MetaReference:
     """A folder in Meta's format as transformers' parts, each made when asked for, in fp32."""
 
-    def __init__(self, folder: Path, sequence_length: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._params: dict[str, Any] = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-        files = sorted(folder.glob("consolidated.*.pth"))
-        self._shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+    def __init__(self, folder: Folder, sequence_length: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._params: dict[str, Any] = json.loads(folder.read_text("params.json"))
+        files = [name for name in folder.names() if fnmatch(name, "consolidated.*.pth")]
+        self._shards = [_open(folder, file) for file in files]
         self._dtype = dtype
         self.config = self._config(sequence_length)
 
@@ -106,17 +154,17 @@ class MetaReference:
 class HuggingFaceReference:
     """A folder in Hugging Face's format as transformers' parts, each made when asked for, in fp32."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        from safetensors import safe_open
+    def __init__(self, folder: Folder, dtype: torch.dtype = torch.bfloat16) -> None:
         from transformers import AutoConfig
 
         self._dtype = dtype
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
-        self._files: dict[str, Any] = {}
-        file: Any
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(str(path), framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+        with small_files(folder) as local:
+            self.config = AutoConfig.from_pretrained(local, local_files_only=True, attn_implementation="sdpa")
+        self._files: dict[str, Mapping[str, Tensor]] = {}
+        for name in folder.names():
+            if name.endswith(".safetensors"):
+                file = _open(folder, name)
+                self._files |= dict.fromkeys(file, file)
 
     def embedding(self) -> Tensor:
         """[V, D]"""
@@ -138,15 +186,16 @@ class HuggingFaceReference:
         return {name.removeprefix(prefix): self._tensor(name) for name in names}
 
     def _tensor(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name).to(self._dtype).float()
+        return self._files[name][name].to(self._dtype).float()
 
 
 Reference = MetaReference | HuggingFaceReference
 
 
-def open_reference(folder: Path, sequence_length: int, dtype: torch.dtype) -> Reference:
+def open_reference(location: Location, sequence_length: int, dtype: torch.dtype) -> Reference:
     """The reference for a folder in either format; weights are rounded to `dtype` first, as a conversion does."""
-    if (folder / "params.json").is_file():
+    folder = open_folder(location)
+    if "params.json" in folder.names():
         return MetaReference(folder, sequence_length, dtype)
     return HuggingFaceReference(folder, dtype)
 
@@ -182,4 +231,4 @@ def whole_llama(reference: Reference) -> Any:
 
 def llama_from_meta(folder: Path, model: ModelConfig, sequence_length: int) -> Any:
     """transformers' LlamaForCausalLM in fp32 with the weights of a folder in Meta's format, in eval mode."""
-    return whole_llama(MetaReference(folder, sequence_length))
+    return whole_llama(MetaReference(LocalFolder(folder), sequence_length))

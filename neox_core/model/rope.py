@@ -32,7 +32,9 @@ class RopeScaling:
         if self.rope_type == "linear":
             return frequencies / self.factor
         low, high, positions = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
-        assert low is not None and high is not None and positions is not None
+        assert low is not None
+        assert high is not None
+        assert positions is not None
         turns = positions * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
