@@ -194,9 +194,9 @@ def _bar(what: str) -> Iterator[Progress]:
 
 
 def _print_artifact(artifact: Artifact) -> None:
-    rows = [(name, str(value)) for name, value in artifact.summary.items()]
-    rows += [(file.path, f"{file.size:,} bytes") for file in artifact.files]
-    _print_rows(f"{artifact.name}: {artifact.folder}", rows)
+    from flows.checkpoint_table import checkpoint_rows
+
+    _print_rows(f"{artifact.name}: {artifact.folder}", checkpoint_rows(artifact))
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:

@@ -244,6 +244,7 @@ def prove(
         "largest_layer_difference": largest,
         "worst_layer": differences.worst,
         "layer_tolerance": LAYER_TOLERANCE,
+        "layer_differences": differences.found,
     }
 
 

@@ -134,7 +134,8 @@ class ObjectStore:
 
         try:
             yield put
-            send()
+            if buffer or not parts:
+                send()
             with self._errors(key):
                 self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
         except BaseException:

@@ -404,3 +404,18 @@ def test_hugging_face_folders_of_several_kinds(write_base: WriteBase, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert torch.equal(open_source(folder).weights.tensor("lm_head.weight"), base.weights["tok_embeddings.weight"])
+
+
+def test_two_conversions_into_one_folder(write_base: WriteBase, tmp_path: Path) -> None:
+    base, target, parallel = write_base(), tmp_path / "neox", ParallelConfig(tensor=2)
+    seen: list[str] = []
+
+    def second(share: float, text: str) -> None:
+        if not seen:
+            seen.append(text)
+            with pytest.raises(CheckpointError, match=r"another conversion is writing to .*neox: wait for it"):
+                convert(base.folder, target, base.model, parallel)
+
+    convert(base.folder, target, base.model, parallel, second)
+    assert seen
+    assert prove_conversion(base.folder, NeoxCheckpoint(target), base.model)
