@@ -7,8 +7,9 @@ the description of transformers' own Llama conversion, so that a mistake in layo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from neox_core.checkpoint.folders import Folder, LocalFolder, Location, open_fol
 from neox_core.checkpoint.stored import open_tensors
 from neox_core.config import ModelConfig
 
-State = dict[str, Tensor]
+LazyState = Mapping[str, Callable[[], Tensor]]
+"""A module's parameters by name, each made when called for."""
 _LLAMA3_POSITIONS = 8192
 
 
@@ -122,28 +124,34 @@ class MetaReference:
         """[V, D]"""
         return self._whole("output.weight", 0)
 
-    def layer(self, number: int) -> State:
+    def layer(self, number: int) -> LazyState:
         """A decoder layer's state."""
         heads = self._params["n_heads"]
         kv_heads = self._params.get("n_kv_heads") or heads
         rows, columns, prefix = 0, 1, f"layers.{number}"
         return {
-            "input_layernorm.weight": self._first(f"{prefix}.attention_norm.weight"),
-            "self_attn.q_proj.weight": self._rotated(f"{prefix}.attention.wq.weight", heads),
-            "self_attn.k_proj.weight": self._rotated(f"{prefix}.attention.wk.weight", kv_heads),
-            "self_attn.v_proj.weight": self._whole(f"{prefix}.attention.wv.weight", rows),
-            "self_attn.o_proj.weight": self._whole(f"{prefix}.attention.wo.weight", columns),
-            "post_attention_layernorm.weight": self._first(f"{prefix}.ffn_norm.weight"),
-            "mlp.gate_proj.weight": self._whole(f"{prefix}.feed_forward.w1.weight", rows),
-            "mlp.up_proj.weight": self._whole(f"{prefix}.feed_forward.w3.weight", rows),
-            "mlp.down_proj.weight": self._whole(f"{prefix}.feed_forward.w2.weight", columns),
+            "input_layernorm.weight": partial(self._first, f"{prefix}.attention_norm.weight"),
+            "self_attn.q_proj.weight": partial(self._rotated, f"{prefix}.attention.wq.weight", heads),
+            "self_attn.k_proj.weight": partial(self._rotated, f"{prefix}.attention.wk.weight", kv_heads),
+            "self_attn.v_proj.weight": partial(self._whole, f"{prefix}.attention.wv.weight", rows),
+            "self_attn.o_proj.weight": partial(self._whole, f"{prefix}.attention.wo.weight", columns),
+            "post_attention_layernorm.weight": partial(self._first, f"{prefix}.ffn_norm.weight"),
+            "mlp.gate_proj.weight": partial(self._whole, f"{prefix}.feed_forward.w1.weight", rows),
+            "mlp.up_proj.weight": partial(self._whole, f"{prefix}.feed_forward.w3.weight", rows),
+            "mlp.down_proj.weight": partial(self._whole, f"{prefix}.feed_forward.w2.weight", columns),
         }
 
     def _first(self, name: str) -> Tensor:
         return self._shards[0][name].to(self._dtype).float()
 
     def _whole(self, name: str, dim: int) -> Tensor:
-        return torch.cat([shard[name].to(self._dtype) for shard in self._shards], dim=dim).float()
+        parts = [shard[name] for shard in self._shards]
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        whole = torch.empty(shape)
+        for part, target in zip(parts, torch.split(whole, [part.shape[dim] for part in parts], dim), strict=True):
+            target.copy_(part.to(self._dtype))
+        return whole
 
     def _rotated(self, name: str, count: int) -> Tensor:
         """[count·H, D]: in each head, the even rows first, then the odd ones."""
@@ -179,11 +187,11 @@ class HuggingFaceReference:
         tied = self.config.tie_word_embeddings
         return self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
 
-    def layer(self, number: int) -> State:
+    def layer(self, number: int) -> LazyState:
         """A decoder layer's state."""
         prefix = f"model.layers.{number}."
         names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
-        return {name.removeprefix(prefix): self._tensor(name) for name in names}
+        return {name.removeprefix(prefix): partial(self._tensor, name) for name in names}
 
     def _tensor(self, name: str) -> Tensor:
         return self._files[name][name].to(self._dtype).float()
@@ -200,14 +208,29 @@ def open_reference(location: Location, sequence_length: int, dtype: torch.dtype)
     return HuggingFaceReference(folder, dtype)
 
 
-def decoder_layer(config: Any, number: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """transformers' decoder layer with these weights, in eval mode."""
+def decoder_layer(config: Any, number: int, state: LazyState) -> nn.Module:
+    """transformers' decoder layer in eval mode; each of its weights is in memory while it is used, and no longer."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     with torch.device("meta"):
         layer = LlamaDecoderLayer(config, number)
-    layer.load_state_dict(state, strict=True, assign=True)
+    parameters = {name for name, _ in layer.named_parameters()}
+    assert parameters == state.keys(), f"layer {number} has {sorted(parameters ^ state.keys())} on one side only"
+    for name, module in layer.named_modules():
+        if f"{name}.weight" in parameters:
+            module.register_forward_pre_hook(partial(_bring, state[f"{name}.weight"]))
+            module.register_forward_hook(_drop)
     return layer.eval()
+
+
+def _bring(make: Callable[[], Tensor], module: Any, args: Any) -> None:
+    weight = make()
+    assert weight.shape == module.weight.shape, f"{tuple(weight.shape)} instead of {tuple(module.weight.shape)}"
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _drop(module: Any, args: Any, result: Any) -> None:
+    module.weight = nn.Parameter(torch.empty(module.weight.shape, device="meta"), requires_grad=False)
 
 
 def whole_llama(reference: Reference) -> Any:
@@ -224,7 +247,7 @@ def whole_llama(reference: Reference) -> Any:
         "lm_head.weight": reference.head(),
     }
     for number in range(reference.config.num_hidden_layers):
-        state |= {f"model.layers.{number}.{name}": value for name, value in reference.layer(number).items()}
+        state |= {f"model.layers.{number}.{name}": make() for name, make in reference.layer(number).items()}
     llama.load_state_dict(state, strict=True, assign=True)
     return llama.eval()
 
