@@ -83,10 +83,14 @@ class Meter:
 
 
 class HashedSink:
-    """Bytes on their way to a file, hashed by a thread of its own while they are written."""
+    """Bytes on their way to a file. A large piece is hashed and written by threads while the caller makes the next.
 
-    def __init__(self, put: Put, meter: Meter, hasher: Executor) -> None:
-        self._put, self._meter, self._hasher = put, meter, hasher
+    A piece must stay valid until `write` has returned for the next one, or `flush` has been called.
+    """
+
+    def __init__(self, put: Put, meter: Meter, threads: Executor) -> None:
+        self._put, self._meter, self._threads = put, meter, threads
+        self._pending: list[Future[None]] = []
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -94,20 +98,20 @@ class HashedSink:
         """Append a buffer."""
         view = memoryview(data).cast("B")
         self._meter.add(len(view))
+        self.flush()
         if len(view) < _WORTH_A_THREAD:
             self.digest.update(view)
             self._put(view)
         else:
-            hashed = self._hasher.submit(self.digest.update, view)
-            try:
-                self._put(view)
-            finally:
-                hashed.result()
+            self._pending = [self._threads.submit(work, view) for work in (self.digest.update, self._put)]
         self.size += len(view)
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Wait until everything is hashed and written; raises what kept it from that."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
 
 
 def finished_files(target: Target, identity: str, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
@@ -199,9 +203,11 @@ def write_files(
 
 
 def _write(target: Target, file: OutputFile, meter: Meter, fillers: Executor) -> FileRecord:
-    with ThreadPoolExecutor(1) as hasher, target.create(file.path, file.size) as put:
-        sink = HashedSink(put, meter, hasher)
+    # The threads end before the file is closed.
+    with target.create(file.path, file.size) as put, ThreadPoolExecutor(2) as threads:
+        sink = HashedSink(put, meter, threads)
         file.write(sink, fillers)
+        sink.flush()
     return FileRecord(file.path, sink.size, sink.digest.hexdigest())
 
 
