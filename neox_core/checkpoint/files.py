@@ -15,7 +15,7 @@ from neox_core.errors import CheckpointError
 
 
 @contextmanager
-def described_by(path: Path | str) -> Iterator[None]:
+def described_by(path: str) -> Iterator[None]:
     """Turn what is wrong with an architecture's values, as they are read from `path`, into CheckpointError."""
     try:
         yield

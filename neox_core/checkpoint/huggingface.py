@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from neox_core.checkpoint.files import described_by
+from neox_core.checkpoint.folders import Folder, Location, open_folder
 from neox_core.checkpoint.layout import Form, Layer, iterate_layers, stored_tensors
 from neox_core.checkpoint.outputs import OutputFile
-from neox_core.checkpoint.stored import LocalContent, open_tensors
+from neox_core.checkpoint.stored import open_tensors
 from neox_core.checkpoint.weights import Locator, Weights
 from neox_core.config import ModelConfig, RopeScalingConfig
 from neox_core.errors import CheckpointError
@@ -35,10 +35,10 @@ class HuggingFaceCheckpoint:
             or unknown, or shapes are not what config.json promises.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        config = _read_json(folder / CONFIG_FILE)
-        self.model = _model_config(folder / CONFIG_FILE, config)
+    def __init__(self, location: Location) -> None:
+        self.folder = folder = open_folder(location)
+        config = _read_json(folder, CONFIG_FILE)
+        self.model = _model_config(f"{folder}/{CONFIG_FILE}", config)
         tensors = {name: tensor for name, tensor in _open_all(folder).items() if not name.endswith(_ROPE_TABLE)}
         if config.get("tie_word_embeddings") and _OUTPUT not in tensors:
             tensors[_OUTPUT] = tensors.get(_EMBEDDING)
@@ -52,13 +52,12 @@ class HuggingFaceCheckpoint:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    path = f"{folder}/{name}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(folder.read_text(name))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: is {path.parent} a checkpoint in Hugging Face's format?"
-        ) from None
+        raise CheckpointError(f"{path} does not exist: is {folder} a checkpoint in Hugging Face's format?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
@@ -66,25 +65,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_all(folder: Path) -> dict[str, Any]:
+def _open_all(folder: Folder) -> dict[str, Any]:
     """All tensors of the folder's safetensors files."""
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / WEIGHTS_FILE).is_file():
+    there = folder.names()
+    if INDEX_FILE not in there:
+        if WEIGHTS_FILE not in there:
             raise CheckpointError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: weights in other formats (.bin) are not "
                 "read, because they are pickles; save them as safetensors"
             )
-        return open_tensors(LocalContent(folder / WEIGHTS_FILE))
-    index = _read_json(folder / INDEX_FILE).get("weight_map")
+        return open_tensors(folder.content(WEIGHTS_FILE))
+    index = _read_json(folder, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-    files = {name: open_tensors(LocalContent(folder / name)) for name in sorted(set(index.values()))}
+        raise CheckpointError(f"{folder}/{INDEX_FILE} has no weight_map")
+    files = {name: open_tensors(folder.content(name)) for name in sorted(set(index.values()))}
     if missing := [name for name, file in index.items() if name not in files[file]]:
-        raise CheckpointError(f"{folder / index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
+        raise CheckpointError(f"{folder}/{index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
     return {name: files[file][name] for name, file in index.items()}
 
 
-def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+def _model_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
     with described_by(path):
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         _check_expressible(path, config, hidden // heads)
@@ -101,7 +101,7 @@ def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
         )
 
 
-def _check_expressible(path: Path, config: Mapping[str, Any], head_dim: int) -> None:
+def _check_expressible(path: str, config: Mapping[str, Any], head_dim: int) -> None:
     """Refuse what our model would compute in another way."""
     expected = {
         "model_type": "llama",
@@ -120,7 +120,7 @@ def _rope_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
 
 
-def _rope_theta(path: Path, config: Mapping[str, Any]) -> float:
+def _rope_theta(path: str, config: Mapping[str, Any]) -> float:
     """The RoPE base, from transformers 5's rope_parameters or the top level.
 
     Raises:
@@ -132,7 +132,7 @@ def _rope_theta(path: Path, config: Mapping[str, Any]) -> float:
     return bases.pop() if bases else _DEFAULT_ROPE_THETA
 
 
-def _rope_scaling(path: Path, config: Mapping[str, Any]) -> RopeScalingConfig | None:
+def _rope_scaling(path: str, config: Mapping[str, Any]) -> RopeScalingConfig | None:
     """How positions are scaled; None: not at all.
 
     Raises:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from io import RawIOBase
-from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
 import torch
 
-from neox_core.artifact import FileRecord, sha256_of, write_atomically
+from neox_core.artifact import FileRecord
 from neox_core.checkpoint.stream import Sink, StreamedTensor, write_safetensors, write_torch
-from neox_core.errors import CheckpointError, StorageError
+from neox_core.checkpoint.targets import LocalTarget, Put, Target
+from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 
 JOURNAL_FILE = ".conversion.json"
@@ -30,8 +27,6 @@ _WORKERS = 4
 """Files at a time."""
 _POLL_SECONDS = 0.5
 _WORTH_A_THREAD = 1 << 16
-_WRITE_BACK_BYTES = 1 << 25
-"""After so many the disk is told to begin, so that not all is left to the end."""
 _BYTES_PER_TENSOR = 1024
 """At most, for names, headers and alignment."""
 
@@ -88,10 +83,14 @@ class Meter:
 
 
 class HashedSink:
-    """Bytes on their way to a file, hashed by a thread of its own while they are written."""
+    """Bytes on their way to a file. A large piece is hashed and written by threads while the caller makes the next.
 
-    def __init__(self, put: Callable[[memoryview], None], meter: Meter, hasher: Executor) -> None:
-        self._put, self._meter, self._hasher = put, meter, hasher
+    A piece must stay valid until `write` has returned for the next one, or `flush` has been called.
+    """
+
+    def __init__(self, put: Put, meter: Meter, threads: Executor) -> None:
+        self._put, self._meter, self._threads = put, meter, threads
+        self._pending: list[Future[None]] = []
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -99,96 +98,61 @@ class HashedSink:
         """Append a buffer."""
         view = memoryview(data).cast("B")
         self._meter.add(len(view))
+        self.flush()
         if len(view) < _WORTH_A_THREAD:
             self.digest.update(view)
             self._put(view)
         else:
-            hashed = self._hasher.submit(self.digest.update, view)
-            try:
-                self._put(view)
-            finally:
-                hashed.result()
+            self._pending = [self._threads.submit(work, view) for work in (self.digest.update, self._put)]
         self.size += len(view)
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Wait until everything is hashed and written; raises what kept it from that."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
 
 
-class LocalTarget:
-    """A folder on a local disk."""
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def finished(self, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
-        """Files of an earlier attempt at the same result that are as they were written."""
-        try:
-            journal = json.loads((self.folder / JOURNAL_FILE).read_text(encoding="utf-8"))
-            records = {path: FileRecord(**record) for path, record in journal["files"].items()}
-        except (OSError, ValueError, TypeError, KeyError):
+def finished_files(target: Target, identity: str, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
+    """Files of an earlier attempt at the same result that are as they were written."""
+    try:
+        journal = json.loads(target.read_text(JOURNAL_FILE))
+        if journal["identity"] != identity:
             return {}
-        if journal.get("identity") != self.identity:
-            return {}
-        wanted = {file.path for file in files}
-        return {path: record for path, record in records.items() if path in wanted and self._intact(record)}
-
-    def remember(self, records: dict[str, FileRecord]) -> None:
-        """Keep what is finished, for a next attempt."""
-        content = {"identity": self.identity, "files": {path: vars(record) for path, record in records.items()}}
-        write_atomically(self.folder / JOURNAL_FILE, json.dumps(content, indent=1))
-
-    def remove_remains(self, files: Sequence[OutputFile]) -> None:
-        """Remove what a killed attempt had half written."""
-        for file in files:
-            path = self.folder / file.path
-            for remains in path.parent.glob(f".{path.name}.*.tmp"):
-                remains.unlink(missing_ok=True)
-
-    def check_space(self, needed: int) -> None:
-        """Raise StorageError if the disk has not so many bytes left."""
-        folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise StorageError(
-                f"{self.folder} needs {needed:,} more bytes ({needed / 1e9:.1f} GB), but its disk has {free:,} "
-                f"({free / 1e9:.1f} GB) left: free {(needed - free) / 1e9:.1f} GB or choose another folder"
-            )
-
-    @contextmanager
-    def create(self, path: str) -> Iterator[Callable[[memoryview], None]]:
-        """Takes a file's bytes; the file appears, complete and on the disk, when the block ends without an error."""
-        final = self.folder / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb", buffering=0) as file:
-                yield partial(_append, file)
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        except OSError as error:
-            raise StorageError(f"{final} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _intact(self, record: FileRecord) -> bool:
-        path = self.folder / record.path
-        return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
+        records = {path: FileRecord(**record) for path, record in journal["files"].items()}
+        marks = dict(journal["marks"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    wanted = {file.path for file in files} & records.keys()
+    return {path: records[path] for path in wanted if marks.get(path) == target.mark(path)}
 
 
-def _append(file: RawIOBase, view: memoryview) -> None:
-    """Write all of a buffer."""
-    start = file.tell()
-    written = 0
-    while written < len(view):
-        written += file.write(view[written:]) or 0
-    if start // _WRITE_BACK_BYTES != (start + written) // _WRITE_BACK_BYTES:
-        # Linux begins to write dirty pages of the range to the disk, and does not wait for them.
-        first = max(0, start - _WRITE_BACK_BYTES)
-        os.posix_fadvise(file.fileno(), first, start + written - first, os.POSIX_FADV_DONTNEED)
+def journal_records(target: Target) -> list[FileRecord]:
+    """What the last conversion to `target` wrote: sizes and SHA-256, so that nobody has to read it for them."""
+    return [FileRecord(**record) for record in json.loads(target.read_text(JOURNAL_FILE))["files"].values()]
+
+
+@dataclass
+class Journal:
+    """Keeps what is finished, for a next attempt."""
+
+    target: Target
+    identity: str
+    records: dict[str, FileRecord]
+    marks: dict[str, str]
+
+    def note(self, record: FileRecord) -> None:
+        """A file is finished."""
+        self.records[record.path] = record
+        local = isinstance(self.target, LocalTarget)  # whose mark is known without reading the file again
+        self.marks[record.path] = record.sha256 if local else self.target.mark(record.path)
+        content = {
+            "identity": self.identity,
+            "files": {path: vars(known) for path, known in self.records.items()},
+            "marks": self.marks,
+        }
+        self.target.write(JOURNAL_FILE, json.dumps(content, indent=1).encode())
 
 
 @contextmanager
@@ -203,7 +167,11 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def write_files(
-    target: LocalTarget, files: Sequence[OutputFile], progress: Progress, finished: Mapping[str, FileRecord]
+    target: Target,
+    identity: str,
+    files: Sequence[OutputFile],
+    progress: Progress,
+    finished: Mapping[str, FileRecord],
 ) -> list[FileRecord]:
     """Write the files that are not `finished`, several at a time, each in pieces of some megabytes.
 
@@ -211,8 +179,9 @@ def write_files(
         CheckpointError: a tensor cannot be made. Finished files stay for the next attempt; others leave nothing.
         StorageError: the disk is too small, which is found out before anything is written.
     """
-    target.remove_remains(files)
+    target.remove_remains([file.path for file in files])
     records = dict(finished)
+    journal = Journal(target, identity, records, {path: target.mark(path) for path in records})
     missing = [file for file in files if file.path not in records]
     target.check_space(sum(file.size for file in missing))
     kept = sum(record.size for record in records.values())
@@ -225,7 +194,7 @@ def write_files(
     ):
         futures = [pool.submit(_write, target, file, meter, fillers) for file in missing]
         try:
-            _follow(futures, lambda record: _note(target, records, record), meter, progress)
+            _follow(futures, journal.note, meter, progress)
         except BaseException:
             meter.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -233,16 +202,13 @@ def write_files(
     return [records[file.path] for file in files]
 
 
-def _write(target: LocalTarget, file: OutputFile, meter: Meter, fillers: Executor) -> FileRecord:
-    with ThreadPoolExecutor(1) as hasher, target.create(file.path) as put:
-        sink = HashedSink(put, meter, hasher)
+def _write(target: Target, file: OutputFile, meter: Meter, fillers: Executor) -> FileRecord:
+    # The threads end before the file is closed.
+    with target.create(file.path, file.size) as put, ThreadPoolExecutor(2) as threads:
+        sink = HashedSink(put, meter, threads)
         file.write(sink, fillers)
+        sink.flush()
     return FileRecord(file.path, sink.size, sink.digest.hexdigest())
-
-
-def _note(target: LocalTarget, records: dict[str, FileRecord], record: FileRecord) -> None:
-    records[record.path] = record
-    target.remember(records)
 
 
 def _follow(

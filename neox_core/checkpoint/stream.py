@@ -25,7 +25,7 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 23
 """Of one tensor, read at a time."""
 _CHUNKS_AHEAD = 4
-"""Of one file, in memory besides the one being written: reading, hashing and writing overlap."""
+"""Of one file, in memory besides the two being written: reading, hashing and writing overlap."""
 _ALIGNMENT = 64
 """torch's: of each storage in the archive."""
 _PADDING_ID = 0x4246
@@ -80,12 +80,13 @@ class StreamedTensor:
 def filled(tensors: Sequence[StreamedTensor], pool: Executor) -> Iterator[memoryview]:
     """All tensors' bytes in order, chunk by chunk, made some chunks ahead in the pool's threads.
 
-    Each chunk is valid until the next is asked for.
+    Each chunk is valid until the next but one is asked for, so that a sink may still be at work on the last one.
     """
     pieces = iter([(tensor, rows) for tensor in tensors for rows in tensor.chunks])
     size = max([CHUNK_BYTES, *(tensor.row_bytes for tensor in tensors)])
-    free = [torch.empty(size, dtype=torch.uint8) for _ in range(_CHUNKS_AHEAD + 1)]
+    free = [torch.empty(size, dtype=torch.uint8) for _ in range(_CHUNKS_AHEAD + 2)]
     pending: deque[tuple[Future[Tensor], Tensor]] = deque()
+    taken: deque[Tensor] = deque()
 
     def begin() -> None:
         for tensor, rows in islice(pieces, len(free)):
@@ -97,7 +98,9 @@ def filled(tensors: Sequence[StreamedTensor], pool: Executor) -> Iterator[memory
         while pending:
             future, buffer = pending.popleft()
             yield memoryview(future.result().numpy())  # type: ignore[arg-type]
-            free.append(buffer)
+            taken.append(buffer)
+            if len(taken) > 1:
+                free.append(taken.popleft())
             begin()
     finally:
         for future, _ in pending:

@@ -78,6 +78,10 @@ Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_loc
 """A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
+S3Prefix = Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]
+"""A folder in an object store."""
+
+
 SourceName = Annotated[str, Field(pattern=_NAME)]
 """A source is also a folder, of text and of tokens."""
 
@@ -180,7 +184,7 @@ class DataConfig(Section):
 class BaseModelConfig(Section):
     """The weights to start from: a folder in Meta's raw format (params.json, consolidated.NN.pth) or Hugging Face's."""
 
-    path: ConfigPath
+    path: ConfigPath | S3Prefix = Field(description="a folder, or s3://bucket/prefix in the storage section's store")
     rope_theta: PositiveFloat | None = Field(
         None, description="the base's RoPE theta where the run changes it on purpose; None: model.rope_theta"
     )
