@@ -101,8 +101,8 @@ def make_base(config: ConfigArgument) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Option("--from", help="Folder in Meta's or Hugging Face's format.")],
-    target: Annotated[Path, typer.Option("--to", help="Folder for NeoX shards.")],
+    source: Annotated[str, typer.Option("--from", help="Folder or s3:// prefix in Meta's or Hugging Face's format.")],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix for NeoX shards.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; above 1, one file per layer and rank.")] = 1,
     vocab_multiple: Annotated[int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this.")] = 1,
@@ -118,8 +118,10 @@ def convert(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Option("--from", help="Folder of a NeoX or training checkpoint, any TP x PP x DP.")],
-    target: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    source: Annotated[
+        str, typer.Option("--from", help="Folder or s3:// prefix of a NeoX or training checkpoint, any TP x PP x DP.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix to write.")],
     form: Annotated[ExportForm, typer.Option("--format", help="huggingface or meta.")] = "huggingface",
     shards: Annotated[int, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B.")] = 1,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
@@ -139,7 +141,7 @@ def export(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder in Meta's, Hugging Face's or NeoX's layout.")],
+    folder: Annotated[str, typer.Argument(help="Folder or s3:// prefix in Meta's, Hugging Face's or NeoX's layout.")],
     config: Annotated[Path | None, typer.Option(help="Run's YAML file with the architecture, for NeoX.")] = None,
 ) -> None:
     """Layout, shapes, types, parameters, and where each tensor lives; reads no weights."""
@@ -204,9 +206,9 @@ def _bar(what: str) -> Iterator[Progress]:
 
 
 def _print_artifact(artifact: Artifact) -> None:
-    rows = [(name, str(value)) for name, value in artifact.summary.items()]
-    rows += [(file.path, f"{file.size:,} bytes") for file in artifact.files]
-    _print_rows(f"{artifact.name}: {artifact.folder}", rows)
+    from flows.checkpoint_table import checkpoint_rows
+
+    _print_rows(f"{artifact.name}: {artifact.folder}", checkpoint_rows(artifact))
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:

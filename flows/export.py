@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.stage_flow import run_stage_flow, summary_table
+from flows.checkpoint_table import checkpoint_table
+from flows.stage_flow import run_stage_flow
 from tasks.export import export as export_stage
 from tasks.stage import StageResult
 
@@ -16,4 +17,4 @@ def export(config: str) -> StageResult:
     Args:
         config: path of the run's YAML file.
     """
-    return run_stage_flow("export", config, export_stage, summary_table)
+    return run_stage_flow("export", config, export_stage, checkpoint_table)

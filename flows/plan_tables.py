@@ -14,13 +14,14 @@ from neox_core.units import format_bytes
 
 _PURPOSES = {
     ("tensor", "all-reduce"): "sums of hidden states and their gradients",
-    ("tensor", "all-gather"): "hidden states put together",
+    ("tensor", "all-gather"): "hidden states and their gradients put together",
     ("tensor", "reduce-scatter"): "sums of hidden states and their gradients",
     ("pipeline", "send"): "hidden states and their gradients",
     ("pipeline", "receive"): "hidden states and their gradients",
-    ("data", "reduce-scatter"): "gradients",
+    ("data", "reduce"): "gradients of matrices, by buckets",
+    ("data", "reduce-scatter"): "gradients of norms",
     ("data", "all-gather"): "updated parameters",
-    ("all", "all-reduce"): "gradient norm",
+    ("all", "all-reduce"): "gradient norm, tokens that count",
 }
 
 

@@ -15,12 +15,13 @@ _FP32 = 4
 def block_bytes(config: RunConfig, dims: ModelDimensions, mode: str | None = None, compiled: bool = True) -> int:
     """Bytes that autograd keeps for one transformer block and one micro batch, on one rank.
 
-    Per token (after arXiv 2205.05198, section 4.1, for this architecture; D is not divided by tensor parallelism):
+    Per token (after arXiv 2205.05198, section 4.1, for this architecture; S is the number of ranks among which sequence
+    parallelism splits the tokens between attention and MLP, or 1):
 
-    - full keeps the block's input: e·D.
-    - selective keeps the outputs of matrix products: the input and the sum after attention, 2·e·D; the fused
+    - full keeps the block's input: e·D/S.
+    - selective keeps the outputs of matrix products: the input and the sum after attention, 2·e·D/S; the fused
       projection, e·H·(N + 2K); gate and up, 2·e·F.
-    - none keeps the norms' results too, 4·e·D in all; rotated q and k, and v, and attention's result,
+    - none keeps the norms' results too, of all tokens, 2·e·D; rotated q and k, and v, and attention's result,
       e·H·(2N + 2K), and the softmax's fp32 log-sum, 4·N (arXiv 2205.14135); SwiGLU's result, 3·e·F in all, and its
       silu too where it is not compiled. With positions of documents, a row of cosines and sines in fp32, 4·H.
 
@@ -29,13 +30,15 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: str | None = Non
         mode: activation checkpointing; default: the configured one.
         compiled: elementwise functions are compiled, as on GPUs.
     """
-    size = DTYPE_BYTES[config.train.precision]
+    size, split = DTYPE_BYTES[config.train.precision], _token_split(config)
     mode = mode or config.train.activation_checkpointing
     hidden, heads, kv_heads, width = dims.hidden_size, dims.num_heads, dims.num_kv_heads, dims.head_dim
+    residual = 2 * size * hidden // split
     per_token = {
-        "full": size * hidden,
-        "selective": size * (2 * hidden + width * (heads + 2 * kv_heads) + 2 * dims.intermediate_size),
-        "none": size * (4 * hidden + width * (2 * heads + 2 * kv_heads) + (4 - compiled) * dims.intermediate_size)
+        "full": residual // 2,
+        "selective": residual + size * (width * (heads + 2 * kv_heads) + 2 * dims.intermediate_size),
+        "none": residual
+        + size * (2 * hidden + width * (2 * heads + 2 * kv_heads) + (4 - compiled) * dims.intermediate_size)
         + _FP32 * heads
         + _FP32 * width * config.train.mask_documents,
     }
@@ -47,49 +50,67 @@ def working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeome
 
     That is when a block goes backward (its own gradients, the stage's, and what it computes again), or, on the last
     stage, when the loss has its gradients and a chunk of logits, or, on the others, when the next stage's gradients
-    arrive. DeepSpeed keeps the results of a stage, and on one tensor-parallel rank its inputs, beside what autograd
-    keeps; on several ranks, it sends parts and puts them together.
+    arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, beside what autograd
+    keeps; where tensor-parallel ranks have the same, it sends parts and puts them together.
     """
-    tensor, stages = config.parallel.tensor, config.parallel.pipeline
-    hidden = DTYPE_BYTES[config.train.precision] * dims.hidden_size * micro_batch_tokens(config)
-    block = _block_working(config, dims, hidden)
+    stages = config.parallel.pipeline
+    hidden = _hidden(config, dims)
+    puts_together = config.parallel.tensor > 1 and not config.parallel.sequence
     flying = in_flight(config, geometry, stage)
-    passed = hidden // tensor
-    received = passed + (tensor == 1) * flying * hidden if stage > 0 else 0
+    passed = hidden // config.parallel.tensor
+    received = passed + (0 if puts_together else flying * passed) if stage > 0 else 0
     if stage == stages - 1:
         return received + _last_stage_working(config, dims, geometry, stage > 0)
-    restored = 2 * hidden if tensor > 1 else 0  # the stage's result and its gradient
-    return received + (flying + 1) * passed + max(3 * hidden, restored + block)
+    backward = _block_backward(config, dims)
+    if puts_together:
+        backward = max(3 * hidden, 2 * hidden + backward)
+    # The buffer for gradients is there from the first backward pass on.
+    first = flying - (flying == geometry.accumulation_steps)
+    return received + max(first * passed + _block_forward(config, dims), (flying + 1) * passed + backward)
 
 
 def _last_stage_working(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, receives: bool) -> int:
     """DeepSpeed keeps the results of the last two micro batches, whose graphs hold their inputs and gradients of these.
 
-    One of them is replaced before the loss.
+    One of them is replaced before the loss, which takes all tokens' hidden states.
     """
-    hidden = DTYPE_BYTES[config.train.precision] * dims.hidden_size * micro_batch_tokens(config)
-    result = (3 if receives else 1) * hidden
+    hidden = _hidden(config, dims)
+    part = hidden // _token_split(config)
+    result = hidden + 2 * part * receives
     old = min(2, geometry.accumulation_steps - 1)
-    forward = old * result + (3 if config.train.activation_checkpointing == "selective" else 2) * hidden
-    loss = max(3 * hidden, 2 * hidden + _chunk_logits(config, dims))
-    backward = min(1, old) * result + hidden + max(loss, hidden + _block_working(config, dims, hidden))
-    return max(forward, backward)
+    loss = part + max(2 * hidden, hidden + _chunk_logits(config, dims))
+    backward = min(1, old) * result + hidden + max(loss, part + _block_backward(config, dims))
+    return max(old * result + _block_forward(config, dims), backward)
 
 
-def _block_working(config: RunConfig, dims: ModelDimensions, hidden: int) -> int:
+def _block_forward(config: RunConfig, dims: ModelDimensions) -> int:
+    """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
+
+    Selective checkpointing has the norm's result then, and w2's input before. (Full has less than going backward.)
+    """
+    hidden, part, width = _hidden(config, dims), _hidden(config, dims) // _token_split(config), _width(config, dims)
+    summed = part if config.parallel.sequence else hidden
+    if config.train.activation_checkpointing == "selective":
+        return 2 * hidden + max(width, summed) + (part if part < hidden else 0)
+    return hidden + summed
+
+
+def _block_backward(config: RunConfig, dims: ModelDimensions) -> int:
     """The most that a block's backward pass needs beside its result's gradient, in the MLP.
 
     That is the gradients of gate, up and their product, when the product itself has gone unless it was computed again.
-    Where tensor parallelism makes the MLP narrow, the norm's result and its gradient can be more, or what w2 gives when
-    all is computed again.
+    Where tensor parallelism makes the MLP narrow, all tokens' hidden states can be more: the result's gradient that was
+    gathered, the norm's result and its gradient, or what w2 gives when all is computed again.
     """
-    width = DTYPE_BYTES[config.train.precision] * dims.intermediate_size * micro_batch_tokens(config)
+    hidden, width, split = _hidden(config, dims), _width(config, dims), _token_split(config)
+    gathered, part = (hidden, hidden // split) if split > 1 else (0, 0)
     mode = config.train.activation_checkpointing
     if mode == "selective":
-        return max(4 * width, 2 * hidden)
+        return max(4 * width, gathered + 2 * width, 2 * hidden + part)
     if mode == "none":
-        return 2 * width
-    return block_bytes(config, dims, "none") - block_bytes(config, dims, "full") + max(2 * width, hidden)
+        return max(2 * width, gathered + width)
+    again = block_bytes(config, dims, "none") - block_bytes(config, dims, "full")
+    return again + max(2 * width, hidden + gathered + part)
 
 
 def _chunk_logits(config: RunConfig, dims: ModelDimensions) -> int:
@@ -107,3 +128,18 @@ def in_flight(config: RunConfig, geometry: BatchGeometry, stage: int) -> int:
 def micro_batch_tokens(config: RunConfig) -> int:
     """Tokens of a micro batch."""
     return config.train.micro_batch_size * config.train.sequence_length
+
+
+def _hidden(config: RunConfig, dims: ModelDimensions) -> int:
+    """Bytes of a micro batch's hidden states."""
+    return DTYPE_BYTES[config.train.precision] * dims.hidden_size * micro_batch_tokens(config)
+
+
+def _width(config: RunConfig, dims: ModelDimensions) -> int:
+    """Bytes of a micro batch's gates."""
+    return DTYPE_BYTES[config.train.precision] * dims.intermediate_size * micro_batch_tokens(config)
+
+
+def _token_split(config: RunConfig) -> int:
+    """Ranks among which the tokens are split between attention and MLP."""
+    return config.parallel.tensor if config.parallel.sequence else 1

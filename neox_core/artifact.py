@@ -14,7 +14,7 @@ import subprocess
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,22 @@ class DigestCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._known = self._load()
+
+    def _load(self) -> dict[str, list[Any]]:
         try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text())
+            known: dict[str, list[Any]] = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            self._known = {}
+            return {}
+        return known
+
+    def remember(self, folder: Path, records: Iterable[FileRecord]) -> None:
+        """Take over digests that were computed while the files in `folder` were written."""
+        self._known = self._load()
+        for record in records:
+            path = (folder / record.path).resolve()
+            self._known[str(path)] = [record.size, path.stat().st_mtime_ns, record.sha256]
+        write_atomically(self._path, json.dumps(self._known))
 
     def digest(self, path: Path) -> str:
         """SHA-256 of the file's content, in hex."""
@@ -104,6 +116,9 @@ class DigestCache:
         """SHA-256 of each file's content, hashed in parallel where not remembered."""
         wanted = [path.resolve() for path in paths]
         stale = [path for path in wanted if self._recall(path) is None]
+        if stale:  # another holder of the same file may have remembered them meanwhile
+            self._known |= self._load()
+            stale = [path for path in wanted if self._recall(path) is None]
         if stale:
             with ThreadPoolExecutor() as pool:
                 for path, digest in zip(stale, pool.map(sha256_of, stale), strict=True):
@@ -135,10 +150,22 @@ def publish(artifact: Artifact, folder: Path, cache: DigestCache) -> Artifact:
         FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
         for path, digest in zip(paths, cache.digests(paths), strict=True)
     )
-    content = asdict(artifact) | {"files": [asdict(record) for record in records], "software": software()}
-    del content["folder"]
-    write_atomically(folder / ARTIFACT_FILE, json.dumps(content, indent=1, sort_keys=True))
+    write_atomically(folder / ARTIFACT_FILE, artifact_text(replace(artifact, files=records, software=software())))
     return read_artifact(folder)
+
+
+def artifact_text(artifact: Artifact) -> str:
+    """The content of artifact.json."""
+    content = asdict(artifact)
+    del content["folder"]
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def parse_artifact(text: str, folder: Path) -> Artifact:
+    """What `artifact_text` wrote; raises ValueError, TypeError or KeyError if it is damaged."""
+    content = json.loads(text)
+    content["files"] = tuple(FileRecord(**record) for record in content["files"])
+    return Artifact(**content, folder=folder)
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -148,9 +175,7 @@ def read_artifact(folder: Path) -> Artifact:
         CheckpointError: there is none, or it is damaged.
     """
     try:
-        content = json.loads((folder / ARTIFACT_FILE).read_text(encoding="utf-8"))
-        content["files"] = tuple(FileRecord(**record) for record in content["files"])
-        return Artifact(**content, folder=folder)
+        return parse_artifact((folder / ARTIFACT_FILE).read_text(encoding="utf-8"), folder)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {ARTIFACT_FILE}: the stage that makes it has not finished") from None
     except (OSError, ValueError, TypeError, KeyError) as error:

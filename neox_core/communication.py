@@ -9,12 +9,12 @@ from collections import Counter
 
 from neox_core.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.config import BatchGeometry, RunConfig
-from neox_core.memory import rank_parameters, stage_layers
+from neox_core.memory import rank_norms, rank_parameters, stage_layers
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
 
-_FP32 = 4
+_FP32, _FP64 = 4, 8
 
 
 def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:
@@ -25,11 +25,13 @@ def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int) -> Coun
     if config.parallel.pipeline > 1:
         traffic += _pipeline(config, geometry, stage)
     if geometry.data_parallel > 1:
-        parameters = rank_parameters(config, stage)
-        traffic["data", "reduce-scatter"] = _FP32 * parameters
+        parameters, norms = rank_parameters(config, stage), rank_norms(config, stage)
+        # Matrices by buckets, each to its owner; norms at once.
+        traffic["data", "reduce"] = _FP32 * (parameters - norms)
+        traffic["data", "reduce-scatter"] = _FP32 * norms
         traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * parameters
     if geometry.world_size > 1:
-        traffic["all", "all-reduce"] = _FP32  # the norm's square
+        traffic["all", "all-reduce"] = 2 * _FP64  # the norm's square, and the share of tokens that count
     return traffic
 
 
@@ -40,18 +42,27 @@ def _hidden(config: RunConfig) -> int:
 def _tensor_parallel(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:
     """Hidden states are summed after attention and MLP, their gradients before (arXiv 1909.08053).
 
-    Full checkpointing sums after attention once more. The embedding and the head add one sum each; the loss, a
-    maximum and two sums per token.
+    With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198). Full
+    checkpointing computes again what comes before a block's last product, selective gathers the norms' results. The
+    embedding and the head add one sum each; the loss, a maximum and two sums per token.
     """
-    first, last = stage == 0, stage == config.parallel.pipeline - 1
-    full = config.train.activation_checkpointing == "full"
-    sums = stage_layers(config, stage) * (5 if full else 4) + first + last
+    first, last, layers = stage == 0, stage == config.parallel.pipeline - 1, stage_layers(config, stage)
+    mode, hidden, steps = config.train.activation_checkpointing, _hidden(config), geometry.accumulation_steps
+    sums = (5 if mode == "full" else 4) * layers + first + last
     loss = last * 3 * _FP32 * micro_batch_tokens(config)
-    steps = geometry.accumulation_steps
-    traffic = Counter({("tensor", "all-reduce"): steps * (sums * _hidden(config) + loss)})
+    if config.parallel.sequence:
+        gathers = (4 if mode == "none" else 6) * layers + first + last
+        return Counter(
+            {
+                ("tensor", "all-gather"): steps * gathers * hidden,
+                ("tensor", "reduce-scatter"): steps * sums * hidden,
+                ("tensor", "all-reduce"): steps * loss + _FP32 * rank_norms(config, stage) // geometry.data_parallel,
+            }
+        )
+    traffic = Counter({("tensor", "all-reduce"): steps * (sums * hidden + loss)})
     # What DeepSpeed sends between stages is a part per rank, and put together again: inputs, results and gradients.
     if gathers := (not first) + 2 * (not last):
-        traffic["tensor", "all-gather"] = steps * gathers * _hidden(config)
+        traffic["tensor", "all-gather"] = steps * gathers * hidden
     return traffic
 
 

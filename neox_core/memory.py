@@ -109,3 +109,9 @@ def rank_parameters(config: RunConfig, stage: int) -> int:
     if stage == config.parallel.pipeline - 1:
         parameters += vocabulary + dims.hidden_size
     return parameters
+
+
+def rank_norms(config: RunConfig, stage: int) -> int:
+    """Those of them that are norms: the same on all tensor-parallel ranks."""
+    last = stage == config.parallel.pipeline - 1
+    return (2 * stage_layers(config, stage) + last) * config.model.hidden_size

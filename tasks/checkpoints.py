@@ -6,7 +6,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint, publish, sha256_of
+from neox_core.artifact import (
+    ARTIFACT_FILE,
+    Artifact,
+    DigestCache,
+    FileRecord,
+    artifact_text,
+    find_verified,
+    fingerprint,
+    parse_artifact,
+    publish,
+    sha256_of,
+    software,
+)
+from neox_core.checkpoint.folders import Folder, LocalFolder, file_versions, open_folder
+from neox_core.checkpoint.outputs import journal_records
+from neox_core.checkpoint.targets import LocalTarget, Target, open_target
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.progress import Progress
 
@@ -15,7 +30,7 @@ _DIGESTS = ".digests.json"
 
 
 def convert_folder(
-    source: Path, target: Path, parallel: ParallelConfig, vocab_multiple: int, progress: Progress
+    source: str, target: str, parallel: ParallelConfig, vocab_multiple: int, progress: Progress
 ) -> Artifact:
     """Meta's or Hugging Face's weights to NeoX shards, proven; artifact.json comes last.
 
@@ -28,14 +43,15 @@ def convert_folder(
     from neox_core.checkpoint.convert import convert, open_source
     from neox_core.checkpoint.proof import prove_conversion
 
-    base = open_source(source).model
+    checkpoint = open_source(source)
+    base = checkpoint.model
     model = _padded(base, vocab_multiple)
     logical = {"model": model.model_dump(mode="json"), "parallel": parallel.model_dump(mode="json")}
 
-    def build() -> Mapping[str, Any]:
+    def build(folder: Target) -> Mapping[str, Any]:
         return convert(
-            source,
-            target,
+            checkpoint.folder,
+            folder,
             model,
             parallel,
             progress,
@@ -43,12 +59,12 @@ def convert_folder(
             prove=lambda checkpoint, shards: prove_conversion(checkpoint.folder, shards, model, progress),
         )
 
-    return _once("convert", source, target, logical, build)
+    return _once("convert", checkpoint.folder, open_target(target), logical, build)
 
 
 def export_folder(
-    source: Path,
-    target: Path,
+    source: str,
+    target: str,
     form: ExportForm,
     model: ModelConfig | None,
     shards: int,
@@ -70,19 +86,20 @@ def export_folder(
     from neox_core.checkpoint.inspect import recorded_model
     from neox_core.checkpoint.neox import NeoxCheckpoint
 
-    known = model or recorded_model(source)
-    checkpoint = NeoxCheckpoint(source)
+    opened = open_folder(source)
+    known = model or recorded_model(opened)
+    checkpoint = NeoxCheckpoint(opened)
     logical: dict[str, Any] = {"model": known.model_dump(mode="json"), "form": form, "sequence_length": sequence_length}
     logical |= {"shards": shards, "tokenizer": None if tokenizer is None else sha256_of(tokenizer)}
 
-    def build() -> Mapping[str, Any]:
+    def build(folder: Target) -> Mapping[str, Any]:
         if form == "meta":
-            sizes = export_meta(source, target, known, shards, progress)
+            sizes = export_meta(opened, folder, known, shards, progress)
         else:
-            sizes = export_huggingface(source, target, known, tokenizer, sequence_length, progress)
-        return sizes | prove_export(checkpoint, target, known, progress=progress)
+            sizes = export_huggingface(opened, folder, known, tokenizer, sequence_length, progress)
+        return sizes | prove_export(checkpoint, folder, known, progress=progress)
 
-    return _once("export", checkpoint.folder, target, logical, build)
+    return _once("export", checkpoint.folder, open_target(target), logical, build)
 
 
 def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
@@ -94,15 +111,62 @@ def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
 
 
 def _once(
-    name: str, source: Path, target: Path, logical: Mapping[str, Any], build: Callable[[], Mapping[str, Any]]
+    name: str,
+    source: Folder,
+    target: Target,
+    logical: Mapping[str, Any],
+    build: Callable[[Target], Mapping[str, Any]],
 ) -> Artifact:
     """The artifact in `target`, built unless it is there and verifies."""
-    cache = DigestCache(target / _DIGESTS)
-    paths = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
-    inputs = {path.name: digest for path, digest in zip(paths, cache.digests(paths), strict=True)}
+    if not isinstance(target, LocalTarget):
+        return _once_remote(name, source, target, logical, build)
+    cache = DigestCache(target.path / _DIGESTS)
+    inputs = _inputs(source, cache)
     identity = fingerprint(name, logical, inputs)
-    found = find_verified(target, identity, cache)
+    found = find_verified(target.path, identity, cache)
     if found is not None:
         return found
-    summary = build()
-    return publish(Artifact(name, identity, inputs, logical, (), summary), target, cache)
+    summary = build(target)
+    cache.remember(target.path, journal_records(target))
+    return publish(Artifact(name, identity, inputs, logical, (), summary), target.path, cache)
+
+
+def _once_remote(
+    name: str,
+    source: Folder,
+    target: Target,
+    logical: Mapping[str, Any],
+    build: Callable[[Target], Mapping[str, Any]],
+) -> Artifact:
+    """The same for an object store, whose files count as verified where their sizes are those recorded."""
+    inputs = _inputs(source, None)
+    identity = fingerprint(name, logical, inputs)
+    found = _recorded(target)
+    if found is not None and found.fingerprint == identity:
+        sizes = {record.path: target.content(record.path).size for record in found.files if target.mark(record.path)}
+        if sizes == {record.path: record.size for record in found.files}:
+            return found
+    summary = build(target)
+    known = {record.path: record for record in journal_records(target)}
+    records = tuple(
+        known.get(path) or FileRecord(path, *target.digest(path)) for path in target.files() if path != ARTIFACT_FILE
+    )
+    artifact = Artifact(name, identity, inputs, logical, records, summary, software(), Path(str(target)))
+    target.write(ARTIFACT_FILE, artifact_text(artifact).encode())
+    return artifact
+
+
+def _inputs(source: Folder, cache: DigestCache | None) -> dict[str, str]:
+    """What tells the content of each of the source's files: SHA-256, or an object's ETag and size, hashed."""
+    if isinstance(source, LocalFolder):
+        paths = [path for path in sorted(source.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        digests = [sha256_of(path) for path in paths] if cache is None else cache.digests(paths)
+        return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+    return file_versions(source)
+
+
+def _recorded(target: Target) -> Artifact | None:
+    try:
+        return parse_artifact(target.read_text(ARTIFACT_FILE), Path(str(target)))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -9,7 +9,7 @@ from typing import Any
 from neox_core.config import RunConfig
 from neox_core.progress import Progress
 from tasks.specs import convert_spec
-from tasks.stage import StageResult, run_stage
+from tasks.stage import StageResult, digest_cache, run_stage
 
 
 def convert(config: RunConfig, progress: Progress) -> StageResult:
@@ -22,13 +22,16 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         from neox_core.checkpoint.convert import convert as convert_weights
+        from neox_core.checkpoint.folders import open_folder
+        from neox_core.checkpoint.outputs import journal_records
         from neox_core.checkpoint.proof import prove_conversion
+        from neox_core.checkpoint.targets import open_target
         from neox_core.checkpoint.vocabulary import check_tokenizer
 
         base = config.base_model
         check_tokenizer(config.tokenizer.model, config.model)
         summary = convert_weights(
-            base.path,
+            open_folder(base.path, config.storage),
             folder,
             config.model,
             config.parallel,
@@ -38,6 +41,7 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
             new_tokens=base.new_tokens,
             prove=lambda source, shards: prove_conversion(source.folder, shards, config.model, progress),
         )
+        digest_cache(config).remember(folder, journal_records(open_target(folder)))
         of_logits = summary.get("largest_logit_difference")  # large models are compared layer by layer alone
         what = "layer" if of_logits is None else "logit"
         difference = summary["largest_layer_difference"] if of_logits is None else of_logits

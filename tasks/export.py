@@ -14,7 +14,7 @@ from neox_core.config import RunConfig
 from neox_core.data.readers import Document, open_input, read_records, source_files
 from neox_core.progress import Progress
 from tasks.specs import export_spec, train_spec
-from tasks.stage import StageResult, require, run_stage
+from tasks.stage import StageResult, digest_cache, require, run_stage
 from tasks.train import last_manifest
 
 _SAMPLE_DOCUMENTS = 3
@@ -31,11 +31,14 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
     def build(folder: Path) -> Mapping[str, Any]:
         from neox_core.checkpoint.export import export_huggingface, prove_export
         from neox_core.checkpoint.neox import NeoxCheckpoint
+        from neox_core.checkpoint.outputs import journal_records
+        from neox_core.checkpoint.targets import open_target
 
         with _last_weights(config, progress) as weights:
             sizes = export_huggingface(
                 weights, folder, config.model, config.tokenizer.model, config.train.sequence_length, progress
             )
+            digest_cache(config).remember(folder, journal_records(open_target(folder)))
             texts = _sample_texts(config)
             return sizes | prove_export(NeoxCheckpoint(weights), folder, config.model, texts, progress)
 

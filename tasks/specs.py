@@ -58,8 +58,13 @@ def export_spec(config: RunConfig) -> StageSpec:
 
 
 def _base_digests(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of each file of the base weights; a toy's weights are made here if they are missing."""
+    """What tells the content of each file of the base weights: SHA-256, or an S3 object's ETag and size, hashed.
+
+    A toy's weights are made here if they are missing.
+    """
     folder = config.base_model.path
+    if isinstance(folder, str):
+        return _remote_digests(folder, config)
     meta, huggingface = folder / "params.json", folder / "config.json"
     if not meta.is_file() and not huggingface.is_file():
         if config.base_model.random_seed is None:
@@ -78,6 +83,15 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
         raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy {owner} weights there")
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _remote_digests(url: str, config: RunConfig) -> dict[str, str]:
+    from neox_core.checkpoint.folders import file_versions, open_folder
+
+    folder = open_folder(url, config.storage)
+    if not (versions := file_versions(folder)):
+        raise ConfigError(f"base_model.path {url} holds no weights in Meta's or Hugging Face's format")
+    return versions
 
 
 def _base_architecture(config: RunConfig) -> ModelConfig:

@@ -17,7 +17,7 @@ from submitit.core.utils import pickle_load
 from neox_core.artifact import write_atomically
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.part import make_part
-from neox_core.data.part_files import PARTS
+from neox_core.data.part_files import PARTS, PartPaths
 from neox_core.data.part_settings import PartRecord, PartSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError, LaunchError, LlemmaError
@@ -27,10 +27,15 @@ from tasks.tokenize_pool import MadeParts
 _log = logging.getLogger(__name__)
 
 _MAX_TASKS = 1000  # SLURM's default limit of an array is 1,001
-_POLL_SECONDS = 10.0
+_RECORD = "array.json"
+_POLL_SECONDS = 2.0
 _ASK_SECONDS = 60.0
 """How often SLURM is asked about a task that has left no result."""
 _SHARED_DISK_SECONDS = 15.0
+
+
+Group = tuple[InputFile, ...]
+"""One task's files."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Failure:
 def made_in_jobs(
     files: Sequence[InputFile], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig
 ) -> MadeParts:
-    """Make the files' parts in a job array, or in the one that an earlier call of this stage submitted.
+    """Make the files' parts in a job array; tasks that an earlier call of this stage submitted are kept, unless they
+    failed.
 
     Raises:
         DataError: the first failure that a task reports; finished parts are kept.
@@ -53,7 +59,14 @@ def made_in_jobs(
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
     home = folder.resolve() / PARTS / "jobs"
-    waiting = dict(zip(_attach(home, groups) or _submit(home, groups, settings, folder, jobs), groups, strict=True))
+    kept = _attach(home, groups, folder)
+    waiting = kept | _submit(home, [group for group in groups if group not in kept], settings, folder, jobs)
+    record = {"groups": _key(groups), "jobs": [waiting[group].job_id for group in groups]}
+    write_atomically(home / _RECORD, json.dumps(record))
+    yield from _results({job: group for group, job in waiting.items()})
+
+
+def _results(waiting: dict[Any, Group]) -> MadeParts:
     asked = time.monotonic()
     while waiting:
         ask = time.monotonic() - asked > _ASK_SECONDS
@@ -82,8 +95,10 @@ def make_parts(files: Sequence[InputFile], settings: PartSettings, folder: Path)
 
 
 def _submit(
-    home: Path, groups: Sequence[tuple[InputFile, ...]], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig
-) -> list[Any]:
+    home: Path, groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig
+) -> dict[Group, Any]:
+    if not groups:
+        return {}
     executor = _executor(home, jobs)
     try:
         with executor.batch():
@@ -91,9 +106,8 @@ def _submit(
     except (OSError, RuntimeError) as error:
         raise LaunchError(f"the tokenization jobs cannot be submitted: {' '.join(str(error).split())}") from error
     ids = [job.job_id for job in submitted]
-    write_atomically(home / "array.json", json.dumps({"groups": _key(groups), "jobs": ids}))
     _log.info("submitted %d tokenization tasks (%s to %s), logs in %s", len(ids), ids[0], ids[-1], home)
-    return submitted
+    return dict(zip(groups, submitted, strict=True))
 
 
 def _executor(home: Path, jobs: TokenizeJobConfig) -> Any:
@@ -114,28 +128,33 @@ def _executor(home: Path, jobs: TokenizeJobConfig) -> Any:
     return executor
 
 
-def _attach(home: Path, groups: Sequence[tuple[InputFile, ...]]) -> list[Any] | None:
-    """The jobs of an earlier call, if they are for the same files and none of them has failed."""
+def _attach(home: Path, groups: Sequence[Group], folder: Path) -> dict[Group, Any]:
+    """The tasks of an earlier call that are at work or have made their parts. If that was for other files, they end."""
     try:
-        record = json.loads((home / "array.json").read_text(encoding="utf-8"))
+        record = json.loads((home / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if record["groups"] != _key(groups):
-        return None
+        return {}
     jobs = [submitit.SlurmJob(home, job_id) for job_id in record["jobs"]]
-    for job in jobs:
-        path = Path(job.paths.result_pickle)
-        if path.exists():
-            outcome, result = pickle_load(path)
-            if outcome != "success" or any(isinstance(made, Failure) for made in result):
-                return None
-        elif slurm.query_state(job.job_id) not in ("pending", "running"):
-            return None
-    _log.info("attached to %d tokenization tasks", len(jobs))
-    return jobs
+    if record["groups"] != _key(groups):
+        for array in {job.job_id.partition("_")[0] for job in jobs if not Path(job.paths.result_pickle).exists()}:
+            slurm.cancel(array)
+        return {}
+    kept = {group: job for group, job in zip(groups, jobs, strict=True) if _is_good(job, group, folder)}
+    _log.info("attached to %d of %d tokenization tasks", len(kept), len(jobs))
+    return kept
 
 
-def _key(groups: Sequence[tuple[InputFile, ...]]) -> str:
+def _is_good(job: Any, group: Group, folder: Path) -> bool:
+    path = Path(job.paths.result_pickle)
+    if not path.exists():
+        return slurm.query_state(job.job_id) in ("pending", "running")
+    outcome, result = pickle_load(path)
+    if outcome != "success" or any(isinstance(made, Failure) for made in result):
+        return False
+    return all(PartPaths.of(file, folder).record.exists() for file in group)
+
+
+def _key(groups: Sequence[Group]) -> str:
     names = json.dumps([[(file.logical_name, file.size, file.etag) for file in group] for group in groups])
     return hashlib.sha256(names.encode()).hexdigest()
 

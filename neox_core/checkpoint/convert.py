@@ -6,17 +6,18 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from neox_core.artifact import FileRecord, write_atomically
+from neox_core.artifact import FileRecord
+from neox_core.checkpoint.folders import Location, open_folder
 from neox_core.checkpoint.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
 from neox_core.checkpoint.layout import check_divides
 from neox_core.checkpoint.meta import PARAMS_FILE, MetaCheckpoint
 from neox_core.checkpoint.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
-from neox_core.checkpoint.outputs import LocalTarget, write_files
+from neox_core.checkpoint.outputs import finished_files, write_files
+from neox_core.checkpoint.targets import open_target
 from neox_core.checkpoint.vocabulary import NewTokens, new_rows
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError
@@ -27,22 +28,24 @@ Proof = Callable[[SourceCheckpoint, NeoxCheckpoint], Mapping[str, Any]]
 """Compares the shards with the source and raises CheckpointError if they are not the same model."""
 
 
-def open_source(folder: Path) -> SourceCheckpoint:
+def open_source(location: Location) -> SourceCheckpoint:
     """Open a folder in Meta's or in Hugging Face's format, whichever it is.
 
     Raises:
         CheckpointError: it is neither, or is damaged or inconsistent.
     """
-    if not folder.is_dir():
+    folder = open_folder(location)
+    if not folder.exists():
         raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    if (folder / CONFIG_FILE).is_file() and not (folder / PARAMS_FILE).is_file():
+    names = folder.names()
+    if CONFIG_FILE in names and PARAMS_FILE not in names:
         return HuggingFaceCheckpoint(folder)
     return MetaCheckpoint(folder)
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: Location,
+    target: Location,
     model: ModelConfig,
     parallel: ParallelConfig,
     progress: Progress = silent,
@@ -53,7 +56,7 @@ def convert(
 ) -> dict[str, Any]:
     """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
 
-    An interrupted conversion goes on at the next file. Memory: some 32 MiB per file that is being written.
+    An interrupted conversion goes on at the next file. Memory: some 60 MiB per file that is being written.
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
@@ -70,9 +73,10 @@ def convert(
         A summary: bytes, seconds, and what `prove` found.
 
     Raises:
-        CheckpointError: the source is missing, damaged or inconsistent, or the proof failed.
+        CheckpointError: the source is missing, damaged or inconsistent, the proof failed, or another conversion is
+            writing to `target`.
         ConfigError: the source is another architecture than `model`, or the layout does not divide it.
-        StorageError: the disk is too small.
+        StorageError: the disk is too small, or the object store cannot be used.
     """
     checkpoint = open_source(source)
     check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
@@ -80,26 +84,30 @@ def convert(
     started = time.monotonic()
     weights = checkpoint.weights
     files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
-    remove_other_files(target, files)
-    output = LocalTarget(target, _identity(checkpoint, model, parallel, new_tokens))
-    finished = output.finished(files)
-    if len(finished) < len(files):
-        (target / LATEST_FILE).unlink(missing_ok=True)
-    records = write_files(output, files, progress, finished)
-    summary = sizes(records, time.monotonic() - started)
-    summary |= {} if weights.dtype == torch.bfloat16 else {"rounded_from": str(weights.dtype).removeprefix("torch.")}
-    if prove is not None:
-        progress(0.999, "comparing layers with transformers")
-        summary |= prove(checkpoint, NeoxCheckpoint(target / CONVERTED_TAG))
-    write_atomically(target / LATEST_FILE, CONVERTED_TAG)
+    output, identity = open_target(target), _identity(checkpoint, model, parallel, new_tokens)
+    with output.locked():
+        remove_other_files(output, files)
+        finished = finished_files(output, identity, files)
+        if len(finished) < len(files):
+            output.remove(LATEST_FILE)
+        records = write_files(output, identity, files, progress, finished)
+        summary = sizes(records, finished, time.monotonic() - started)
+        rounded = weights.dtype != torch.bfloat16
+        summary |= {"rounded_from": str(weights.dtype).removeprefix("torch.")} if rounded else {}
+        if prove is not None:
+            progress(0.999, "comparing layers with transformers")
+            summary |= prove(checkpoint, NeoxCheckpoint(output.sub(CONVERTED_TAG)))
+        output.write(LATEST_FILE, CONVERTED_TAG.encode())
     progress(1.0, f"{len(records)} files written")
     return summary
 
 
-def sizes(records: list[FileRecord], seconds: float) -> dict[str, Any]:
-    """The part of a summary that is about files."""
+def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds: float) -> dict[str, Any]:
+    """The part of a summary that is about files; those that were finished before do not count in the rate."""
     size = sum(record.size for record in records)
-    return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2)}
+    written = size - sum(record.size for record in finished.values())
+    rate = {"bytes_per_second": round(written / max(seconds, 1e-3))} if written else {}
+    return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2), **rate}
 
 
 def check_architecture(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import write_atomically
 from neox_core.checkpoint.convert import sizes
-from neox_core.checkpoint.files import write_file
+from neox_core.checkpoint.folders import Location, small_files
 from neox_core.checkpoint.huggingface import CONFIG_FILE, INDEX_FILE, config_files, huggingface_files, index_file
 from neox_core.checkpoint.huggingface_tokenizer import (
     TOKENIZER_MODEL,
@@ -22,13 +21,15 @@ from neox_core.checkpoint.huggingface_tokenizer import (
 )
 from neox_core.checkpoint.meta import PARAMS_FILE, meta_files, meta_params
 from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.outputs import LocalTarget, OutputFile, write_files
+from neox_core.checkpoint.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.proof import prove
+from neox_core.checkpoint.targets import Target, open_target
 from neox_core.checkpoint.vocabulary import check_tokenizer
 from neox_core.checkpoint.weights import Weights
 from neox_core.config import ModelConfig
 from neox_core.progress import Progress, silent
 
+_WEIGHTS = ("model*.safetensors", "consolidated.*.pth", INDEX_FILE)
 _MAX_FILE_BYTES = 5_000_000_000
 _PROBES = (
     "",
@@ -43,8 +44,8 @@ _PROBES = (
 
 
 def export_huggingface(
-    source: Path,
-    target: Path,
+    source: Location,
+    target: Location,
     model: ModelConfig,
     tokenizer: Path | None,
     sequence_length: int,
@@ -79,18 +80,17 @@ def export_huggingface(
     weights, exported = checkpoint.weights(model), without_padding(model)
     texts |= config_files(exported, sequence_length, weights.dtype, special)
     files = huggingface_files(weights, exported, weights.dtype, max_file_bytes)
-    summary = _write(target, weights, files, CONFIG_FILE, progress)
+    others = {name: text.encode() for name, text in texts.items() if name != CONFIG_FILE}
     if len(files) > 1:
-        write_atomically(target / INDEX_FILE, index_file(files))
+        others[INDEX_FILE] = index_file(files).encode()
     if tokenizer is not None:
-        write_file(target / TOKENIZER_MODEL, lambda temporary: shutil.copyfile(tokenizer, temporary))
-    for name in sorted(texts, key=CONFIG_FILE.__eq__):
-        write_atomically(target / name, texts[name])
-    return summary
+        others[TOKENIZER_MODEL] = tokenizer.read_bytes()
+    others[CONFIG_FILE] = texts[CONFIG_FILE].encode()
+    return _write(open_target(target), weights, files, others, progress)
 
 
 def export_meta(
-    source: Path, target: Path, model: ModelConfig, shards: int, progress: Progress = silent
+    source: Location, target: Location, model: ModelConfig, shards: int, progress: Progress = silent
 ) -> dict[str, Any]:
     """Write `target` in Meta's format: consolidated.NN.pth, and params.json last. Yields a summary.
 
@@ -105,14 +105,14 @@ def export_meta(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
-        ConfigError: the model cannot be cut into that many shards.
+        ConfigError: the model cannot be cut into that many shards, or its positions are scaled in a way that Meta's
+            format has no words for.
     """
     exported = without_padding(model)
+    params = json.dumps(meta_params(exported), indent=1)
     weights = NeoxCheckpoint(source).weights(model)
     files = meta_files(weights, exported, shards, weights.dtype)
-    summary = _write(target, weights, files, PARAMS_FILE, progress)
-    write_atomically(target / PARAMS_FILE, json.dumps(meta_params(exported), indent=1))
-    return summary
+    return _write(open_target(target), weights, files, {PARAMS_FILE: params.encode()}, progress)
 
 
 def without_padding(model: ModelConfig) -> ModelConfig:
@@ -121,21 +121,24 @@ def without_padding(model: ModelConfig) -> ModelConfig:
 
 
 def _write(
-    target: Path, weights: Weights, files: list[OutputFile], last_file: str, progress: Progress
+    output: Target, weights: Weights, files: list[OutputFile], others: Mapping[str, bytes], progress: Progress
 ) -> dict[str, Any]:
-    """Write the weights; `last_file`, which makes the folder a model, is removed first if anything changes."""
+    """Write the weights and then the others; the last one makes the folder a model, so it goes if anything changes."""
     started = time.monotonic()
-    output = LocalTarget(target, _identity(weights, files))
-    finished = output.finished(files)
-    wanted = {file.path for file in files}
-    if len(finished) < len(files):
-        (target / last_file).unlink(missing_ok=True)
-    for path in (*target.glob("model*.safetensors"), *target.glob("consolidated.*.pth"), target / INDEX_FILE):
-        if path.name not in wanted:
-            path.unlink(missing_ok=True)
-    records = write_files(output, files, progress, finished)
+    identity = _identity(weights, files)
+    with output.locked():
+        finished = finished_files(output, identity, files)
+        wanted = {file.path for file in files} | others.keys()
+        if len(finished) < len(files):
+            output.remove(list(others)[-1])
+        for path in output.files():
+            if any(fnmatch(path, pattern) for pattern in _WEIGHTS) and path not in wanted:
+                output.remove(path)
+        records = write_files(output, identity, files, progress, finished)
+        for name, content in others.items():
+            output.write(name, content)
     progress(1.0, f"{len(records)} files written")
-    return sizes(records, time.monotonic() - started)
+    return sizes(records, finished, time.monotonic() - started)
 
 
 def _identity(weights: Weights, files: list[OutputFile]) -> str:
@@ -151,7 +154,7 @@ def _identity(weights: Weights, files: list[OutputFile]) -> str:
 
 def prove_export(
     checkpoint: NeoxCheckpoint,
-    folder: Path,
+    folder: Location,
     model: ModelConfig,
     texts: Sequence[str] = (),
     progress: Progress = silent,
@@ -164,7 +167,8 @@ def prove_export(
         CheckpointError: they differ (see `prove`), or a text's ids are not SentencePiece's.
     """
     summary = prove(checkpoint, folder, model, progress=progress)
-    if not (folder / TOKENIZER_MODEL).is_file():
-        return summary
     samples = [*_PROBES, *texts]
-    return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(folder, samples)}
+    with small_files(folder) as local:
+        if not (local / TOKENIZER_MODEL).is_file():
+            return summary
+        return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(local, samples)}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from neox_core.checkpoint.files import described_by
+from neox_core.checkpoint.folders import Folder, Location, open_folder
 from neox_core.checkpoint.layout import Form, Layer, iterate_layers, stored_tensors
 from neox_core.checkpoint.outputs import OutputFile
-from neox_core.checkpoint.stored import LocalContent, open_tensors
+from neox_core.checkpoint.stored import open_tensors
 from neox_core.checkpoint.weights import Locator, Weights
-from neox_core.config import ModelConfig
+from neox_core.config import ModelConfig, RopeScalingConfig
 from neox_core.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -24,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ROPE_TABLE = "rotary_emb.inv_freq"
 _DEFAULT_ROPE_THETA = 10000.0
+_SCALINGS = ("linear", "llama3")
 
 
 class HuggingFaceCheckpoint:
@@ -34,10 +35,10 @@ class HuggingFaceCheckpoint:
             or unknown, or shapes are not what config.json promises.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        config = _read_json(folder / CONFIG_FILE)
-        self.model = _model_config(folder / CONFIG_FILE, config)
+    def __init__(self, location: Location) -> None:
+        self.folder = folder = open_folder(location)
+        config = _read_json(folder, CONFIG_FILE)
+        self.model = _model_config(f"{folder}/{CONFIG_FILE}", config)
         tensors = {name: tensor for name, tensor in _open_all(folder).items() if not name.endswith(_ROPE_TABLE)}
         if config.get("tie_word_embeddings") and _OUTPUT not in tensors:
             tensors[_OUTPUT] = tensors.get(_EMBEDDING)
@@ -51,13 +52,12 @@ class HuggingFaceCheckpoint:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    path = f"{folder}/{name}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(folder.read_text(name))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: is {path.parent} a checkpoint in Hugging Face's format?"
-        ) from None
+        raise CheckpointError(f"{path} does not exist: is {folder} a checkpoint in Hugging Face's format?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
@@ -65,26 +65,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_all(folder: Path) -> dict[str, Any]:
+def _open_all(folder: Folder) -> dict[str, Any]:
     """All tensors of the folder's safetensors files."""
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / WEIGHTS_FILE).is_file():
+    there = folder.names()
+    if INDEX_FILE not in there:
+        if WEIGHTS_FILE not in there:
             raise CheckpointError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: weights in other formats (.bin) are not "
                 "read, because they are pickles; save them as safetensors"
             )
-        return open_tensors(LocalContent(folder / WEIGHTS_FILE))
-    index = _read_json(folder / INDEX_FILE).get("weight_map")
+        return open_tensors(folder.content(WEIGHTS_FILE))
+    index = _read_json(folder, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
-    files = {name: open_tensors(LocalContent(folder / name)) for name in sorted(set(index.values()))}
+        raise CheckpointError(f"{folder}/{INDEX_FILE} has no weight_map")
+    files = {name: open_tensors(folder.content(name)) for name in sorted(set(index.values()))}
     if missing := [name for name, file in index.items() if name not in files[file]]:
-        raise CheckpointError(f"{folder / index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
+        raise CheckpointError(f"{folder}/{index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
     return {name: files[file][name] for name, file in index.items()}
 
 
-def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
-    try:
+def _model_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
+    with described_by(path):
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         _check_expressible(path, config, hidden // heads)
         return ModelConfig(
@@ -95,18 +96,12 @@ def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
             intermediate_size=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
             rope_theta=_rope_theta(path, config),
+            rope_scaling=_rope_scaling(path, config),
             norm_eps=config.get("rms_norm_eps", 1e-6),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has a value that is not a number of the right kind: {error}") from None
 
 
-def _check_expressible(path: Path, config: Mapping[str, Any], head_dim: int) -> None:
+def _check_expressible(path: str, config: Mapping[str, Any], head_dim: int) -> None:
     """Refuse what our model would compute in another way."""
     expected = {
         "model_type": "llama",
@@ -120,24 +115,44 @@ def _check_expressible(path: Path, config: Mapping[str, Any], head_dim: int) -> 
             raise CheckpointError(f"{path}: {key} is {config[key]!r}, but only {value!r} is supported")
 
 
-def _rope_theta(path: Path, config: Mapping[str, Any]) -> float:
+def _rope_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What transformers 5 (rope_parameters) and those before it (rope_scaling) say, where they say anything."""
+    return [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+
+
+def _rope_theta(path: str, config: Mapping[str, Any]) -> float:
     """The RoPE base, from transformers 5's rope_parameters or the top level.
 
     Raises:
-        CheckpointError: positions are scaled, which our model does not do, or two bases are given.
+        CheckpointError: two bases are given.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kinds = [part.get("rope_type", part.get("type", "default")) for part in (parameters, scaling)]
-    if scaled := [kind for kind in kinds if kind != "default"]:
-        raise CheckpointError(
-            f"{path}: RoPE positions are scaled ({scaled[0]}), which this model does not do: the weights would compute "
-            "something else here"
-        )
-    bases = {float(part["rope_theta"]) for part in (parameters, scaling, config) if part.get("rope_theta")}
+    bases = {float(part["rope_theta"]) for part in (*_rope_parts(config), config) if part.get("rope_theta")}
     if len(bases) > 1:
         raise CheckpointError(f"{path} gives two RoPE bases, {sorted(bases)}")
     return bases.pop() if bases else _DEFAULT_ROPE_THETA
+
+
+def _rope_scaling(path: str, config: Mapping[str, Any]) -> RopeScalingConfig | None:
+    """How positions are scaled; None: not at all.
+
+    Raises:
+        CheckpointError: in a way that our model does not know, or in two ways.
+    """
+    found: list[RopeScalingConfig] = []
+    for part in _rope_parts(config):
+        kind = part.get("rope_type", part.get("type", "default"))
+        if kind == "default":
+            continue
+        if kind not in _SCALINGS:
+            raise CheckpointError(
+                f"{path}: RoPE positions are scaled ({kind}), which this model does not do (it knows "
+                f"{' and '.join(_SCALINGS)}): the weights would compute something else here"
+            )
+        values = {name: part.get(name) for name in RopeScalingConfig.model_fields}
+        found.append(RopeScalingConfig.model_validate(values | {"rope_type": kind}))
+    if any(scaling != found[0] for scaling in found):
+        raise CheckpointError(f"{path}: rope_parameters and rope_scaling differ, {found[0]} and {found[1]}")
+    return found[0] if found else None
 
 
 def huggingface_files(weights: Weights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
@@ -182,6 +197,11 @@ def _group(layers: list[Layer], model: ModelConfig, itemsize: int, limit: int) -
     yield group
 
 
+def rope_scaling(model: ModelConfig) -> dict[str, Any]:
+    """The scaling of positions as config.json has it; empty: none."""
+    return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
+
+
 def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
     """transformers' LlamaConfig of the model; `further` fields are passed on."""
     from transformers import LlamaConfig
@@ -196,7 +216,7 @@ def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> An
         head_dim=model.head_dim,
         rms_norm_eps=model.norm_eps,
         max_position_embeddings=sequence_length,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
         tie_word_embeddings=False,
         **further,
     )
@@ -208,7 +228,7 @@ def config_files(
     """config.json and generation_config.json by name; `special` gives bos_token_id and eos_token_id.
 
     transformers 5 keeps the RoPE base in rope_parameters; versions before 5, and tools modelled on them, read
-    rope_theta and torch_dtype at the top level, so both are given.
+    rope_theta, rope_scaling and torch_dtype at the top level, so both are given.
     """
     from transformers import GenerationConfig
 
@@ -216,6 +236,8 @@ def config_files(
     name = str(dtype).removeprefix("torch.")
     config = llama_config(model, sequence_length, architectures=["LlamaForCausalLM"], dtype=name, **ids)
     content = json.loads(config.to_json_string()) | {"rope_theta": model.rope_theta, "torch_dtype": name}
+    if model.rope_scaling is not None:
+        content["rope_scaling"] = rope_scaling(model)
     return {
         CONFIG_FILE: json.dumps(content, indent=2, sort_keys=True) + "\n",
         "generation_config.json": GenerationConfig(**ids).to_json_string(),

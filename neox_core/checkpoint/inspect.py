@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from neox_core.artifact import ARTIFACT_FILE, read_artifact
+from neox_core.artifact import ARTIFACT_FILE, parse_artifact
 from neox_core.checkpoint.convert import open_source
+from neox_core.checkpoint.files import described_by
+from neox_core.checkpoint.folders import Folder, Location, open_folder
 from neox_core.checkpoint.huggingface import CONFIG_FILE
 from neox_core.checkpoint.meta import PARAMS_FILE
 from neox_core.checkpoint.neox import NeoxCheckpoint
@@ -40,7 +42,7 @@ class Description:
     entries: tuple[Entry, ...]
 
 
-def inspect(folder: Path, model: ModelConfig | None = None) -> Description:
+def inspect(location: Location, model: ModelConfig | None = None) -> Description:
     """Describe a folder in Meta's, Hugging Face's or NeoX's layout. Only indices of files are read.
 
     Args:
@@ -49,26 +51,31 @@ def inspect(folder: Path, model: ModelConfig | None = None) -> Description:
     Raises:
         CheckpointError: the folder is none of these, or is damaged or inconsistent.
     """
-    if (folder / PARAMS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+    folder = open_folder(location)
+    names = folder.names() if folder.exists() else []
+    if PARAMS_FILE in names or CONFIG_FILE in names:
         source = open_source(folder)
-        form = "Meta" if (folder / PARAMS_FILE).is_file() else "Hugging Face"
+        form = "Meta" if PARAMS_FILE in names else "Hugging Face"
         return _described(form, source.weights)
     checkpoint = NeoxCheckpoint(folder)
     weights = checkpoint.weights(model or recorded_model(folder))
     return _described(f"NeoX, {checkpoint.tensor_parallel} tensor-parallel ranks", weights)
 
 
-def recorded_model(folder: Path) -> ModelConfig:
+def recorded_model(folder: Folder) -> ModelConfig:
     """The architecture that a converted folder's artifact.json records.
 
     Raises:
         CheckpointError: there is none.
     """
-    if not (folder / ARTIFACT_FILE).is_file():
+    try:
+        text = folder.read_text(ARTIFACT_FILE)
+    except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {ARTIFACT_FILE} with the model's architecture: give the run's YAML file with --config"
-        )
-    return ModelConfig.model_validate(read_artifact(folder).config["model"])
+        ) from None
+    with described_by(f"{folder}/{ARTIFACT_FILE}"):
+        return ModelConfig.model_validate(parse_artifact(text, Path(str(folder))).config["model"])
 
 
 def _described(form: str, weights: Weights) -> Description:

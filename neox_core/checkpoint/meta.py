@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from neox_core.checkpoint.files import described_by
+from neox_core.checkpoint.folders import Folder, Location, open_folder
 from neox_core.checkpoint.layout import Form, check_divides
 from neox_core.checkpoint.outputs import OutputFile
-from neox_core.checkpoint.stored import LocalContent, StoredTensor, open_tensors
+from neox_core.checkpoint.stored import StoredTensor, open_tensors
 from neox_core.checkpoint.weights import Locator, Weights, layouts_of
-from neox_core.config import ModelConfig
-from neox_core.errors import CheckpointError
+from neox_core.config import ModelConfig, RopeScalingConfig
+from neox_core.errors import CheckpointError, ConfigError
 
 PARAMS_FILE = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -27,6 +27,10 @@ _ROPE_TABLE = "rope.freqs"
 _DEFAULT_NORM_EPS = 1e-5
 _DEFAULT_MULTIPLE_OF = 256
 _DEFAULT_ROPE_THETA = 10000.0
+_LLAMA3 = RopeScalingConfig(
+    rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
+)
+"""What Meta's code has as constants."""
 
 
 def shard_name(shard: int) -> str:
@@ -49,16 +53,16 @@ class MetaCheckpoint:
             the tensors' shapes or types are not what params.json promises.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, location: Location) -> None:
+        self.folder = folder = open_folder(location)
         params = _read_params(folder)
-        shards = [open_tensors(LocalContent(path)) for path in _shard_paths(folder)]
+        shards = [open_tensors(folder.content(name)) for name in _shard_names(folder)]
         self.num_shards = len(shards)
         """Number of consolidated.NN.pth files."""
         self.model = _model_config(folder, params, shards)
         names = {layout.name for _, layout in layouts_of(self.model, Form.META)}
         for number, shard in enumerate(shards):
-            self._check_names(folder / shard_name(number), shard, names)
+            self._check_names(f"{folder}/{shard_name(number)}", shard, names)
         self._check_parts(shards)
         locator = Locator(str(folder), self.model, Form.META, self.num_shards)
         for number, shard in enumerate(shards):
@@ -72,7 +76,7 @@ class MetaCheckpoint:
         self.weights.as_stored(layout, out.dtype).fill(out.view(-1, out.shape[-1]), 0)
         return out
 
-    def _check_names(self, path: Path, shard: Mapping[str, Any], names: set[str]) -> None:
+    def _check_names(self, path: str, shard: Mapping[str, Any], names: set[str]) -> None:
         found = {name for name in shard if not name.endswith(_ROPE_TABLE)}
         if missing := sorted(names - found):
             raise CheckpointError(f"{path} lacks {_some(missing)}, which {self.model.num_layers} layers need")
@@ -89,7 +93,7 @@ class MetaCheckpoint:
                 stored = shard[name]
                 if isinstance(stored, StoredTensor) and not _fits(stored.shape, layout.shape, self.num_shards):
                     raise CheckpointError(
-                        f"{self.folder / shard_name(number)}: {name} has shape {stored.shape} in one of "
+                        f"{self.folder}/{shard_name(number)}: {name} has shape {stored.shape} in one of "
                         f"{self.num_shards} shards, but {PARAMS_FILE} says {layout.shape} for the whole: shards are "
                         f"missing or surplus, or {PARAMS_FILE} is another model's"
                     )
@@ -124,7 +128,7 @@ def meta_files(weights: Weights, model: ModelConfig, shards: int, dtype: torch.d
     ]
 
 
-def meta_params(model: ModelConfig) -> dict[str, int | float]:
+def meta_params(model: ModelConfig) -> dict[str, Any]:
     """The params.json of a model."""
     return {
         "dim": model.hidden_size,
@@ -135,6 +139,7 @@ def meta_params(model: ModelConfig) -> dict[str, int | float]:
         "norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "vocab_size": model.vocab_size,
+        **_scaling_params(model),
     }
 
 
@@ -154,12 +159,12 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _read_params(folder: Path) -> dict[str, Any]:
-    path = folder / PARAMS_FILE
-    if not folder.is_dir():
+def _read_params(folder: Folder) -> dict[str, Any]:
+    path = f"{folder}/{PARAMS_FILE}"
+    if not folder.exists():
         raise CheckpointError(f"checkpoint folder {folder} does not exist")
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        params = json.loads(folder.read_text(PARAMS_FILE))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {PARAMS_FILE}: is it a checkpoint in Meta's format?") from None
     except (OSError, ValueError) as error:
@@ -169,24 +174,22 @@ def _read_params(folder: Path) -> dict[str, Any]:
     return params
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def _shard_names(folder: Folder) -> list[str]:
     """The shards in order.
 
     Raises:
         CheckpointError: there are none, or their numbers have a gap.
     """
-    numbers = {int(match[1]) for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+    numbers = {int(match[1]) for name in folder.names() if (match := _SHARD.fullmatch(name))}
     if not numbers:
         raise CheckpointError(f"{folder} holds no {shard_name(0)}")
-    paths = [folder / shard_name(number) for number in range(max(numbers) + 1)]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise CheckpointError(f"{folder} lacks {_some(missing)} of {len(paths)} shards: copy all of them")
-    return paths
+    if missing := [shard_name(number) for number in range(max(numbers) + 1) if number not in numbers]:
+        raise CheckpointError(f"{folder} lacks {_some(missing)} of {max(numbers) + 1} shards: copy all of them")
+    return [shard_name(number) for number in sorted(numbers)]
 
 
-def _model_config(folder: Path, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> ModelConfig:
-    path = folder / PARAMS_FILE
-    try:
+def _model_config(folder: Folder, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> ModelConfig:
+    with described_by(f"{folder}/{PARAMS_FILE}"):
         hidden, heads = int(params["dim"]), int(params["n_heads"])
         return ModelConfig(
             num_layers=int(params["n_layers"]),
@@ -198,23 +201,52 @@ def _model_config(folder: Path, params: Mapping[str, Any], shards: list[dict[str
             ),
             vocab_size=_vocab_size(folder, params, shards),
             rope_theta=params.get("rope_theta", _DEFAULT_ROPE_THETA),
+            rope_scaling=_rope_scaling(folder, params),
             norm_eps=params.get("norm_eps", _DEFAULT_NORM_EPS),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has a value that is not a number of the right kind: {error}") from None
 
 
-def _vocab_size(folder: Path, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> int:
+def _rope_scaling(folder: Folder, params: Mapping[str, Any]) -> RopeScalingConfig | None:
+    """Llama 3's scaling of positions, of which params.json has a switch and not always the numbers."""
+    if not params.get("use_scaled_rope"):
+        return None
+    if "rope_scaling_factor" not in params:
+        raise CheckpointError(
+            f"{folder}/{PARAMS_FILE} says use_scaled_rope without rope_scaling_factor: add it (Llama 3.1: 8, 3.2: 32)"
+        )
+    return _LLAMA3.model_copy(
+        update={
+            "factor": float(params["rope_scaling_factor"]),
+            "high_freq_factor": float(params.get("high_freq_factor") or 4.0),
+        }
+    )
+
+
+def _scaling_params(model: ModelConfig) -> dict[str, Any]:
+    """The entries of params.json that say how positions are scaled.
+
+    Raises:
+        ConfigError: in a way that Meta's format has no words for.
+    """
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling != _LLAMA3.model_copy(update=same):
+        raise ConfigError(f"Meta's format cannot say that positions are scaled by {scaling}: export to Hugging Face's")
+    return {
+        "use_scaled_rope": True,
+        "rope_scaling_factor": scaling.factor,
+        "high_freq_factor": scaling.high_freq_factor,
+    }
+
+
+def _vocab_size(folder: Folder, params: Mapping[str, Any], shards: list[dict[str, Any]]) -> int:
     """The vocabulary of params.json, or, where that leaves it open (absent or -1), the embedding's rows."""
     stated = int(params.get("vocab_size", -1))
     if stated != -1:
         return stated
     embedding = shards[0].get("tok_embeddings.weight")
     if not isinstance(embedding, StoredTensor):
-        raise CheckpointError(f"{folder / shard_name(0)} lacks tok_embeddings.weight")
+        raise CheckpointError(f"{folder}/{shard_name(0)} lacks tok_embeddings.weight")
     return embedding.shape[0]

@@ -12,16 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neox_core.checkpoint.files import load_file
+from neox_core.checkpoint.folders import Folder, Location, open_folder
 from neox_core.checkpoint.layout import Form, iterate_layers, stored_tensors
 from neox_core.checkpoint.outputs import OutputFile
-from neox_core.checkpoint.stored import LocalContent, open_tensors
+from neox_core.checkpoint.stored import StoredTensor, open_tensors
+from neox_core.checkpoint.targets import Target
 from neox_core.checkpoint.weights import Locator, NewRows, Weights, layouts_of
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
@@ -80,13 +80,14 @@ def _rank_file(
     return OutputFile(f"{CONVERTED_TAG}/{rank_file(rank)}", tensors, under="module")
 
 
-def remove_other_files(target: Path, files: Sequence[OutputFile]) -> None:
+def remove_other_files(target: Target, files: Sequence[OutputFile]) -> None:
     """Remove what an attempt at another form or another number of ranks left in global_step0."""
-    wanted = {target / file.path for file in files}
-    folder = target / CONVERTED_TAG
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if (_LAYER_FILE.fullmatch(path.name) or _RANK_FILE.fullmatch(path.name)) and path not in wanted:
-            path.unlink()
+    wanted = {file.path for file in files}
+    for path in target.files():
+        folder, _, name = path.rpartition("/")
+        ours = _LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name)
+        if folder == CONVERTED_TAG and ours and path not in wanted:
+            target.remove(path)
 
 
 class NeoxCheckpoint:
@@ -99,9 +100,9 @@ class NeoxCheckpoint:
         CheckpointError: there is no checkpoint in the folder, or a rank's file is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = _step_folder(folder)
-        names = [path.name for path in self.folder.iterdir()]
+    def __init__(self, location: Location) -> None:
+        self.folder = _step_folder(open_folder(location))
+        names = self.folder.names()
         by_layer = [match for name in names if (match := _LAYER_FILE.fullmatch(name))]
         by_rank = [match for name in names if (match := _RANK_FILE.fullmatch(name))]
         if not by_layer and not by_rank:
@@ -110,12 +111,16 @@ class NeoxCheckpoint:
         ranks = {int(match[2]) for match in by_layer} or {int(match[1]) for match in by_rank}
         self.tensor_parallel = max(ranks) + 1
         """Number of ranks that share each layer."""
-        self._rank_modules: dict[int, dict[str, Tensor]] = {}
+        self._rank_modules: dict[int, dict[str, Any]] = {}
         if missing := [rank_file(r) for r in range(self.tensor_parallel) if not by_layer and r not in ranks]:
             raise CheckpointError(f"{self.folder} lacks {', '.join(missing)} of {self.tensor_parallel} ranks")
 
     def layer(self, index: int, tensor_rank: int) -> dict[str, Tensor]:
-        """A rank's tensors of the layer at NeoX's index, by NeoX's names.
+        """A rank's tensors of the layer at NeoX's index, by NeoX's names; see `stored_layer`."""
+        return {name: tensor.whole() for name, tensor in self.stored_layer(index, tensor_rank).items()}
+
+    def stored_layer(self, index: int, tensor_rank: int) -> dict[str, StoredTensor]:
+        """A rank's tensors of the layer at NeoX's index, by NeoX's names, not read yet.
 
         Raises:
             CheckpointError: the file is missing or damaged, or has no such layer.
@@ -123,14 +128,14 @@ class NeoxCheckpoint:
         if not 0 <= tensor_rank < self.tensor_parallel:
             raise CheckpointError(f"{self.folder} has {self.tensor_parallel} tensor-parallel ranks, no {tensor_rank}")
         if self._by_layer:
-            tensors = load_file(self.folder / layer_file(index, tensor_rank))
+            tensors = self._open(layer_file(index, tensor_rank))
         else:
             prefix = f"sequential.{index}."
             module = self._rank_module(tensor_rank)
             tensors = {name.removeprefix(prefix): value for name, value in module.items() if name.startswith(prefix)}
         if not tensors:
             raise CheckpointError(f"{self.folder} has no layer {index} for tensor-parallel rank {tensor_rank}")
-        return tensors
+        return {name: value for name, value in tensors.items() if isinstance(value, StoredTensor)}
 
     def weights(self, model: ModelConfig) -> Weights:
         """The whole model, merged over the ranks.
@@ -146,38 +151,38 @@ class NeoxCheckpoint:
     def _finder(self, rank: int) -> Callable[[int, str], object]:
         """Finds a rank's tensors by layer and name; each file is opened once."""
         if not self._by_layer:
-            path = self.folder / rank_file(rank)
-            module = open_tensors(LocalContent(path)).get("module")
-            if not isinstance(module, dict) or not module:
-                raise CheckpointError(f"{path} holds no weights under 'module'")
+            module = self._rank_module(rank)
             return lambda index, name: module.get(f"sequential.{index}.{name}")
 
         @lru_cache(maxsize=1)
         def opened(index: int) -> dict[str, Any]:
-            return open_tensors(LocalContent(self.folder / layer_file(index, rank)))
+            return self._open(layer_file(index, rank))
 
         return lambda index, name: opened(index).get(name)
 
-    def _rank_module(self, rank: int) -> dict[str, Tensor]:
+    def _rank_module(self, rank: int) -> dict[str, Any]:
         if rank not in self._rank_modules:
-            path = self.folder / rank_file(rank)
-            module: Any = load_file(path).get("module")
+            module = self._open(rank_file(rank)).get("module")
             if not isinstance(module, dict) or not module:
-                raise CheckpointError(f"{path} holds no weights under 'module'")
+                raise CheckpointError(f"{self.folder}/{rank_file(rank)} holds no weights under 'module'")
             self._rank_modules[rank] = module
         return self._rank_modules[rank]
 
+    def _open(self, name: str) -> dict[str, Any]:
+        return open_tensors(self.folder.content(name))
 
-def _step_folder(folder: Path) -> Path:
+
+def _step_folder(folder: Folder) -> Folder:
     """The folder itself if it is a step's, else the one that `latest` names."""
-    if not folder.is_dir():
+    if not folder.exists():
         raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    latest = folder / LATEST_FILE
-    if not latest.is_file():
-        if any(_LAYER_FILE.fullmatch(path.name) or _RANK_FILE.fullmatch(path.name) for path in folder.iterdir()):
+    names = folder.names()
+    if LATEST_FILE not in names:
+        if any(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name) for name in names):
             return folder
         raise CheckpointError(f"{folder} holds neither {LATEST_FILE} nor files of a checkpoint")
-    step = folder / latest.read_text(encoding="utf-8").strip()
-    if not step.is_dir():
-        raise CheckpointError(f"{latest} names {step.name}, but {step} does not exist")
+    tag = folder.read_text(LATEST_FILE).strip()
+    step = folder.sub(tag)
+    if not step.exists():
+        raise CheckpointError(f"{folder}/{LATEST_FILE} names {tag}, but {step} does not exist")
     return step

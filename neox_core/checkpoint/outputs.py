@@ -5,25 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event, Lock
-from typing import Any, BinaryIO
+from typing import Any
 
-from neox_core.artifact import FileRecord, sha256_of, write_atomically
+import torch
+
+from neox_core.artifact import FileRecord
 from neox_core.checkpoint.stream import Sink, StreamedTensor, write_safetensors, write_torch
-from neox_core.errors import CheckpointError, StorageError
+from neox_core.checkpoint.targets import LocalTarget, Put, Target
+from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 
 JOURNAL_FILE = ".conversion.json"
 """Which files are finished; a memory of the attempt, not a part of its result."""
 _WORKERS = 4
+"""Files at a time."""
 _POLL_SECONDS = 0.5
+_WORTH_A_THREAD = 1 << 16
 _BYTES_PER_TENSOR = 1024
 """At most, for names, headers and alignment."""
 
@@ -43,12 +46,12 @@ class OutputFile:
         """Bytes, rounded up."""
         return sum(tensor.nbytes + _BYTES_PER_TENSOR for tensor in self.tensors)
 
-    def write(self, sink: Sink) -> None:
-        """Compute the tensors and write them."""
+    def write(self, sink: Sink, pool: Executor) -> None:
+        """Compute the tensors in the pool's threads and write them."""
         if self.path.endswith(".safetensors"):
-            write_safetensors(sink, self.tensors)
+            write_safetensors(sink, self.tensors, pool)
         else:
-            write_torch(sink, self.tensors, self.under)
+            write_torch(sink, self.tensors, pool, self.under)
 
 
 @dataclass
@@ -79,11 +82,15 @@ class Meter:
         progress(min(self.done / max(self.total, 1), 0.999), text)
 
 
-class LocalSink:
-    """A file being written, hashed on the way."""
+class HashedSink:
+    """Bytes on their way to a file. A large piece is hashed and written by threads while the caller makes the next.
 
-    def __init__(self, file: BinaryIO, meter: Meter) -> None:
-        self._file, self._meter = file, meter
+    A piece must stay valid until `write` has returned for the next one, or `flush` has been called.
+    """
+
+    def __init__(self, put: Put, meter: Meter, threads: Executor) -> None:
+        self._put, self._meter, self._threads = put, meter, threads
+        self._pending: list[Future[None]] = []
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -91,83 +98,80 @@ class LocalSink:
         """Append a buffer."""
         view = memoryview(data).cast("B")
         self._meter.add(len(view))
-        self.digest.update(view)
-        written = 0
-        while written < len(view):
-            written += self._file.write(view[written:])
+        self.flush()
+        if len(view) < _WORTH_A_THREAD:
+            self.digest.update(view)
+            self._put(view)
+        else:
+            self._pending = [self._threads.submit(work, view) for work in (self.digest.update, self._put)]
         self.size += len(view)
         return len(view)
 
     def flush(self) -> None:
-        """The file is not buffered."""
+        """Wait until everything is hashed and written; raises what kept it from that."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
 
 
-class LocalTarget:
-    """A folder on a local disk."""
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def finished(self, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
-        """Files of an earlier attempt at the same result that are as they were written."""
-        try:
-            journal = json.loads((self.folder / JOURNAL_FILE).read_text(encoding="utf-8"))
-            records = {path: FileRecord(**record) for path, record in journal["files"].items()}
-        except (OSError, ValueError, TypeError, KeyError):
+def finished_files(target: Target, identity: str, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
+    """Files of an earlier attempt at the same result that are as they were written."""
+    try:
+        journal = json.loads(target.read_text(JOURNAL_FILE))
+        if journal["identity"] != identity:
             return {}
-        if journal.get("identity") != self.identity:
-            return {}
-        wanted = {file.path for file in files}
-        return {path: record for path, record in records.items() if path in wanted and self._intact(record)}
+        records = {path: FileRecord(**record) for path, record in journal["files"].items()}
+        marks = dict(journal["marks"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    wanted = {file.path for file in files} & records.keys()
+    return {path: records[path] for path in wanted if marks.get(path) == target.mark(path)}
 
-    def remember(self, records: dict[str, FileRecord]) -> None:
-        """Keep what is finished, for a next attempt."""
-        content = {"identity": self.identity, "files": {path: vars(record) for path, record in records.items()}}
-        write_atomically(self.folder / JOURNAL_FILE, json.dumps(content, indent=1))
 
-    def remove_remains(self, files: Sequence[OutputFile]) -> None:
-        """Remove what a killed attempt had half written."""
-        for file in files:
-            path = self.folder / file.path
-            for remains in path.parent.glob(f".{path.name}.*.tmp"):
-                remains.unlink(missing_ok=True)
+def journal_records(target: Target) -> list[FileRecord]:
+    """What the last conversion to `target` wrote: sizes and SHA-256, so that nobody has to read it for them."""
+    return [FileRecord(**record) for record in json.loads(target.read_text(JOURNAL_FILE))["files"].values()]
 
-    def check_space(self, needed: int) -> None:
-        """Raise StorageError if the disk has not so many bytes left."""
-        folder = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise StorageError(
-                f"{self.folder} needs {needed:,} more bytes ({needed / 1e9:.1f} GB), but its disk has {free:,} "
-                f"({free / 1e9:.1f} GB) left: free {(needed - free) / 1e9:.1f} GB or choose another folder"
-            )
 
-    @contextmanager
-    def create(self, path: str, meter: Meter) -> Iterator[LocalSink]:
-        """A sink whose file appears, complete and on the disk, when the block ends without an error."""
-        final = self.folder / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb", buffering=0) as file:
-                yield LocalSink(file, meter)
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        except OSError as error:
-            raise StorageError(f"{final} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+@dataclass
+class Journal:
+    """Keeps what is finished, for a next attempt."""
 
-    def _intact(self, record: FileRecord) -> bool:
-        path = self.folder / record.path
-        return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
+    target: Target
+    identity: str
+    records: dict[str, FileRecord]
+    marks: dict[str, str]
+
+    def note(self, record: FileRecord) -> None:
+        """A file is finished."""
+        self.records[record.path] = record
+        local = isinstance(self.target, LocalTarget)  # whose mark is known without reading the file again
+        self.marks[record.path] = record.sha256 if local else self.target.mark(record.path)
+        content = {
+            "identity": self.identity,
+            "files": {path: vars(known) for path, known in self.records.items()},
+            "marks": self.marks,
+        }
+        self.target.write(JOURNAL_FILE, json.dumps(content, indent=1).encode())
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that begin in the block compute on one core each: files and chunks are what runs side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_files(
-    target: LocalTarget, files: Sequence[OutputFile], progress: Progress, finished: Mapping[str, FileRecord]
+    target: Target,
+    identity: str,
+    files: Sequence[OutputFile],
+    progress: Progress,
+    finished: Mapping[str, FileRecord],
 ) -> list[FileRecord]:
     """Write the files that are not `finished`, several at a time, each in pieces of some megabytes.
 
@@ -175,16 +179,22 @@ def write_files(
         CheckpointError: a tensor cannot be made. Finished files stay for the next attempt; others leave nothing.
         StorageError: the disk is too small, which is found out before anything is written.
     """
-    target.remove_remains(files)
+    target.remove_remains([file.path for file in files])
     records = dict(finished)
+    journal = Journal(target, identity, records, {path: target.mark(path) for path in records})
     missing = [file for file in files if file.path not in records]
     target.check_space(sum(file.size for file in missing))
     kept = sum(record.size for record in records.values())
     meter = Meter(total=kept + sum(file.size for file in missing), done=kept, kept=kept)
-    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(_write, target, file, meter) for file in missing]
+    files_at_once = min(_WORKERS, os.cpu_count() or 1)
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(2 * files_at_once) as fillers,
+        ThreadPoolExecutor(files_at_once) as pool,
+    ):
+        futures = [pool.submit(_write, target, file, meter, fillers) for file in missing]
         try:
-            _follow(futures, lambda record: _note(target, records, record), meter, progress)
+            _follow(futures, journal.note, meter, progress)
         except BaseException:
             meter.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -192,15 +202,13 @@ def write_files(
     return [records[file.path] for file in files]
 
 
-def _write(target: LocalTarget, file: OutputFile, meter: Meter) -> FileRecord:
-    with target.create(file.path, meter) as sink:
-        file.write(sink)
+def _write(target: Target, file: OutputFile, meter: Meter, fillers: Executor) -> FileRecord:
+    # The threads end before the file is closed.
+    with target.create(file.path, file.size) as put, ThreadPoolExecutor(2) as threads:
+        sink = HashedSink(put, meter, threads)
+        file.write(sink, fillers)
+        sink.flush()
     return FileRecord(file.path, sink.size, sink.digest.hexdigest())
-
-
-def _note(target: LocalTarget, records: dict[str, FileRecord], record: FileRecord) -> None:
-    records[record.path] = record
-    target.remember(records)
 
 
 def _follow(

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neox_core.checkpoint.folders import Location
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.reference import Reference, decoder_layer, open_reference, whole_llama
+from neox_core.checkpoint.stored import StoredTensor
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
 from neox_core.memory import parameter_count
@@ -81,14 +82,14 @@ class Shards:
         for rank in range(self.checkpoint.tensor_parallel):
             with torch.device("meta"):
                 module = build(self.dims)
-            stored = self.checkpoint.layer(index, rank)
+            stored = self.checkpoint.stored_layer(index, rank)
             self._check(index, rank, stored, module)
-            state = {name: value.float() for name, value in stored.items() if name.startswith(prefixes)}
+            state = {name: value.whole().float() for name, value in stored.items() if name.startswith(prefixes)}
             module.load_state_dict(state, strict=False, assign=True)
             yield module.eval()
 
-    def _check(self, index: int, rank: int, stored: dict[str, Tensor], module: nn.Module) -> None:
-        found = {name: tuple(value.shape) for name, value in stored.items()}
+    def _check(self, index: int, rank: int, stored: dict[str, StoredTensor], module: nn.Module) -> None:
+        found = {name: value.shape for name, value in stored.items()}
         needed = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         if wrong := sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name)):
             raise CheckpointError(
@@ -211,7 +212,7 @@ def _reference_layer(layer: nn.Module, x_BTD: Tensor, positions: Any) -> tuple[T
 
 def prove(
     checkpoint: NeoxCheckpoint,
-    folder: Path,
+    folder: Location,
     model: ModelConfig,
     tolerance: float = TOLERANCE,
     progress: Progress = silent,
@@ -224,7 +225,7 @@ def prove(
     Raises:
         CheckpointError: a logit differs by more than `tolerance`, or a layer relatively by more than 1e-5.
     """
-    dtype = next(iter(checkpoint.layer(0, 0).values())).dtype
+    dtype = next(iter(checkpoint.stored_layer(0, 0).values())).dtype
     reference = open_reference(folder, _POSITIONS, dtype)
     what = f"the shards in {checkpoint.folder} and transformers' Llama from {folder}"
     summary: dict[str, Any] = {}
@@ -241,11 +242,12 @@ def prove(
         "largest_layer_difference": largest,
         "worst_layer": differences.worst,
         "layer_tolerance": LAYER_TOLERANCE,
+        "layer_differences": differences.found,
     }
 
 
 def prove_conversion(
-    source: Path, shards: NeoxCheckpoint, model: ModelConfig, progress: Progress = silent
+    source: Location, shards: NeoxCheckpoint, model: ModelConfig, progress: Progress = silent
 ) -> dict[str, Any]:
     """Compare the shards with their source in Meta's or Hugging Face's format; yields a summary.
 

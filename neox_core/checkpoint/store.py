@@ -87,8 +87,12 @@ class ObjectStore:
 
     def put_text(self, key: str, text: str) -> None:
         """Write a small object in one atomic request."""
+        self.put_bytes(key, text.encode())
+
+    def put_bytes(self, key: str, content: bytes) -> None:
+        """Write a small object in one atomic request."""
         with self._errors(key):
-            self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=text.encode())
+            self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=content)
 
     def get_text(self, key: str) -> str | None:
         """Read a small object; None if there is none."""
@@ -100,6 +104,54 @@ class ObjectStore:
                     return None
                 raise
             return answer["Body"].read().decode()
+
+    def get_range(self, key: str, start: int, count: int) -> bytes:
+        """`count` bytes of an object from `start`; fewer where it ends."""
+        with self._errors(key):
+            wanted = f"bytes={start}-{start + count - 1}"
+            return self._client.get_object(Bucket=self.bucket, Key=self._full(key), Range=wanted)["Body"].read()
+
+    @contextlib.contextmanager
+    def uploading(self, key: str, part_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+        """Takes an object's bytes and sends them in parts; the object appears when the block ends without an error."""
+        where: Any = {"Bucket": self.bucket, "Key": self._full(key)}
+        buffer = bytearray()
+        parts: list[Any] = []
+        with self._errors(key):
+            where["UploadId"] = self._client.create_multipart_upload(**where)["UploadId"]
+
+        def send() -> None:
+            with self._errors(key):
+                number = len(parts) + 1
+                answer = self._client.upload_part(**where, PartNumber=number, Body=bytes(buffer))
+                parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+            buffer.clear()
+
+        def put(data: memoryview) -> None:
+            buffer.extend(data)
+            if len(buffer) >= part_bytes:
+                send()
+
+        try:
+            yield put
+            if buffer or not parts:
+                send()
+            with self._errors(key):
+                self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+        except BaseException:
+            with contextlib.suppress(BotoCoreError, ClientError):
+                self._client.abort_multipart_upload(**where)
+            raise
+
+    def abort_uploads(self, prefix: str) -> None:
+        """Drop the parts of uploads to keys that start with `prefix` and never ended."""
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self._full(prefix)):
+                for upload in page.get("Uploads", ()):
+                    self._client.abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
 
     def list(self, prefix: str = "") -> ObjectInfos:
         """All objects whose key starts with `prefix`, sorted by key."""

@@ -102,6 +102,10 @@ class StoredTensor:
         """Bytes that it takes in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
+    def whole(self) -> Tensor:
+        """All of it in its shape; not to be written to."""
+        return self.read(range(prod(self.shape) // self.shape[-1]), range(self.shape[-1])).view(self.shape)
+
     def read(self, rows: range, columns: range) -> Tensor:
         """Some rows and columns (a vector is one row), both in steps of at least 1; not to be written to."""
         width = self.shape[-1]

@@ -11,17 +11,21 @@ import json
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 25
-"""Of one tensor, in memory at a time."""
+CHUNK_BYTES = 1 << 23
+"""Of one tensor, read at a time."""
+_CHUNKS_AHEAD = 4
+"""Of one file, in memory besides the two being written: reading, hashing and writing overlap."""
 _ALIGNMENT = 64
 """torch's: of each storage in the archive."""
 _PADDING_ID = 0x4246
@@ -60,30 +64,72 @@ class StreamedTensor:
         """Bytes of its values."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def chunks(self) -> Iterator[memoryview]:
-        """Its bytes in order; each chunk is valid until the next."""
-        width = self.shape[-1]
-        height = prod(self.shape) // width
-        step = max(1, CHUNK_BYTES // (width * self.dtype.itemsize))
-        buffer = torch.empty((min(step, height), width), dtype=self.dtype)
-        for start in range(0, height, step):
-            rows = buffer[: min(step, height - start)]
-            self.fill(rows, start)
-            yield memoryview(rows.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.shape[-1] * self.dtype.itemsize
+
+    @property
+    def chunks(self) -> list[range]:
+        """Its rows in the pieces in which they are made."""
+        height = prod(self.shape) // self.shape[-1]
+        step = max(1, CHUNK_BYTES // self.row_bytes)
+        return [range(start, min(start + step, height)) for start in range(0, height, step)]
 
 
-def write_torch(sink: Sink, tensors: Sequence[StreamedTensor], under: str | None = None) -> None:
-    """Write torch's archive of a dict of named tensors, or of {under: such a dict}."""
+def filled(tensors: Sequence[StreamedTensor], pool: Executor) -> Iterator[memoryview]:
+    """All tensors' bytes in order, chunk by chunk, made some chunks ahead in the pool's threads.
+
+    Each chunk is valid until the next but one is asked for, so that a sink may still be at work on the last one.
+    """
+    pieces = iter([(tensor, rows) for tensor in tensors for rows in tensor.chunks])
+    size = max([CHUNK_BYTES, *(tensor.row_bytes for tensor in tensors)])
+    free = [torch.empty(size, dtype=torch.uint8) for _ in range(_CHUNKS_AHEAD + 2)]
+    pending: deque[tuple[Future[Tensor], Tensor]] = deque()
+    taken: deque[Tensor] = deque()
+
+    def begin() -> None:
+        for tensor, rows in islice(pieces, len(free)):
+            buffer = free.pop()
+            pending.append((pool.submit(_fill, tensor, rows, buffer), buffer))
+
+    begin()
+    try:
+        while pending:
+            future, buffer = pending.popleft()
+            yield memoryview(future.result().numpy())  # type: ignore[arg-type]
+            taken.append(buffer)
+            if len(taken) > 1:
+                free.append(taken.popleft())
+            begin()
+    finally:
+        for future, _ in pending:
+            future.cancel()
+
+
+def _fill(tensor: StreamedTensor, rows: range, buffer: Tensor) -> Tensor:
+    """Make some rows of a tensor; yields the part of the buffer that they take."""
+    data = buffer[: len(rows) * tensor.row_bytes]
+    tensor.fill(data.view(tensor.dtype).view(len(rows), -1), rows.start)
+    return data
+
+
+def write_torch(sink: Sink, tensors: Sequence[StreamedTensor], pool: Executor, under: str | None = None) -> None:
+    """Write torch's archive of a dict of named tensors, or of {under: such a dict}. `pool`: see `filled`."""
+    chunks = filled(tensors, pool)
     with zipfile.ZipFile(_WriteOnly(sink), "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         _record(archive, "data.pkl", [memoryview(_pickled(tensors, under))])
         _record(archive, "byteorder", [memoryview(b"little")])
         for key, tensor in enumerate(tensors):
-            _record(archive, f"data/{key}", tensor.chunks(), tensor.nbytes)
+            _record(archive, f"data/{key}", islice(chunks, len(tensor.chunks)), tensor.nbytes)
         _record(archive, "version", [memoryview(b"3\n")])
 
 
-def write_safetensors(sink: Sink, tensors: Sequence[StreamedTensor]) -> None:
-    """Write safetensors' format: the header's size, the header (JSON), and the tensors one behind the other."""
+def write_safetensors(sink: Sink, tensors: Sequence[StreamedTensor], pool: Executor) -> None:
+    """Write safetensors' format: the header's size, the header (JSON), and the tensors one behind the other.
+
+    `pool`: see `filled`.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -96,9 +142,8 @@ def write_safetensors(sink: Sink, tensors: Sequence[StreamedTensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sink.write(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors:
-        for chunk in tensor.chunks():
-            sink.write(chunk)
+    for chunk in filled(tensors, pool):
+        sink.write(chunk)
 
 
 def _record(archive: zipfile.ZipFile, name: str, chunks: Any, size: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = 
 
 
 def _save(tensors: list[StreamedTensor], path: Path) -> None:
-    with path.open("wb") as file:
-        write_torch(file, tensors)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as in_order:
+        write_torch(file, tensors, in_order)
 
 
 def _shard(model: ModelConfig, seed: int, shards: int, shard: int) -> Iterator[StreamedTensor]:

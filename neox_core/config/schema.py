@@ -78,6 +78,10 @@ Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_loc
 """A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
+S3Prefix = Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]
+"""A folder in an object store."""
+
+
 SourceName = Annotated[str, Field(pattern=_NAME)]
 """A source is also a folder, of text and of tokens."""
 
@@ -180,7 +184,7 @@ class DataConfig(Section):
 class BaseModelConfig(Section):
     """The weights to start from: a folder in Meta's raw format (params.json, consolidated.NN.pth) or Hugging Face's."""
 
-    path: ConfigPath
+    path: ConfigPath | S3Prefix = Field(description="a folder, or s3://bucket/prefix in the storage section's store")
     rope_theta: PositiveFloat | None = Field(
         None, description="the base's RoPE theta where the run changes it on purpose; None: model.rope_theta"
     )
@@ -189,6 +193,30 @@ class BaseModelConfig(Section):
     )
     new_tokens: Literal["mean", "normal", "zeros"] = Field("mean", description="how rows that the base lacks are made")
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
+
+
+class RopeScalingConfig(Section):
+    """Positions of a model that was extended to longer sequences, as Hugging Face names them (see model/rope.py)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only, like the next two; Llama 3.1: 1")
+    high_freq_factor: PositiveFloat | None = Field(None, description="Llama 3.1: 4")
+    original_max_position_embeddings: PositiveInt | None = Field(None, description="Llama 3.1: 8192")
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        blend = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        given = [name for name in blend if getattr(self, name) is not None]
+        if given != (list(blend) if self.rope_type == "llama3" else []):
+            raise ValueError(
+                f"llama3 needs {', '.join(blend)}, and linear takes none; {self.rope_type} has {given or 'none'}"
+            )
+        if self.low_freq_factor and self.high_freq_factor and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -204,6 +232,7 @@ class ModelConfig(Section):
         None, description="tokens; the rows of vocab_size above it are padding, cut off on export. None: no padding"
     )
     rope_theta: PositiveFloat
+    rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
     norm_eps: PositiveFloat = 1e-5
 
     @property

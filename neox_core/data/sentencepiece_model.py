@@ -27,6 +27,7 @@ _CROSSING = re.compile(rf"[^{_MARK}]{_MARK}|[ \n]")
 _BPE = 2  # TrainerSpec.ModelType
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+_NEVER_MERGED = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE))
 _SPECIAL = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED))
 
 
@@ -116,8 +117,8 @@ class SentencePieceModel:
 
     @cached_property
     def _pairs(self) -> frozenset[str]:
-        """Letters that stand one after the other in a piece."""
-        pieces = (piece.piece for piece in self.proto().pieces)
+        """Letters that stand one after the other in a piece that a text may be put together from."""
+        pieces = (piece.piece for piece in self.proto().pieces if piece.type not in _NEVER_MERGED)
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def specials_in(self, text: str) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neox_core.model.attention_kernel import AttentionBackend
+from neox_core.model.rope import RopeScaling
 
 if TYPE_CHECKING:  # so that the model needs nothing but torch
     from neox_core.config.schema import ModelConfig
@@ -27,6 +28,7 @@ class ModelDimensions:
     """Longest sequence; the size of the RoPE tables."""
     attention: AttentionBackend = "auto"
     """Kernel of the causal attention."""
+    rope_scaling: RopeScaling | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, sequence_length: int, attention: AttentionBackend = "auto") -> ModelDimensions:
@@ -42,6 +44,7 @@ class ModelDimensions:
             norm_eps=model.norm_eps,
             sequence_length=sequence_length,
             attention=attention,
+            rope_scaling=RopeScaling(**model.rope_scaling.model_dump()) if model.rope_scaling else None,
         )
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:

@@ -38,7 +38,7 @@ class Attention(nn.Module):
         kv_width = dims.num_kv_heads * dims.head_dim
         self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=False)
         self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
-        self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta)
+        self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta, dims.rope_scaling)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""

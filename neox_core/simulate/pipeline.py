@@ -18,7 +18,8 @@ _META = 16
 def know_shapes(engine: Any, config: RunConfig) -> None:
     """Let a stage know the shapes that it would receive: hidden states, whole or a part per tensor-parallel rank."""
     train = config.train
-    shape = torch.Size((train.micro_batch_size, train.sequence_length, config.model.hidden_size))
+    split = config.parallel.tensor if config.parallel.sequence else 1
+    shape = torch.Size((train.micro_batch_size, train.sequence_length // split, config.model.hidden_size))
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     partitioned, parts = engine.is_pipe_partitioned, config.parallel.tensor
 
@@ -26,7 +27,7 @@ def know_shapes(engine: Any, config: RunConfig) -> None:
         hidden = torch.empty(shape.numel() // parts if partitioned else shape, dtype=dtype)
         tensors = [torch.empty(_META, dtype=torch.long), hidden] if partitioned else [hidden]
         if train.mask_documents:
-            tensors.append(torch.empty(shape[:2], dtype=torch.long))
+            tensors.append(torch.empty(train.micro_batch_size, train.sequence_length, dtype=torch.long))
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     def from_meta(meta: Tensor, local_part: Tensor, group: Any, device: Any = None) -> PartitionedTensor:

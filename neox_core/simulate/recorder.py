@@ -23,17 +23,24 @@ _KINDS = {
     "reduce_scatter_": "reduce-scatter",
     "_allgather_base_": "all-gather",
     "allgather_": "all-gather",
+    "reduce_": "reduce",
     "broadcast_": "broadcast",
     "send": "send",
     "recv_": "receive",
 }
 _VALUES: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0}
+_ANSWERS: dict[Any, Callable[[Tensor], Any]] = {
+    torch.ops.aten._local_scalar_dense.default: lambda x: _VALUES.get(x.dtype, 0),
+    torch.ops.aten.equal.default: lambda x: True,
+    torch.ops.aten.nonzero.default: lambda x: x.new_empty((0, x.ndim), dtype=torch.long),
+}
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes of living tensors as an allocator would, and bytes of collectives.
 
-    Where the program reads a value from a tensor, it gets 1.0, True or 0: finite, equal, none different.
+    Where the program reads values from tensors, all is finite and nothing differs: it gets 1.0, True or 0, tensors are
+    equal, and no element is other than zero.
 
     Args:
         groups: name of each group by its ranks. Groups of one rank are not recorded.
@@ -61,8 +68,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return _VALUES.get(args[0].dtype, 0)
+        if func in _ANSWERS:
+            return _ANSWERS[func](args[0])
         if func.namespace == "c10d":
             self._record_collective(func, args)
         result = func(*args, **(kwargs or {}))

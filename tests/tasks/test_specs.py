@@ -12,7 +12,15 @@ import pytest
 from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
-from neox_core.config import ProfileConfig, RunConfig, SourceConfig, TokenizeJobConfig, TrainChange, WeightChange
+from neox_core.config import (
+    ProfileConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizeJobConfig,
+    TrainChange,
+    WeightChange,
+)
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -64,6 +72,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.vocab_size": (4096, CONVERT),
     "model.unpadded_vocab_size": (2040, CONVERT),
     "model.rope_theta": (1e4, CONVERT),
+    "model.rope_scaling": (RopeScalingConfig(rope_type="linear", factor=2), CONVERT),
     "model.norm_eps": (1e-6, CONVERT),
     "parallel.tensor": (1, CONVERT),
     "parallel.sequence": (False, NOTHING),

@@ -325,7 +325,7 @@ print(made.documents, made.rejected, made.verified, resource.getrusage(resource.
 def test_memory_of_a_worker_on_huge_documents(tmp_path: Path) -> None:
     """Without a blank, and of such letters that it cannot be cut; then digits, which give the most ids; then words."""
     million = 1_000_000
-    texts = ["a" * 5 * million, "0123456789" * (million // 2), "some words " * (million // 2), "x" * 200_000]
+    texts = ["e" * 5 * million, "0123456789" * (million // 2), "some words " * (million // 2), "x" * 200_000]
     small_input(tmp_path, {"x.jsonl": texts})
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), str(tmp_path / "x.jsonl")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
@@ -382,3 +382,15 @@ def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
     assert [(line["file"], line["line"]) for line in listed] == [("a/train/1.jsonl", 3), ("a/train/2.jsonl.zst", None)]
     overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert [hit["line"] for hit in overlap["sources"]["a"]["hits"]] == [1, 4]
+
+
+def test_begin_of_document(tmp_path: Path) -> None:
+    """SentencePiece's own <s> and </s> around every document of every split."""
+    config = toy()
+    tokenizer = config.tokenizer.model_copy(update={"begin_of_document": True})
+    prepare_data(config.model_copy(update={"tokenizer": tokenizer}), tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL), add_bos=True, add_eos=True)
+    for source, split in (("arxiv", "train"), ("open-web-math", "train"), ("open-web-math", "validation")):
+        made, texts = documents_of(tmp_path / source / split), texts_of(INPUT / source / split)
+        assert made == reference.encode(texts)
+        assert {document[0] for document in made} == {1}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neox_core.checkpoint import outputs
 from neox_core.checkpoint.convert import convert, open_source
 from neox_core.checkpoint.export import export_huggingface, export_meta
 from neox_core.checkpoint.meta import MetaCheckpoint
@@ -217,14 +216,14 @@ source, target = Path(sys.argv[1]), Path(sys.argv[2])
 outputs._WORKERS = 1
 written = outputs._write
 
-def slowly(target, file, meter):
-    if len(list(target.folder.glob("global_step0/*.pt"))) == 3:
-        with target.create(file.path, meter) as sink:
-            sink.write(b"half")
+def slowly(target, file, meter, fillers):
+    if len(list(target.path.glob("global_step0/*.pt"))) == 3:
+        with target.create(file.path, 4) as put:
+            put(memoryview(b"half"))
             print("waiting", flush=True)
             import time
             time.sleep(600)
-    return written(target, file, meter)
+    return written(target, file, meter, fillers)
 
 outputs._write = slowly
 convert(source, target, MetaCheckpoint(source).model, ParallelConfig(tensor=2, pipeline=2))
@@ -258,7 +257,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_start(
 ) -> None:
     base = write_base()
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("neox_core.checkpoint.targets.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match=r"needs 2\d\d,\d\d\d more bytes .*, but its disk has 100,000"):
         convert(base.folder, tmp_path / "neox", base.model, ParallelConfig(tensor=2))
     assert not list(tmp_path.rglob("*.pt"))
@@ -353,8 +352,16 @@ def test_new_tokens_and_padding(write_base: WriteBase, tmp_path: Path, method: A
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"positions are scaled \(llama3\)"),
-        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, r"positions are scaled \(linear\)"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"llama3 needs low_freq_factor"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"positions are scaled \(yarn\).*linear and llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"positions are scaled \(dynamic\)"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+            },
+            r"rope_parameters and rope_scaling differ, .*factor=4\.0.*factor=2\.0",
+        ),
         ({"rope_theta": 5.0}, r"gives two RoPE bases, \[5\.0, 1000000\.0\]"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
@@ -397,3 +404,18 @@ def test_hugging_face_folders_of_several_kinds(write_base: WriteBase, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert torch.equal(open_source(folder).weights.tensor("lm_head.weight"), base.weights["tok_embeddings.weight"])
+
+
+def test_two_conversions_into_one_folder(write_base: WriteBase, tmp_path: Path) -> None:
+    base, target, parallel = write_base(), tmp_path / "neox", ParallelConfig(tensor=2)
+    seen: list[str] = []
+
+    def second(share: float, text: str) -> None:
+        if not seen:
+            seen.append(text)
+            with pytest.raises(CheckpointError, match=r"another conversion is writing to .*neox: wait for it"):
+                convert(base.folder, target, base.model, parallel)
+
+    convert(base.folder, target, base.model, parallel, second)
+    assert seen
+    assert prove_conversion(base.folder, NeoxCheckpoint(target), base.model)

@@ -40,7 +40,7 @@ def test_a_training_checkpoints_further_files_are_ignored(converted: Callable[[i
     with pytest.raises(CheckpointError, match="has no layer 1 for tensor-parallel rank 0"):
         checkpoint.layer(1, 0)
     (step.parent / "latest").write_text("global_step25\n")
-    assert NeoxCheckpoint(step.parent).folder == step
+    assert str(NeoxCheckpoint(step.parent).folder) == str(step)
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])

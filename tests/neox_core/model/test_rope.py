@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from neox_core.model import elementwise
-from neox_core.model.rope import RotaryEmbedding, rope_tables
+from neox_core.model.rope import RopeScaling, RotaryEmbedding, rope_tables
 from tests.neox_core.model.reference import rotate
 
 HEAD_DIM, POSITIONS = 128, 16_384
@@ -99,3 +102,27 @@ def test_scores_depend_on_the_distance_alone() -> None:
     near = q_everywhere[37] @ k_everywhere[0]
     far = q_everywhere[16_383] @ k_everywhere[16_346]
     assert abs(float(near - far)) < 1e-5 * HEAD_DIM**0.5
+
+
+LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, **LLAMA3), RopeScaling("llama3", 32.0, 1.0, 2.0, 4096)],
+    ids=["linear", "Llama 3.1", "other numbers"],
+)
+def test_scaled_frequencies_are_those_of_transformers(scaling: RopeScaling) -> None:
+    parameters = {name: value for name, value in vars(scaling).items() if value is not None} | {"rope_theta": 5e5}
+    config = LlamaConfig(head_dim=HEAD_DIM, rope_parameters=parameters)
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling.rope_type](config, "cpu")
+    assert attention_factor == 1.0
+    frequencies = 5e5 ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    found = scaling.scaled(frequencies)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+    assert not torch.allclose(found, frequencies, rtol=1e-2)
+    # Tables at a late position, from angles in float64.
+    cos, sin = rope_tables(HEAD_DIM, POSITIONS, 5e5, scaling)
+    angles = (POSITIONS - 1) * found
+    assert float((cos[-1].double() - angles.cos()).abs().max()) <= 1e-7
+    assert float((sin[-1].double() - angles.sin()).abs().max()) <= 1e-7

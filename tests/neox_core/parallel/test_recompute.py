@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_core.activations import block_bytes
-from neox_core.config import RunConfig, load_config
+from neox_core.config import ParallelConfig, RunConfig, load_config
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.document_attention import dense_mask
 from neox_core.model.residual import join_residuals
@@ -51,7 +51,7 @@ def config_with(precision: str, mode: Recompute, masked: bool = False) -> RunCon
         "sequence_length": TOKENS,
         "mask_documents": masked,
     }
-    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    return config.model_copy(update={"train": config.train.model_copy(update=changes), "parallel": ParallelConfig()})
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -73,6 +73,13 @@ def test_kept_bytes_are_the_formulas(mode: Recompute, precision: str, tensor: in
         assert kept == block_bytes(config, dims, compiled=False)
 
 
+def stand_in(parameters: list[torch.nn.Parameter], buffers: list[Tensor]) -> Any:
+    """An optimizer that has accumulators."""
+    return SimpleNamespace(
+        bf16_groups=[parameters], fp32_groups_gradients=[buffers], on_gradient=lambda group, index: None
+    )
+
+
 def gradients(
     mode: Recompute, dtype: torch.dtype, positions: Tensor | None, accumulate: bool
 ) -> tuple[list[Tensor], list[int]]:
@@ -81,9 +88,7 @@ def gradients(
     parameters = list(block.parameters())
     buffers = [torch.zeros(p.numel()) for p in parameters]
     if accumulate:
-        optimizer = SimpleNamespace(
-            bf16_groups=[parameters], fp32_groups_gradients=[buffers], fp32_groups_has_gradients=[[False] * 9]
-        )
+        optimizer = stand_in(parameters, buffers)
         accumulate_linear_gradients(block, optimizer)
     found: list[Tensor] = []
     left: list[int] = []
@@ -130,9 +135,7 @@ def test_what_is_computed_again(mode: Recompute, products: int, attentions: int)
     block = make_block(dimensions(kv_heads=8), mode, torch.float32)
     parameters = list(block.parameters())
     buffers = [torch.zeros(p.numel()) for p in parameters]
-    optimizer = SimpleNamespace(
-        bf16_groups=[parameters], fp32_groups_gradients=[buffers], fp32_groups_has_gradients=[[False] * 9]
-    )
+    optimizer = stand_in(parameters, buffers)
     accumulate_linear_gradients(block, optimizer)
     y = block(torch.randn(2, TOKENS, 64, requires_grad=True))
     with CountProducts() as counted:

@@ -44,7 +44,7 @@ def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:
         assert rank.state == pytest.approx(stage.memory.state, rel=0.005)
         assert rank.step_peak == pytest.approx(stage.memory.total, rel=0.005)
         assert rank.step_peak - rank.state == pytest.approx(stage.memory.activations + stage.memory.working, rel=0.02)
-        assert rank.state <= rank.start_peak < rank.state + 2**28 + 2**20, "nothing is there twice at the start"
+        assert rank.state <= rank.start_peak < rank.state + 2**29, "nothing is there twice at the start"
         assert all(rank.collective_calls[key] > 0 for key in stage.traffic)
         for key in rank.collective_bytes.keys() | stage.traffic.keys():
             # DeepSpeed tells others shapes and losses in a few numbers.
