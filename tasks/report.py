@@ -56,7 +56,7 @@ class ReportData:
     """{'stage', 'seconds', 'skipped'} in order."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """train's summary: first_loss, last_loss, steps, tokens_per_second, mfu, checkpoints, prefix, and consumed: per
-    checkpoint its step and, per source, sequences, tokens and epochs."""
+    checkpoint its step and, per source, sequences, tokens and epochs; incidents and changes, as train records them."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Name -> path or URL of what the run left behind."""
     software: Mapping[str, str] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,10 +20,11 @@ from tasks.report import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, INCIDENTS_FILE = "metrics.jsonl", "incidents.jsonl"
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
 _POLL_SECONDS = 1.0
+_INCIDENT_KEYS = ("step", "problem", "action", "loss", "gradient_norm", "ranks", "sources")
 
 
 def train(config: RunConfig, progress: Progress) -> StageResult:
@@ -79,7 +81,9 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
         )
         _follow(job, config, scratch / METRICS_FILE, progress)
         result = job.results()[0]
-        shutil.copyfile(scratch / METRICS_FILE, folder / METRICS_FILE)
+        for path in (scratch / METRICS_FILE, scratch / INCIDENTS_FILE):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
         return _summary(config, folder, result)
 
     return run_stage(spec, build, progress, still_valid=lambda _: _is_complete(config))
@@ -188,4 +192,12 @@ def _summary(config: RunConfig, folder: Path, result: Mapping[str, Any]) -> dict
         "mfu": utilisations[len(utilisations) // 2],
         "checkpoints": _complete_steps(config),
         "consumed": consumed_history(config),
+        "incidents": _incidents(folder / INCIDENTS_FILE),
+        "changes": config.model_dump(mode="json")["train"]["changes"],
     }
+
+
+def _incidents(path: Path) -> list[dict[str, Any]]:
+    """The records of the steps that were not done, without their long lists."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [{name: record[name] for name in _INCIDENT_KEYS} for record in map(json.loads, lines)]

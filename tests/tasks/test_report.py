@@ -226,6 +226,17 @@ def test_what_was_consumed_and_changes_of_weights_are_shown(tmp_path: Path) -> N
     assert "from step arxiv code 2 0.0% 100.0%" in page.text
 
 
+def test_incidents_and_changes_of_the_recipe_are_shown(tmp_path: Path) -> None:
+    incident = {
+        "step": 1234, "problem": "not finite", "action": "rollback", "loss": "nan", "gradient_norm": 1.5,
+        "ranks": [3, 7], "sources": {"arxiv": 6, "code": 2},
+    }  # fmt: skip
+    changes = [{"from_step": 2000, "lr": 5e-05, "global_batch_tokens": None}]
+    page = render(tmp_path, replace(DATA, train={**DATA.train, "incidents": [incident], "changes": changes}))
+    assert "1,234 not finite rollback nan 1.5 3, 7 arxiv 6 code 2" in page.text
+    assert "from step peak learning rate tokens per batch 2,000 5e-05" in page.text
+
+
 def test_headline_numbers() -> None:
     cards = {what: (value, note) for what, value, note in headline(DATA)}
     assert cards["training loss"] == ("6.125", "from 7.250")

@@ -11,7 +11,7 @@ import pytest
 
 from neox_core.checkpoint.manifest import Manifest, publish_manifest, training_prefix
 from neox_core.checkpoint.store import ObjectStore
-from neox_core.config import RunConfig, load_config
+from neox_core.config import RunConfig, TrainChange, load_config
 from neox_core.data.dataset import MixtureDataset, SequenceDataset
 from neox_core.data.indexed import IndexedWriter
 from neox_core.data.mixture import Mixture
@@ -36,6 +36,24 @@ def test_ancestors_are_the_trainings_with_fewer_changes() -> None:
     assert len({identity(), identity(20), identity(20, 50), identity(21)}) == 4
     assert ancestors(config(), "d", "w") == ()
     assert ancestors(config(20, 50), "d", "w") == (Ancestor(identity(20), 49), Ancestor(identity(), 19))
+
+
+def test_changes_of_the_recipe_are_ancestors_too() -> None:
+    """In order of their steps, whatever they change; those from one step are one."""
+
+    def both(weights: tuple[int, ...], recipe: tuple[int, ...]) -> RunConfig:
+        base = config(*weights)
+        changes = tuple(TrainChange(from_step=step, lr=1e-4) for step in recipe)
+        return base.model_copy(update={"train": base.train.model_copy(update={"changes": changes})})
+
+    def name(weights: tuple[int, ...], recipe: tuple[int, ...]) -> str:
+        return training_fingerprint(both(weights, recipe), "d", "w")
+
+    assert ancestors(both((20, 50), (30, 50)), "d", "w") == (
+        Ancestor(name((20,), (30,)), 49),
+        Ancestor(name((20,), ()), 29),
+        Ancestor(name((), ()), 19),
+    )
 
 
 def publish(store: ObjectStore, fingerprint: str, *steps: int) -> None:
@@ -86,6 +104,7 @@ def test_a_mixture_that_was_another_before_the_checkpoint_is_refused(tmp_path: P
 def test_metrics_begin_with_the_ancestors_up_to_the_step(store: ObjectStore, tmp_path: Path) -> None:
     store.put_text("old/metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(5)))
     inherit_records(store, "old", 3, tmp_path / "new")
+    assert not (tmp_path / "new" / "incidents.jsonl").exists()
     path = tmp_path / "new" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     path.write_text("own\n")
