@@ -58,7 +58,7 @@ def rows(
     shards = tmp_path_factory.mktemp("shards")
     convert(base, shards, MODELS["gqa"], config(*request.param).parallel)
     ranks = run_ranks(
-        run_loop, math.prod(request.param), config(*request.param), shards, tmp_path_factory.mktemp("out")
+        train_rank, math.prod(request.param), config(*request.param), shards, tmp_path_factory.mktemp("out")
     )
     assert ranks[1:] == [[]] * (len(ranks) - 1)
     return list(ranks[0])
