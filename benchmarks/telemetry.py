@@ -68,9 +68,11 @@ def main() -> None:
             loss = engine.train_batch(watched)
             telemetry.end(step, {"train/loss": loss, "train/gradient_norm": engine.get_global_grad_norm()})
 
-        pairs = [
-            [_timed(run, step, device) for run in (without, with_telemetry)] for step in range(1, options.steps + 1)
-        ]
+        pairs = []
+        for step in range(1, options.steps + 1):  # either one first in turn
+            runs = (without, with_telemetry) if step % 2 else (with_telemetry, without)
+            seconds = {run: _timed(run, step, device) for run in runs}
+            pairs.append([seconds[without], seconds[with_telemetry]])
         telemetry.flush()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     _report(pairs[2:], [row["time/logging"] / row["time/step"] for row in rows[2:]])

@@ -29,6 +29,12 @@ def loss_of(outcome: Tensor) -> Tensor:
     return outcome[_HEAD]
 
 
+def group_norms_of(outcome: Tensor) -> Tensor:
+    """The norms of groups of layers of a packed outcome, on its device."""
+    width = (len(outcome) - _HEAD) // 2
+    return outcome[_HEAD + 2 : _HEAD + width].sqrt()
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """A step's numbers on the host."""

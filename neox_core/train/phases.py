@@ -94,18 +94,18 @@ class Phases:
         return found
 
 
-def hook_phases(engine: Any, before_reduce: Callable[[], None], before_update: Callable[[], None]) -> None:
-    """Call functions as a DeepSpeed pipeline engine comes to these instructions of its schedule."""
+def hook_phases(engine: Any, mark: Callable[[str], None]) -> None:
+    """Mark the phases "reduce" and "optimizer" as a DeepSpeed pipeline engine comes to them in its schedule."""
     instructions = engine._INSTRUCTION_MAP
 
-    def preceded(call: Callable[[], None], execute: Callable[..., None]) -> Callable[..., None]:
+    def marked(phase: str, execute: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **named: Any) -> None:
-            call()
+            mark(phase)
             execute(*args, **named)
 
         return run
 
     engine._INSTRUCTION_MAP = instructions | {
-        ReduceGrads: preceded(before_reduce, instructions[ReduceGrads]),
-        OptimizerStep: preceded(before_update, instructions[OptimizerStep]),
+        ReduceGrads: marked("reduce", instructions[ReduceGrads]),
+        OptimizerStep: marked("optimizer", instructions[OptimizerStep]),
     }

@@ -20,14 +20,14 @@ from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import Mesh
 from neox_core.plan import flops_per_token
 from neox_core.train.figures import Figures, peak_memory
-from neox_core.train.gradient_norms import GradientNorms
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.outcome import group_norms_of
 from neox_core.train.phases import PhaseTimer, hook_phases
 from neox_core.train.profiler import StepProfiler
 from neox_core.train.source_losses import SourceLosses
 
 Item = TypeVar("Item")
-_LOGGING, _WAIT, _SHARE = "logging", "time/data_wait", "share"
+_LOGGING, _WAIT = "logging", "time/data_wait"
 
 
 class Telemetry:
@@ -58,14 +58,12 @@ class Telemetry:
         self._config, self._mesh, self._tokens = config, mesh, geometry.tokens
         self._metrics, self._profiler, self._peak_flops = metrics, profiler, peak_flops
         self._phases = PhaseTimer(mesh.device)
-        self._optimizer = engine.optimizer
-        self._norms = GradientNorms(engine.module, engine.optimizer, config.model, mesh)
+        self._engine = engine
         self._sources = SourceLosses(mixture, geometry, mesh.data_rank, mesh.device)
         if engine.is_last_stage() and mesh.tensor_rank == 0:
             engine.module.loss_fn.on_token_losses = self._sources.add
-        hook_phases(engine, lambda: self._phases.mark("reduce"), self._before_update)
+        hook_phases(engine, self._phases.mark)
         self._logged = False
-        self._squares: Tensor | None = None
         self._steps = 0
         self._host_seconds = self._waited = 0.0
         self._gathering: Figures | None = None
@@ -131,22 +129,16 @@ class Telemetry:
         self._send()
         self._write_arrived(wait=True)
 
-    def _before_update(self) -> None:
-        self._phases.mark(_LOGGING)
-        if self._logged:
-            self._squares = self._norms.squares()
-        self._phases.mark("optimizer")
-
     def _gather(self, step: int, values: Mapping[str, float | Tensor]) -> Figures:
         """Start to bring the ranks' figures together."""
-        assert self._squares is not None, "the engine did not come to its update"
         peaks = (self._waited, *peak_memory(self._mesh.device).values())
         own = torch.tensor(peaks, pin_memory=self._mesh.device.type == "cuda")
-        sums = torch.cat((self._sources.take(), self._squares))
+        sums = self._sources.take()
         figures = torch.cat((sums, own.to(self._mesh.device, non_blocking=True)))
         gathered = figures.new_empty(self._mesh.world_size * figures.numel())
         on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        on_device[_SHARE] = self._optimizer.counted_share
+        groups = [f"gradient_norm/{name}" for name in self._engine.gradient_groups]
+        on_device |= zip(groups, group_norms_of(self._engine.optimizer.outcome).unbind(), strict=True)
         return Figures(
             step=step,
             steps=self._steps,
@@ -173,19 +165,17 @@ class Telemetry:
     def _row(self, figures: Figures) -> dict[str, float]:
         """The values that are logged."""
         others = (_WAIT, *peak_memory(self._mesh.device), *figures.scalars)
-        sources, groups = self._sources.names, self._norms.names
-        sums, tokens, squares, rest = figures.read(len(sources), len(sources), len(groups), len(others))
+        sources = self._sources.names
+        sums, tokens, rest = figures.read(len(sources), len(sources), len(others))
         seconds, found = figures.seconds(), dict(zip(others, rest, strict=True))
         step_seconds = sum(seconds.values())
         seconds[_LOGGING] += figures.logging_seconds / figures.steps
         found[_WAIT] /= figures.steps
-        share = found.pop(_SHARE)  # of the positions that count, by which the buffers' gradient is to be divided
         losses = {name: total / n for name, total, n in zip(sources, sums, tokens, strict=True) if n}
         return {
             **figures.known,
             **self._speed(step_seconds),
             **{f"loss/{name}": loss for name, loss in losses.items()},
-            **{f"gradient_norm/{name}": square**0.5 / share for name, square in zip(groups, squares, strict=True)},
             **found,
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/step": step_seconds,

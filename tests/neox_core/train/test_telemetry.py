@@ -6,9 +6,7 @@ import gzip
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,24 +16,17 @@ import torch
 from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.reference import llama_from_meta
 from neox_core.checkpoint.toy_base import make_random_base
-from neox_core.config import ProfileConfig, RunConfig, ValidationConfig, batch_geometry
+from neox_core.config import ProfileConfig, RunConfig, ValidationConfig
 from neox_core.data.mixture import Mixture
 from neox_core.train.gradient_norms import group_names
 from tests.distributed import run_ranks
 from tests.neox_core.train.host_reads import HostReads
+from tests.neox_core.train.small_loop import WEIGHTS, run_loop, sequences
 from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, config_for
 
 INTERVAL, STEPS = 2, 5
 LAYOUTS = [(1, 2, 2), (4, 1, 1)]
 """Pipeline and data parallel; tensor parallel with KV heads that two ranks share."""
-WEIGHTS = {"arxiv": 0.5, "code": 0.25, "web": 0.25, "unused": 0.0}
-
-
-def sequences(indices: Any) -> np.ndarray:
-    """Sequences that each source's ids tell apart from the others'."""
-    sources, _ = Mixture(WEIGHTS).locate(np.asarray(indices))
-    rows = [np.random.default_rng(int(index)).integers(0, 128, SEQUENCE + 1) for index in indices]
-    return np.stack([(row // (1 + 2 * source)).astype(np.int64) for row, source in zip(rows, sources, strict=True)])
 
 
 def config(*layout: int, **train: Any) -> RunConfig:
@@ -46,45 +37,10 @@ def config(*layout: int, **train: Any) -> RunConfig:
     return config_for("gqa", *layout, **settings | train)
 
 
-def never(incident: Any) -> Any:
-    raise AssertionError(incident)
-
-
-def run_loop(
-    config: RunConfig, shards: Path, folder: Path, on_step: Callable[[int], None] = lambda step: None
-) -> list[dict[str, float]]:
-    """Train on one rank; the rows that it logged. `on_step` is called as each step begins."""
+def train_rank(config: RunConfig, shards: Path, folder: Path) -> list[dict[str, float]]:
     from neox_core.checkpoint.neox import NeoxCheckpoint
-    from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.engine import build_engine
-    from neox_core.train.guards import Guard
-    from neox_core.train.loop import Loop
-    from neox_core.train.profiler import StepProfiler
-    from neox_core.train.resume import Position
-    from neox_core.train.telemetry import Telemetry
 
-    mesh = build_mesh(config.parallel, init_distributed(config.launch))
-    geometry = batch_geometry(config)
-    engine = build_engine(config, mesh, geometry, NeoxCheckpoint(shards).layer)
-    rows: list[dict[str, float]] = []
-    metrics: Any = SimpleNamespace(log=lambda step, **values: rows.append({"step": step, **values}))
-    data: Any = SimpleNamespace(mixture=Mixture(WEIGHTS), sequences=sequences)
-    profiler = StepProfiler(config.train.profile, folder, mesh.rank)
-    with Telemetry(config, mesh, geometry, engine, data.mixture, metrics, profiler, 1e12) as telemetry:
-        Loop(
-            engine=engine,
-            train=config.train,
-            geometry=lambda step: geometry,
-            data_rank=mesh.data_rank,
-            validation_data=data,
-            metrics=metrics,
-            guard=Guard(config.train.guard, engine.optimizer.loss_limit.fill_, never),
-            save=lambda position: None,
-            go_back=never,
-            telemetry=telemetry,
-            heartbeat=lambda place: on_step(int(place.split()[-1])) if place.startswith("step") else None,
-        ).run(Position(0, data))
-    return [row for row in rows if "train/loss" in row]
+    return run_loop(config, NeoxCheckpoint(shards).layer, folder)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +58,7 @@ def rows(
     shards = tmp_path_factory.mktemp("shards")
     convert(base, shards, MODELS["gqa"], config(*request.param).parallel)
     ranks = run_ranks(
-        run_loop, math.prod(request.param), config(*request.param), shards, tmp_path_factory.mktemp("out")
+        train_rank, math.prod(request.param), config(*request.param), shards, tmp_path_factory.mktemp("out")
     )
     assert ranks[1:] == [[]] * (len(ranks) - 1)
     return list(ranks[0])
@@ -187,15 +143,17 @@ def test_group_names_are_few_and_fixed() -> None:
 
 def watch_reads(config: RunConfig, shards: Path, folder: Path) -> tuple[set[str], set[str]]:
     """Where the host reads tensors in steps 2 to 4, and what is found where it certainly does."""
+    from neox_core.checkpoint.neox import NeoxCheckpoint
+
     reads, control = HostReads(), HostReads()
 
-    def on_step(step: int) -> None:
-        if step == 2:
+    def on_place(place: str) -> None:
+        if place == "step 2":
             reads.__enter__()
-        elif step == config.train.steps:
+        elif place == f"step {config.train.steps}":
             reads.__exit__(None, None, None)
 
-    run_loop(config, shards, folder, on_step)
+    run_loop(config, NeoxCheckpoint(shards).layer, folder, on_place)
     with control:
         one = torch.ones(1)
         float(one)
