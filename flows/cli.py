@@ -83,7 +83,7 @@ def plan(
     loaded = load_config(config)
     made = make_plan(loaded, nodes, utilisation, peak_tflops, gpu_memory)
     _print_rows(f"plan of {config}", made.rows())
-    found = run_simulation(loaded, nodes) if simulate else []
+    found = run_simulation(loaded, nodes, made.gpu_memory) if simulate else []
     console = Console(highlight=False, width=max(Console().width, _PLAN_WIDTH))
     console.print(memory_table(made, found))
     console.print(traffic_table(made, found))

@@ -5,14 +5,20 @@ Symbols as in memory.py; t is the tokens of a micro batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.model.dimensions import ModelDimensions
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 _FP32 = 4
 
+Mode = Literal["none", "selective", "full"]
+"""Activation checkpointing of a layer."""
 
-def block_bytes(config: RunConfig, dims: ModelDimensions, mode: str | None = None, compiled: bool = True) -> int:
+
+def block_bytes(config: RunConfig, dims: ModelDimensions, mode: Mode, compiled: bool = True) -> int:
     """Bytes that autograd keeps for one transformer block and one micro batch, on one rank.
 
     Per token (after arXiv 2205.05198, section 4.1, for this architecture; S is the number of ranks among which sequence
@@ -27,11 +33,10 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: str | None = Non
 
     Args:
         dims: one rank's.
-        mode: activation checkpointing; default: the configured one.
+        mode: its activation checkpointing.
         compiled: elementwise functions are compiled, as on GPUs.
     """
     size, split = DTYPE_BYTES[config.train.precision], _token_split(config)
-    mode = mode or config.train.activation_checkpointing
     hidden, heads, kv_heads, width = dims.hidden_size, dims.num_heads, dims.num_kv_heads, dims.head_dim
     residual = 2 * size * hidden // split
     per_token = {
@@ -45,14 +50,23 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: str | None = Non
     return micro_batch_tokens(config) * per_token[mode]
 
 
-def working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int) -> int:
+def working_bytes(
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]
+) -> int:
     """The most that a step needs beside what is kept and the state.
 
     That is when a block goes backward (its own gradients, the stage's, and what it computes again), or, on the last
     stage, when the loss has its gradients and a chunk of logits, or, on the others, when the next stage's gradients
     arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, beside what autograd
     keeps; where tensor-parallel ranks have the same, it sends parts and puts them together.
+
+    Args:
+        modes: activation checkpointing of the stage's layers.
     """
+    return max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+
+
+def _working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, mode: Mode) -> int:
     stages = config.parallel.pipeline
     hidden = _hidden(config, dims)
     puts_together = config.parallel.tensor > 1 and not config.parallel.sequence
@@ -60,16 +74,18 @@ def working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeome
     passed = hidden // config.parallel.tensor
     received = passed + (0 if puts_together else flying * passed) if stage > 0 else 0
     if stage == stages - 1:
-        return received + _last_stage_working(config, dims, geometry, stage > 0)
-    backward = _block_backward(config, dims)
+        return received + _last_stage_working(config, dims, geometry, mode, stage > 0)
+    backward = _block_backward(config, dims, mode)
     if puts_together:
         backward = max(3 * hidden, 2 * hidden + backward)
     # The buffer for gradients is there from the first backward pass on.
     first = flying - (flying == geometry.accumulation_steps)
-    return received + max(first * passed + _block_forward(config, dims), (flying + 1) * passed + backward)
+    return received + max(first * passed + _block_forward(config, dims, mode), (flying + 1) * passed + backward)
 
 
-def _last_stage_working(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, receives: bool) -> int:
+def _last_stage_working(
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, mode: Mode, receives: bool
+) -> int:
     """DeepSpeed keeps the results of the last two micro batches, whose graphs hold their inputs and gradients of these.
 
     One of them is replaced before the loss, which takes all tokens' hidden states.
@@ -79,23 +95,23 @@ def _last_stage_working(config: RunConfig, dims: ModelDimensions, geometry: Batc
     result = hidden + 2 * part * receives
     old = min(2, geometry.accumulation_steps - 1)
     loss = part + max(2 * hidden, hidden + _chunk_logits(config, dims))
-    backward = min(1, old) * result + hidden + max(loss, part + _block_backward(config, dims))
-    return max(old * result + _block_forward(config, dims), backward)
+    backward = min(1, old) * result + hidden + max(loss, part + _block_backward(config, dims, mode))
+    return max(old * result + _block_forward(config, dims, mode), backward)
 
 
-def _block_forward(config: RunConfig, dims: ModelDimensions) -> int:
+def _block_forward(config: RunConfig, dims: ModelDimensions, mode: Mode) -> int:
     """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
 
     Selective checkpointing has the norm's result then, and w2's input before. (Full has less than going backward.)
     """
     hidden, part, width = _hidden(config, dims), _hidden(config, dims) // _token_split(config), _width(config, dims)
     summed = part if config.parallel.sequence else hidden
-    if config.train.activation_checkpointing == "selective":
+    if mode == "selective":
         return 2 * hidden + max(width, summed) + (part if part < hidden else 0)
     return hidden + summed
 
 
-def _block_backward(config: RunConfig, dims: ModelDimensions) -> int:
+def _block_backward(config: RunConfig, dims: ModelDimensions, mode: Mode) -> int:
     """The most that a block's backward pass needs beside its result's gradient, in the MLP.
 
     That is the gradients of gate, up and their product, when the product itself has gone unless it was computed again.
@@ -104,7 +120,6 @@ def _block_backward(config: RunConfig, dims: ModelDimensions) -> int:
     """
     hidden, width, split = _hidden(config, dims), _width(config, dims), _token_split(config)
     gathered, part = (hidden, hidden // split) if split > 1 else (0, 0)
-    mode = config.train.activation_checkpointing
     if mode == "selective":
         return max(4 * width, gathered + 2 * width, 2 * hidden + part)
     if mode == "none":

@@ -6,10 +6,11 @@ Sizes are those of the whole tensor: what a reduction takes or a gathering gives
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from neox_core.activations import DTYPE_BYTES, micro_batch_tokens
+from neox_core.activations import DTYPE_BYTES, Mode, micro_batch_tokens
 from neox_core.config import BatchGeometry, RunConfig
-from neox_core.memory import rank_norms, rank_parameters, stage_layers
+from neox_core.memory import rank_norms, rank_parameters
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
@@ -17,11 +18,15 @@ Collective = tuple[str, str]
 _FP32, _FP64 = 4, 8
 
 
-def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:
-    """Bytes of one step's collectives of each rank of a pipeline stage, by group and kind."""
+def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Counter[Collective]:
+    """Bytes of one step's collectives of each rank of a pipeline stage, by group and kind.
+
+    Args:
+        modes: activation checkpointing of each of its layers.
+    """
     traffic: Counter[Collective] = Counter()
     if config.parallel.tensor > 1:
-        traffic += _tensor_parallel(config, geometry, stage)
+        traffic += _tensor_parallel(config, geometry, stage, modes)
     if config.parallel.pipeline > 1:
         traffic += _pipeline(config, geometry, stage)
     if geometry.data_parallel > 1:
@@ -39,19 +44,21 @@ def _hidden(config: RunConfig) -> int:
     return DTYPE_BYTES[config.train.precision] * config.model.hidden_size * micro_batch_tokens(config)
 
 
-def _tensor_parallel(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:
+def _tensor_parallel(
+    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]
+) -> Counter[Collective]:
     """Hidden states are summed after attention and MLP, their gradients before (arXiv 1909.08053).
 
     With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198). Full
     checkpointing computes again what comes before a block's last product, selective gathers the norms' results. The
     embedding and the head add one sum each; the loss, a maximum and two sums per token.
     """
-    first, last, layers = stage == 0, stage == config.parallel.pipeline - 1, stage_layers(config, stage)
-    mode, hidden, steps = config.train.activation_checkpointing, _hidden(config), geometry.accumulation_steps
-    sums = (5 if mode == "full" else 4) * layers + first + last
+    first, last = stage == 0, stage == config.parallel.pipeline - 1
+    hidden, steps = _hidden(config), geometry.accumulation_steps
+    sums = sum(5 if mode == "full" else 4 for mode in modes) + first + last
     loss = last * 3 * _FP32 * micro_batch_tokens(config)
     if config.parallel.sequence:
-        gathers = (4 if mode == "none" else 6) * layers + first + last
+        gathers = sum(4 if mode == "none" else 6 for mode in modes) + first + last
         return Counter(
             {
                 ("tensor", "all-gather"): steps * gathers * hidden,

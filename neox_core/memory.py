@@ -7,12 +7,16 @@ per element. `llemma plan --simulate` measures the same in the real engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from neox_core.activations import DTYPE_BYTES, block_bytes, in_flight, working_bytes
+from neox_core.activations import DTYPE_BYTES, Mode, block_bytes, in_flight, working_bytes
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig
 from neox_core.model.dimensions import ModelDimensions
 from neox_core.parallel.stages import pipeline_layers
+
+RESERVED_BYTES = 2 * 2**30
+"""What is not counted: the CUDA context, NCCL's buffers, workspaces of matrix products, fragments."""
 
 _FP32 = 4
 _MASTER_BYTES = {"fp32": 4, "packed": 2}
@@ -68,11 +72,12 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memory:
+def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Memory:
     """Memory of each rank of one pipeline stage, in bytes.
 
     Args:
         stage: 0 holds the embedding, the last one the final norm and the output head.
+        modes: activation checkpointing of each of its layers.
     """
     dims = rank_dimensions(config)
     parameters = rank_parameters(config, stage)
@@ -84,8 +89,8 @@ def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memo
         master=_MASTER_BYTES[config.train.master_weights] * shard,
         adam=2 * _FP32 * shard,
         tables=layers * _FP32 * dims.head_dim * config.train.sequence_length,
-        activations=in_flight(config, geometry, stage) * layers * block_bytes(config, dims),
-        working=working_bytes(config, dims, geometry, stage),
+        activations=in_flight(config, geometry, stage) * sum(block_bytes(config, dims, mode) for mode in modes),
+        working=working_bytes(config, dims, geometry, stage, modes),
     )
 
 

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from neox_core.communication import Collective, group_size, sent_bytes, step_traffic
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, sequences_before
 from neox_core.errors import ConfigError
-from neox_core.memory import Memory, parameter_count, stage_layers, stage_memory
+from neox_core.memory import RESERVED_BYTES, Memory, parameter_count, stage_memory
 from neox_core.parallel.stages import stage_costs
+from neox_core.recompute_choice import describe_modes, layer_modes
 from neox_core.units import format_bytes, format_count, format_digits, format_flop, format_seconds
 
 A100_PEAK_TFLOPS = 312.0
 """Dense bf16 peak of an NVIDIA A100 (data sheet); H100 and H200: 989."""
 A100_MEMORY_GIB = 40.0
 """Memory of the A100s that Llemma was trained on; others have 80, an H200 has 141 GB = 131 GiB or more."""
-RESERVED_BYTES = 2 * 2**30
-"""What the plan does not count: the CUDA context, NCCL's buffers, workspaces of matrix products, fragments."""
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = False) -> int:
@@ -40,6 +39,8 @@ class StagePlan:
     """What each rank of one pipeline stage needs."""
 
     layers: int
+    recompute: str
+    """Activation checkpointing of its layers."""
     cost: float
     """Time, in units of a transformer layer's."""
     memory: Memory
@@ -198,6 +199,7 @@ def plan(
             f"gpu_memory_gib {gpu_memory_gib} is not positive: give one GPU's memory, 40 or 80 for an A100"
         )
     batch = batch_geometry(config, nodes)
+    available = gpu_memory_gib * 2**30 - RESERVED_BYTES
     return Plan(
         parameters=parameter_count(config.model),
         parameters_without_embedding=parameter_count(config.model, input_embedding=False),
@@ -206,7 +208,7 @@ def plan(
         batch=batch,
         steps=config.train.steps,
         run_tokens=sequences_before(config.train, config.train.steps + 1) * config.train.sequence_length,
-        stages=tuple(_stage_plan(config, batch, stage) for stage in range(config.parallel.pipeline)),
+        stages=tuple(_stage_plan(config, batch, stage, available) for stage in range(config.parallel.pipeline)),
         gpu_memory=gpu_memory_gib * 2**30,
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),
         causal_flops_per_token=flops_per_token(config.model, config.train.sequence_length, causal=True),
@@ -215,8 +217,9 @@ def plan(
     )
 
 
-def _stage_plan(config: RunConfig, batch: BatchGeometry, stage: int) -> StagePlan:
-    traffic = step_traffic(config, batch, stage)
+def _stage_plan(config: RunConfig, batch: BatchGeometry, stage: int, available: float) -> StagePlan:
+    modes = layer_modes(config, batch, stage, available)
+    traffic = step_traffic(config, batch, stage, modes)
     sent = sum(sent_bytes(key, size, group_size(key, config, batch)) for key, size in traffic.items())
-    memory = stage_memory(config, batch, stage)
-    return StagePlan(stage_layers(config, stage), stage_costs(config)[stage], memory, traffic, sent)
+    memory = stage_memory(config, batch, stage, modes)
+    return StagePlan(len(modes), describe_modes(modes), stage_costs(config)[stage], memory, traffic, sent)

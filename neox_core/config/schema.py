@@ -372,8 +372,13 @@ class TrainConfig(Section):
         "fp32", description="packed: only what bf16 cuts off; 2 bytes less"
     )
     gradient_clip: PositiveFloat = 1.0
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "full", description="computed again in the backward pass: nothing, all but matrix products, or all"
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+        "full",
+        description="computed again in the backward pass: nothing, all but matrix products, all, or per layer the "
+        "least that memory allows",
+    )
+    memory_gib: PositiveFloat | None = Field(
+        None, description="what a rank may fill with activation_checkpointing: auto; None: what is free at the start"
     )
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
     attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(

@@ -10,21 +10,26 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from neox_core.config import RunConfig, batch_geometry
+from neox_core.memory import RESERVED_BYTES
 from neox_core.simulate.rank import RankSimulation, simulate_rank
 
 
-def simulate(config: RunConfig, nodes: int | None = None) -> list[RankSimulation]:
+def simulate(config: RunConfig, nodes: int | None = None, gpu_memory: float | None = None) -> list[RankSimulation]:
     """Build and run one step of the first rank of each pipeline stage.
 
     A 34B model on 256 ranks takes about a minute.
 
     Args:
         nodes: number of nodes instead of launch.nodes.
+        gpu_memory: bytes of one GPU's memory, which `activation_checkpointing: auto` may fill.
 
     Raises:
         ConfigError: the nodes don't divide the batch.
     """
     geometry = batch_geometry(config, nodes)
+    if gpu_memory is not None and config.train.memory_gib is None:
+        memory_gib = (gpu_memory - RESERVED_BYTES) / 2**30
+        config = config.model_copy(update={"train": config.train.model_copy(update={"memory_gib": memory_gib})})
     stages = config.parallel.pipeline
     ranks = [stage * geometry.data_parallel * config.parallel.tensor for stage in range(stages)]
     # Spawned, since process groups and DeepSpeed's state belong to a process.

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import LaunchError
-from neox_core.memory import stage_memory
+from neox_core.memory import RESERVED_BYTES, stage_memory
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
 from neox_core.parallel.mesh import Mesh
+from neox_core.recompute_choice import layer_modes
 from neox_core.train.engine import parameter_dtype
 from neox_core.train.loop import pipeline_batches
 from neox_core.train.verification import verify_master_weights
@@ -92,7 +93,9 @@ def memory_explained(config: RunConfig, geometry: BatchGeometry, mesh: Mesh) -> 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        planned = stage_memory(config, geometry, mesh.pipeline_rank)
+        available = torch.cuda.mem_get_info(mesh.device)[1] - RESERVED_BYTES if mesh.device.type == "cuda" else None
+        modes = layer_modes(config, geometry, mesh.pipeline_rank, available)
+        planned = stage_memory(config, geometry, mesh.pipeline_rank, modes)
         parts = [f"{part.name} {getattr(planned, part.name) / _GIB:.1f}" for part in fields(planned)]
         raise LaunchError(
             f"rank {mesh.rank} is out of memory on {mesh.device}{_peak(mesh.device)}. Planned for it, in GiB: "

@@ -12,6 +12,7 @@ from neox_core.config import RunConfig, SourceAmount
 _NOT_LOGICAL = {
     "micro_batch_size",
     "activation_checkpointing",
+    "memory_gib",
     "loss_chunk_tokens",
     "attention",
     "master_weights",

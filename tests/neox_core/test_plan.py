@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from neox_core.activations import block_bytes
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, load_config
 from neox_core.errors import ConfigError
-from neox_core.memory import parameter_count, rank_dimensions, stage_layers, stage_memory
+from neox_core.memory import Memory, parameter_count, rank_dimensions, stage_layers, stage_memory
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.plan import flops_per_token, plan
+from neox_core.recompute_choice import layer_modes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("llemma_7b", "llemma_34b", "toy")
@@ -27,6 +28,10 @@ def load(name: str, **parallel: int) -> RunConfig:
 
 def with_train(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def memory_of(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memory:
+    return stage_memory(config, geometry, stage, layer_modes(config, geometry, stage, None))
 
 
 def transformers_model(model: ModelConfig) -> LlamaForCausalLM:
@@ -66,7 +71,7 @@ def test_weights_of_a_stage_equal_the_modules_it_holds(tensor: int, pipeline: in
             modules += [TokenEmbedding(dims)] if stage == 0 else []
             modules += [FinalNorm(dims), OutputHead(dims)] if stage == pipeline - 1 else []
         held = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        memory = stage_memory(config, geometry, stage)
+        memory = memory_of(config, geometry, stage)
         assert memory.weights == 2 * held
         assert memory.gradients == 4 * held
         assert memory.master == 4 * -(-held // 3)
@@ -79,10 +84,10 @@ def geometry_of(data_parallel: int, accumulation_steps: int) -> BatchGeometry:
 
 def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_ahead() -> None:
     config = with_train(load("llemma_34b", pipeline=4), activation_checkpointing="none")
-    one_layer = block_bytes(config, rank_dimensions(config))
+    one_layer = block_bytes(config, rank_dimensions(config), "none")
     many, few = geometry_of(8, accumulation_steps=64), geometry_of(8, accumulation_steps=2)
-    assert [stage_memory(config, many, s).activations // one_layer for s in range(4)] == [48, 36, 24, 12]
-    assert [stage_memory(config, few, s).activations // one_layer for s in range(4)] == [24, 24, 24, 12]
+    assert [memory_of(config, many, s).activations // one_layer for s in range(4)] == [48, 36, 24, 12]
+    assert [memory_of(config, few, s).activations // one_layer for s in range(4)] == [24, 24, 24, 12]
 
 
 def test_checkpointing_keeps_less() -> None:
@@ -101,14 +106,14 @@ def test_the_last_stage_holds_logits() -> None:
     large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2_560_000})})
     more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
     geometry = geometry_of(1, accumulation_steps=1)
-    added = stage_memory(more, geometry, 0).working - stage_memory(large, geometry, 0).working
+    added = memory_of(more, geometry, 0).working - memory_of(large, geometry, 0).working
     assert added == 2048 * 2_560_000 * (2 + 2)
 
 
 def test_the_fullest_stage_is_found() -> None:
     config = load("llemma_34b", pipeline=4)
     made = plan(config)
-    totals = [stage_memory(config, made.batch, stage).total for stage in range(4)]
+    totals = [memory_of(config, made.batch, stage).total for stage in range(4)]
     assert [stage.memory.total for stage in made.stages] == totals
     assert made.memory.total == max(totals) == totals[made.fullest_stage]
 
@@ -132,7 +137,7 @@ def measured(layers: int, name: str, micro_batch: int, master: str) -> float:
         master_weights=master,
     )
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": layers})})
-    return stage_memory(config, geometry_of(1, 16 // micro_batch), 0).total / 2**30
+    return memory_of(config, geometry_of(1, 16 // micro_batch), 0).total / 2**30
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.precision": ("fp32", TRAIN),
     "train.gradient_clip": (2.0, TRAIN),
     "train.activation_checkpointing": ("none", NOTHING),
+    "train.memory_gib": (70.0, NOTHING),
     "train.mask_documents": (True, TRAIN),
     "train.attention": ("sdpa", NOTHING),
     "train.dry_run": (False, NOTHING),

@@ -183,7 +183,7 @@ FIELDS = {
     "RopeScalingConfig": 5,
     "ModelConfig": 10,
     "ParallelConfig": 4,
-    "TrainConfig": 21,
+    "TrainConfig": 22,
     "ProfileConfig": 3,
     "OptimizerConfig": 4,
     "ScheduleConfig": 6,

@@ -70,7 +70,7 @@ def test_kept_bytes_are_the_formulas(mode: Recompute, precision: str, tensor: in
             del x
             kept = recorder.bytes - y.untyped_storage().nbytes()
         config = config_with(precision, mode, masked=positions is not None)
-        assert kept == block_bytes(config, dims, compiled=False)
+        assert kept == block_bytes(config, dims, mode, compiled=False)
 
 
 def stand_in(parameters: list[torch.nn.Parameter], buffers: list[Tensor]) -> Any:
