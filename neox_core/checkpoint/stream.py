@@ -41,11 +41,11 @@ class Sink(Protocol):
     """Where a file's bytes go, in order."""
 
     def write(self, data: Any, /) -> int:
-        """Take all of a buffer; returns its size in bytes."""
+        """Take all of a buffer, which stays valid until the next call has returned; gives its size in bytes."""
         ...
 
     def flush(self) -> None:
-        """Nothing is owed to the caller."""
+        """Be done with what was taken."""
         ...
 
 

@@ -78,9 +78,9 @@ def test_there_and_back_in_an_object_store(
 ) -> None:
     """Meta -> NeoX -> Hugging Face -> NeoX -> Meta, of which only the first and the last folder are local."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
-    monkeypatch.setattr(folders, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(folders, "_BLOCK_BYTES", 60_000)
     at = store.url().rstrip("/")
-    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--pp", 2, "--vocab-multiple", 16)
+    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--vocab-multiple", 16)
     written = {info.key: info.etag for info in store.list("neox/")}
     assert "neox/artifact.json" in written
     artifact = json.loads(store.get_text("neox/artifact.json") or "")
@@ -88,11 +88,11 @@ def test_there_and_back_in_an_object_store(
         content = store.get_range(f"neox/{record['path']}", 0, record["size"] + 1)
         assert (len(content), hashlib.sha256(content).hexdigest()) == (record["size"], record["sha256"])
     # Finished: not made again. Damaged or lost: made again, the others are kept.
-    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--pp", 2, "--vocab-multiple", 16)
+    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--vocab-multiple", 16)
     assert {info.key: info.etag for info in store.list("neox/")} == written
-    store.delete(["neox/global_step0/layer_03-model_02-model_states.pt", "neox/artifact.json"])
-    store.put_text("neox/global_step0/layer_02-model_00-model_states.pt", "damaged")
-    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--pp", 2, "--vocab-multiple", 16)
+    store.delete(["neox/global_step0/mp_rank_02_model_states.pt", "neox/artifact.json"])
+    store.put_text("neox/global_step0/mp_rank_00_model_states.pt", "damaged")
+    invoke("convert", "--from", base, "--to", f"{at}/neox", "--tp", 4, "--vocab-multiple", 16)
     again = {info.key: info.etag for info in store.list("neox/") if info.key.endswith(".pt")}
     assert again.items() <= written.items()
     assert "NeoX, 4 tensor-parallel ranks" in invoke("inspect", f"{at}/neox")
@@ -100,8 +100,6 @@ def test_there_and_back_in_an_object_store(
     invoke("export", "--from", f"{at}/neox", "--to", f"{at}/hf")
     invoke("convert", "--from", f"{at}/hf", "--to", f"{at}/second", "--tp", 2)
     invoke("export", "--from", f"{at}/second", "--to", tmp_path / "meta", "--format", "meta")
-    invoke("export", "--from", f"{at}/second", "--to", f"{at}/meta", "--format", "meta", "--shards", 2)
-    assert "Meta" in invoke("inspect", f"{at}/meta")
     whole, found = (MetaCheckpoint(folder).tensor for folder in (base, tmp_path / "meta"))
     for name in ("tok_embeddings.weight", "output.weight", "layers.1.attention.wk.weight", "norm.weight"):
         assert torch.equal(whole(name), found(name))

@@ -1,0 +1,43 @@
+"""The convert stage with its base weights in the object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neox_core.checkpoint.neox import NeoxCheckpoint
+from neox_core.checkpoint.store import ObjectStore
+from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.config import ParallelConfig
+from neox_core.errors import ConfigError
+from neox_core.progress import silent
+from tasks.convert import convert
+from tasks.specs import convert_spec
+from tests.neox_core.train.small_training import CONFIG
+
+
+def test_base_weights_in_the_object_store(store: ObjectStore, tmp_path: Path) -> None:
+    base = CONFIG.base_model.model_copy(update={"path": f"{store.url()}base", "rope_theta": None, "vocab_size": None})
+    config = CONFIG.model_copy(
+        update={
+            "workdir": tmp_path / "work",
+            "storage": store.config,
+            "base_model": base,
+            "parallel": ParallelConfig(tensor=2),
+        }
+    )
+    with pytest.raises(ConfigError, match=r"base_model\.path s3://.*/base holds no weights"):
+        convert_spec(config)
+    make_random_base(config.model, tmp_path / "base", seed=3)
+    for path in (tmp_path / "base").iterdir():
+        store.put_file(path, f"base/{path.name}")
+    result = convert(config, silent)
+    assert result.artifact.summary["largest_layer_difference"] < 1e-5
+    assert NeoxCheckpoint(result.artifact.folder).tensor_parallel == 2
+    assert convert(config, silent).skipped
+    # Nothing of the base was copied to the disk.
+    assert not list((tmp_path / "work").rglob("*.pth"))
+    make_random_base(config.model, tmp_path / "base", seed=4)
+    store.put_file(tmp_path / "base/consolidated.00.pth", "base/consolidated.00.pth")
+    assert convert_spec(config).fingerprint != result.artifact.fingerprint
