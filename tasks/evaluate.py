@@ -15,6 +15,7 @@ from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.train.lineage import earlier_configs
 from tasks.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
@@ -29,7 +30,7 @@ _REPORT_SECONDS = 1.0
 def evaluate(config: RunConfig, progress: Progress) -> StageResult:
     """Evaluate the base weights and every checkpoint until the last step's is through.
 
-    A training with changes of weights includes what was evaluated of the trainings that it was before them.
+    A training with changes includes what was evaluated of the trainings that it was before them.
 
     Raises:
         LlemmaError: training ended without its last checkpoint; evaluations so far are kept.
@@ -91,13 +92,11 @@ def _available(config: RunConfig) -> dict[int, str]:
 
 
 def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
-    """Results for the steps that this training shares with those before its changes of weights."""
+    """Results for the steps that this training shares with those before its changes."""
     results: dict[int, dict[str, Any]] = {}
-    changes = config.data.weight_changes
-    for count, change in enumerate(changes):
-        data = config.data.model_copy(update={"weight_changes": changes[:count]})
-        earlier = _load(evaluate_spec(config.model_copy(update={"data": data})).folder)
-        results |= {step: result for step, result in earlier.items() if step < change.from_step}
+    for earlier, last_step in reversed(earlier_configs(config)):
+        found = _load(evaluate_spec(earlier).folder)
+        results |= {step: result for step, result in found.items() if step <= last_step}
     return results
 
 
