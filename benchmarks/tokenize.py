@@ -1,176 +1,25 @@
-# ruff: noqa: E402
 """Tokenization speed: our encoder against SentencePiece's, and our stage against GPT-NeoX's way of doing it.
 
     python benchmarks/tokenize.py ../shared/data/mini-proof-pile ../shared/data/tokenizers/mistral-v1.model
 
-All runs are of the same text, in turn, each in a fresh process. Figures are MB of UTF-8 text per second: of CPU (user
-and system, with all child processes) and by the wall. The last line is JSON, of the figures per CPU second.
-
-The encoders are timed from the first text on, cold. The stages (`tokenizing/neox_way.py`, `tokenizing/our_way.py`) are
-whole commands: the start of the interpreter, imports, and the tokenizer's loading count.
+See `tokenizing/compare.py`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
-# A script's folder comes first, where this file would stand for the standard library's own `tokenize`.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-import argparse
-import io
-import json
-import multiprocessing
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import sentencepiece
-import zstandard
-
-from neox_core.data.indexed import IndexedDataset
-from neox_core.data.part_settings import TokenizerSettings
-from neox_core.data.tokenizer import Tokenizer
-from neox_core.errors import DataError
-
-_MB = 1e6
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contestant does."""
-
-    files: tuple[Path, ...]
-    model: Path
-    workers: int
-    output: Path
-
-
-def texts_of(files: tuple[Path, ...]) -> Iterator[str]:
-    """All texts, in order."""
-    return (json.loads(line)["text"] for line in lines_of(files))
-
-
-def lines_of(files: tuple[Path, ...]) -> Iterator[str]:
-    """All lines, through the reader that GPT-NeoX uses."""
-    for path in files:
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-            yield from io.TextIOWrapper(reader, encoding="utf-8", newline="\n")
-
-
-def encode_sentencepiece(work: Work) -> tuple[float, float]:
-    """CPU and wall seconds of SentencePiece's own encode, text by text."""
-    texts = list(texts_of(work.files))
-    return _timed(sentencepiece.SentencePieceProcessor(model_file=str(work.model)).encode, texts)
-
-
-def encode_ours(work: Work) -> tuple[float, float]:
-    """CPU and wall seconds of our encode, text by text, starting cold."""
-    texts = list(texts_of(work.files))
-    return _timed(Tokenizer(TokenizerSettings(work.model)).encode, texts)
-
-
-def run_stage(way: str, work: Work) -> tuple[float, float]:
-    """CPU and wall seconds of one of the commands in `tokenizing`: zstd in, .bin and .idx out."""
-    script = Path(__file__).with_name("tokenizing") / f"{way}_way.py"
-    output = work.output / way
-    output.mkdir()
-    # -P: else its folder would come first on the path, where this file is.
-    command = [sys.executable, "-P", script, work.model, str(work.workers), output / "all", *work.files]
-    started = time.perf_counter()
-    process = os.spawnve(os.P_NOWAIT, sys.executable, command, os.environ | {"PYTHONPATH": sys.path[0]})
-    _, status, usage = os.wait4(process, 0)  # of the process and of the children that it waited for
-    if status:
-        raise DataError(f"{script} failed (wait status {status}): see its message above")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started
-
-
-def identical(work: Work) -> bool:
-    """Whether each of our ids is SentencePiece's, and the two stages' files agree."""
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(work.model))
-    ours = IndexedDataset(work.output / "our" / "all")
-    texts = list(texts_of(work.files))
-    same = len(ours) == len(texts) and all(
-        ours[i].tolist() == [*reference.encode(text), reference.eos_id()] for i, text in enumerate(texts)
-    )
-    files = [[(work.output / way / f"all.{kind}").read_bytes() for way in ("our", "neox")] for kind in ("bin", "idx")]
-    return same and all(first == second for first, second in files)
-
-
-def _timed(encode: Callable[[str], Any], texts: list[str]) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    for text in texts:
-        encode(text)
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def _in_fresh_process(function: Callable[[Work], Any], work: Work) -> Any:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=_answer, args=(function, work, answers))
-    process.start()
-    result = answers.get()
-    process.join()
-    return result
-
-
-def _answer(function: Callable[[Work], Any], work: Work, answers: Any) -> None:
-    answers.put(function(work))
-
-
-def _choose(folder: Path, megabytes: float) -> tuple[tuple[Path, ...], int]:
-    """Training files of all sources in turn, up to that much text, and the bytes of their text."""
-    by_source = [sorted(source.glob("train/*.jsonl.zst")) for source in sorted(folder.iterdir()) if source.is_dir()]
-    chosen: list[Path] = []
-    size = 0
-    for turn in range(max(map(len, by_source))):
-        for paths in by_source:
-            if turn < len(paths) and size < megabytes * _MB:
-                chosen.append(paths[turn])
-                size += sum(len(text.encode()) for text in texts_of((paths[turn],)))
-    return tuple(chosen), size
-
-
-def main() -> None:
-    """Run all contestants in turn and print their speeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(__file__).parents[2] / "shared" / "data"
-    parser.add_argument("text", type=Path, nargs="?", default=shared / "mini-proof-pile", help="<source>/train/*.zst")
-    parser.add_argument("model", type=Path, nargs="?", default=shared / "tokenizers" / "mistral-v1.model")
-    parser.add_argument("--megabytes", type=float, default=30.0)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    arguments = parser.parse_args()
-    files, size = _choose(arguments.text, arguments.megabytes)
-    out = sys.stdout
-    out.write(f"{size / _MB:.1f} MB of text in {len(files)} files, {arguments.workers} workers\n")
-    out.write(f"{'':24} MB per CPU second  MB per second\n")
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(files, arguments.model, arguments.workers, Path(folder))
-        contestants: dict[str, Callable[[], tuple[float, float]]] = {
-            "encode, SentencePiece": partial(_in_fresh_process, encode_sentencepiece, work),
-            "encode, ours": partial(_in_fresh_process, encode_ours, work),
-            "stage, GPT-NeoX's way": partial(run_stage, "neox", work),
-            "stage, ours": partial(run_stage, "our", work),
-        }
-        cpu: list[float] = []
-        walls: list[float] = []
-        for name, contest in contestants.items():
-            cpu_seconds, wall = contest()
-            out.write(f"{name:24} {size / _MB / cpu_seconds:17.1f} {size / _MB / wall:14.1f}\n")
-            cpu, walls = [*cpu, cpu_seconds], [*walls, wall]
-        out.write(f"by the wall: encode {walls[0] / walls[1]:.2f} times, stage {walls[2] / walls[3]:.2f} times\n")
-        result = {
-            "encode_vs_sentencepiece": round(cpu[0] / cpu[1], 2),
-            "stage_vs_neox": round(cpu[2] / cpu[3], 2),
-            "identical_ids": identical(work),
-        }
-    out.write(json.dumps(result) + "\n")
-
-
 if __name__ == "__main__":
+    # A script's folder comes first on the path, where this file would stand for the standard library's module.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from benchmarks.tokenizing.compare import main
+
     main()
+elif __name__ == "tokenize":  # imported by a script beside this file, for the standard library's module: be that
+    spec = importlib.util.spec_from_file_location("tokenize", os.path.join(os.path.dirname(os.__file__), "tokenize.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["tokenize"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["tokenize"])

@@ -23,6 +23,5 @@ def prepare_data(config: str) -> StageResult:
 def ledger_table(config: RunConfig, result: StageResult) -> list[Row]:
     """A row per source: what there is, and what the run takes of it."""
     data = ledger(config, result)
-    return [
-        {"source": name, **splits["train"], **data["run"].get(name, {})} for name, splits in data["sources"].items()
-    ]
+    used = {name: {f"run {what}": value for what, value in use.items()} for name, use in data["run"].items()}
+    return [{"source": name, **splits["train"], **used.get(name, {})} for name, splits in data["sources"].items()]

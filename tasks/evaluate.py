@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.train.lineage import earlier_configs
 from tasks.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
-from tasks.train import FAILURE_FILE, checkpoints, scratch_folder
+from tasks.train import FAILURE_FILE, lineage_checkpoints, scratch_folder
 
 EVALUATIONS_FILE = "evaluations.json"
 _BASE_STEP = 0
@@ -27,6 +30,8 @@ _REPORT_SECONDS = 1.0
 def evaluate(config: RunConfig, progress: Progress) -> StageResult:
     """Evaluate the base weights and every checkpoint until the last step's is through.
 
+    A training with changes includes what was evaluated of the trainings that it was before them.
+
     Raises:
         LlemmaError: training ended without its last checkpoint; evaluations so far are kept.
         LaunchError: an evaluation job failed.
@@ -35,7 +40,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
     data, weights = require(prepare_spec(config)), require(convert_spec(config))
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results = _load(folder)
+        results = _inherited(config) | _load(folder)
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -44,11 +49,12 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
             progress(step / config.train.steps, text)
 
         while config.train.steps not in results:
-            todo = [step for step in _available(config) if step not in results]
+            todo = [(prefix, step) for step, prefix in _available(config).items() if step not in results]
             if todo:
-                for result in _run_job(config, data, weights, todo, report):
-                    results[result["step"]] = result
-                _store(folder, results)
+                for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
+                    for result in _run_job(config, data, weights, prefix, [step for _, step in found], report):
+                        results[result["step"]] = result
+                    _store(folder, results)
                 continue
             if _training_failed(config, started):
                 report()  # raises if it is an interruption of both that has ended training
@@ -79,8 +85,19 @@ def _wait(seconds: float, report: Callable[[], None]) -> None:
         time.sleep(min(left, _REPORT_SECONDS))
 
 
-def _available(config: RunConfig) -> list[int]:
-    return [_BASE_STEP, *(manifest.step for manifest in checkpoints(config)[2])]
+def _available(config: RunConfig) -> dict[int, str]:
+    """Steps that can be evaluated, and the key below which their checkpoints lie."""
+    own = training_prefix(train_spec(config).fingerprint)
+    return {_BASE_STEP: own} | {step: prefix for step, (prefix, _) in lineage_checkpoints(config).items()}
+
+
+def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
+    """Results for the steps that this training shares with those before its changes."""
+    results: dict[int, dict[str, Any]] = {}
+    for earlier, last_step in reversed(earlier_configs(config)):
+        found = _load(evaluate_spec(earlier).folder)
+        results |= {step: result for step, result in found.items() if step <= last_step}
+    return results
 
 
 def _training_failed(config: RunConfig, since: float) -> bool:
@@ -97,15 +114,14 @@ def _training_failed(config: RunConfig, since: float) -> bool:
 
 
 def _run_job(
-    config: RunConfig, data: Artifact, weights: Artifact, steps: list[int], report: Callable[[], None]
+    config: RunConfig, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
-    prefix = training_prefix(train_spec(config).fingerprint)
     counts = {
         source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
     }
     # Keys of one evaluation begin alike, so that its jobs can be found (see `evaluation_jobs`).
-    key = _key_prefix(config) + fingerprint("evaluate-job", {"steps": steps}, {})[:56]
+    key = _key_prefix(config) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
     job = submit_or_attach(

@@ -137,20 +137,23 @@ def _ancestors(config: RunConfig) -> tuple[Ancestor, ...]:
     return ancestors(config, prepare_spec(config).fingerprint, convert_spec(config).fingerprint)
 
 
-def consumed_history(config: RunConfig) -> list[dict[str, Any]]:
-    """What the checkpoints' ledgers say, by step: {"step", "sources": {name: {"sequences", "tokens", "epochs"}}}.
-
-    Those of the trainings that this one was before changes of weights belong to it.
-    """
-    store, _, manifests = checkpoints(config)
+def lineage_checkpoints(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
+    """By step, the key below which a complete checkpoint lies, and its manifest: this training's, and those of the
+    trainings that it was before changes of weights."""
+    store, prefix, manifests = checkpoints(config)
     found = {
-        manifest.step: manifest
+        manifest.step: (training_prefix(ancestor.fingerprint), manifest)
         for ancestor in _ancestors(config)
         for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
         if manifest.step <= ancestor.last_step
     }
-    found |= {manifest.step: manifest for manifest in manifests}
-    return [{"step": step, "sources": found[step].consumed} for step in sorted(found)]
+    found |= {manifest.step: (prefix, manifest) for manifest in manifests}
+    return dict(sorted(found.items()))
+
+
+def consumed_history(config: RunConfig) -> list[dict[str, Any]]:
+    """What the checkpoints' ledgers say, by step: {"step", "sources": {name: {"sequences", "tokens", "epochs"}}}."""
+    return [{"step": step, "sources": manifest.consumed} for step, (_, manifest) in lineage_checkpoints(config).items()]
 
 
 def _complete_steps(config: RunConfig) -> list[int]:

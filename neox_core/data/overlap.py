@@ -6,6 +6,7 @@ Llemma paper looks for 30-grams (arXiv 2310.10631, section 2.1).
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from neox_core.errors import ConfigError, DataError
 
@@ -102,7 +101,7 @@ def _items_of(path: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            record: Any = orjson.loads(line)
+            record: Any = json.loads(line)  # which takes NaN, as the sets' own tools write it; they are small
         except ValueError as error:
             raise DataError(f"evaluation set {path}, line {number} is not JSON ({error}): correct it") from None
         if not isinstance(record, dict):

@@ -33,16 +33,21 @@ class Ancestor:
 
 
 def ancestors(config: RunConfig, data: str, weights: str) -> tuple[Ancestor, ...]:
-    """The trainings without the last changes, without those and the ones before, ..., on these artifacts' fingerprints.
+    """The trainings of `earlier_configs`, on these artifacts' fingerprints."""
+    return tuple(
+        Ancestor(training_fingerprint(earlier, data, weights), last) for earlier, last in earlier_configs(config)
+    )
+
+
+def earlier_configs(config: RunConfig) -> list[tuple[RunConfig, int]]:
+    """The configuration without the last changes, without those and the ones before, ..., and the last step that is
+    the same with each.
 
     Changes are those of data.weight_changes and of train.changes; those from the same step are one.
     """
     steps = {change.from_step for change in config.data.weight_changes}
     steps |= {change.from_step for change in config.train.changes}
-    return tuple(
-        Ancestor(training_fingerprint(_without_changes(config, step), data, weights), step - 1)
-        for step in sorted(steps, reverse=True)
-    )
+    return [(_without_changes(config, step), step - 1) for step in sorted(steps, reverse=True)]
 
 
 def _without_changes(config: RunConfig, from_step: int) -> RunConfig:

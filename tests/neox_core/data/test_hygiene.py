@@ -76,7 +76,7 @@ def test_overlap_is_that_of_the_definition(n: int) -> None:
 
 def test_items_are_every_text_but_names(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
-    record = {"id": "x/1", "name": "not looked for", "question": "Is it?", "options": ["Yes, it", 3], "answer": None}
+    record = {"id": "x/1", "name": "not looked for", "question": "Is it?", "options": ["Yes, it", 3, float("nan")], "answer": None}
     path.write_text(json.dumps(record) + "\n\n" + json.dumps({"question": "Why"}) + "\n")
     items = load_items((path,), 2).items
     assert [(item.set_name, item.item, item.field, item.words) for item in items] == [
