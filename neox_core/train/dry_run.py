@@ -24,8 +24,8 @@ from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
 from neox_core.parallel.mesh import Mesh
 from neox_core.recompute_choice import layer_modes
-from neox_core.train.engine import parameter_dtype
 from neox_core.train.loop import pipeline_batches
+from neox_core.train.pipeline_stage import parameter_dtype
 from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,14 @@ from neox_core.errors import ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.shared_store import shared_store
 from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
-from neox_core.train.engine import build_engine, parameter_dtype
+from neox_core.train.engine import build_engine
 from neox_core.train.guards import Guard
 from neox_core.train.hardware import peak_flops
 from neox_core.train.incidents import IncidentLog
 from neox_core.train.job import TrainJob
 from neox_core.train.loop import Loop
 from neox_core.train.metrics import MetricsLog
+from neox_core.train.pipeline_stage import parameter_dtype
 from neox_core.train.profiler import StepProfiler
 from neox_core.train.resume import Position, TrainCheckpoints
 from neox_core.train.startup import check_ranks_agree, startup_facts
