@@ -1,30 +1,26 @@
 """Typed, frozen, nested configuration."""
 
 from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, sequences_before
+from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
 from neox_core.config.load import load_config, parse_config, read_yaml
+from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
-    BaseModelConfig,
-    DataConfig,
     EvaluateConfig,
-    GuardConfig,
     LaunchConfig,
-    ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
-    ProfileConfig,
-    RopeScalingConfig,
     RunConfig,
-    ScheduleConfig,
-    SourceAmount,
-    SourceConfig,
     StorageConfig,
-    TokenizeJobConfig,
     TokenizerConfig,
+    WandbConfig,
+)
+from neox_core.config.train_sections import (
+    GuardConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
     TrainChange,
     TrainConfig,
     ValidationConfig,
-    WandbConfig,
-    WeightChange,
 )
 
 __all__ = [

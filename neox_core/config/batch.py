@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from neox_core.config.schema import RunConfig, TrainConfig
+from neox_core.config.schema import RunConfig
+from neox_core.config.train_sections import TrainConfig
 from neox_core.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from neox_core.model.attention_kernel import AttentionBackend
 from neox_core.model.rope import RopeScaling
 
 if TYPE_CHECKING:  # so that the model needs nothing but torch
-    from neox_core.config.schema import ModelConfig
+    from neox_core.config.model_sections import ModelConfig
 
 
 @dataclass(frozen=True)

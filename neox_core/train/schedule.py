@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from neox_core.config.schema import TrainConfig
+from neox_core.config.train_sections import TrainConfig
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

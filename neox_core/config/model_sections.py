@@ -1,0 +1,103 @@
+"""Sections on the model and the weights it starts from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from neox_core.config.section import ConfigPath, S3Prefix, Section
+
+
+class BaseModelConfig(Section):
+    """The weights to start from: a folder in Meta's raw format (params.json, consolidated.NN.pth) or Hugging Face's."""
+
+    path: ConfigPath | S3Prefix = Field(description="a folder, or s3://bucket/prefix in the storage section's store")
+    rope_theta: PositiveFloat | None = Field(
+        None, description="the base's RoPE theta where the run changes it on purpose; None: model.rope_theta"
+    )
+    vocab_size: PositiveInt | None = Field(
+        None, description="the base's vocabulary where the run adds tokens or padding on purpose; None: the model's"
+    )
+    new_tokens: Literal["mean", "normal", "zeros"] = Field("mean", description="how rows that the base lacks are made")
+    random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
+
+
+class RopeScalingConfig(Section):
+    """Positions of a model that was extended to longer sequences, as Hugging Face names them (see model/rope.py)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only, like the next two; Llama 3.1: 1")
+    high_freq_factor: PositiveFloat | None = Field(None, description="Llama 3.1: 4")
+    original_max_position_embeddings: PositiveInt | None = Field(None, description="Llama 3.1: 8192")
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        blend = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        given = [name for name in blend if getattr(self, name) is not None]
+        if given != (list(blend) if self.rope_type == "llama3" else []):
+            raise ValueError(
+                f"llama3 needs {', '.join(blend)}, and linear takes none; {self.rope_type} has {given or 'none'}"
+            )
+        if self.low_freq_factor and self.high_freq_factor and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """Architecture of a Llama-family model."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    intermediate_size: PositiveInt
+    vocab_size: PositiveInt
+    unpadded_vocab_size: PositiveInt | None = Field(
+        None, description="tokens; the rows of vocab_size above it are padding, cut off on export. None: no padding"
+    )
+    rope_theta: PositiveFloat
+    rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
+    norm_eps: PositiveFloat = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the vocabulary that stand for tokens."""
+        return self.unpadded_vocab_size or self.vocab_size
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one key-value head (1 for multi-head attention)."""
+        return self.num_attention_heads // self.num_kv_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % (2 * self.queries_per_kv):
+            raise ValueError(
+                f"head width {self.head_dim} is not divisible by 2 x {self.queries_per_kv} query heads per KV head, "
+                "which NeoX's fused QKV layout needs"
+            )
+        if self.num_tokens > self.vocab_size:
+            raise ValueError(f"unpadded_vocab_size {self.num_tokens} exceeds vocab_size {self.vocab_size}")
+        return self

@@ -1,0 +1,59 @@
+"""What the sections of the configuration have in common: frozen, strict, with paths beside the YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base", Path.cwd())
+    return Path(base, path.expanduser()).resolve()
+
+
+ConfigPath = Annotated[Path, AfterValidator(_resolve)]
+"""A path; a relative one is relative to the folder of the YAML file."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_stray_booleans(cls, values: Any) -> Any:
+        # Where another type is due, pydantic would read `steps: yes` as 1.
+        switches = {name for name, field in cls.model_fields.items() if field.annotation is bool}
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name not in switches:
+                raise ValueError(f"{name} is {value}: give a number, a name or a section, not yes or no")
+        return values
+
+
+def _as_text(location: object) -> object:
+    return str(location) if isinstance(location, Path) else location
+
+
+def _resolve_location(location: str, info: ValidationInfo) -> str:
+    return location if location.startswith("s3://") else str(_resolve(Path(location), info))
+
+
+Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_location)]
+"""A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
+
+
+S3Prefix = Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]
+"""A folder in an object store."""

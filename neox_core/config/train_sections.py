@@ -1,0 +1,140 @@
+"""Sections on the recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from neox_core.config.section import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW. Weight decay applies to matrices, not to norms."""
+
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+
+
+class ScheduleConfig(Section):
+    """Linear warmup, then down to a share of the peak: a cosine (arXiv 2310.10631), or late in the run (2405.18392)."""
+
+    kind: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warmup, stable at the peak, decay at the end")
+    warmup_steps: NonNegativeInt = 500
+    decay_steps: PositiveInt | None = Field(
+        None, description="cosine: step of the minimum, None: train.steps; wsd: length of the decay, None: by its share"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: part of train.steps that decays")
+    decay_shape: Literal["linear", "1-sqrt"] = Field("1-sqrt", description="wsd")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.033
+
+
+Reaction = Literal["stop", "skip", "rollback"]
+
+
+class GuardConfig(Section):
+    """What follows when a step's loss or gradient is not finite, or its loss jumps. Its update is not done in any case.
+
+    skip: go on with the next batch. rollback: back to the last checkpoint, and on after the batch in question.
+    """
+
+    on_not_finite: Reaction = "stop"
+    on_spike: Reaction = "skip"
+    spike_sigma: PositiveFloat | None = Field(
+        None, description="standard deviations above the mean loss of the window that make a spike; None: none is"
+    )
+    spike_window: Annotated[int, Field(ge=2)] = Field(100, description="steps")
+    max_skips: NonNegativeInt = Field(3, description="in a row; then training stops")
+    max_rollbacks: NonNegativeInt = Field(3, description="of the whole training; then it stops")
+
+
+class TrainChange(Section):
+    """Another peak learning rate or batch from a step on; a training that has not reached it takes it up."""
+
+    from_step: PositiveInt
+    lr: PositiveFloat | None = Field(None, description="peak of the schedule, which goes on; None: as before")
+    global_batch_tokens: PositiveInt | None = Field(None, description="None: as before")
+
+
+class ValidationConfig(Section):
+    """Validation loss during training, on `iterations` global batches; also at step 0."""
+
+    interval: PositiveInt = 250
+    iterations: PositiveInt = 25
+
+
+class ProfileConfig(Section):
+    """Steps that torch's profiler records; the traces lie beside the metrics."""
+
+    first_step: PositiveInt
+    last_step: PositiveInt
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileConfig:
+        if self.last_step < self.first_step:
+            raise ValueError(f"last_step {self.last_step} is before first_step {self.first_step}")
+        return self
+
+
+class TrainConfig(Section):
+    """The recipe. The batch is set in tokens; gradient accumulation follows from the number of ranks."""
+
+    steps: PositiveInt
+    sequence_length: PositiveInt
+    global_batch_tokens: PositiveInt
+    micro_batch_size: PositiveInt
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    validation: ValidationConfig = ValidationConfig()
+    changes: tuple[TrainChange, ...] = Field((), description="in order of their steps")
+    guard: GuardConfig = GuardConfig()
+    checkpoint_interval: PositiveInt
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
+    master_weights: Literal["fp32", "packed"] = Field(
+        "fp32", description="packed: only what bf16 cuts off; 2 bytes less"
+    )
+    gradient_clip: PositiveFloat = 1.0
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+        "full",
+        description="computed again in the backward pass: nothing, all but matrix products, all, or per layer the "
+        "least that memory allows",
+    )
+    memory_gib: PositiveFloat | None = Field(
+        None, description="what a rank may fill with activation_checkpointing: auto; None: what is free at the start"
+    )
+    mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
+    attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
+        "auto", description="kernel; auto: the fastest that is installed"
+    )
+    z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
+    loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
+    dry_run: bool = Field(True, description="try a few micro batches of zeros before data and weights are read")
+    log_interval: PositiveInt = 1
+    profile: ProfileConfig | None = Field(None, description="steps to record with torch's profiler; None: none")
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> Self:
+        steps = [change.from_step for change in self.changes]
+        if steps != sorted(set(steps)) or 1 in steps or steps[-1:] > [self.steps]:
+            raise ValueError(f"changes are from steps {steps}: they must rise, from 2 to steps {self.steps}")
+        for change in self.changes:
+            if change.lr is None and change.global_batch_tokens is None:
+                raise ValueError(f"changes from step {change.from_step}: give lr, global_batch_tokens or both")
+        return self
+
+    @property
+    def decay_steps(self) -> int:
+        """Step at which the cosine reaches its minimum."""
+        return self.schedule.decay_steps or self.steps
