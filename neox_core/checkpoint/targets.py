@@ -19,7 +19,7 @@ from neox_core.checkpoint.folders import Folder, LocalFolder, Location, S3Folder
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.errors import CheckpointError, StorageError
 
-_LOCK_FILE = ".lock"
+_LOCK_FILE = ".conversion.lock"
 _WRITE_BACK_BYTES = 1 << 25
 """After so many the disk is told to begin, so that not all is left to the end."""
 _PART_BYTES, _MOST_PARTS = 1 << 24, 10_000

@@ -58,7 +58,10 @@ def test_every_artifact_verifies(chain: Chain, stage: str) -> None:
     folder = chain.run.stage_folder(stage)
     artifact = json.loads((folder / "artifact.json").read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    files -= {".conversion.json"}  # the conversion's memory of what it need not write again; no part of the result
+    files -= {
+        ".conversion.json",
+        ".conversion.lock",
+    }  # the conversion's memory of what it need not write again; no part of the result
     assert {record["path"] for record in artifact["files"]} == files - {"artifact.json"}
     assert folder.name == f"{stage}-{artifact['fingerprint'][:16]}"
     # a memory of its own: every file is read and hashed again
@@ -75,11 +78,11 @@ def test_artifacts_name_the_ones_they_were_made_from(chain: Chain) -> None:
 def test_the_ledger_adds_up(chain: Chain, store: ObjectStore) -> None:
     rows, _ = prefect_table("prepare-data")
     assert {row["source"] for row in rows} == SOURCES
-    assert sum(row["sequences"] for row in rows) == STEPS * GLOBAL_BATCH
-    assert sum(row["tokens"] for row in rows) == STEPS * GLOBAL_BATCH * SEQUENCE
+    assert sum(row["run sequences"] for row in rows) == STEPS * GLOBAL_BATCH
+    assert sum(row["run tokens"] for row in rows) == STEPS * GLOBAL_BATCH * SEQUENCE
     last = list_checkpoints(store, chain.run.stage_folder("train").name)[-1]
     units = ("sequences", "tokens", "epochs")
-    consumed = {row["source"]: {unit: row[unit] for unit in units} for row in rows}
+    consumed = {row["source"]: {unit: row[f"run {unit}"] for unit in units} for row in rows}
     assert last.consumed == consumed
     history = summary(chain.run, "train")["consumed"]
     assert [entry["step"] for entry in history] == CHECKPOINTS
