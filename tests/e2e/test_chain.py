@@ -58,10 +58,8 @@ def test_every_artifact_verifies(chain: Chain, stage: str) -> None:
     folder = chain.run.stage_folder(stage)
     artifact = json.loads((folder / "artifact.json").read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    files -= {
-        ".conversion.json",
-        ".conversion.lock",
-    }  # the conversion's memory of what it need not write again; no part of the result
+    # What a conversion need not write again, and that it runs: no part of the result.
+    files -= {".conversion.json", ".conversion.lock"}
     assert {record["path"] for record in artifact["files"]} == files - {"artifact.json"}
     assert folder.name == f"{stage}-{artifact['fingerprint'][:16]}"
     # a memory of its own: every file is read and hashed again
