@@ -47,10 +47,8 @@ def main() -> None:
 def run(config: ConfigArgument) -> None:
     """Run the whole chain here and now; finished stages are skipped."""
     from tasks.preflight import check_run
-    from tasks.train import check_trainable
 
     loaded = load_config(config)
-    check_trainable(loaded)
     check_run(loaded)  # the flow does so too, but its server takes seconds to start
     _quiet_prefect(loaded.workdir)
     own_prefect_server()

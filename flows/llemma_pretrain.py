@@ -15,7 +15,6 @@ from flows.prepare_data import prepare_data
 from flows.stage_flow import opened
 from flows.train import train
 from tasks.run_report import RunReport, write_run_report
-from tasks.train import check_trainable
 
 
 @flow(name="llemma-pretrain", flow_run_name="llemma-pretrain {config}", on_cancellation=[cancel_jobs_of_run])
@@ -26,7 +25,6 @@ def llemma_pretrain(config: str) -> RunReport:
         config: path of the run's YAML file.
     """
     with opened(config) as opened_config:
-        check_trainable(opened_config)
         prepared = prepare_data(config)
         converted = convert(config)
         trained, evaluated = side_by_side(config, train, evaluate)

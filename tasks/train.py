@@ -12,7 +12,7 @@ from typing import Any
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
-from neox_core.errors import CheckpointError, ConfigError
+from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.lineage import Ancestor, ancestors
 from tasks.launch import Job, find_jobs, submit_or_attach
@@ -45,23 +45,7 @@ def train(config: RunConfig, progress: Progress) -> StageResult:
         raise
 
 
-def check_trainable(config: RunConfig) -> None:
-    """Refuse what can be converted but not trained.
-
-    Raises:
-        ConfigError: there are more tensor-parallel ranks than KV heads.
-    """
-    ranks, kv_heads = config.parallel.tensor, config.model.num_kv_heads
-    if kv_heads % ranks:
-        # Ranks with copies of one KV head would have to sum its gradients, which they don't.
-        raise ConfigError(
-            f"parallel.tensor {ranks} does not divide model.num_kv_heads {kv_heads}: use one of "
-            f"{[n for n in range(1, ranks) if kv_heads % n == 0]} for training; `llemma convert` can cut for more"
-        )
-
-
 def _train(config: RunConfig, progress: Progress) -> StageResult:
-    check_trainable(config)
     spec = train_spec(config)
     data, weights = require(prepare_spec(config)), require(convert_spec(config))
     scratch = scratch_folder(config)
