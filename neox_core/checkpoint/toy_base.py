@@ -51,8 +51,10 @@ def _shard(model: ModelConfig, seed: int, shards: int, shard: int) -> Iterator[S
     generator = torch.Generator().manual_seed(seed)
     for layer in iterate_layers(model.num_layers):
         for tensor, stored in zip(layer.tensors, stored_tensors(layer, model, Form.META, shards, shard), strict=True):
-            size = stored.shape[tensor.meta_split or 0]
-            start = 0 if tensor.meta_split is None else shard * size
+            split = tensor.meta_split or 0
+            size, whole = stored.shape[split], tensor.shape(model)[split]
+            copies = size * shards // whole  # neighbours hold the same KV head where there are fewer than shards
+            start = 0 if tensor.meta_split is None else shard // copies * size
             fill = _drawn(tensor, model, generator, slice(start, start + size))
             yield StreamedTensor(stored.name, stored.shape, torch.bfloat16, fill)
 

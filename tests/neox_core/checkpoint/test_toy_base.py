@@ -35,8 +35,9 @@ def test_the_demo_model(tmp_path: Path) -> None:
     assert torch.equal(meta.tensor("norm.weight"), torch.ones(256, dtype=torch.bfloat16))
 
 
-def test_weights_depend_on_the_seed_alone(tmp_path: Path, model_of: ModelOf) -> None:
-    model = model_of()
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_weights_depend_on_the_seed_alone(tmp_path: Path, model_of: ModelOf, kv_heads: int) -> None:
+    model = model_of(num_kv_heads=kv_heads)
     for name, seed, shards in (("a", 5, 1), ("b", 5, 4), ("c", 6, 1)):
         make_random_base(model, tmp_path / name, seed, shards)
     a, b, c = (MetaCheckpoint(tmp_path / name) for name in "abc")
