@@ -35,6 +35,7 @@ def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = 
         ConfigError: the model cannot be cut into that many shards.
     """
     check_divides(model, shards, "shards")
+    shards = math.gcd(shards, model.num_kv_heads)  # Meta's shards never have a KV head in common
     for shard in range(shards):
         tensors = list(_shard(model, seed, shards, shard))
         write_file(folder / shard_name(shard), partial(_save, tensors))
@@ -51,10 +52,8 @@ def _shard(model: ModelConfig, seed: int, shards: int, shard: int) -> Iterator[S
     generator = torch.Generator().manual_seed(seed)
     for layer in iterate_layers(model.num_layers):
         for tensor, stored in zip(layer.tensors, stored_tensors(layer, model, Form.META, shards, shard), strict=True):
-            split = tensor.meta_split or 0
-            size, whole = stored.shape[split], tensor.shape(model)[split]
-            copies = size * shards // whole  # neighbours hold the same KV head where there are fewer than shards
-            start = 0 if tensor.meta_split is None else shard // copies * size
+            size = stored.shape[tensor.meta_split or 0]
+            start = 0 if tensor.meta_split is None else shard * size
             fill = _drawn(tensor, model, generator, slice(start, start + size))
             yield StreamedTensor(stored.name, stored.shape, torch.bfloat16, fill)
 
