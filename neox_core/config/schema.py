@@ -13,7 +13,7 @@ from pydantic import (
 
 from neox_core.config.data_sections import DataConfig
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig
-from neox_core.config.section import NAME, ConfigPath, Section
+from neox_core.config.section import NAME, ConfigPath, S3Prefix, Section
 from neox_core.config.train_sections import (
     TrainConfig,
 )
@@ -22,7 +22,7 @@ from neox_core.config.train_sections import (
 class StorageConfig(Section):
     """The object store that holds the checkpoints. Credentials come from the environment, as boto3 reads them."""
 
-    url: str = Field(pattern=r"^s3://[^/]+(/.*)?$", description="s3://bucket/prefix")
+    url: S3Prefix = Field(description="s3://bucket/prefix")
     endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
     region: str = "us-east-1"
 
