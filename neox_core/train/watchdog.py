@@ -101,7 +101,7 @@ class Watchdog:
     def _end(self, seconds: float) -> None:
         """Write the stacks of all threads, then who was where, and exit."""
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        _write_stacks()
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), self._place)
         grace = min(_GRACE_SECONDS, 4 * self._timeout / _LOOKS)
@@ -126,3 +126,10 @@ class Watchdog:
                 found = self._store.check([str(rank)])
                 ranks[self._store.get(str(rank)).decode() if found else "no answer"].append(rank)
         return "; ".join(f"{place}: {rank_list(own)}" for place, own in ranks.items()) or "unknown"
+
+
+def _write_stacks() -> None:
+    """Write the stacks of all threads to the log at once, so that nothing else can be printed in between."""
+    stacks = os.memfd_create("stacks")  # no file: a disk that does not answer may be why the rank hangs
+    faulthandler.dump_traceback(file=stacks, all_threads=True)
+    os.write(_STDERR, os.pread(stacks, os.fstat(stacks).st_size, 0))
