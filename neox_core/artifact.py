@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +201,8 @@ def find_verified(folder: Path, expected_fingerprint: str, cache: DigestCache) -
 
 def software() -> dict[str, str]:
     """Versions that a result may depend on, and the git revision of this code ('' outside a checkout)."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, for processes that make no artifact
+
     versions = {
         "llemma-pretrain": neox_core.__version__,
         "python": platform.python_version(),

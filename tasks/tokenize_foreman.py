@@ -30,12 +30,13 @@ def main(descriptor: int) -> None:
             failure = error
         if failure is not None:
             parent.send(failure)
+    os._exit(0)  # nothing is left to do, and taking Python down piece by piece takes longer
 
 
 def _make(order: Order, parent: Connection) -> Exception | None:
     """Send what is made; after a failure, which is returned, no further file is begun."""
     failure: Exception | None = None
-    gc.freeze()  # a collection would touch, and so copy, the pages that the forks share
+    gc.freeze()  # with gc.disable at the start: collections would touch, and so copy, the pages that the forks share
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(order.workers, context, initializer=_begin, initargs=(parent,)) as pool:
         futures = {pool.submit(make_part, f, order.settings, order.folder): i for i, f in enumerate(order.files)}
@@ -61,6 +62,7 @@ def _make(order: Order, parent: Connection) -> Exception | None:
 
 def _begin(parent: Connection) -> None:
     """A worker ends with the foreman; otherwise it would wait for work for ever."""
+    gc.enable()
     parent.close()  # else the foreman's death would not show at the other end
     foreman = multiprocessing.parent_process()
     assert foreman is not None, "runs in a worker only"

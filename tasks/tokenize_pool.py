@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -64,11 +65,16 @@ def made_in_processes(files: Sequence[InputFile], settings: PartSettings, folder
 def _foreman() -> Iterator[Connection]:
     """Start a foreman (tasks/tokenize_foreman.py); he ends with his work, or when the connection to him is closed."""
     ours, theirs = multiprocessing.Pipe()
-    code = f"import sys; sys.path[:] = {sys.path!r}; from tasks.tokenize_foreman import main; main({theirs.fileno()})"
+    code = (
+        f"import gc, sys; gc.disable(); sys.path[:] = {sys.path!r}; "
+        f"from tasks.tokenize_foreman import main; main({theirs.fileno()})"
+    )
     # A session of its own: Ctrl-C is for this process alone, with which the foreman and his workers end.
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", code],
         pass_fds=[theirs.fileno()],
+        # numpy's BLAS, which nothing here calls, would start threads, and start them again in every fork.
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -3,7 +3,8 @@
     python benchmarks/tokenize.py ../shared/data/mini-proof-pile ../shared/data/tokenizers/mistral-v1.model
 
 All runs are of the same text, in turn, each in a fresh process. Figures are MB of UTF-8 text per second: of CPU (user
-and system, with all child processes) and by the wall. The last line is JSON, of the figures per CPU second.
+and system, with all child processes) and by the wall, the median of several turns. The last line is JSON, of the
+figures per CPU second.
 
 The encoders are timed from the first text on, cold. The stages (`neox_way.py`, `our_way.py`) are
 whole commands: the start of the interpreter, imports, and the tokenizer's loading count.
@@ -16,6 +17,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import sentencepiece
@@ -71,14 +74,17 @@ def encode_ours(work: Work) -> tuple[float, float]:
     return _timed(Tokenizer(TokenizerSettings(work.model)).encode, texts)
 
 
-def run_stage(way: str, work: Work) -> tuple[float, float]:
+def run_stage(way: str, work: Work, **variables: str) -> tuple[float, float]:
     """CPU and wall seconds of one of the commands beside this file: zstd in, .bin and .idx out."""
     script = Path(__file__).with_name(f"{way}_way.py")
     output = work.output / way
+    shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     command = [sys.executable, script, work.model, str(work.workers), output / "all", *work.files]
+    # Neither calls numpy's BLAS, whose threads are started again in every fork.
+    environment = os.environ | {"PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"} | variables
     started = time.perf_counter()
-    process = os.spawnve(os.P_NOWAIT, sys.executable, command, os.environ | {"PYTHONPATH": str(_ROOT)})
+    process = os.spawnve(os.P_NOWAIT, sys.executable, command, environment)
     _, status, usage = os.wait4(process, 0)  # of the process and of the children that it waited for
     if status:
         raise DataError(f"{script} failed (wait status {status}): see its message above")
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=shared / "tokenizers" / "mistral-v1.model")
     parser.add_argument("--megabytes", type=float, default=30.0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     files, size = _choose(arguments.text, arguments.megabytes)
     out = sys.stdout
@@ -150,18 +157,23 @@ def main() -> None:
             "encode, SentencePiece": partial(_in_fresh_process, encode_sentencepiece, work),
             "encode, ours": partial(_in_fresh_process, encode_ours, work),
             "stage, GPT-NeoX's way": partial(run_stage, "neox", work),
+            "the same, torch imported": partial(run_stage, "neox", work, IMPORT_TORCH="1"),
             "stage, ours": partial(run_stage, "our", work),
         }
-        cpu: list[float] = []
-        walls: list[float] = []
-        for name, contest in contestants.items():
-            cpu_seconds, wall = contest()
+        turns = [[contest() for contest in contestants.values()] for _ in range(arguments.repeats)]
+        cpu, walls = ([median(runs) for runs in zip(*kind, strict=True)] for kind in _by_kind(turns))
+        for name, cpu_seconds, wall in zip(contestants, cpu, walls, strict=True):
             out.write(f"{name:24} {size / _MB / cpu_seconds:17.1f} {size / _MB / wall:14.1f}\n")
-            cpu, walls = [*cpu, cpu_seconds], [*walls, wall]
-        out.write(f"by the wall: encode {walls[0] / walls[1]:.2f} times, stage {walls[2] / walls[3]:.2f} times\n")
+        out.write(f"by the wall: encode {walls[0] / walls[1]:.2f} times, stage {walls[2] / walls[4]:.2f} times\n")
+        out.write(f"stage, to GPT-NeoX's way with torch imported: {cpu[3] / cpu[4]:.2f} times\n")
         result = {
             "encode_vs_sentencepiece": round(cpu[0] / cpu[1], 2),
-            "stage_vs_neox": round(cpu[2] / cpu[3], 2),
+            "stage_vs_neox": round(cpu[2] / cpu[4], 2),
             "identical_ids": identical(work),
         }
     out.write(json.dumps(result) + "\n")
+
+
+def _by_kind(turns: list[list[tuple[float, float]]]) -> Iterator[list[list[float]]]:
+    """The turns' CPU seconds, then their seconds by the wall."""
+    return ([[times[kind] for times in turn] for turn in turns] for kind in (0, 1))

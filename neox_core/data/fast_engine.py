@@ -46,7 +46,7 @@ class FastEngine:
         self._model = model
         self._process = psutil.Process()
         self._specials = _matcher(model.special_texts)
-        self._json = tokenizer_json(model.proto())
+        self._json = tokenizer_json(model)
         self._renew()
 
     @classmethod

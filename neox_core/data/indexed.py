@@ -66,13 +66,13 @@ class IndexedWriter:
             DataError: an id does not fit the dtype.
         """
         given = np.asarray(ids)
-        tokens = given.astype(self._dtype)
+        tokens = given.astype(self._dtype, copy=False)
         if given.dtype != self._dtype and not np.array_equal(tokens, given):
             raise DataError(
                 f"document {len(self._sizes)} of {self._prefix} has ids from {given.min()} to {given.max()}, "
                 f"which {self._dtype.name} cannot hold: use a wider type"
             )
-        self._file.write(tokens.tobytes())
+        self._file.write(np.ascontiguousarray(tokens).data)
         self._sizes.append(len(tokens))
 
     def __exit__(
@@ -87,10 +87,9 @@ class IndexedWriter:
             self._idx.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        flush_to_disk(self._file)
+        self._file.close()
         with self._idx.open("wb") as file:
             _write_index(file, self._dtype, np.frombuffer(self._sizes, dtype=np.int32))
-            flush_to_disk(file)
         publish(self._bin, self._idx, self._prefix)
 
 

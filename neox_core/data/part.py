@@ -7,15 +7,13 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from neox_core.artifact import sha256_of, write_atomically
-from neox_core.data.indexed import IndexedDataset, bin_path
+from neox_core.artifact import write_atomically
 from neox_core.data.overlap import EvaluationItems, load_items
-from neox_core.data.part_files import PARTS, PartPaths, PartWriter, load_table
+from neox_core.data.part_files import PARTS, PartPaths, PartWriter
 from neox_core.data.part_settings import PartRecord, PartSettings, TokenizerSettings
 from neox_core.data.readers import DamagedFileError, InputFile, open_input, read_records
 from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
-from neox_core.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +47,7 @@ def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartReco
         damaged=damaged,
         engine=tokenizer.engine,
         verified=writer.verified,
-        bin_sha256=sha256_of(bin_path(paths.prefix)),
+        sha256=paths.digests(),
         made_from=made_from,
     )
     write_atomically(paths.record, json.dumps(asdict(record)))
@@ -95,13 +93,6 @@ def find_part(paths: PartPaths, made_from: dict[str, str]) -> PartRecord | None:
         content = json.loads(paths.record.read_text())
         if set(content) != {field.name for field in fields(PartRecord)} or content["made_from"] != made_from:
             return None
-        record = PartRecord(**content)
-        whole = (
-            len(IndexedDataset(paths.prefix)) == len(load_table(paths)) == record.documents
-            and sha256_of(bin_path(paths.prefix)) == record.bin_sha256
-            and paths.rejected.exists()
-            and paths.overlaps.exists()
-        )
-    except (OSError, ValueError, TypeError, DataError):
+        return PartRecord(**content) if content["sha256"] == paths.digests() else None
+    except (OSError, ValueError, TypeError):
         return None
-    return record if whole else None

@@ -14,8 +14,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from neox_core.artifact import sha256_of
 from neox_core.data.duplicates import COLUMNS, DOCUMENT, DocumentTable, text_hash
-from neox_core.data.indexed import IndexedWriter, Tokens
+from neox_core.data.indexed import IndexedWriter, Tokens, bin_path, idx_path
 from neox_core.data.overlap import EvaluationItems
 from neox_core.data.readers import Document, InputFile, Rejection
 from neox_core.data.tokenizer import Tokenizer
@@ -56,6 +57,11 @@ class PartPaths:
     def documents(self) -> Path:
         """The DocumentTable."""
         return self._with(".documents.npy")
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each of the files but the record, by name."""
+        files = (bin_path(self.prefix), idx_path(self.prefix), self.documents, self.rejected, self.overlaps)
+        return {path.name: sha256_of(path) for path in files}
 
     def _with(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)

@@ -81,7 +81,8 @@ class PartRecord:
     engine: str
     verified: int
     """Documents whose ids were compared with SentencePiece's."""
-    bin_sha256: str
+    sha256: dict[str, str]
+    """Of each of the part's files; they are not flushed to the disk, and a power cut may have cost any of them."""
     made_from: dict[str, str]
 
 

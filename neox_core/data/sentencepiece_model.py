@@ -26,6 +26,8 @@ _BORDER = re.compile(rf"[^ {_MARK}\n](?= [\s\S])|(?=\n)")
 _CROSSING = re.compile(rf"[^{_MARK}]{_MARK}|[ \n]")
 _BPE = 2  # TrainerSpec.ModelType
 
+Piece = tuple[str, float, int]
+"""Text, score and type."""
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 _NEVER_MERGED = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE))
 _SPECIAL = frozenset((_Piece.CONTROL, _Piece.UNKNOWN, _Piece.USER_DEFINED))
@@ -57,16 +59,15 @@ class SentencePieceModel:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.unk_id: int = self._model.unk_id()
+        self.pieces: list[Piece] = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+        """By id."""
+        self.unknown_text: str = proto.trainer_spec.unk_piece
         self.special_texts = [piece.piece for piece in unusual]
         """Pieces that other engines may treat in another way when they stand in a text."""
         self.is_plain_bpe = _is_plain_bpe(proto)
         """BPE with byte fallback whose only normalisation is of blanks, as Llama's."""
-        self._cuts = self.is_plain_bpe and not any(_CROSSING.search(piece.piece) for piece in proto.pieces)
+        self._cuts = self.is_plain_bpe and not any(_CROSSING.search(text) for text, _, _ in self.pieces)
         self._ids_before_line_feed = len(self._model.encode("\n")) - 1
-
-    def proto(self) -> Any:
-        """The model as a ModelProto."""
-        return _parsed(self.content)
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, [tokens]."""
@@ -118,8 +119,8 @@ class SentencePieceModel:
     @cached_property
     def _pairs(self) -> frozenset[str]:
         """Letters that stand one after the other in a piece that a text may be put together from."""
-        pieces = (piece.piece for piece in self.proto().pieces if piece.type not in _NEVER_MERGED)
-        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
+        texts = (text for text, _, kind in self.pieces if kind not in _NEVER_MERGED)
+        return frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
 
     def specials_in(self, text: str) -> list[int]:
         """Ids of control pieces in the text's encoding, or of pieces that are the text itself."""
