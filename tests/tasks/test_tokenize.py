@@ -174,7 +174,7 @@ def test_killed_call_resumes_with_the_missing_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["text", "end of document", "text key", "truncated part", "flipped bit", "lost index", "lost table", "missing list"],
+    ["text", "end of document", "text key", "truncated", "flipped bit", "lost index", "lost table", "missing list"],
 )
 def test_part_of_other_input_is_not_reused(tmp_path: Path, change: str) -> None:
     config = small(small_input(tmp_path / "in", FILES))
@@ -189,7 +189,7 @@ def test_part_of_other_input_is_not_reused(tmp_path: Path, change: str) -> None:
     elif change == "text key":
         Path(file.location).write_text(json.dumps({"body": "other"}) + "\n")
         config = small(tmp_path / "in", text_key="body")
-    elif change == "truncated part":
+    elif change == "truncated":
         part_bin.write_bytes(before[:-2])
     elif change == "flipped bit":
         part_bin.write_bytes(before[:-2] + b"zz")
