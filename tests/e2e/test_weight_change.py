@@ -1,4 +1,4 @@
-"""The mixture is changed in the middle of a training: nothing is lost or repeated, and the curves go on."""
+"""Mixture, learning rate and batch are changed in the middle of a training: nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run, training_values, write_run
 
 pytestmark = pytest.mark.e2e
+LR = 2.0e-3
 
 
 def changed(chain: Chain, folder: Path, *patterns: str) -> Run:
-    """The chain's run, with arxiv alone after the first checkpoint, and parts of the chain's workdir."""
+    """The chain's run, after the first checkpoint with arxiv alone, another learning rate and twice the batch; and
+    parts of the chain's workdir."""
     config, source = chain.run.config, chain.run.path.parent
     weights = {name: {"weight": int(name == "arxiv")} for name in config.data.sources}
     data = {"input": str(source / "text"), "weight_changes": [{"from_step": INTERVAL + 1, "sources": weights}]}
-    run = Run(write_run(folder, {"data": data, "base_model": {"path": str(source / "base")}}))
+    recipe = {"from_step": INTERVAL + 1, "lr": LR, "global_batch_tokens": 2 * GLOBAL_BATCH * SEQUENCE}
+    changes = {"data": data, "train": {"changes": [recipe]}, "base_model": {"path": str(source / "base")}}
+    run = Run(write_run(folder, changes))
     for pattern in patterns:
         for path in chain.run.workdir.glob(pattern):
             shutil.copytree(path, run.workdir / path.name)
@@ -63,9 +67,14 @@ def test_a_change_goes_on_from_the_training_before_it(chain: Chain, tmp_path: Pa
     assert {step: training_values(branch.rows(), 0)[step] for step in until} == until
     assert training_values(branch.rows(), STEPS) != training_values(chain.run.rows(), STEPS)
 
+    rates = {row["step"]: row["lr"] for row in branch.rows() if "lr" in row}
+    usual = {row["step"]: row["lr"] for row in chain.run.rows() if "lr" in row}
+    peak = chain.run.config.train.optimizer.lr
+    assert rates == pytest.approx({step: rate * (LR / peak if step > INTERVAL else 1) for step, rate in usual.items()})
+
     assert list(ledger) == [STEPS]  # the ancestor's stay its own
     assert ledger_of_whole == {INTERVAL: before[INTERVAL], STEPS: ledger[STEPS]}
-    more = {"arxiv": (STEPS - INTERVAL) * GLOBAL_BATCH}
+    more = {"arxiv": (STEPS - INTERVAL) * 2 * GLOBAL_BATCH}
     for name, use in ledger[STEPS].items():
         assert use["sequences"] == before[INTERVAL][name]["sequences"] + more.get(name, 0)
         assert use["tokens"] == use["sequences"] * SEQUENCE

@@ -19,8 +19,8 @@ MODELS = {
         num_layers=2, hidden_size=64, num_attention_heads=8, num_kv_heads=2, intermediate_size=96, vocab_size=128,
         rope_theta=1e6,
     ),
-    "mha": ModelConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, num_kv_heads=4, intermediate_size=96, vocab_size=128,
+    "mha": ModelConfig(  # an odd number of layers, so that pipeline stages differ
+        num_layers=3, hidden_size=64, num_attention_heads=4, num_kv_heads=4, intermediate_size=96, vocab_size=128,
         rope_theta=1e4,
     ),
 }  # fmt: skip
