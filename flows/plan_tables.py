@@ -21,7 +21,7 @@ _PURPOSES = {
     ("data", "reduce"): "gradients of matrices, by buckets",
     ("data", "reduce-scatter"): "gradients of norms",
     ("data", "all-gather"): "updated parameters",
-    ("all", "all-reduce"): "gradient norm, tokens that count",
+    ("all", "all-reduce"): "loss, gradient norms, tokens that count",
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from neox_core.activations import DTYPE_BYTES, Mode, micro_batch_tokens
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.memory import rank_norms, rank_parameters
+from neox_core.train.gradient_norms import group_names
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
@@ -36,7 +37,8 @@ def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int, modes: 
         traffic["data", "reduce-scatter"] = _FP32 * norms
         traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * parameters
     if geometry.world_size > 1:
-        traffic["all", "all-reduce"] = 2 * _FP64  # the norm's square, and the share of tokens that count
+        # The share of tokens that count, the loss, the squared norms of the gradient and of its groups.
+        traffic["all", "all-reduce"] = _FP64 * (3 + len(group_names(config.model.num_layers)))
     return traffic
 
 

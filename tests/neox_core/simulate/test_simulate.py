@@ -46,6 +46,7 @@ def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:
         assert rank.step_peak - rank.state == pytest.approx(stage.memory.activations + stage.memory.working, rel=0.02)
         assert rank.state <= rank.start_peak < rank.state + 2**29, "nothing is there twice at the start"
         assert all(rank.collective_calls[key] > 0 for key in stage.traffic)
+        assert rank.collective_bytes["all", "all-reduce"] == stage.traffic["all", "all-reduce"]
         for key in rank.collective_bytes.keys() | stage.traffic.keys():
             # DeepSpeed tells others shapes and losses in a few numbers.
             assert rank.collective_bytes.get(key, 0) == pytest.approx(stage.traffic[key], rel=0.005, abs=4096), key
