@@ -25,7 +25,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(INSTALLED): pyproject.toml infra/install.sh
+$(INSTALLED): pyproject.toml infra/install.sh infra/constraints.txt
 	infra/install.sh $(PYTHON)
 	touch $@
 

@@ -16,8 +16,10 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade 'pip>=24'
+# Constrained, so that a clean checkout stays what was tested when others release.
+install=("${pip[@]}" install --quiet --constraint infra/constraints.txt)
 # torch first and pinned: deepspeed's build imports it, and an unpinned torch brings gigabytes of CUDA libraries.
-"${pip[@]}" install --quiet "torch==${TORCH_VERSION:-2.13.0}" setuptools wheel
+"${install[@]}" "torch==${TORCH_VERSION:-2.13.0}" setuptools wheel
 # No extension of DeepSpeed is compiled: the operators that we use are torch's.
-DS_BUILD_OPS=0 "${pip[@]}" install --quiet --no-build-isolation 'deepspeed==0.19.8'
-"${pip[@]}" install --quiet --editable '.[dev]'
+DS_BUILD_OPS=0 "${install[@]}" --no-build-isolation 'deepspeed==0.19.8'
+"${install[@]}" --editable '.[dev]'

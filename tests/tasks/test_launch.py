@@ -360,7 +360,7 @@ def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("waited-*")} == {"waited-0", "waited-1"}
     logs = [path.read_text() for path in job.log_paths()]
     for log in logs:
-        assert re.search(r'File ".*rank_functions.py", line \d+ in rank_1_hangs', log), log
+        assert re.search(r"line \d+ in rank_1_hangs", log), log
         assert "they were at: step 3: ranks 0-1." in log, log
     assert "in all_reduce" in logs[0], logs[0]
     assert "in all_reduce" not in logs[1], logs[1]
