@@ -86,7 +86,8 @@ def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int, modes: 
     return Memory(
         weights=DTYPE_BYTES[config.train.precision] * parameters,
         gradients=_FP32 * parameters,
-        master=_MASTER_BYTES[config.train.master_weights] * shard,
+        # In fp32 the parameters are their own master weights.
+        master=0 if config.train.precision == "fp32" else _MASTER_BYTES[config.train.master_weights] * shard,
         adam=2 * _FP32 * shard,
         tables=layers * _FP32 * dims.head_dim * config.train.sequence_length,
         activations=in_flight(config, geometry, stage) * sum(block_bytes(config, dims, mode) for mode in modes),

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from neox_core.communication import Collective, group_size, sent_bytes, step_traffic
-from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, sequences_before
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geometry, largest_batch, sequences_before
 from neox_core.errors import ConfigError
 from neox_core.memory import RESERVED_BYTES, Memory, parameter_count, stage_memory
 from neox_core.parallel.stages import stage_costs
@@ -199,6 +199,7 @@ def plan(
             f"gpu_memory_gib {gpu_memory_gib} is not positive: give one GPU's memory, 40 or 80 for an A100"
         )
     batch = batch_geometry(config, nodes)
+    largest = largest_batch(config, nodes)
     available = gpu_memory_gib * 2**30 - RESERVED_BYTES
     return Plan(
         parameters=parameter_count(config.model),
@@ -208,7 +209,7 @@ def plan(
         batch=batch,
         steps=config.train.steps,
         run_tokens=sequences_before(config.train, config.train.steps + 1) * config.train.sequence_length,
-        stages=tuple(_stage_plan(config, batch, stage, available) for stage in range(config.parallel.pipeline)),
+        stages=tuple(_stage_plan(config, largest, stage, available) for stage in range(config.parallel.pipeline)),
         gpu_memory=gpu_memory_gib * 2**30,
         flops_per_token=flops_per_token(config.model, config.train.sequence_length),
         causal_flops_per_token=flops_per_token(config.model, config.train.sequence_length, causal=True),

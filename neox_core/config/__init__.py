@@ -1,6 +1,6 @@
 """Typed, frozen, nested configuration."""
 
-from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, sequences_before
+from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, largest_batch, sequences_before
 from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
 from neox_core.config.load import load_config, parse_config, read_yaml
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
@@ -49,6 +49,7 @@ __all__ = [
     "WeightChange",
     "batch_geometry",
     "batch_tokens",
+    "largest_batch",
     "load_config",
     "parse_config",
     "read_yaml",

@@ -41,6 +41,16 @@ def batch_geometry(config: RunConfig, nodes: int | None = None, step: int = 1) -
     return geometry
 
 
+def largest_batch(config: RunConfig, nodes: int | None = None) -> BatchGeometry:
+    """The geometry of the run's largest global batch, which needs the most memory: it has the most in a pipeline.
+
+    Raises:
+        ConfigError: as `batch_geometry`.
+    """
+    step, _ = max(_batches(config.train), key=lambda batch: batch[1])
+    return batch_geometry(config, nodes, step)
+
+
 def batch_tokens(train: TrainConfig, step: int) -> int:
     """Tokens of a step's global batch."""
     return next(tokens for first, tokens in reversed(_batches(train)) if first <= step)

@@ -49,14 +49,23 @@ def attention_kernel(backend: AttentionBackend, device_type: str, dtype: torch.d
     Raises:
         ConfigError: the backend is not installed, or does not run on the device with this dtype.
     """
+    name, kernel = _choose(backend, device_type, dtype)
+    logger.info("attention: %s", name)
+    return kernel
+
+
+def _choose(backend: AttentionBackend, device_type: str, dtype: torch.dtype) -> tuple[str, AttentionKernel]:
     if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         if backend not in ("auto", "sdpa"):
             raise ConfigError(
                 f"train.attention {backend} runs on CUDA devices in bf16 only, and this is {device_type} in "
                 f"{str(dtype).removeprefix('torch.')}: set train.attention: auto"
             )
-        return _sdpa
-    for name in _fastest_first() if backend == "auto" else (backend,):
+        return "sdpa", _sdpa
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    if backend == "flash_attn_4" and not hopper:
+        raise ConfigError("train.attention flash_attn_4 needs a Hopper GPU or a later one: set train.attention: auto")
+    for name in _fastest_first(hopper) if backend == "auto" else (backend,):
         try:
             kernel = _KERNELS[name]()
         except ImportError as error:
@@ -65,16 +74,13 @@ def attention_kernel(backend: AttentionBackend, device_type: str, dtype: torch.d
             raise ConfigError(
                 f"train.attention {name} cannot be imported ({error}): {_INSTALL[name]}, or set train.attention: auto"
             ) from error
-        logger.info("attention: %s", name)
-        return kernel
+        return name, kernel
     raise AssertionError("SDPA is always there")
 
 
-def _fastest_first() -> tuple[str, ...]:
+def _fastest_first(hopper: bool) -> tuple[str, ...]:
     """Measured: on Hopper, cuDNN runs at twice the rate of FlashAttention-2 and FlashAttention-4 is ahead of both."""
-    if torch.cuda.get_device_capability() >= (9, 0):
-        return "flash_attn_4", "cudnn"
-    return "flash_attn", "sdpa"
+    return ("flash_attn_4", "cudnn or sdpa") if hopper else ("flash_attn", "sdpa")
 
 
 def _flash_attn_4() -> AttentionKernel:
@@ -90,6 +96,12 @@ def _flash_attn() -> AttentionKernel:
 
 
 def _cudnn(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q_BTNH, k_BTKH, v_BTKH)
+
+
+def _cudnn_or_sdpa(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    """cuDNN where it takes these sizes."""
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
         return _sdpa(q_BTNH, k_BTKH, v_BTKH)
@@ -105,6 +117,7 @@ _KERNELS: dict[str, Callable[[], AttentionKernel]] = {
     "flash_attn_4": _flash_attn_4,
     "flash_attn": _flash_attn,
     "cudnn": lambda: _cudnn,
+    "cudnn or sdpa": lambda: _cudnn_or_sdpa,
     "sdpa": lambda: _sdpa,
 }
 _INSTALL = {

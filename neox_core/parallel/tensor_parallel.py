@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from neox_core.model import OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.mesh import Mesh
 
-_REPLICATED = ("layernorm.scale", "norm.scale")
-
 
 class _CopyToRanks(torch.autograd.Function):
     @staticmethod
@@ -108,11 +106,7 @@ def _scattered(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def apply_tensor_parallel(layer: nn.Module, mesh: Mesh) -> None:
-    """Complete a layer that was built in one rank's dimensions, and mark which of its parameters are split."""
-    for name, parameter in layer.named_parameters():
-        if not name.endswith(_REPLICATED):
-            # DeepSpeed sums the squared norm of marked parameters over ranks, and counts others once.
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    """Complete a layer that was built in one rank's dimensions."""
     if mesh.tensor_size == 1:
         return
     if isinstance(layer, TransformerBlock):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_core.communication import Collective
-from neox_core.config import RunConfig, batch_geometry
+from neox_core.config import RunConfig, largest_batch
 from neox_core.simulate.recorder import Recorder
 
 
@@ -46,7 +46,7 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    geometry = batch_geometry(config, nodes)
+    geometry = largest_batch(config, nodes)
     dist.init_process_group("fake", rank=rank, world_size=geometry.world_size, store=FakeStore())
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="fake", dist_init_required=False, verbose=False)

@@ -9,7 +9,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from neox_core.config import RunConfig, batch_geometry
+from neox_core.config import RunConfig, largest_batch
 from neox_core.memory import RESERVED_BYTES
 from neox_core.simulate.rank import RankSimulation, simulate_rank
 
@@ -26,7 +26,7 @@ def simulate(config: RunConfig, nodes: int | None = None, gpu_memory: float | No
     Raises:
         ConfigError: the nodes don't divide the batch.
     """
-    geometry = batch_geometry(config, nodes)
+    geometry = largest_batch(config, nodes)
     if gpu_memory is not None and config.train.memory_gib is None:
         memory_gib = (gpu_memory - RESERVED_BYTES) / 2**30
         config = config.model_copy(update={"train": config.train.model_copy(update={"memory_gib": memory_gib})})

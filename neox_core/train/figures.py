@@ -24,6 +24,8 @@ class Figures:
     """The last of them."""
     steps: int
     """Their number."""
+    tokens: int
+    """Of all of them, over all ranks."""
     known: Mapping[str, float]
     """What the host knew at once."""
     scalars: Mapping[str, Tensor]

@@ -11,8 +11,8 @@ _PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0,
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one device: the datasheet's figure for a known GPU, otherwise a measured matrix product's."""
-    if device.type == "cuda":
+    """FLOP/s of one device: the datasheet's figure for a known GPU in bf16, otherwise a measured matrix product's."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _PEAK_TFLOPS.items():
             if known in name:

@@ -14,6 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from neox_core.checkpoint.store import ObjectStore
+from neox_core.parallel.mesh import Mesh
 from neox_core.train.guards import Incident
 from neox_core.train.metrics import INCIDENTS_FILE, MetricsLog
 
@@ -28,15 +29,15 @@ class IncidentLog:
         store, prefix: where the training's checkpoints lie.
         metrics: is told too, for charts.
         groups: names of the groups of layers in an outcome.
-        rank: this rank.
+        mesh: the grid of ranks.
     """
 
     def __init__(
-        self, folder: Path, store: ObjectStore, prefix: str, metrics: MetricsLog, groups: Sequence[str], rank: int
+        self, folder: Path, store: ObjectStore, prefix: str, metrics: MetricsLog, groups: Sequence[str], mesh: Mesh
     ) -> None:
         self._path, self._store, self._key = folder / INCIDENTS_FILE, store, f"{prefix}/{INCIDENTS_FILE}"
-        self._metrics, self._groups, self._rank = metrics, tuple(groups), rank
-        if rank == 0 and not self._path.exists() and (stored := store.get_text(self._key)):
+        self._metrics, self._groups, self._mesh = metrics, tuple(groups), mesh
+        if mesh.rank == 0 and not self._path.exists() and (stored := store.get_text(self._key)):
             self._path.write_text(stored, encoding="utf-8")
 
     def record(self, incident: Incident) -> None:
@@ -45,17 +46,32 @@ class IncidentLog:
         Raises:
             StorageError: the store cannot be reached.
         """
-        own: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(own, incident.outcome.own_finite)
-        if self._rank != 0:
+        outcome = incident.outcome
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (self._mesh.data_rank, outcome.own_loss_finite, outcome.own_finite))
+        if self._mesh.rank != 0:
             return
-        record = describe(incident, self._groups, [rank for rank, finite in enumerate(own) if not finite])
+        record = describe(incident, self._groups, suspects(found))
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._store.put_text(self._key, self._path.read_text(encoding="utf-8"))
         self._metrics.log(record["step"], **{f"guard/{record['action']}": 1.0})
+        self._metrics.note(f"incident/step_{record['step']}", json.dumps(record))
         shown = {name: record[name] for name in ("loss", "gradient_norm", "ranks", "gradient_norms", "sources")}
         logger.warning("step %d: %s, %s: %s", record["step"], record["problem"], record["action"], shown)
+
+
+def suspects(found: Sequence[tuple[int, bool, bool]]) -> list[int]:
+    """Ranks that a number which is not finite may come from.
+
+    The reduction brings one replica's gradient to all others. If a loss is not finite, it comes from that replica;
+    else the owners of the parts of the gradient which are not finite are all that is known.
+
+    Args:
+        found: of each rank its data-parallel rank, whether its loss is finite, and whether everything it has is.
+    """
+    replicas = {replica for replica, loss_finite, _ in found if not loss_finite} or {replica for replica, *_ in found}
+    return [rank for rank, (replica, _, finite) in enumerate(found) if replica in replicas and not finite]
 
 
 def describe(incident: Incident, groups: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
@@ -63,7 +79,7 @@ def describe(incident: Incident, groups: Sequence[str], ranks: Sequence[int]) ->
 
     Args:
         groups: names of the groups of layers.
-        ranks: those with a loss or gradient that is not finite.
+        ranks: its suspects.
     """
     outcome, batch = incident.outcome, incident.batch
     documents = batch.data.documents(batch.first + np.arange(batch.count))

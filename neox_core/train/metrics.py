@@ -73,6 +73,11 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({"step": step} | row)
 
+    def note(self, name: str, text: str) -> None:
+        """Put a text into the summary of the W&B run."""
+        if self._active and self._wandb is not None:
+            self._wandb.summary[name] = text
+
     def backup(self) -> None:
         """Copy the rows so far to the store."""
         if self._active:

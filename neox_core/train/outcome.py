@@ -24,6 +24,11 @@ def pack_outcome(applied: Tensor, all_ranks: Tensor, own: Tensor) -> Tensor:
     return torch.cat([applied.to(own.dtype).view(1), all_ranks, own])
 
 
+def applied_of(outcome: Tensor) -> Tensor:
+    """Whether the update of a packed outcome was done, on its device."""
+    return outcome[0] > 0
+
+
 def loss_of(outcome: Tensor) -> Tensor:
     """The loss of a packed outcome, on its device."""
     return outcome[_HEAD]
@@ -55,6 +60,11 @@ class StepOutcome:
     def finite(self) -> bool:
         """Whether loss and gradient are."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+    @property
+    def own_loss_finite(self) -> bool:
+        """Whether this rank's share of the loss is."""
+        return math.isfinite(self.own[0])
 
     @property
     def own_finite(self) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from neox_core.checkpoint.neox import NeoxCheckpoint
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.writer import CheckpointWriter
-from neox_core.config import BatchGeometry, RunConfig, batch_geometry
+from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
 from neox_core.errors import ConfigError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
@@ -93,7 +93,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     engine.checkpoint_engine = writer
     watchdog.beat("resuming")
     checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer)
-    start = checkpoints.resume()
+    with memory_explained(config, geometry, mesh):
+        start = checkpoints.resume()
 
     with (
         MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics,
@@ -108,7 +109,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             peak_flops(device, parameter_dtype(config)) * mesh.world_size,
         ) as telemetry,
     ):
-        incidents = IncidentLog(job.output, store, job.prefix, metrics, engine.gradient_groups, mesh.rank)
+        incidents = IncidentLog(job.output, store, job.prefix, metrics, engine.gradient_groups, mesh)
 
         def heartbeat(place: str) -> None:
             writer.check()
@@ -157,12 +158,13 @@ def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometr
 
 
 def _geometry(config: RunConfig, mesh: Mesh) -> BatchGeometry:
+    """What the engine must have room for."""
     if mesh.world_size != config.launch.world_size:
         raise ConfigError(
             f"this job has {mesh.world_size} ranks, but launch.nodes {config.launch.nodes} x launch.ranks_per_node "
             f"{config.launch.ranks_per_node} = {config.launch.world_size}: make them agree"
         )
-    return batch_geometry(config)
+    return largest_batch(config)  # the loop sets each step's own
 
 
 def _shared_attempt_id() -> str:

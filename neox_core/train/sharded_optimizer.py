@@ -202,9 +202,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
         own = states[dist.get_rank(self.dp_process_group)]
         if load_optimizer_states:
-            self.optimizer.load_state_dict(own["base_optimizer_state"])
+            self._load_moments(own["base_optimizer_state"]["state"])
         for master, saved in zip(self.masters, own["single_partition_of_fp32_groups"], strict=True):
             master.load(saved)
+
+    def _load_moments(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        """In place: torch's own way has the old and the new moments at the same time, which need not fit."""
+        handles = [handle for group in self.optimizer.param_groups for handle in group["params"]]
+        for index, values in saved.items():
+            for name, value in values.items():
+                self.optimizer.state[handles[index]][name].copy_(value)
 
     def _restore_from_bit16_weights(self) -> None:
         for master in self.masters:

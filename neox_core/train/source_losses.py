@@ -42,17 +42,23 @@ class SourceLosses:
         if self._first_sequence is not None:
             self._sequences.append(torch.stack((losses_BT.sum(-1), (targets_BT != IGNORED).sum(-1))))
 
-    def end(self) -> None:
-        """Sort what was taken since `begin` by source."""
+    def end(self, applied: Tensor) -> None:
+        """Sort what was taken since `begin` by source; of a step whose update was not done nothing is kept.
+
+        Args:
+            applied: whether it was, a scalar on the device.
+        """
         first, self._first_sequence = self._first_sequence, None
         if first is None or not self._sequences:
             return
         indices = micro_batch_indices(self._geometry, self._data_rank, first)
         sources, _ = self._mixture.locate(np.concatenate([next(indices) for _ in self._sequences]))
-        belongs = torch.from_numpy(np.equal.outer(sources, np.arange(len(self.names))).astype(np.float32))
+        belongs = torch.from_numpy(np.equal.outer(sources, np.arange(len(self.names))))
         if self._device.type == "cuda":
             belongs = belongs.pin_memory().to(self._device, non_blocking=True)
-        self._totals += torch.cat(self._sequences, dim=1) @ belongs
+        # Chosen, not multiplied by 0 or 1: what is not finite would spread to the other sources.
+        sums = torch.where(belongs & applied, torch.cat(self._sequences, dim=1).unsqueeze(-1), 0.0)
+        self._totals += sums.sum(1)
         self._sequences = []
 
     def take(self) -> Tensor:

@@ -21,7 +21,7 @@ from neox_core.parallel.mesh import Mesh
 from neox_core.plan import flops_per_token
 from neox_core.train.figures import Figures, peak_memory
 from neox_core.train.metrics import MetricsLog
-from neox_core.train.outcome import group_norms_of
+from neox_core.train.outcome import applied_of, group_norms_of
 from neox_core.train.phases import PhaseTimer, hook_phases
 from neox_core.train.profiler import StepProfiler
 from neox_core.train.source_losses import SourceLosses
@@ -64,7 +64,7 @@ class Telemetry:
             engine.module.loss_fn.on_token_losses = self._sources.add
         hook_phases(engine, self._phases.mark)
         self._logged = False
-        self._steps = 0
+        self._steps = self._tokens_done = 0
         self._host_seconds = self._waited = 0.0
         self._gathering: Figures | None = None
         self._under_way: list[Figures] = []
@@ -110,8 +110,9 @@ class Telemetry:
         """
         self._phases.mark(_LOGGING)
         self._steps += 1
+        self._tokens_done += self._tokens
         with torch.no_grad():
-            self._sources.end()
+            self._sources.end(applied_of(self._engine.optimizer.outcome))
             self._send()
             if self._logged:
                 self._gathering = self._gather(step, values)
@@ -120,7 +121,7 @@ class Telemetry:
         started = time.perf_counter()
         if self._gathering is not None and self._logged:
             self._gathering.phases, self._gathering.logging_seconds = self._phases.take(), self._host_seconds
-            self._steps, self._host_seconds, self._waited = 0, 0.0, 0.0
+            self._steps, self._tokens_done, self._host_seconds, self._waited = 0, 0, 0.0, 0.0
         self._write_arrived()
         self._host_seconds += time.perf_counter() - started
 
@@ -142,6 +143,7 @@ class Telemetry:
         return Figures(
             step=step,
             steps=self._steps,
+            tokens=self._tokens_done,
             known={name: value for name, value in values.items() if not isinstance(value, Tensor)},
             scalars={name: value.detach().float().view(1) for name, value in on_device.items()},
             sums=sums.numel(),
@@ -174,16 +176,15 @@ class Telemetry:
         losses = {name: total / n for name, total, n in zip(sources, sums, tokens, strict=True) if n}
         return {
             **figures.known,
-            **self._speed(step_seconds),
+            **self._speed(figures.tokens / figures.steps / step_seconds),
             **{f"loss/{name}": loss for name, loss in losses.items()},
             **found,
             **{f"time/{phase}": value for phase, value in seconds.items()},
             "time/step": step_seconds,
         }
 
-    def _speed(self, seconds: float) -> dict[str, float]:
+    def _speed(self, rate: float) -> dict[str, float]:
         model, length = self._config.model, self._config.train.sequence_length
-        rate = self._tokens / seconds
         return {
             "train/tokens_per_second": rate,
             "train/mfu": rate * flops_per_token(model, length) / self._peak_flops,

@@ -30,6 +30,8 @@ _LOOKS = 20
 """Per timeout."""
 _GRACE_SECONDS = 20.0
 """At most, for other ranks to write their stacks before the first exit ends the job."""
+_LAST_RESORT_SECONDS = 10.0
+"""After which a rank that cannot even report its hang is ended."""
 
 
 class Watchdog:
@@ -100,11 +102,12 @@ class Watchdog:
 
     def _end(self, seconds: float) -> None:
         """Write the stacks of all threads, then who was where, and exit."""
-        faulthandler.cancel_dump_traceback_later()
+        grace = min(_GRACE_SECONDS, 4 * self._timeout / _LOOKS)
+        # What follows needs locks and disks that the hung thread may hold.
+        faulthandler.dump_traceback_later(2 * grace + _LAST_RESORT_SECONDS, file=_STDERR, exit=True)
         _write_stacks()
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), self._place)
-        grace = min(_GRACE_SECONDS, 4 * self._timeout / _LOOKS)
         time.sleep(grace)
         logger.error(
             "rank %d: no rank got on for %.0f s (launch.hang_timeout_minutes); they were at: %s. The stacks are in the "

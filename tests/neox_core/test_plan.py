@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from neox_core.activations import block_bytes
-from neox_core.config import BatchGeometry, ModelConfig, RunConfig, load_config
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig, TrainChange, load_config
 from neox_core.errors import ConfigError
 from neox_core.memory import Memory, parameter_count, rank_dimensions, stage_layers, stage_memory
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
@@ -223,3 +223,14 @@ def test_figures_out_of_range() -> None:
         plan(load("toy"), peak_tflops=0)
     with pytest.raises(ConfigError, match=r"gpu_memory_gib -1 is not positive"):
         plan(load("toy"), gpu_memory_gib=-1)
+
+
+def test_the_largest_batch_needs_the_memory() -> None:
+    """More micro batches in flight in a pipeline."""
+    small = with_train(load("llemma_34b", pipeline=4), global_batch_tokens=4096 * 16)
+    grown = with_train(small, changes=(TrainChange(from_step=9, global_batch_tokens=4096 * 1024),))
+    large = with_train(small, global_batch_tokens=4096 * 1024)
+    memory = [[stage.memory.total for stage in plan(config).stages] for config in (small, grown, large)]
+    assert memory[0][0] < memory[1][0]
+    assert memory[1] == memory[2]
+    assert plan(grown).batch == plan(small).batch

@@ -112,8 +112,10 @@ def test_fastest_that_is_installed(
 ) -> None:
     installed(monkeypatch)
     with caplog.at_level("INFO"):
-        assert choose("auto", "cuda", torch.bfloat16) is attention_kernel._cudnn
-    assert "attention: cudnn" in caplog.text
+        assert choose("auto", "cuda", torch.bfloat16) is attention_kernel._cudnn_or_sdpa
+        assert choose("cudnn", "cuda", torch.bfloat16) is attention_kernel._cudnn
+        choose("auto", "cpu", torch.bfloat16)
+    assert caplog.messages == ["attention: cudnn or sdpa", "attention: cudnn", "attention: sdpa"]
     installed(monkeypatch, flash_attn=Flash(), flash_attn_cute=Flash())
     choose.cache_clear()
     with caplog.at_level("INFO"):
@@ -124,6 +126,13 @@ def test_fastest_that_is_installed(
     with caplog.at_level("INFO"):
         choose("auto", "cuda", torch.bfloat16)
     assert caplog.messages[-1] == "attention: flash_attn"
+
+
+def test_flash_attn_4_is_refused_on_older_gpus(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, flash_attn=Flash(), flash_attn_cute=Flash())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ConfigError, match=r"flash_attn_4 needs a Hopper GPU"):
+        choose("flash_attn_4", "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn"])

@@ -83,7 +83,6 @@ def pass_through(layer: nn.Module, rank: int | None, sequence: bool = False) -> 
         "output": output.detach(),
         "input gradient": None if embedding else x.grad,
         "gradients": {name: p.grad for name, p in layer.named_parameters()},
-        "split": {name for name, p in layer.named_parameters() if getattr(p, "tensor_model_parallel", False)},
     }
 
 
@@ -178,21 +177,3 @@ def test_weight_gradients(ranks: list[dict[Any, Any]], layer_type: type[nn.Modul
             dim = 1 if name in ("attention.dense.weight", "mlp.w2.weight") else 0
             # Whole heads lie on one rank, so that also the fused rows of two ranks, one after the other, are the whole.
             torch.testing.assert_close(torch.cat([rank[name] for rank in found], dim), gradient, msg=name)
-
-
-def test_split_parameters_are_marked(ranks: list[dict[Any, Any]]) -> None:
-    """DeepSpeed's gradient norm counts unmarked parameters once and sums marked ones over ranks."""
-    expected = {
-        TokenEmbedding: {"word_embeddings.weight"},
-        TransformerBlock: {
-            "attention.query_key_value.weight",
-            "attention.dense.weight",
-            "mlp.w1.weight",
-            "mlp.w2.weight",
-            "mlp.w3.weight",
-        },
-        FinalNorm: set(),
-        OutputHead: {"final_linear.weight"},
-    }
-    for rank in ranks:
-        assert {layer_type: rank[layer_type, False]["split"] for layer_type in LAYERS} == expected

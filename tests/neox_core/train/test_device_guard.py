@@ -16,6 +16,7 @@ from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.toy_base import make_random_base
 from neox_core.config import ParallelConfig
 from neox_core.parallel.loss import ChunkedLoss
+from neox_core.train.incidents import suspects
 from neox_core.train.outcome import PendingOutcome, StepOutcome, pack_outcome
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import MODELS, config_for, rank_batches
@@ -50,6 +51,20 @@ def nan_loss(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
+def nan_batch(engine: Any) -> Iterator[None]:
+    """Loss and gradient of one micro batch, as a bad batch or product makes them."""
+    whole = ChunkedLoss.__call__
+    seen: list[int] = []
+
+    def spoilt(self: ChunkedLoss, *given: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return whole(self, *given) * (math.nan if len(seen) == 1 else 1.0)
+
+    with patch.object(ChunkedLoss, "__call__", spoilt):
+        yield
+
+
+@contextmanager
 def infinite_gradient(engine: Any) -> Iterator[None]:
     """After the reduction, so that no other rank has it."""
     reduce = engine.optimizer.reduce_gradients
@@ -73,6 +88,7 @@ def limited_loss(engine: Any) -> Iterator[None]:
 FAULTS: dict[str, Callable[[Any], Any]] = {
     "weight": nan_weight,
     "loss": nan_loss,
+    "batch": nan_batch,
     "gradient": infinite_gradient,
     "limit": limited_loss,
 }
@@ -151,6 +167,9 @@ def test_nothing_is_updated_on_any_rank(ranks: list[dict[Any, Any]], layout: str
         assert rank[fault].finite is (fault == "limit")
     if fault in ("loss", "gradient"):  # a weight spoils the activations of ranks downstream
         assert [rank[fault].own_finite for rank in found] == [True, False]
+    if layout == "data":
+        seen = [(replica, rank[fault].own_loss_finite, rank[fault].own_finite) for replica, rank in enumerate(found)]
+        assert suspects(seen) == ([] if fault == "limit" else [BAD_RANK]), "also where the reduction spread it"
     assert math.isnan(found[0]["loss"].loss)
     assert math.isfinite(found[0]["loss"].gradient_norm)
     assert math.isfinite(found[0]["gradient"].loss)

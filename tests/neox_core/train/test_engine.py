@@ -100,6 +100,12 @@ def steps(engine: Any, batches: Any, count: int) -> list[tuple[float, float]]:
     return [(float(engine.train_batch(batches)), float(engine.get_global_grad_norm())) for _ in range(count)]
 
 
+def moments(engine: Any) -> list[int]:
+    """Where the optimizer's states lie."""
+    states = engine.optimizer.optimizer.state.values()
+    return [value.data_ptr() for state in states for value in state.values()]
+
+
 def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]:
     """What follows a saved step in the engine that saved it, and in a new one that loads it."""
     mesh, engine = build(config, shards)
@@ -108,7 +114,9 @@ def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]
     engine.save_checkpoint(str(folder), tag="global_step2")
     went_on = steps(engine, batches, 2)
     _, resumed = build(config, shards)
+    places = moments(resumed)
     resumed.load_checkpoint(str(folder), tag="global_step2")
+    assert moments(resumed) == places, "read in place, since two sets of them need not fit"
     assert verdict(resumed) == "equal"
     return [went_on, steps(resumed, rank_batches(config, mesh.data_rank, first_step=3), 2)]
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from neox_core.train.watchdog import Watchdog
 
 LOCKED = """
-import ctypes, sys
+import ctypes, logging, sys
 import torch.distributed as dist
 from neox_core.train.watchdog import Watchdog
 
+logging.basicConfig()
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
 with Watchdog(1.0, 0, 1) as watchdog:
     watchdog.beat("step 1")
@@ -27,8 +28,15 @@ with Watchdog(1.0, 0, 1) as watchdog:
 """
 
 
-def test_a_thread_that_holds_pythons_lock_is_ended_too(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LOCKED, str(tmp_path / "world")]
+LOGGING_LOCKED = LOCKED.replace(
+    "ctypes.PyDLL(None).sleep(3600)  # holds Python's lock",
+    "logging.getLogger().handlers[0].acquire(); time.sleep(3600)",
+)
+
+
+@pytest.mark.parametrize("code", [LOCKED, LOGGING_LOCKED], ids=["Python's", "logging's"])
+def test_a_thread_that_holds_a_lock_is_ended_too(tmp_path: Path, code: str) -> None:
+    command = [sys.executable, "-c", code, str(tmp_path / "world")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr
