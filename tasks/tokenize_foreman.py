@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
 
 
 def _make(order: Order, parent: Connection) -> Exception | None:
-    """Send what is made; after a failure, which is returned, no further file is begun."""
+    """Send what is made; after a failure, which is returned, files that no worker has been given are left."""
     failure: Exception | None = None
     gc.freeze()  # with gc.disable at the start: collections would touch, and so copy, the pages that the forks share
     context = multiprocessing.get_context("fork")
@@ -54,7 +54,8 @@ def _make(order: Order, parent: Connection) -> Exception | None:
                 break
             except Exception as error:
                 failure = failure or error
-                pool.shutdown(wait=False, cancel_futures=True)
+                for pending in futures:  # not by shutdown, which tells nobody who waits for them
+                    pending.cancel()
             else:
                 parent.send((futures[future], record))
     return failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -79,6 +80,9 @@ class FastEngine:
 
     def _bound_memory(self, limit: int) -> None:
         self._until_look = _LOOK_EVERY
+        if self._process.pid != os.getpid():  # a fork of the process that loaded the engine
+            self._process = psutil.Process()
+            self._resident = self._process.memory_info().rss
         if self._process.memory_info().rss - self._resident > limit:
             self._renew()
 
@@ -87,7 +91,7 @@ class FastEngine:
 
         self._encode: Any = None  # the old one's memory goes first
         self._encode = gigatoken.Tokenizer.from_json(self._json).encode
-        self._resident: int = self._process.memory_info().rss
+        self._resident = self._process.memory_info().rss
         self._until_look = _LOOK_EVERY
 
 

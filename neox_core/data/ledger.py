@@ -8,7 +8,7 @@ from typing import Any
 
 from neox_core.config import RunConfig, sequences_before
 from neox_core.data.dataset import consumption
-from neox_core.data.mixture import Mixture
+from neox_core.data.mixture import PERIOD, Mixture
 from neox_core.data.weights import training_mixture
 from neox_core.errors import DataError
 
@@ -70,10 +70,13 @@ def check_epochs(ledger: Mapping[str, Any], config: RunConfig) -> None:
         DataError: more than data.max_epochs times; the message says what to change, and to what.
     """
     limit = config.data.max_epochs
+    # A share is rounded to a part of the mixture's period, and a source's end to a sequence: no reason to refuse.
+    sequences = sequences_before(config.train, config.train.steps + 1) / PERIOD + 1
+    rounding = sequences * config.train.sequence_length
     for name, use in ledger["run"].items():
-        if use["epochs"] <= limit:
-            continue
         tokens = ledger["sources"][name]["train"]["tokens"]
+        if use["epochs"] * tokens <= limit * tokens + rounding:
+            continue
         steps = int(config.train.steps * limit / use["epochs"])
         raise DataError(
             f"source {name!r} would be repeated {use['epochs']:.2f} times ({tokens:,} tokens), more than "

@@ -17,7 +17,8 @@ from neox_core.errors import DataError
 
 Indices = np.ndarray[Any, np.dtype[Any]]
 
-_PERIOD = 65_536
+PERIOD = 65_536
+"""Sequences after which a pattern repeats."""
 
 
 class Mixture:
@@ -42,7 +43,7 @@ class Mixture:
     @property
     def period(self) -> int:
         """Sequences after which a pattern repeats; a source's share is a multiple of 1/period."""
-        return _PERIOD
+        return PERIOD
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -85,17 +86,17 @@ class _Pattern:
         self._ranks = _ranks(self._sources)
 
     def locate(self, indices: Indices) -> tuple[Indices, Indices]:
-        periods, offsets = np.divmod(indices, _PERIOD)
+        periods, offsets = np.divmod(indices, PERIOD)
         source_ids = self._sources[offsets]
         return source_ids, periods * self.counts[source_ids] + self._ranks[offsets]
 
     def count(self, sequences: int) -> Indices:
-        periods, rest = divmod(sequences, _PERIOD)
+        periods, rest = divmod(sequences, PERIOD)
         return periods * self.counts + np.bincount(self._sources[:rest], minlength=len(self.counts))
 
 
 def _quantize(given: Mapping[str, float], names: Sequence[str]) -> Indices:
-    """Counts that sum to _PERIOD, by largest remainder, [names]."""
+    """Counts that sum to PERIOD, by largest remainder, [names]."""
     if set(given) != set(names):
         raise DataError(f"new weights are given for {sorted(given)}, but the mixture's sources are {list(names)}")
     weights = {name: given[name] for name in names}
@@ -105,21 +106,21 @@ def _quantize(given: Mapping[str, float], names: Sequence[str]) -> Indices:
     total = math.fsum(weights.values())
     if total <= 0:
         raise DataError(f"no source has a positive weight (sources: {', '.join(weights) or 'none'})")
-    exact = np.array([weight / total * _PERIOD for weight in weights.values()])
+    exact = np.array([weight / total * PERIOD for weight in weights.values()])
     counts = np.floor(exact).astype(np.int64)
-    missing = _PERIOD - int(counts.sum())
+    missing = PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     for (name, weight), count in zip(weights.items(), counts, strict=True):
         if weight > 0 and count == 0:
             raise DataError(
                 f"weight {weight:g} of source {name!r} is a share of {weight / total:.2g}, below the smallest, "
-                f"1/{_PERIOD}: raise it or set it to 0"
+                f"1/{PERIOD}: raise it or set it to 0"
             )
     return counts
 
 
 def _lay_out(counts: Indices) -> Indices:
-    """The source of each of the period's places, [_PERIOD].
+    """The source of each of the period's places, [PERIOD].
 
     With k sources, a sequence exists in which every prefix is within 1 - 1/(2k-2) of every exact share (Tijdeman 1980,
     "The chairman assignment problem"). That bound gives each draw a first and a last place; taking, place by place,
@@ -129,14 +130,14 @@ def _lay_out(counts: Indices) -> Indices:
     scale = max(1, 2 * len(active) - 2)
     sources = np.repeat(active, counts[active])
     nth = np.concatenate([np.arange(counts[source]) for source in active])
-    first = -(-(nth * scale + 1) * _PERIOD // (scale * counts[sources]))
-    last = ((nth + 1) * scale - 1) * _PERIOD // (scale * counts[sources]) + 1
+    first = -(-(nth * scale + 1) * PERIOD // (scale * counts[sources]))
+    last = ((nth + 1) * scale - 1) * PERIOD // (scale * counts[sources]) + 1
     by_first = np.argsort(first, kind="stable")
     waiting = list(zip(first[by_first].tolist(), last[by_first].tolist(), sources[by_first].tolist(), strict=True))
     waiting.reverse()
     admitted: list[tuple[int, int]] = []
-    pattern = np.empty(_PERIOD, dtype=np.int64)
-    for place in range(1, _PERIOD + 1):
+    pattern = np.empty(PERIOD, dtype=np.int64)
+    for place in range(1, PERIOD + 1):
         while waiting and waiting[-1][0] <= place:
             _, deadline, source = waiting.pop()
             heapq.heappush(admitted, (deadline, source))
@@ -145,7 +146,7 @@ def _lay_out(counts: Indices) -> Indices:
 
 
 def _ranks(pattern: Indices) -> Indices:
-    """How often each place's source was drawn earlier in the period, [_PERIOD]."""
+    """How often each place's source was drawn earlier in the period, [PERIOD]."""
     ranks = np.empty_like(pattern)
     for source in np.unique(pattern):
         places = np.flatnonzero(pattern == source)

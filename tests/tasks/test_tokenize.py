@@ -296,6 +296,15 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
     assert not alive
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers: int) -> None:
+    folder = small_input(tmp_path / "in", FILES | {f"a/train/{n:03d}.jsonl": ["some words " * 50] for n in range(40)})
+    (folder / "a/train/005.jsonl").write_bytes(b"\xff\xfe" + b"x" * 9000)  # the largest file, so the first
+    with pytest.raises(DataError, match=r"005\.jsonl is damaged \(its text is UTF-16"):
+        prepare_data(small(folder, workers=workers), tmp_path / "out")
+
+
 def test_killed_workers_are_told(tmp_path: Path) -> None:
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)

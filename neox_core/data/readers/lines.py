@@ -19,6 +19,7 @@ _MAX_WINDOW: dict[int, int] = {
     zstd.DecompressionParameter.window_log_max: 31
 }  # zstd --long=31, which it refuses by default
 _UTF8_MARK = b"\xef\xbb\xbf"
+_BINARY_MARKS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
 _WIDE_MARKS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
@@ -48,6 +49,11 @@ def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
             for mark, encoding in _WIDE_MARKS.items():
                 if chunk.startswith(mark):
                     raise DamagedFileError(path, f"its text is {encoding}, not UTF-8")
+            for mark, kind in _BINARY_MARKS.items():
+                if chunk.startswith(mark):
+                    raise DamagedFileError(path, f"it is {kind} inside, not JSON lines")
+            if b"\0" in chunk[:4]:
+                raise DamagedFileError(path, "it begins with NUL bytes, as UTF-16 without a mark and binary files do")
             chunk = chunk.removeprefix(_UTF8_MARK)
         yield chunk
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from neox_core.data.readers.lines import MAX_LINE
 from neox_core.data.readers.record import DamagedFileError, Document, Rejection, checked_text
 from neox_core.errors import ConfigError, DataError
 
 _ROWS = 64
+_READ_BYTES = 1 << 20
+"""At a time, of a column; without it, a whole row group's."""
 
 
 def parquet_records(path: Path, key: str) -> Iterator[Document | Rejection]:
-    """Each row's text or why it has none. Memory: about one row group of that column.
+    """Each row's text or why it has none, in bounded memory.
 
     Raises:
         DamagedFileError: the file is truncated or corrupt.
@@ -25,7 +29,7 @@ def parquet_records(path: Path, key: str) -> Iterator[Document | Rejection]:
     except ImportError:
         raise ConfigError(f"reading {path} needs pyarrow: pip install 'llemma-pretrain[parquet]'") from None
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=_READ_BYTES) as file:
             _check_column(file.schema_arrow, path, key)
             row = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[key], use_threads=False):
@@ -36,15 +40,20 @@ def parquet_records(path: Path, key: str) -> Iterator[Document | Rejection]:
         raise DamagedFileError(path, " ".join(str(error).split())[:200]) from None
 
 
-def _check_column(schema: object, path: Path, key: str) -> None:
-    names = schema.names  # type: ignore[attr-defined]
-    if key not in names:
-        raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.text_key")
+def _check_column(schema: Any, path: Path, key: str) -> None:
+    if key not in schema.names:
+        raise DataError(f"{path} has no column {key!r}, only {', '.join(schema.names)}: correct data.text_key")
+    kind = str(schema.field(key).type)
+    if not ("string" in kind or kind == "null") or kind.startswith(("list", "large_list", "struct", "map")):
+        raise DataError(f"column {key!r} of {path} holds {kind}, not text: correct data.text_key")
 
 
-def _record(value: object, row: int, key: str) -> Document | Rejection:
+def _record(value: Any, row: int, key: str) -> Document | Rejection:
+    buffer = value.as_buffer() if hasattr(value, "as_buffer") else None
+    if buffer is not None and buffer.size > MAX_LINE:
+        return Rejection(row, f"its text is longer than {MAX_LINE} bytes")
     try:
-        text = value.as_py()  # type: ignore[attr-defined]
+        text = value.as_py()
     except UnicodeDecodeError as error:
         return Rejection(row, f"it is not UTF-8 ({error.reason} at byte {error.start})")
     return checked_text(text, row, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from neox_core.errors import DataError
 _LONGEST_REASON = 200
 MAX_UNBROKEN = 6 << 20
 """Characters in a row without a blank or line feed: an encoder needs some 50 bytes of memory for each of them."""
+
+_TOO_LONG = re.compile(rf"(?<![^ \n])[^ \n]{{{MAX_UNBROKEN + 1}}}")  # from the beginning of a word only: linear
 
 
 class Document(NamedTuple):
@@ -73,18 +76,9 @@ def checked_text(text: object, number: int, key: str) -> Document | Rejection:
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         return Rejection(number, f'its "{key}" holds a lone surrogate at character {error.start}')
-    if len(text) > MAX_UNBROKEN and (longest := _longest_unbroken(text)) > MAX_UNBROKEN:
-        return Rejection(number, f'its "{key}" has {longest} characters in a row without a blank')
+    if len(text) > MAX_UNBROKEN and _TOO_LONG.search(text):
+        return Rejection(number, f'its "{key}" has more than {MAX_UNBROKEN} characters in a row without a blank')
     return Document(text, size, number)
-
-
-def _longest_unbroken(text: str) -> int:
-    start = longest = 0
-    while start < len(text):
-        ends = [end for end in (text.find(" ", start), text.find("\n", start)) if end >= 0]
-        end = min(ends, default=len(text))
-        longest, start = max(longest, end - start), end + 1
-    return longest
 
 
 def _named(record: dict[str, Any]) -> str:

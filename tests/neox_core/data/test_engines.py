@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import string
 from collections.abc import Callable
@@ -210,6 +211,19 @@ def test_memory_of_the_engine_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         text = "x y " * 300
         assert engine.encode(text).tolist() == model.encode(text).tolist()
     assert len(renewed) == 4
+
+
+def test_memory_is_that_of_the_fork_which_encodes() -> None:
+    """Workers are forks of the process that has loaded the engine."""
+    engine = FastEngine(SentencePieceModel(DEMO.read_bytes()))
+    before = engine._encode
+    fork = os.fork()
+    if fork == 0:
+        engine._bound_memory(100 << 20)
+        grown = bytearray(os.urandom(1 << 20) * 200)
+        engine._bound_memory(100 << 20)
+        os._exit(int(engine._encode is before or not grown))
+    assert os.waitpid(fork, 0)[1] == 0
 
 
 def test_long_texts() -> None:

@@ -84,3 +84,10 @@ def test_change_of_weights_is_in_the_ledger() -> None:
     assert ledger["changes"] == [{"from_step": 76, "shares": {"a": 0.25, "b": 0.25, "z": 0.5}}]
     with pytest.raises(DataError, match=r"'z' would be repeated .* lower its part in .* by 75%"):
         run_ledger(counts(a=256 * 1000, b=256 * 500, z=256 * 50), config(weight_changes=[change], max_epochs=1.0))
+
+
+@pytest.mark.parametrize("tokens", [9_999, 12_345, 67_891, 76_801])
+def test_epochs_that_were_asked_for_are_not_refused_for_their_rounding(tokens: int) -> None:
+    sources = {"a": {"epochs": 4}, "b": {"weight": 1}, "z": {"weight": 0}}
+    given = counts(a=tokens, b=256 * 800_000, z=256 * 50)
+    assert run_ledger(given, config(max_epochs=4.0, sources=sources))["run"]["a"]["epochs"] == pytest.approx(4, rel=0.3)

@@ -118,6 +118,11 @@ def test_truncation_is_found_at_every_byte(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl", WHOLE.decode().encode("utf-16"), "UTF-16"),
         ("a.jsonl", WHOLE.decode().encode("utf-32"), "UTF-32"),
         ("a.jsonl.zst", zst(WHOLE.decode().encode("utf-16")), "UTF-16"),
+        ("a.jsonl", WHOLE.decode().encode("utf-16-le"), "NUL bytes"),
+        ("a.jsonl", gzip.compress(WHOLE), "it is gzip inside"),
+        ("a.jsonl", zst(WHOLE), "it is zstd inside"),
+        ("a.jsonl.gz", gzip.compress(zst(WHOLE)), "it is zstd inside"),
+        ("a.jsonl", b"PAR1 no", "it is parquet inside"),
         ("a.parquet", b"PAR1 no", ""),
     ],
 )
@@ -226,7 +231,27 @@ def test_run_of_letters_without_end_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\n".join(json.dumps(record).encode() for record in records))
     kept, rejected = read_records(path)
     assert isinstance(kept, Document)
-    assert rejected == Rejection(2, f'its "text" has {MAX_UNBROKEN + 1} characters in a row without a blank')
+    assert rejected == Rejection(2, f'its "text" has more than {MAX_UNBROKEN} characters in a row without a blank')
+
+
+def test_long_text_of_many_words_is_checked_in_linear_time(tmp_path: Path) -> None:
+    """The quadratic way took minutes for the first and hours for the second."""
+    for text in ("word " * 1_400_000, "word\n" * 1_400_000 + "a" * MAX_UNBROKEN):
+        (document,) = read_records(write(tmp_path / "a.jsonl", json.dumps({"text": text}).encode()))
+        assert isinstance(document, Document)
+
+
+def test_parquet_rows_are_bounded_and_of_texts(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = pyarrow.table({"text": ["short", "a " * (MAX_LINE // 2 + 1), None], "number": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, second, third = read_records(tmp_path / "a.parquet")
+    assert isinstance(first, Document)
+    assert second == Rejection(2, f"its text is longer than {MAX_LINE} bytes")
+    assert isinstance(third, Rejection)
+    with pytest.raises(DataError, match=r"column 'number' of .*a\.parquet holds int64, not text"):
+        list(read_records(tmp_path / "a.parquet", "number"))
 
 
 MEMORY = """
@@ -241,8 +266,8 @@ print(records, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
 
 def test_decompression_bomb_takes_little_memory(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor(level=1).compressobj()
-    zeros = bytes(1 << 24)
-    content = b"".join(compressor.compress(zeros) for _ in range(64)) + compressor.flush()  # 1 GiB
+    letters = b"a" * (1 << 24)
+    content = b"".join(compressor.compress(letters) for _ in range(64)) + compressor.flush()  # 1 GiB
     assert len(content) < 1 << 20
     path = write(tmp_path / "bomb.jsonl.zst", content)
     answer = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True).stdout
