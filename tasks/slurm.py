@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import submitit
@@ -17,6 +18,34 @@ SlurmState = Literal["pending", "running", "completed", "failed", "cancelled", "
 
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+
+
+@dataclass(frozen=True)
+class JobArray:
+    """A job array of which some tasks are of interest."""
+
+    name: str
+    job_id: str
+    tasks: tuple[str, ...]
+
+    def done(self) -> bool:
+        """Whether all those tasks have ended, well or not.
+
+        Raises:
+            LaunchError: SLURM does not answer.
+        """
+        return not {"pending", "running"} & set(task_states(self.tasks).values())
+
+    def cancel(self) -> None:
+        """Cancel the whole array.
+
+        Raises:
+            LaunchError: scancel refuses.
+        """
+        cancel(self.job_id)
+
+    def __str__(self) -> str:
+        return f"job array {self.job_id} ({self.name})"
 
 
 def query_state(job_id: str) -> SlurmState:

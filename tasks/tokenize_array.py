@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,8 +65,7 @@ def made_in_jobs(
     largest_first = sorted(files, key=lambda file: -file.size)
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
-    home = folder.resolve() / PARTS / "jobs"
-    key = _key(groups)
+    home, key = _home(folder), _key(groups)
     kept = _attach(home, groups, folder)
     missing = [group for group in groups if group not in kept]
     # Unlike an earlier array's, which may be at work still. Noted down first, so that the array is found by it if this
@@ -76,6 +76,23 @@ def made_in_jobs(
     waiting = kept | submitted
     _note(home, key, [waiting[group].job_id for group in groups], name)
     yield from _results({job: group for group, job in waiting.items()})
+
+
+def job_arrays(folder: Path) -> list[slurm.JobArray]:
+    """The arrays of the stage in this folder that may be at work.
+
+    Raises:
+        LaunchError: SLURM does not answer.
+    """
+    home, arrays = _home(folder), defaultdict[str, list[str]](list)
+    for task in filter(None, _noted(home)[1]):
+        if not Path(submitit.SlurmJob(home, task).paths.result_pickle).exists():
+            arrays[slurm.array_of(task)].append(task)
+    return [slurm.JobArray("tokenize", array, tuple(tasks)) for array, tasks in arrays.items()]
+
+
+def _home(folder: Path) -> Path:
+    return folder.resolve() / PARTS / "jobs"
 
 
 def _results(waiting: dict[Any, Group]) -> MadeParts:
