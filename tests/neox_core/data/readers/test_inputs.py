@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train" / "1.txt")
     with pytest.raises(DataError, match=r"1\.txt is not a"):
         names(config)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a" / "train" / "0.jsonl").parent
+    by_folder, by_glob = data_config(tmp_path), data_config(tmp_path, files={"train": f"{folder}/*.jsonl"})
+    (folder / "1.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"a/train/1\.jsonl is a folder, not a \.jsonl.* file: move it away"):
+        names(by_folder)
+    assert names(by_glob) == ["0.jsonl"]  # as a pattern with ** matches folders, too
+    (folder / "1.jsonl").rmdir()
+    (folder / "1.jsonl").symlink_to("gone")
+    for config in (by_folder, by_glob):
+        with pytest.raises(DataError, match=r"a/train/1\.jsonl cannot be read \(No such file or directory\): correct"):
+            names(config)
+    (folder / "1.jsonl").unlink()
+
+    def refuse(path: Path, *arguments: Any) -> None:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for config in (by_folder, by_glob):
+        with pytest.raises(DataError, match=r"a/train/0\.jsonl cannot be read \(Permission denied\)"):
+            names(config)
 
 
 def test_only_sources_for_evaluation_need_validation(tmp_path: Path) -> None:
