@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import hashlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -131,7 +131,7 @@ def _matching(pattern: str) -> _Found:
     parts = PurePosixPath(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     root = Path(*parts[:fixed])
-    paths = (Path(match) for match in glob.glob(pattern, recursive=True))
+    paths = {Path(match) for match in glob.glob(pattern, recursive=True)}  # **/** finds a file more than once
     return [_local(path, root) for path in paths if not path.is_dir()]
 
 
@@ -157,16 +157,30 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
     return [
         (item.key, f"{root}/{item.key}", item.size, item.etag)
         for item in objects
-        if not PurePosixPath(item.key).name.startswith(".") and (not pattern or _key_matches(item.key, pattern))
+        if _is_file(item.key) and (not pattern or _key_matches(item.key.split("/"), pattern.split("/")))
     ]
 
 
-def _key_matches(key: str, pattern: str) -> bool:
-    """As a path's glob: * stays within a folder, **/ is any number of them."""
-    if "**/" in pattern:
-        return fnmatch.fnmatchcase(key, pattern.replace("**/", "*"))
-    path = PurePosixPath(key)
-    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+def _is_file(key: str) -> bool:
+    """Neither hidden nor the mark of a folder, which some tools leave."""
+    name = key.rpartition("/")[2]  # empty if the key is the prefix itself, too
+    return bool(name) and not name.startswith(".")
+
+
+def _key_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As glob.glob(recursive=True) would match a file of these path components: ** is any number of folders, and at
+    the end all that they hold; neither it nor a wildcard takes hidden ones."""
+    if not pattern:
+        return not parts
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        hidden = next((place for place, part in enumerate(parts) if part.startswith(".")), len(parts))
+        if not rest:
+            return 0 < len(parts) == hidden
+        return any(_key_matches(parts[skipped:], rest) for skipped in range(hidden + 1))
+    if not parts or (parts[0].startswith(".") and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], first) and _key_matches(parts[1:], rest)
 
 
 def _store(url: str, storage: StorageConfig) -> ObjectStore:
