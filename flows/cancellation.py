@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def cancel_jobs_of_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:
     """Hook for `on_cancellation`: cancel the run's jobs, unless another run follows them.
 
-    The jobs' checkpoints stay, so that a later run of the flow resumes.
+    The jobs' checkpoints and finished parts stay, so that a later run of the flow resumes.
     """
     for job in cancel_jobs(load_config(flow_run.parameters["config"])):
         logger.info("cancelled %s", job)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.cancellation import cancel_jobs_of_run
 from flows.stage_flow import Row, run_stage_flow
 from neox_core.config import RunConfig
 from tasks.prepare import ledger, prepare
 from tasks.stage import StageResult
 
 
-@flow(name="prepare-data", flow_run_name="prepare-data {config}")
+@flow(name="prepare-data", flow_run_name="prepare-data {config}", on_cancellation=[cancel_jobs_of_run])
 def prepare_data(config: str) -> StageResult:
     """Tokenize every source and plan the mixture.
 

@@ -112,24 +112,38 @@ class DigestCache:
         return self.digests([path])[0]
 
     def digests(self, paths: Iterable[Path]) -> list[str]:
-        """SHA-256 of each file's content, hashed in parallel where not remembered."""
+        """SHA-256 of each file's content, hashed in parallel where not remembered.
+
+        The digest of a file that changes meanwhile is not remembered, so that the next call hashes it again.
+        """
         wanted = [path.resolve() for path in paths]
         stale = [path for path in wanted if self._recall(path) is None]
         if stale:  # another holder of the same file may have remembered them meanwhile
             self._known |= self._load()
             stale = [path for path in wanted if self._recall(path) is None]
+        fresh: dict[str, str] = {}
         if stale:
             with ThreadPoolExecutor() as pool:
-                for path, digest in zip(stale, pool.map(sha256_of, stale), strict=True):
-                    stat = path.stat()
-                    self._known[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+                for path, (entry, steady) in zip(stale, pool.map(_measure, stale), strict=True):
+                    fresh[str(path)] = entry[2]
+                    if steady:
+                        self._known[str(path)] = entry
             write_atomically(self._path, json.dumps(self._known))
-        return [self._known[str(path)][2] for path in wanted]
+        return [fresh.get(str(path)) or self._known[str(path)][2] for path in wanted]
 
     def _recall(self, path: Path) -> str | None:
         stat = path.stat()
         size, mtime, digest = self._known.get(str(path), (None, None, None))
         return digest if (size, mtime) == (stat.st_size, stat.st_mtime_ns) else None
+
+
+def _measure(path: Path) -> tuple[list[Any], bool]:
+    """Size, modification time in ns and SHA-256 of a file, and whether it stayed the same while it was hashed."""
+    before = path.stat()
+    digest = sha256_of(path)
+    after = path.stat()
+    steady = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    return [after.st_size, after.st_mtime_ns, digest], steady
 
 
 def sha256_of(path: Path) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from neox_core.config import RunConfig
 from tasks.evaluate import evaluation_jobs
 from tasks.job import Job
-from tasks.specs import evaluate_spec, train_spec
-from tasks.stage import try_claim
+from tasks.slurm import JobArray
+from tasks.specs import evaluate_spec, prepare_spec, train_spec
+from tasks.stage import StageSpec, try_claim
+from tasks.tokenize_array import job_arrays
 from tasks.train import training_jobs
 
+_Find = Callable[[RunConfig], Sequence[Job | JobArray]]
 
-def cancel_jobs(config: RunConfig) -> list[Job]:
-    """Cancel the training and evaluation jobs of this configuration, except of a stage that is being run.
+
+def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
+    """Cancel the tokenization, training and evaluation jobs of this configuration, except of a stage that is being run.
 
     Returns:
         The jobs that were cancelled.
@@ -19,8 +25,13 @@ def cancel_jobs(config: RunConfig) -> list[Job]:
     Raises:
         LaunchError: SLURM does not answer, or a job runs on another host.
     """
-    cancelled = []
-    for spec, find in ((train_spec(config), training_jobs), (evaluate_spec(config), evaluation_jobs)):
+    stages: list[tuple[StageSpec, _Find]] = [
+        (prepare_spec(config), lambda config: job_arrays(prepare_spec(config).folder)),
+        (train_spec(config), training_jobs),
+        (evaluate_spec(config), evaluation_jobs),
+    ]
+    cancelled: list[Job | JobArray] = []
+    for spec, find in stages:
         with try_claim(spec) as claimed:
             running = [job for job in find(config) if not job.done()] if claimed else []
             for job in running:

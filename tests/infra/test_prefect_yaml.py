@@ -46,7 +46,7 @@ def test_a_deployment_runs_its_flow_on_its_config(deployment: dict[str, Any]) ->
 @pytest.mark.parametrize("deployment", DEPLOYMENTS[::3], ids=lambda deployment: deployment["entrypoint"].split(":")[1])
 def test_cancelling_a_flow_that_submits_jobs_cancels_them(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
-    submits = flow.name in ("llemma-pretrain", "train", "evaluate")
+    submits = flow.name in ("llemma-pretrain", "prepare-data", "train", "evaluate")
     assert flow.on_cancellation_hooks == ([cancel_jobs_of_run] if submits else [])
 
 

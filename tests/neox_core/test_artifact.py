@@ -197,6 +197,22 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path: Path, hashed: l
     assert hashed == ["data.bin"] * 2
 
 
+def test_a_file_that_grows_while_it_is_hashed_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memory = tmp_path / "data.bin", tmp_path / "digests.json"
+    path.write_bytes(b"one")
+
+    def hash_and_grow(path: Path) -> str:
+        digest = sha256_of(path)
+        with path.open("ab") as file:
+            file.write(b", two")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact_module, "sha256_of", hash_and_grow)
+        assert DigestCache(memory).digest(path) == hashlib.sha256(b"one").hexdigest()
+    assert DigestCache(memory).digest(path) == hashlib.sha256(b"one, two").hexdigest()
+
+
 def test_digests_come_in_order_and_only_what_is_new_is_hashed(tmp_path: Path, hashed: list[str]) -> None:
     paths = [tmp_path / name for name in "cab"]
     for path in paths:

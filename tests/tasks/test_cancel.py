@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 
 from flows.cancellation import cancel_jobs_of_run
 from neox_core.config import RunConfig
+from tasks import slurm
 from tasks.cancel import cancel_jobs
 from tasks.evaluate import _key_prefix
 from tasks.job import Job
 from tasks.launch import submit_or_attach
-from tasks.specs import evaluate_spec, train_spec
+from tasks.specs import evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageSpec, try_claim
 from tests.e2e.runs import Run, copy_text, write_run
 
@@ -99,6 +101,44 @@ def test_the_hook_cancels_the_jobs_of_the_flow_runs_config(config: RunConfig, tm
     flow_run = SimpleNamespace(parameters={"config": str(tmp_path / "run.yml")})
     cancel_jobs_of_run(None, flow_run, None)  # type: ignore[arg-type]
     assert states(jobs) == ["cancelled", "cancelled"]
+
+
+@pytest.fixture
+def array(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """States of the tasks of a tokenization array; scancel cancels them."""
+    tasks = {"12_0": "completed", "12_1": "running", "12_2": "pending", "9_0": "failed"}
+    home = prepare_spec(config).folder / ".parts" / "jobs"
+    home.mkdir(parents=True)
+    (home / "array.json").write_text(json.dumps({"groups": "x", "jobs": list(tasks), "name": "llemma-tokenize-x"}))
+    (home / "12_0_0_result.pkl").touch()
+
+    def cancel(job_id: str) -> None:
+        tasks.update({task: "cancelled" for task in tasks if task.startswith(f"{job_id}_")})
+
+    monkeypatch.setattr(slurm, "task_states", lambda asked: {task: tasks[task] for task in asked})
+    monkeypatch.setattr(slurm, "cancel", cancel)
+    return tasks
+
+
+def test_tokenization_arrays_are_cancelled(config: RunConfig, array: dict[str, str]) -> None:
+    with try_claim(prepare_spec(config)):
+        assert cancel_jobs(config) == []
+    assert array["12_1"] == "running"
+    assert [str(job) for job in cancel_jobs(config)] == ["job array 12 (tokenize)"]
+    assert (array["12_1"], array["12_2"], array["9_0"]) == ("cancelled", "cancelled", "failed")
+    assert cancel_jobs(config) == []
+
+
+def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(
+    config: RunConfig, array: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = prepare_spec(config).folder / ".parts" / "jobs"
+    record = {"groups": "x", "jobs": ["9_0", None, None], "name": "llemma-tokenize-x"}
+    (home / "array.json").write_text(json.dumps(record))
+    array |= {"13_0": "pending", "13_1": "pending"}
+    monkeypatch.setattr(slurm, "find_by_name", {"llemma-tokenize-x": "13"}.get)
+    assert [job.job_id for job in cancel_jobs(config)] == ["13"]
+    assert array["13_1"] == "cancelled"
 
 
 def test_a_run_that_never_submitted_a_job_has_nothing_to_cancel(config: RunConfig) -> None:

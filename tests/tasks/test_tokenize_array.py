@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,21 +34,40 @@ class Cluster:
         self.tasks: dict[str, Callable[[], Any]] = {}
         self.states: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.names: dict[str, str] = {}
+        self.questions: list[list[str]] = []
+        self.silent = 0
+        """Questions that SLURM leaves unanswered."""
         self.arrays = 0
         self.on_submit: Callable[[list[str]], None] = lambda ids: None
         """What happens to an array's tasks at once."""
 
-    def submit(self, calls: list[Callable[[], Any]]) -> list[Any]:
+    def submit(self, calls: list[Callable[[], Any]], name: str = "") -> list[Any]:
         self.arrays += 1
-        ids = [f"{self.arrays}_{number}" for number in range(len(calls))]
+        self.names[name] = str(self.arrays)
+        several = len(calls) > 1  # submitit makes no array of one
+        ids = [f"{self.arrays}_{number}" if several else str(self.arrays) for number in range(len(calls))]
         self.tasks |= dict(zip(ids, calls, strict=True))
         self.states |= dict.fromkeys(ids, "pending")
+        for job_id in ids:
+            self.job(self.home, job_id).paths.submitted_pickle.touch()
         self.on_submit(ids)
         return [self.job(self.home, job_id) for job_id in ids]
 
     def job(self, home: Path, job_id: str) -> Any:
-        paths = SimpleNamespace(result_pickle=home / f"{job_id}_0_result.pkl", stdout=home / f"{job_id}_0_log.out")
+        paths = SimpleNamespace(
+            submitted_pickle=home / f"{job_id}_submitted.pkl",
+            result_pickle=home / f"{job_id}_0_result.pkl",
+            stdout=home / f"{job_id}_0_log.out",
+        )
         return _Job(job_id, paths)
+
+    def task_states(self, tasks: list[str]) -> dict[str, str]:
+        self.questions.append(tasks)
+        if self.silent:
+            self.silent -= 1
+            raise LaunchError("squeue does not answer: Socket timed out")
+        return {task: self.states[task] for task in tasks}
 
     def run(self, *ids: str) -> None:
         for job_id in ids:
@@ -63,8 +83,8 @@ class _Job:
 class _Executor:
     """The part of submitit's executor that is used."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.name = cluster, name
 
     def batch(self) -> _Executor:
         return self
@@ -79,7 +99,7 @@ class _Executor:
         return self.jobs[-1]
 
     def __exit__(self, *_: object) -> None:
-        for job, submitted in zip(self.jobs, self.cluster.submit(self.calls), strict=True):
+        for job, submitted in zip(self.jobs, self.cluster.submit(self.calls, self.name), strict=True):
             job.job_id, job.paths = submitted.job_id, submitted.paths
 
 
@@ -87,9 +107,10 @@ class _Executor:
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster(tmp_path / "out" / ".parts" / "jobs")
     made.home.mkdir(parents=True)
-    monkeypatch.setattr(tokenize_array, "_executor", lambda home, jobs: _Executor(made))
+    monkeypatch.setattr(tokenize_array, "_executor", lambda home, jobs, name: _Executor(made, name))
     monkeypatch.setattr(tokenize_array.submitit, "SlurmJob", made.job)
-    monkeypatch.setattr(slurm, "query_state", made.states.__getitem__)
+    monkeypatch.setattr(slurm, "task_states", made.task_states)
+    monkeypatch.setattr(slurm, "find_by_name", made.names.get)
     monkeypatch.setattr(slurm, "cancel", made.cancelled.append)
     for name in ("_POLL_SECONDS", "_ASK_SECONDS", "_SHARED_DISK_SECONDS"):
         monkeypatch.setattr(tokenize_array, name, 0.0)
@@ -119,7 +140,7 @@ def test_a_later_call_submits_only_what_is_missing(cluster: Cluster, tmp_path: P
     cluster.on_submit = lambda ids: cluster.run(*ids, "1_2")
     made = {file.name: record.documents for file, record in make(inputs, tmp_path)}
     assert made == {"0.jsonl": 1, "1.jsonl": 2, "2.jsonl": 3}
-    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2_0"]
+    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2"]
     assert cluster.cancelled == []
 
 
@@ -129,7 +150,31 @@ def test_a_part_that_is_gone_is_made_again(cluster: Cluster, tmp_path: Path) -> 
     assert len(list(make(inputs, tmp_path))) == 3
     PartPaths.of(inputs[1], tmp_path / "out").record.unlink()
     assert len(list(make(inputs, tmp_path))) == 3
-    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2_0"]
+    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".documents.npy", ".rejected.jsonl"])
+def test_a_part_that_was_damaged_since_is_made_again(cluster: Cluster, tmp_path: Path, suffix: str) -> None:
+    inputs = files(tmp_path)
+    cluster.on_submit = lambda ids: cluster.run(*ids)
+    assert len(list(make(inputs, tmp_path))) == 3
+    prefix = PartPaths.of(inputs[1], tmp_path / "out").prefix
+    damaged = prefix.with_name(prefix.name + suffix)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(bytes([whole[0] ^ 1]) + whole[1:] if whole else b"x")
+    assert len(list(make(inputs, tmp_path))) == 3
+    assert damaged.read_bytes() == whole
+    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2"]
+
+
+def test_parts_that_were_just_made_are_not_read_again(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(tokenize_array, "find_part", lambda *arguments: looked.append(arguments))
+    cluster.on_submit = lambda ids: cluster.run(*ids)
+    assert len(list(make(files(tmp_path), tmp_path))) == 3
+    assert looked == []
 
 
 def test_tasks_for_other_files_are_cancelled(cluster: Cluster, tmp_path: Path) -> None:
@@ -143,7 +188,7 @@ def test_tasks_for_other_files_are_cancelled(cluster: Cluster, tmp_path: Path) -
 def test_failures_arrive_as_errors(cluster: Cluster, tmp_path: Path) -> None:
     inputs = files(tmp_path, 1)
     cluster.on_submit = lambda ids: cluster.states.update(dict.fromkeys(ids, "failed"))
-    with pytest.raises(LaunchError, match=r"tokenization task 1_0 ended \(failed\) without a result: see .*1_0_0_log"):
+    with pytest.raises(LaunchError, match=r"tokenization task 1 ended \(failed\) without a result: see .*1_0_log"):
         next(make(inputs, tmp_path))
     Path(inputs[0].location).write_bytes(b"\xff\xfe")
     cluster.on_submit = lambda ids: cluster.run(*ids)
@@ -151,6 +196,74 @@ def test_failures_arrive_as_errors(cluster: Cluster, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"0\.jsonl is damaged \(its text is UTF-16 or UTF-32, not UTF-8\)"):
             next(make(inputs, tmp_path))
     assert cluster.arrays == 3
+
+
+def test_one_question_per_poll_and_silence_is_borne_for_a_while(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = make(files(tmp_path), tmp_path)
+    cluster.on_submit = lambda ids: cluster.run(ids[0])
+    next(calls)
+    cluster.questions.clear()
+    cluster.silent = 10
+    with pytest.raises(LaunchError, match=r"Socket timed out \(asked 10 times; the tasks go on"):
+        next(calls)
+    assert cluster.questions == [["1_1", "1_2"]] * 10
+    assert caplog.text.count("Socket timed out") == 9
+    cluster.silent = 9  # the next call attaches to the two that go on, and fares better
+    calls = make(files(tmp_path), tmp_path)
+    next(calls)
+    assert cluster.arrays == 1
+    cluster.silent = 9
+    cluster.states["1_1"] = "failed"
+    with pytest.raises(LaunchError, match=r"task 1_1 ended \(failed\)"):
+        next(calls)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_array_whose_submitter_was_killed_is_found(cluster: Cluster, tmp_path: Path, count: int) -> None:
+    """Killed after sbatch and before the array was noted down."""
+    inputs = files(tmp_path, count)
+
+    def kill(ids: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    cluster.on_submit = kill
+    with pytest.raises(KeyboardInterrupt):
+        next(make(inputs, tmp_path))
+    if count == 3:
+        cluster.job(cluster.home, "1_2").paths.submitted_pickle.unlink()  # not moved there before the kill
+    cluster.on_submit = lambda ids: cluster.run(*[task for task in cluster.tasks if task != "1_2"])
+    cluster.run(*[task for task in list(cluster.tasks) if task != "1_2"][:1])
+    assert len(list(make(inputs, tmp_path))) == count
+    assert list(cluster.tasks) == (["1"] if count == 1 else ["1_0", "1_1", "1_2", "2"])
+
+
+def test_what_is_asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    programs = {
+        "squeue": 'echo "12_0 RUNNING"; echo "12_1 PENDING"; echo "34 COMPLETED"',
+        "sacct": 'echo "JobID|State|NodeList"; echo "12_[4-5]|CANCELLED by 0|n"; echo "12_2|TIMEOUT|n"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/{name}.args\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    assert slurm.task_states(["12_0", "12_1", "12_2", "12_3", "12_5", "34"]) == {
+        "12_0": "running", "12_1": "pending", "12_2": "failed", "12_3": "unknown", "12_5": "cancelled",
+        "34": "completed",
+    }  # fmt: skip
+    assert (tmp_path / "squeue.args").read_text() == "--noheader --array --states=all --jobs=12,34 --format=%i %T\n"
+    assert len((tmp_path / "sacct.args").read_text().splitlines()) == 1
+    assert slurm.task_states([]) == {}
+    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *--name=x*--format=%F) printf "12\\n12\\n";; esac\n')
+    assert slurm.find_by_name("x") == "12"  # the array's; %A would be the id of one of its tasks
+    for reason, answers in (("Invalid job id specified", True), ("Socket timed out", False)):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {reason}' >&2; exit 1\n")
+        if answers:
+            assert slurm.task_states(["12_2"]) == {"12_2": "failed"}
+        else:
+            with pytest.raises(LaunchError, match=r"squeue does not answer about jobs 12: .*Socket timed out"):
+                slurm.task_states(["12_2"])
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,17 +53,15 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     Returns an empty list only for a split other than train of a source that is not used for evaluation.
 
     Raises:
-        DataError: there are none, or one is empty or of another kind.
+        DataError: there are none, or one is empty, of another kind or not readable.
         StorageError: the object store cannot be listed.
     """
     given = next((where for name, where in config.sources[source].files.items() if name == split), None)
     location = given or f"{config.input}/{source}/{split}"
     if location.startswith("s3://"):
         found = _listed(location, storage)
-    elif given is None or Path(location).is_dir():
-        found = _in_folder(Path(location))
     else:
-        found = _matching(location)
+        found = _found_locally(location, is_pattern=given is not None)
     optional = split != "train" and source not in config.validation_sources
     if not found and not (optional and given is None):
         missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
@@ -111,11 +110,20 @@ def content_digest(file: InputFile) -> str:
 _Found = list[tuple[str, str, int, str]]
 
 
+def _found_locally(location: str, *, is_pattern: bool) -> _Found:
+    try:
+        return _matching(location) if is_pattern and not Path(location).is_dir() else _in_folder(Path(location))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or location} cannot be read ({error.strerror}): correct the link or the permissions, or "
+            "move it away"
+        ) from None
+
+
 def _in_folder(folder: Path) -> _Found:
     if not folder.is_dir():
         return []
-    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return [(path.name, str(path), path.stat().st_size, "") for path in paths]
+    return [_local(path, folder) for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _matching(pattern: str) -> _Found:
@@ -123,8 +131,18 @@ def _matching(pattern: str) -> _Found:
     parts = PurePosixPath(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     root = Path(*parts[:fixed])
-    paths = (Path(match) for match in glob.glob(pattern, recursive=True))
-    return [(p.relative_to(root).as_posix(), str(p), p.stat().st_size, "") for p in paths if p.is_file()]
+    paths = {Path(match) for match in glob.glob(pattern, recursive=True)}  # **/** finds a file more than once
+    return [_local(path, root) for path in paths if not path.is_dir()]
+
+
+def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
+    """A file below `root`. That it can be opened is found out here, and not when a worker comes to it."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise DataError(f"{path} is {kind}, not a {_KINDS} file: move it away, or give a pattern of the files' names")
+    with path.open("rb"):
+        return path.relative_to(root).as_posix(), str(path), status.st_size, ""
 
 
 def _listed(location: str, storage: StorageConfig) -> _Found:
@@ -139,16 +157,30 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
     return [
         (item.key, f"{root}/{item.key}", item.size, item.etag)
         for item in objects
-        if not PurePosixPath(item.key).name.startswith(".") and (not pattern or _key_matches(item.key, pattern))
+        if _is_file(item.key) and (not pattern or _key_matches(item.key.split("/"), pattern.split("/")))
     ]
 
 
-def _key_matches(key: str, pattern: str) -> bool:
-    """As a path's glob: * stays within a folder, **/ is any number of them."""
-    if "**/" in pattern:
-        return fnmatch.fnmatchcase(key, pattern.replace("**/", "*"))
-    path = PurePosixPath(key)
-    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+def _is_file(key: str) -> bool:
+    """Neither hidden nor the mark of a folder, which some tools leave."""
+    name = key.rpartition("/")[2]  # empty if the key is the prefix itself, too
+    return bool(name) and not name.startswith(".")
+
+
+def _key_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As glob.glob(recursive=True) would match a file of these path components: ** is any number of folders, and at
+    the end all that they hold; neither it nor a wildcard takes hidden ones."""
+    if not pattern:
+        return not parts
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        hidden = next((place for place, part in enumerate(parts) if part.startswith(".")), len(parts))
+        if not rest:
+            return 0 < len(parts) == hidden
+        return any(_key_matches(parts[skipped:], rest) for skipped in range(hidden + 1))
+    if not parts or (parts[0].startswith(".") and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], first) and _key_matches(parts[1:], rest)
 
 
 def _store(url: str, storage: StorageConfig) -> ObjectStore:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import DataConfig, StorageConfig
 from neox_core.data.readers import open_input, source_files
-from neox_core.data.readers.inputs import content_digest
+from neox_core.data.readers.inputs import _key_matches, content_digest
 from neox_core.errors import DataError
 
 STORAGE = StorageConfig(url="s3://unused/x")
@@ -44,6 +46,7 @@ def test_glob_names_files_below_its_fixed_part(tmp_path: Path) -> None:
     assert names(data_config(tmp_path, files={"train": f"{tmp_path}/raw/*/*.jsonl"})) == ["x/1.jsonl", "y/2.jsonl"]
     everything = data_config(tmp_path, files={"train": f"{tmp_path}/raw/**/*.jsonl"})
     assert names(everything) == ["x/1.jsonl", "x/deep/3.jsonl", "y/2.jsonl"]
+    assert names(data_config(tmp_path, files={"train": f"{tmp_path}/raw/**/**/*.jsonl"})) == names(everything)
     assert names(data_config(tmp_path, files={"train": f"{tmp_path}/raw/y"})) == ["2.jsonl"]
     assert names(data_config(tmp_path, files={"train": f"{tmp_path}/raw/y/2.jsonl"})) == ["2.jsonl"]
     with pytest.raises(DataError, match=r"source 'a' has no train text: .*/raw/\*\.zst holds no \.jsonl"):
@@ -64,6 +67,29 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
         names(config)
 
 
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a" / "train" / "0.jsonl").parent
+    by_folder, by_glob = data_config(tmp_path), data_config(tmp_path, files={"train": f"{folder}/*.jsonl"})
+    (folder / "1.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"a/train/1\.jsonl is a folder, not a \.jsonl.* file: move it away"):
+        names(by_folder)
+    assert names(by_glob) == ["0.jsonl"]  # as a pattern with ** matches folders, too
+    (folder / "1.jsonl").rmdir()
+    (folder / "1.jsonl").symlink_to("gone")
+    for config in (by_folder, by_glob):
+        with pytest.raises(DataError, match=r"a/train/1\.jsonl cannot be read \(No such file or directory\): correct"):
+            names(config)
+    (folder / "1.jsonl").unlink()
+
+    def refuse(path: Path, *arguments: Any) -> None:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for config in (by_folder, by_glob):
+        with pytest.raises(DataError, match=r"a/train/0\.jsonl cannot be read \(Permission denied\)"):
+            names(config)
+
+
 def test_only_sources_for_evaluation_need_validation(tmp_path: Path) -> None:
     config = data_config(tmp_path, "a")
     assert source_files(config, STORAGE, "b", "validation") == []
@@ -71,6 +97,39 @@ def test_only_sources_for_evaluation_need_validation(tmp_path: Path) -> None:
         names(config, split="validation")
     with pytest.raises(DataError, match="b/train"):
         source_files(config, STORAGE, "b", "train")
+
+
+KEYS = (
+    "train.jsonl", "x/train.jsonl", "x/pretrain.jsonl", "x/deep/er/train.jsonl", "x/deep/1.jsonl", "x/10.jsonl",
+    ".cache/train.jsonl", "x/.hidden/train.jsonl", "x/.train.jsonl", "y/[1].jsonl", "y/a.b.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "**/train.jsonl", "**", "x/**", "*/*.jsonl", "*", "*.jsonl", "x/**/*.jsonl", "**/deep/**/train.jsonl", "x*/*/*",
+        "?/?.jsonl", "?/??.jsonl", "**/[0-9]*.jsonl", "y/[[]1].jsonl", "[!x]/*", "**/**/1.jsonl", "**train.jsonl",
+        ".cache/*", "x/.*/*.jsonl", "**/.train.jsonl", "x/deep/**", "z/**", "**/",
+    ],
+)  # fmt: skip
+def test_a_pattern_means_the_same_on_a_disk_and_in_a_store(tmp_path: Path, pattern: str) -> None:
+    for key in KEYS:
+        write(tmp_path / key)
+    matches = {path for path in glob.glob(pattern, root_dir=tmp_path, recursive=True) if (tmp_path / path).is_file()}
+    assert {key for key in KEYS if _key_matches(key.split("/"), pattern.split("/"))} == matches
+
+
+def test_marks_of_folders_in_a_store_are_passed_over(store: ObjectStore, storage_config: StorageConfig) -> None:
+    for key in ("a/train/", "a/train/deep/"):
+        store.put_text(key, "")
+    for key in ("a/train/train.jsonl", "a/train/deep/pretrain.jsonl"):
+        store.put_text(key, "text")
+    everything = ["deep/pretrain.jsonl", "train.jsonl"]
+    assert names(data_config(storage_config.url), storage_config) == everything
+    for pattern, expected in (("**", everything), ("**/*", everything), ("**/train.jsonl", ["train.jsonl"])):
+        config = data_config("unused", files={"train": f"{storage_config.url}/a/train/{pattern}"})
+        assert names(config, storage_config) == expected
 
 
 def test_s3_prefix_and_pattern(tmp_path: Path, store: ObjectStore, storage_config: StorageConfig) -> None:
