@@ -22,7 +22,7 @@ from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS,
 
 RECOMPUTE = {(1, 1): "none", (2, 1): "selective", (1, 2): "full", (2, 2): "selective", (4, 1): "full"}
 """Activation checkpointing by tensor and pipeline parallelism: it changes nothing."""
-BF16_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 1)]
+BF16_LAYOUTS = [*itertools.product((1, 2), repeat=3), (4, 1, 1)]
 
 
 def train_rank(configs: dict[Any, RunConfig], shards: Path) -> dict[Any, dict[str, Any]]:
@@ -204,6 +204,6 @@ def test_bf16_layouts_agree(
     one_rank = train("gqa", 1, 1, 1, precision="bf16")[0]
     for rank in train("gqa", *layout, precision="bf16"):
         np.testing.assert_allclose(rank["losses"], one_rank["losses"], rtol=1e-2)
-        np.testing.assert_allclose(rank["norms"], one_rank["norms"], rtol=5e-2)
+        np.testing.assert_allclose(rank["norms"], one_rank["norms"], rtol=1e-2)
         np.testing.assert_allclose(rank["losses"], references["gqa"][1]["losses"], rtol=1e-2)
         assert rank["losses"] != references["gqa"][1]["losses"]
