@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
 
 def _duplicates(parts: Sequence[MadePart], data: DataConfig) -> list[Mask]:
     if data.deduplicate:
-        return find_duplicates([load_table(part.paths) for part in parts])
+        return find_duplicates([partial(load_table, part.paths) for part in parts])
     return [np.zeros(part.record.documents, dtype=np.bool_) for part in parts]
 
 

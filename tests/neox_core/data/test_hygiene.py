@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from neox_core.data import duplicates
 from neox_core.data.duplicates import DOCUMENT, DocumentTable, find_duplicates, text_hash
 from neox_core.data.overlap import EvaluationItems, Item, load_items
+from neox_core.data.part_files import PartPaths, load_table
 from neox_core.errors import ConfigError, DataError
 
 EVALUATION = Path(__file__).parents[4] / "shared" / "data" / "eval"
@@ -31,9 +35,23 @@ def test_duplicates_are_those_that_came_before(bucket: int, monkeypatch: pytest.
     expected = []
     for part in parts:
         expected.append([text in seen or bool(seen.add(text)) for text in part])  # type: ignore[func-returns-value]
-    found = find_duplicates([table(part) for part in parts])
+    found = find_duplicates([partial(table, part) for part in parts])
     assert [mask.tolist() for mask in found] == expected
     assert sum(map(sum, expected)) > 10
+
+
+def test_more_tables_than_a_process_may_have_files(tmp_path: Path) -> None:
+    paths = PartPaths(tmp_path / "part")
+    np.save(paths.documents, table([f"text {number}" for number in range(3000)]))  # large enough to be mapped
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(2000) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], hard))
+    try:
+        found = find_duplicates([partial(load_table, paths)] * 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(mask.sum()) for mask in found] == [0] + [3000] * 39
 
 
 def test_hash_sees_every_byte() -> None:
