@@ -59,9 +59,10 @@ def made_in_jobs(
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
     home = folder.resolve() / PARTS / "jobs"
-    kept = _attach(home, groups, folder)
+    key = _key(groups, settings)
+    kept = _attach(home, groups, key, folder)
     waiting = kept | _submit(home, [group for group in groups if group not in kept], settings, folder, jobs)
-    record = {"groups": _key(groups), "jobs": [waiting[group].job_id for group in groups]}
+    record = {"groups": key, "jobs": [waiting[group].job_id for group in groups]}
     write_atomically(home / _RECORD, json.dumps(record))
     yield from _results({job: group for group, job in waiting.items()})
 
@@ -128,14 +129,15 @@ def _executor(home: Path, jobs: TokenizeJobConfig) -> Any:
     return executor
 
 
-def _attach(home: Path, groups: Sequence[Group], folder: Path) -> dict[Group, Any]:
-    """The tasks of an earlier call that are at work or have made their parts. If that was for other files, they end."""
+def _attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[Group, Any]:
+    """The tasks of an earlier call that are at work or have made their parts. If that was for other files or
+    settings, they end."""
     try:
         record = json.loads((home / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     jobs = [submitit.SlurmJob(home, job_id) for job_id in record["jobs"]]
-    if record["groups"] != _key(groups):
+    if record["groups"] != key:
         for array in {job.job_id.partition("_")[0] for job in jobs if not Path(job.paths.result_pickle).exists()}:
             slurm.cancel(array)
         return {}
@@ -154,9 +156,15 @@ def _is_good(job: Any, group: Group, folder: Path) -> bool:
     return all(PartPaths.of(file, folder).record.exists() for file in group)
 
 
-def _key(groups: Sequence[Group]) -> str:
-    names = json.dumps([[(file.logical_name, file.size, file.etag) for file in group] for group in groups])
-    return hashlib.sha256(names.encode()).hexdigest()
+def _key(groups: Sequence[Group], settings: PartSettings) -> str:
+    """What tasks were given: another run's, or this one's of before a correction, lie in the same folder."""
+    files = [[(file.logical_name, file.location, file.size, _version(file)) for file in group] for group in groups]
+    content = json.dumps([files, settings.logical(), settings.skip_damaged_files])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _version(file: InputFile) -> str | int:
+    return file.etag if file.location.startswith("s3://") else Path(file.location).stat().st_mtime_ns
 
 
 def _result(job: Any) -> list[PartRecord | Failure]:

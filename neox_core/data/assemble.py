@@ -17,6 +17,7 @@ from neox_core.data.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.merge import Mask, Part, merge
 from neox_core.data.overlap import load_items
+from neox_core.data.part import find_record
 from neox_core.data.part_files import PartPaths, load_table
 from neox_core.data.part_settings import PartRecord
 from neox_core.data.readers import InputFile
@@ -106,6 +107,21 @@ def merge_split(plan: SplitPlan, prefix: Path, workers: int) -> None:
     found = {"documents_in": accounted, "documents": len(merged), "tokens": len(merged.tokens)}
     if wrong := {unit: (value, counts[unit]) for unit, value in found.items() if value != counts[unit]}:
         raise DataError(f"{prefix} does not add up (found, expected): {wrong}; this is a fault of this program")
+
+
+def check_unchanged(parts: Iterable[MadePart]) -> None:
+    """Refuse what was merged of parts that were replaced meanwhile: a job of an earlier run may have outlived it.
+
+    Raises:
+        DataError: says which.
+    """
+    for part in parts:
+        record = find_record(part.paths)
+        if record is None or record.sha256 != part.record.sha256:
+            raise DataError(
+                f"the part of {part.file.location} at {part.paths.prefix} was replaced while it was merged: end the "
+                "other run that tokenizes in this workdir, or its jobs, and run again"
+            )
 
 
 def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:

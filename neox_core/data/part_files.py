@@ -23,7 +23,7 @@ from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
 PARTS = ".parts"
-"""Folder of the parts within the stage's, until they are merged."""
+"""Folder of the parts, until they are merged and the result is safe."""
 _VERIFY_ONE_IN = 200
 
 
@@ -35,7 +35,7 @@ class PartPaths:
 
     @classmethod
     def of(cls, file: InputFile, folder: Path) -> PartPaths:
-        """Of the part of an input file in a stage's folder."""
+        """Of the part of an input file, below a folder."""
         return cls(folder / PARTS / file.source / file.split / file.name)
 
     @property

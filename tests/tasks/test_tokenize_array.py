@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import cloudpickle_dump
 
+from neox_core.artifact import sha256_of
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.part_files import PartPaths
 from neox_core.data.part_settings import PartSettings, TokenizerSettings
@@ -138,6 +141,23 @@ def test_tasks_for_other_files_are_cancelled(cluster: Cluster, tmp_path: Path) -
     cluster.on_submit = lambda ids: cluster.run(*ids)
     assert len(list(make(files(tmp_path), tmp_path))) == 3
     assert cluster.cancelled == ["1"]
+
+
+@pytest.mark.parametrize("change", ["text of the same size", "skip_damaged_files", "end_of_document"])
+def test_tasks_of_before_a_correction_are_not_taken(cluster: Cluster, tmp_path: Path, change: str) -> None:
+    inputs, settings = files(tmp_path, 1), SETTINGS
+    cluster.on_submit = lambda ids: cluster.run(*ids)
+    list(make(inputs, tmp_path))
+    if change == "text of the same size":
+        Path(inputs[0].location).write_text(json.dumps({"text": "text x"}) + "\n")
+        os.utime(inputs[0].location, (1, 1))
+    elif change == "skip_damaged_files":
+        settings = replace(settings, skip_damaged_files=True)
+    else:
+        settings = replace(settings, tokenizer=replace(settings.tokenizer, end_of_document="unk"))
+    ((_, made),) = made_in_jobs(inputs, settings, tmp_path / "out", TokenizeJobConfig())
+    assert cluster.arrays == 2
+    assert made.made_from == {"text": sha256_of(Path(inputs[0].location)), **settings.logical()}
 
 
 def test_failures_arrive_as_errors(cluster: Cluster, tmp_path: Path) -> None:
