@@ -15,7 +15,7 @@ from neox_core.data.assemble import MadePart, SplitPlan, check_rejected, check_u
 from neox_core.data.assemble import write_overlap as write_overlaps
 from neox_core.data.assemble import write_rejected as write_rejections
 from neox_core.data.dataset import token_prefix
-from neox_core.data.overlap import load_items
+from neox_core.data.overlap import load_items, set_names
 from neox_core.data.part_files import PARTS, PartPaths
 from neox_core.data.part_settings import PartSettings
 from neox_core.data.readers import SPLITS, InputFile, source_files
@@ -40,7 +40,8 @@ def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
     files = checked_inputs(config)
     remote = {file.logical_name: content_digest(file) for file in files if file.location.startswith("s3://")}
     paths = {file.logical_name: Path(file.location) for file in files if file.logical_name not in remote}
-    paths |= {f"evaluation_sets/{i}/{path.name}": path for i, path in enumerate(config.data.evaluation_sets)}
+    sets = config.data.evaluation_sets
+    paths |= {f"evaluation_sets/{i}/{name}": sets[i] for i, name in enumerate(set_names(sets))}
     paths["tokenizer.model"] = config.tokenizer.model
     return remote | dict(zip(paths, cache.digests(paths.values()), strict=True))
 

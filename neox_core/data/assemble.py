@@ -16,7 +16,7 @@ from neox_core.config import DataConfig
 from neox_core.data.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.merge import Mask, Part, merge
-from neox_core.data.overlap import load_items
+from neox_core.data.overlap import load_items, set_names
 from neox_core.data.part import find_record
 from neox_core.data.part_files import PartPaths, load_table
 from neox_core.data.part_settings import PartRecord
@@ -142,13 +142,14 @@ def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:
 def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> dict[str, Any]:
     """List every overlap with the evaluation sets; returns, per source, how many items and documents are in it."""
     items = load_items(data.evaluation_sets, data.overlap_words)
-    names = {(item.set_name, item.item) for item in items.items}
-    long_enough = {(item.set_name, item.item) for item in items.items if len(item.words) >= data.overlap_words}
+    names = set_names(data.evaluation_sets)
+    all_items = {(item.set_number, item.item) for item in items.items}
+    long_enough = {(item.set_number, item.item) for item in items.items if len(item.words) >= data.overlap_words}
     hits: dict[str, list[dict[str, Any]]] = {source: [] for source in data.sources}
     for part in parts:
         for line in part.overlaps():
-            what = {key: line[key] for key in ("set", "item", "field", "words", "text")}
-            hits[part.file.source].append({**what, "file": part.file.logical_name, "line": line["line"]})
+            what = {key: line[key] for key in ("item", "field", "words", "text")}
+            hits[part.file.source].append({"set": names[line["set"]], **what, "file": part.file.logical_name, "line": line["line"]})
     summary = {
         source: {
             "items": len({(hit["set"], hit["item"]) for hit in found}),
@@ -159,8 +160,8 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
     content = {
         "words": data.overlap_words,
         "decontaminated": data.decontaminate,
-        "items": len(names),
-        "items_too_short_to_check": len(names - long_enough),
+        "items": len(all_items),
+        "items_too_short_to_check": len(all_items - long_enough),
         "sources": {source: {**summary[source], "hits": hits[source]} for source in hits},
     }
     write_atomically(folder / OVERLAP_FILE, json.dumps(content, indent=1))

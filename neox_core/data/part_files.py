@@ -121,7 +121,7 @@ class PartWriter:
         if not len(self) or (self._verified_bytes + record.bytes) * _VERIFY_ONE_IN <= self.bytes + record.bytes:
             self._verify(record, ids)
         for hit in self._items.hits(record.text) if self._items else ():
-            found = {"set": hit.item.set_name, "item": hit.item.item, "field": hit.item.field}
+            found = {"set": hit.item.set_number, "item": hit.item.item, "field": hit.item.field}
             where = {"document": len(self), "line": record.line}
             _write_line(self._overlaps, {**found, **where, "words": hit.length, "text": hit.text})
         self._ids.add_document(ids)

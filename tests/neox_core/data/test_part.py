@@ -127,6 +127,6 @@ def test_overlaps_are_listed_for_training_text_only(tmp_path: Path, split: str) 
     texts = ["nothing", "He asked: how many EGGS, then", "how many"]
     file = input_file(tmp_path / "x.jsonl", [record(text) for text in texts], split)
     make_part(file, settings(evaluation_sets=(evaluation,)), tmp_path)
-    found = {"set": "eval.jsonl", "item": "q7", "field": "question", "document": 1, "line": 2}
+    found = {"set": 0, "item": "q7", "field": "question", "document": 1, "line": 2}
     expected = [{**found, "words": 3, "text": "how many eggs"}] if split == "train" else []
     assert listed(PartPaths.of(file, tmp_path).overlaps) == expected
