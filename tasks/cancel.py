@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from neox_core.config import RunConfig
 from tasks.evaluate import evaluation_jobs
 from tasks.job import Job
+from tasks.prepare import PARTS_CLAIM
 from tasks.slurm import JobArray
-from tasks.specs import evaluate_spec, prepare_spec, train_spec
-from tasks.stage import StageSpec, try_claim
+from tasks.specs import evaluate_spec, train_spec
+from tasks.stage import try_claim, try_claim_name
 from tasks.tokenize_array import job_arrays
 from tasks.train import training_jobs
 
@@ -25,14 +27,14 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
     Raises:
         LaunchError: SLURM does not answer, or a job runs on another host.
     """
-    stages: list[tuple[StageSpec, _Find]] = [
-        (prepare_spec(config), lambda config: job_arrays(prepare_spec(config).folder)),
-        (train_spec(config), training_jobs),
-        (evaluate_spec(config), evaluation_jobs),
+    stages: list[tuple[AbstractContextManager[bool], _Find]] = [
+        (try_claim_name(config.workdir, PARTS_CLAIM), lambda config: job_arrays(config.workdir)),
+        (try_claim(train_spec(config)), training_jobs),
+        (try_claim(evaluate_spec(config)), evaluation_jobs),
     ]
     cancelled: list[Job | JobArray] = []
-    for spec, find in stages:
-        with try_claim(spec) as claimed:
+    for claim, find in stages:
+        with claim as claimed:
             running = [job for job in find(config) if not job.done()] if claimed else []
             for job in running:
                 job.cancel()

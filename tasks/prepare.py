@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
+from neox_core.data.part_files import PARTS
 from neox_core.progress import Progress
 from tasks.specs import prepare_spec
-from tasks.stage import StageResult, run_stage
+from tasks.stage import StageResult, claim, run_stage
 from tasks.tokenize import prepare_data
+
+PARTS_CLAIM = "prepare-data-parts"
+"""Of the parts in a workdir, for tasks.stage.claim."""
+_GIVEN_UP = f"{PARTS}-done-"
 
 
 def prepare(config: RunConfig, progress: Progress) -> StageResult:
     """Tokenize every source, or find it done. The artifact's summary holds the counts per source, what was
     left out and why, and which engine encoded.
 
+    Finished parts lie in `<workdir>/.parts/`, whatever the stage's folder, until the artifact is there: a run with a
+    correction in its configuration or its files makes only the parts that the correction changes. Runs in one workdir
+    take turns.
+
     Raises:
         DataError: an input is missing or bad, or the run would repeat a source too often; in the latter case the
             artifact is there, since the mixture may change without a new tokenization.
     """
+    with ExitStack() as until_published:
 
-    def build(folder: Path) -> Mapping[str, Any]:
-        return prepare_data(config, folder, progress)
+        def build(folder: Path) -> Mapping[str, Any]:
+            parts = claim(config.workdir, PARTS_CLAIM, "the parts of this workdir", progress)
+            until_published.enter_context(parts)
+            return prepare_data(config, folder, progress, config.workdir)
 
-    result = run_stage(prepare_spec(config), build, progress)
+        result = run_stage(prepare_spec(config), build, progress)
+        if not result.skipped:
+            _give_up_parts(config.workdir)
+    _remove_given_up(config.workdir)
     ledger(config, result)
     return result
+
+
+def _give_up_parts(workdir: Path) -> None:
+    """Rename them, so that an interrupted removal leaves no half of them, and any later run may go on with it."""
+    if (workdir / PARTS).exists():
+        (workdir / PARTS).rename(workdir / f"{_GIVEN_UP}{uuid.uuid4().hex[:12]}")
+
+
+def _remove_given_up(workdir: Path) -> None:
+    for folder in workdir.glob(f"{_GIVEN_UP}*"):
+        shutil.rmtree(folder, ignore_errors=True)  # another run may be at it too
 
 
 def ledger(config: RunConfig, prepared: StageResult) -> dict[str, Any]:

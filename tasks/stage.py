@@ -72,11 +72,23 @@ def run_stage(
         build: fills the folder, resuming from what an interrupted call left there, and returns the summary.
         still_valid: checks what lies outside the artifact's folder.
     """
+    with claim(spec.config.workdir, spec.folder.name, "this stage", progress):
+        return _run_claimed(spec, build, still_valid)
+
+
+@contextmanager
+def claim(workdir: Path, name: str, what: str, progress: Progress) -> Iterator[None]:
+    """Have something in a workdir for this run alone while the context lasts; wait for a run that has it now.
+
+    Args:
+        what: says it in the progress while waiting.
+    """
     while True:
-        with try_claim(spec) as claimed:
+        with try_claim_name(workdir, name) as claimed:
             if claimed:
-                return _run_claimed(spec, build, still_valid)
-        progress(0.0, "another run is at work on this stage: waiting for it")
+                yield
+                return
+        progress(0.0, f"another run is at work on {what}: waiting for it")
         time.sleep(_CLAIM_SECONDS)
 
 
@@ -86,7 +98,14 @@ def try_claim(spec: StageSpec) -> Iterator[bool]:
 
     The kernel drops the claim of a process that dies.
     """
-    path = spec.config.workdir / ".claims" / spec.folder.name
+    with try_claim_name(spec.config.workdir, spec.folder.name) as claimed:
+        yield claimed
+
+
+@contextmanager
+def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
+    """As `try_claim`, of anything in a workdir."""
+    path = workdir / ".claims" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:

@@ -11,11 +11,11 @@ from typing import Any
 
 from neox_core.artifact import DigestCache
 from neox_core.config import RunConfig
-from neox_core.data.assemble import MadePart, SplitPlan, check_rejected, merge_split, plan_split
+from neox_core.data.assemble import MadePart, SplitPlan, check_rejected, check_unchanged, merge_split, plan_split
 from neox_core.data.assemble import write_overlap as write_overlaps
 from neox_core.data.assemble import write_rejected as write_rejections
 from neox_core.data.dataset import token_prefix
-from neox_core.data.overlap import load_items
+from neox_core.data.overlap import load_items, set_names
 from neox_core.data.part_files import PARTS, PartPaths
 from neox_core.data.part_settings import PartSettings
 from neox_core.data.readers import SPLITS, InputFile, source_files
@@ -40,7 +40,8 @@ def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
     files = checked_inputs(config)
     remote = {file.logical_name: content_digest(file) for file in files if file.location.startswith("s3://")}
     paths = {file.logical_name: Path(file.location) for file in files if file.logical_name not in remote}
-    paths |= {f"evaluation_sets/{i}/{path.name}": path for i, path in enumerate(config.data.evaluation_sets)}
+    sets = config.data.evaluation_sets
+    paths |= {f"evaluation_sets/{i}/{name}": sets[i] for i, name in enumerate(set_names(sets))}
     paths["tokenizer.model"] = config.tokenizer.model
     return remote | dict(zip(paths, cache.digests(paths.values()), strict=True))
 
@@ -72,12 +73,19 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
     ]
 
 
-def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -> dict[str, Any]:
+def prepare_data(
+    config: RunConfig, folder: Path, progress: Progress = silent, parts_in: Path | None = None
+) -> dict[str, Any]:
     """Tokenize all sources into `<folder>/<source>/<split>.bin/.idx`.
 
-    Parts that an earlier, killed call left under `<folder>/.parts/` are used if they are of the same text, tokenizer
-    and settings. The files are the same, bit for bit, for any number of workers. Records that hold no usable text are
-    listed in `<folder>/rejected.jsonl`, overlaps with the evaluation sets in `<folder>/overlap.json`.
+    Parts that an earlier call left under `<parts_in>/.parts/` are used if they are of the same text, tokenizer and
+    settings, whatever else was configured; nobody else may make parts there meanwhile. The files are the same, bit for
+    bit, for any number of workers. Records that hold no usable text are listed in `<folder>/rejected.jsonl`, overlaps
+    with the evaluation sets in `<folder>/overlap.json`.
+
+    Args:
+        parts_in: the caller's, to keep the parts there until the files are safe; by default they are in `folder`, and
+            removed when they are merged.
 
     Returns:
         "sources": per source and split documents, bytes (UTF-8 of the text), tokens, documents_in, rejected, duplicates
@@ -85,11 +93,12 @@ def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -
         "overlap".
 
     Raises:
-        DataError: an input is missing or damaged, or too many of its records are bad; finished parts are kept.
+        DataError: an input is missing or damaged, or too many of its records are bad; finished parts are kept. Or
+            parts were replaced meanwhile.
         ConfigError: the tokenizer's model is missing or does not fit the model.
         LaunchError, StorageError: a job failed, or the object store did.
     """
-    parts = _make_parts(checked_inputs(config), config, folder, progress)
+    parts = _make_parts(checked_inputs(config), config, parts_in or folder, progress)
     write_rejections(parts, folder)
     plans = _plan(parts, config)
     counts: dict[str, dict[str, Mapping[str, int]]] = {}
@@ -99,7 +108,8 @@ def prepare_data(config: RunConfig, folder: Path, progress: Progress = silent) -
     for done, ((source, split), plan) in enumerate(plans.items()):
         progress(0.95 + 0.05 * done / len(plans), f"merging {source}/{split}")
         merge_split(plan, token_prefix(folder, source, split), _workers(config))
-    shutil.rmtree(folder / PARTS)
+    check_unchanged(parts)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     for leftover in folder.glob("*/.*.tmp"):  # of merges that were killed
         leftover.unlink()
     progress(1.0, f"{len(parts)} files done")

@@ -65,8 +65,8 @@ def made_in_jobs(
     largest_first = sorted(files, key=lambda file: -file.size)
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
-    home, key = _home(folder), _key(groups)
-    kept = _attach(home, groups, folder)
+    home, key = _home(folder), _key(groups, settings)
+    kept = _attach(home, groups, key, folder)
     missing = [group for group in groups if group not in kept]
     # Unlike an earlier array's, which may be at work still. Noted down first, so that the array is found by it if this
     # process is killed before it has noted down the array's id.
@@ -79,7 +79,7 @@ def made_in_jobs(
 
 
 def job_arrays(folder: Path) -> list[slurm.JobArray]:
-    """The arrays of the stage in this folder that may be at work.
+    """The arrays that may be at work on the parts in this folder.
 
     Raises:
         LaunchError: SLURM does not answer.
@@ -212,13 +212,14 @@ def _noted(home: Path) -> tuple[str, list[str | None]]:
     return record["groups"], tasks
 
 
-def _attach(home: Path, groups: Sequence[Group], folder: Path) -> dict[Group, Any]:
-    """The tasks of an earlier call that are at work or have made their parts. If that was for other files, they end."""
-    key, tasks = _ask_until_answered(lambda: _noted(home))
+def _attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[Group, Any]:
+    """The tasks of an earlier call that are at work or have made their parts. If that was for other files or
+    settings, they end."""
+    noted_key, tasks = _ask_until_answered(lambda: _noted(home))
     jobs = [submitit.SlurmJob(home, task) if task else None for task in tasks]
     unfinished = [job.job_id for job in jobs if job and not Path(job.paths.result_pickle).exists()]
     states = _ask_until_answered(lambda: slurm.task_states(unfinished))
-    if key != _key(groups):
+    if noted_key != key:
         for array in sorted({slurm.array_of(task) for task, state in states.items() if state in _AT_WORK}):
             slurm.cancel(array)
         return {}
@@ -245,9 +246,15 @@ def _has_made(job: Any, group: Group, folder: Path) -> bool:
     return parts == result
 
 
-def _key(groups: Sequence[Group]) -> str:
-    names = json.dumps([[(file.logical_name, file.size, file.etag) for file in group] for group in groups])
-    return hashlib.sha256(names.encode()).hexdigest()
+def _key(groups: Sequence[Group], settings: PartSettings) -> str:
+    """What tasks were given: another run's, or this one's of before a correction, lie in the same folder."""
+    files = [[(file.logical_name, file.location, file.size, _version(file)) for file in group] for group in groups]
+    content = json.dumps([files, settings.logical(), settings.skip_damaged_files])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _version(file: InputFile) -> str | int:
+    return file.etag if file.location.startswith("s3://") else Path(file.location).stat().st_mtime_ns
 
 
 def _result(job: Any) -> list[PartRecord | Failure]:

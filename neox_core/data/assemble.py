@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from neox_core.config import DataConfig
 from neox_core.data.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.merge import Mask, Part, merge
-from neox_core.data.overlap import load_items
+from neox_core.data.overlap import load_items, set_names
+from neox_core.data.part import find_record
 from neox_core.data.part_files import PartPaths, load_table
 from neox_core.data.part_settings import PartRecord
 from neox_core.data.readers import InputFile
@@ -107,6 +109,21 @@ def merge_split(plan: SplitPlan, prefix: Path, workers: int) -> None:
         raise DataError(f"{prefix} does not add up (found, expected): {wrong}; this is a fault of this program")
 
 
+def check_unchanged(parts: Iterable[MadePart]) -> None:
+    """Refuse what was merged of parts that were replaced meanwhile: a job of an earlier run may have outlived it.
+
+    Raises:
+        DataError: says which.
+    """
+    for part in parts:
+        record = find_record(part.paths)
+        if record is None or record.sha256 != part.record.sha256:
+            raise DataError(
+                f"the part of {part.file.location} at {part.paths.prefix} was replaced while it was merged: end the "
+                "other run that tokenizes in this workdir, or its jobs, and run again"
+            )
+
+
 def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:
     """List every rejected record and left-out file, or have no list if there is none."""
     path = folder / REJECTED_FILE
@@ -125,13 +142,14 @@ def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:
 def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> dict[str, Any]:
     """List every overlap with the evaluation sets; returns, per source, how many items and documents are in it."""
     items = load_items(data.evaluation_sets, data.overlap_words)
-    names = {(item.set_name, item.item) for item in items.items}
-    long_enough = {(item.set_name, item.item) for item in items.items if len(item.words) >= data.overlap_words}
+    names = set_names(data.evaluation_sets)
+    all_items = {(item.set_number, item.item) for item in items.items}
+    long_enough = {(item.set_number, item.item) for item in items.items if len(item.words) >= data.overlap_words}
     hits: dict[str, list[dict[str, Any]]] = {source: [] for source in data.sources}
     for part in parts:
         for line in part.overlaps():
-            what = {key: line[key] for key in ("set", "item", "field", "words", "text")}
-            hits[part.file.source].append({**what, "file": part.file.logical_name, "line": line["line"]})
+            what = {key: line[key] for key in ("item", "field", "words", "text")}
+            hits[part.file.source].append({"set": names[line["set"]], **what, "file": part.file.logical_name, "line": line["line"]})
     summary = {
         source: {
             "items": len({(hit["set"], hit["item"]) for hit in found}),
@@ -142,8 +160,8 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
     content = {
         "words": data.overlap_words,
         "decontaminated": data.decontaminate,
-        "items": len(names),
-        "items_too_short_to_check": len(names - long_enough),
+        "items": len(all_items),
+        "items_too_short_to_check": len(all_items - long_enough),
         "sources": {source: {**summary[source], "hits": hits[source]} for source in hits},
     }
     write_atomically(folder / OVERLAP_FILE, json.dumps(content, indent=1))
@@ -152,7 +170,7 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
 
 def _duplicates(parts: Sequence[MadePart], data: DataConfig) -> list[Mask]:
     if data.deduplicate:
-        return find_duplicates([load_table(part.paths) for part in parts])
+        return find_duplicates([partial(load_table, part.paths) for part in parts])
     return [np.zeros(part.record.documents, dtype=np.bool_) for part in parts]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ _BUCKET = 1 << 21
 """Documents compared at a time, some 100 bytes each."""
 
 DocumentTable = np.ndarray[Any, np.dtype[np.void]]
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
 def text_hash(text: str) -> tuple[int, int]:
@@ -25,14 +26,17 @@ def text_hash(text: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def find_duplicates(tables: Sequence[DocumentTable]) -> list[Mask]:
-    """For each table, which of its documents equal an earlier one: of the same table or one before it."""
-    found = [np.zeros(len(table), dtype=np.bool_) for table in tables]
-    buckets = max(1, -(-sum(map(len, tables)) // _BUCKET))
+def find_duplicates(tables: Sequence[Callable[[], DocumentTable]]) -> list[Mask]:
+    """For each table, which of its documents equal an earlier one: of the same table or one before it.
+
+    Args:
+        tables: load a table each, once per bucket: all of them may be more than memory, or a process's files, can hold.
+    """
+    found = [np.zeros(len(load()), dtype=np.bool_) for load in tables]
+    buckets = max(1, -(-sum(map(len, found)) // _BUCKET))
     for bucket in range(buckets):
-        rows = [np.flatnonzero(table["hash_high"] % buckets == bucket) for table in tables]
-        high = np.concatenate([table["hash_high"][here] for table, here in zip(tables, rows, strict=True)])
-        low = np.concatenate([table["hash_low"][here] for table, here in zip(tables, rows, strict=True)])
+        rows, highs, lows = zip(*(_in_bucket(load(), bucket, buckets) for load in tables), strict=True)
+        high, low = np.concatenate(highs), np.concatenate(lows)
         order = np.lexsort((low, high))  # stable: of equal texts the first in order stays first
         repeated = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
         again = np.zeros(len(order), dtype=np.bool_)
@@ -41,3 +45,9 @@ def find_duplicates(tables: Sequence[DocumentTable]) -> list[Mask]:
         for mask, here, end in zip(found, rows, ends, strict=True):
             mask[here] = again[end - len(here) : end]
     return found
+
+
+def _in_bucket(table: DocumentTable, bucket: int, buckets: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Rows of the documents that are compared in this bucket, and the halves of their hashes."""
+    rows = np.flatnonzero(table["hash_high"] % buckets == bucket)
+    return rows, table["hash_high"][rows], table["hash_low"][rows]

@@ -41,21 +41,16 @@ class Part:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A part and where it goes, counted in documents and bytes."""
+    """A part, what is taken of it and where that goes. Its files are open only while they are copied: a split may
+    have more parts than a process may have files."""
 
-    dataset: IndexedDataset
+    prefix: Path
     keep: Mask | None
+    dtype: np.dtype[Any]
+    documents: int
+    bytes: int
     first_document: int
     first_byte: int
-
-    @property
-    def documents(self) -> int:
-        return len(self.dataset) if self.keep is None else int(self.keep.sum())
-
-    @property
-    def bytes(self) -> int:
-        sizes = self.dataset.sizes if self.keep is None else self.dataset.sizes[self.keep]
-        return int(sizes.sum(dtype=np.int64)) * self.dataset.dtype.itemsize
 
 
 def merge(parts: Sequence[Part | Path], prefix: Path, workers: int = 4) -> None:
@@ -75,7 +70,7 @@ def merge(parts: Sequence[Part | Path], prefix: Path, workers: int = 4) -> None:
     try:
         with temporary_bin.open("wb") as ids, temporary_idx.open("wb") as index:
             ids.truncate(size)
-            index.write(index_header(last.dataset.dtype, total))
+            index.write(index_header(last.dtype, total))
             index.truncate(HEADER.size + 20 * total + 8)
             with ThreadPoolExecutor(workers) as pool:
                 jobs = [pool.submit(_copy_ids, part, ids.fileno()) for part in placed]
@@ -95,38 +90,41 @@ def _place(parts: Sequence[Part], prefix: Path) -> list[_Placed]:
     placed: list[_Placed] = []
     document = byte = 0
     for part in parts:
-        placed.append(_Placed(IndexedDataset(part.prefix), part.keep, document, byte))
-        document, byte = document + placed[-1].documents, byte + placed[-1].bytes
+        dataset = IndexedDataset(part.prefix)
+        sizes = dataset.sizes if part.keep is None else dataset.sizes[part.keep]
+        taken = int(sizes.sum(dtype=np.int64)) * dataset.dtype.itemsize
+        placed.append(_Placed(part.prefix, part.keep, dataset.dtype, len(sizes), taken, document, byte))
+        document, byte = document + len(sizes), byte + taken
     if not placed:
         raise DataError(f"{prefix} would be merged of no parts: give at least one")
-    first = placed[0].dataset
-    if other := next((part.dataset for part in placed if part.dataset.dtype != first.dtype), None):
+    first = placed[0]
+    if other := next((part for part in placed if part.dtype != first.dtype), None):
         raise DataError(f"{first.prefix} holds {first.dtype.name}, {other.prefix} {other.dtype.name}: cannot merge")
     return placed
 
 
 def _copy_ids(part: _Placed, target: int) -> None:
-    width, offset = part.dataset.dtype.itemsize, part.first_byte
-    with bin_path(part.dataset.prefix).open("rb") as source:
-        for first, last in _runs(part):
-            start = int(part.dataset.offsets[first])
-            end = int(part.dataset.offsets[last - 1]) + int(part.dataset.sizes[last - 1]) * width
+    dataset, offset = IndexedDataset(part.prefix), part.first_byte
+    with bin_path(part.prefix).open("rb") as source:
+        for first, last in _runs(part.keep, len(dataset)):
+            start = int(dataset.offsets[first])
+            end = int(dataset.offsets[last - 1]) + int(dataset.sizes[last - 1]) * dataset.dtype.itemsize
             while start < end:
                 block = os.pread(source.fileno(), min(_COPY_SIZE, end - start), start)
                 if not block:
-                    raise DataError(f"{bin_path(part.dataset.prefix)} became shorter while it was merged: run again")
+                    raise DataError(f"{bin_path(part.prefix)} became shorter while it was merged: run again")
                 _write_at(target, block, offset)
                 start, offset = start + len(block), offset + len(block)
 
 
-def _runs(part: _Placed) -> Iterator[tuple[int, int]]:
+def _runs(keep: Mask | None, documents: int) -> Iterator[tuple[int, int]]:
     """First and past-the-last of each stretch of documents that are kept."""
-    if not len(part.dataset):
+    if not documents:
         return
-    if part.keep is None:
-        yield 0, len(part.dataset)
+    if keep is None:
+        yield 0, documents
         return
-    borders = np.flatnonzero(np.diff(part.keep.astype(np.int8), prepend=0, append=0))
+    borders = np.flatnonzero(np.diff(keep.astype(np.int8), prepend=0, append=0))
     yield from zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True)
 
 
@@ -134,12 +132,12 @@ def _copy_index(part: _Placed, target: int, total: int) -> None:
     """Sizes and offsets of the part's documents, into the places of the two lists that are theirs."""
     sizes_at = HEADER.size + 4 * part.first_document
     offsets_at = HEADER.size + 4 * total + 8 * part.first_document
-    end = part.first_byte
-    for row in range(0, len(part.dataset), _INDEX_ROWS):
-        sizes: Tokens = part.dataset.sizes[row : row + _INDEX_ROWS]
+    dataset, end = IndexedDataset(part.prefix), part.first_byte
+    for row in range(0, len(dataset), _INDEX_ROWS):
+        sizes: Tokens = dataset.sizes[row : row + _INDEX_ROWS]
         if part.keep is not None:
             sizes = sizes[part.keep[row : row + _INDEX_ROWS]]
-        lengths = sizes.astype("<i8") * part.dataset.dtype.itemsize
+        lengths = sizes.astype("<i8") * dataset.dtype.itemsize
         offsets = end + np.cumsum(lengths) - lengths
         _write_at(target, sizes.tobytes(), sizes_at)
         _write_at(target, offsets.astype("<i8").tobytes(), offsets_at)

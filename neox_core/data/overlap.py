@@ -26,7 +26,8 @@ _SHOWN = 400
 class Item:
     """One text of an evaluation item, such as its question or its solution."""
 
-    set_name: str
+    set_number: int
+    """Place of its set in the configuration: sets may have the same file name."""
     item: str
     field: str
     words: tuple[str, ...]
@@ -83,6 +84,18 @@ def _shared(ours: Sequence[str], at: int, theirs: Sequence[str], place: int) -> 
     return at - before, before + after if after else 0
 
 
+def set_names(paths: Sequence[Path]) -> list[str]:
+    """For each evaluation set the shortest end of its path that no other set has."""
+    return [_shortest_end(path, [other for other in paths if other != path]) for path in paths]
+
+
+def _shortest_end(path: Path, others: Sequence[Path]) -> str:
+    for length in range(1, len(path.parts)):
+        if all(other.parts[-length:] != path.parts[-length:] for other in others):
+            return "/".join(path.parts[-length:])
+    return str(path)
+
+
 @lru_cache(maxsize=1)
 def load_items(paths: tuple[Path, ...], words: int) -> EvaluationItems:
     """Read evaluation sets, JSON lines: every text of an item but its id and name is looked for.
@@ -91,10 +104,10 @@ def load_items(paths: tuple[Path, ...], words: int) -> EvaluationItems:
         ConfigError: a file does not exist.
         DataError: a line is not a JSON object.
     """
-    return EvaluationItems([item for path in paths for item in _items_of(path)], words)
+    return EvaluationItems([item for number, path in enumerate(paths) for item in _items_of(number, path)], words)
 
 
-def _items_of(path: Path) -> Iterator[Item]:
+def _items_of(set_number: int, path: Path) -> Iterator[Item]:
     if not path.is_file():
         raise ConfigError(f"data.evaluation_sets: {path} does not exist: correct the path")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -111,4 +124,4 @@ def _items_of(path: Path) -> Iterator[Item]:
             texts = value if isinstance(value, list) else [value]
             for text in texts if field not in _IDENTIFIERS else ():
                 if isinstance(text, str):
-                    yield Item(path.name, name, field, tuple(_WORD.findall(text.lower())))
+                    yield Item(set_number, name, field, tuple(_WORD.findall(text.lower())))

@@ -28,7 +28,8 @@ def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartReco
     """
     paths = PartPaths.of(file, folder)
     made_from = {"text": content_digest(file), **settings.logical()}
-    if found := find_part(paths, made_from):
+    found = find_part(paths, made_from)
+    if found and (settings.skip_damaged_files or not found.damaged):
         return found
     tokenizer, damaged = _tokenizer(settings.tokenizer, made_from["tokenizer"]), ""
     try:
@@ -89,10 +90,19 @@ def _tokenizer(settings: TokenizerSettings, model_sha256: str) -> Tokenizer:
 
 def find_part(paths: PartPaths, made_from: dict[str, str]) -> PartRecord | None:
     """The record of a part that is whole and of the same text and settings; else None."""
+    record = find_record(paths)
+    if record is None or record.made_from != made_from:
+        return None
+    try:
+        return record if record.sha256 == paths.digests() else None
+    except OSError:
+        return None
+
+
+def find_record(paths: PartPaths) -> PartRecord | None:
+    """The record of a part, whole or not; None if there is none or it is damaged."""
     try:
         content = json.loads(paths.record.read_text())
-        if set(content) != {field.name for field in fields(PartRecord)} or content["made_from"] != made_from:
-            return None
-        return PartRecord(**content) if content["sha256"] == paths.digests() else None
+        return PartRecord(**content) if set(content) == {field.name for field in fields(PartRecord)} else None
     except (OSError, ValueError, TypeError):
         return None

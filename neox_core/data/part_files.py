@@ -23,7 +23,7 @@ from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
 PARTS = ".parts"
-"""Folder of the parts within the stage's, until they are merged."""
+"""Folder of the parts, until they are merged and the result is safe."""
 _VERIFY_ONE_IN = 200
 
 
@@ -35,7 +35,7 @@ class PartPaths:
 
     @classmethod
     def of(cls, file: InputFile, folder: Path) -> PartPaths:
-        """Of the part of an input file in a stage's folder."""
+        """Of the part of an input file, below a folder."""
         return cls(folder / PARTS / file.source / file.split / file.name)
 
     @property
@@ -121,7 +121,7 @@ class PartWriter:
         if not len(self) or (self._verified_bytes + record.bytes) * _VERIFY_ONE_IN <= self.bytes + record.bytes:
             self._verify(record, ids)
         for hit in self._items.hits(record.text) if self._items else ():
-            found = {"set": hit.item.set_name, "item": hit.item.item, "field": hit.item.field}
+            found = {"set": hit.item.set_number, "item": hit.item.item, "field": hit.item.field}
             where = {"document": len(self), "line": record.line}
             _write_line(self._overlaps, {**found, **where, "words": hit.length, "text": hit.text})
         self._ids.add_document(ids)

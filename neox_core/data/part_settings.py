@@ -55,13 +55,12 @@ class PartSettings:
         )
 
     def logical(self) -> dict[str, str]:
-        """What the part's content depends on."""
+        """What the content of a part depends on, if its file is not damaged."""
         return {
             "tokenizer": sha256_of(self.tokenizer.model),
             "end_of_document": self.tokenizer.end_of_document,
             "begin_of_document": str(self.tokenizer.begin_of_document),
             "text_key": self.text_key,
-            "skip_damaged_files": str(self.skip_damaged_files),
             "deduplicate": str(self.deduplicate),
             "evaluation_sets": " ".join(sha256_of(path) for path in self.evaluation_sets),
             "overlap_words": str(self.overlap_words),

@@ -19,8 +19,9 @@ from tasks.cancel import cancel_jobs
 from tasks.evaluate import _key_prefix
 from tasks.job import Job
 from tasks.launch import submit_or_attach
-from tasks.specs import evaluate_spec, prepare_spec, train_spec
-from tasks.stage import StageSpec, try_claim
+from tasks.prepare import PARTS_CLAIM
+from tasks.specs import evaluate_spec, train_spec
+from tasks.stage import StageSpec, try_claim, try_claim_name
 from tests.e2e.runs import Run, copy_text, write_run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -107,7 +108,7 @@ def test_the_hook_cancels_the_jobs_of_the_flow_runs_config(config: RunConfig, tm
 def array(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """States of the tasks of a tokenization array; scancel cancels them."""
     tasks = {"12_0": "completed", "12_1": "running", "12_2": "pending", "9_0": "failed"}
-    home = prepare_spec(config).folder / ".parts" / "jobs"
+    home = config.workdir / ".parts" / "jobs"
     home.mkdir(parents=True)
     (home / "array.json").write_text(json.dumps({"groups": "x", "jobs": list(tasks), "name": "llemma-tokenize-x"}))
     (home / "12_0_0_result.pkl").touch()
@@ -121,7 +122,7 @@ def array(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_tokenization_arrays_are_cancelled(config: RunConfig, array: dict[str, str]) -> None:
-    with try_claim(prepare_spec(config)):
+    with try_claim_name(config.workdir, PARTS_CLAIM):
         assert cancel_jobs(config) == []
     assert array["12_1"] == "running"
     assert [str(job) for job in cancel_jobs(config)] == ["job array 12 (tokenize)"]
@@ -132,7 +133,7 @@ def test_tokenization_arrays_are_cancelled(config: RunConfig, array: dict[str, s
 def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(
     config: RunConfig, array: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = prepare_spec(config).folder / ".parts" / "jobs"
+    home = config.workdir / ".parts" / "jobs"
     record = {"groups": "x", "jobs": ["9_0", None, None], "name": "llemma-tokenize-x"}
     (home / "array.json").write_text(json.dumps(record))
     array |= {"13_0": "pending", "13_1": "pending"}

@@ -403,6 +403,22 @@ def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
     assert [hit["line"] for hit in overlap["sources"]["a"]["hits"]] == [1, 4]
 
 
+def test_evaluation_sets_of_one_file_name_are_two(tmp_path: Path) -> None:
+    """Whose items have no ids."""
+    texts = ["how many eggs does she sell", "which of these is a prime number"]
+    sets = [tmp_path / name / "test.jsonl" for name in ("gsm8k", "mmlu")]
+    for path, text in zip(sets, texts, strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps({"question": text}) + "\n")
+    config = small(
+        small_input(tmp_path / "in", FILES | {"a/train/2.jsonl": texts}), evaluation_sets=sets, overlap_words=5
+    )
+    assert prepare_data(config, tmp_path / "out")["overlap"]["a"] == {"items": 2, "documents": 2}
+    overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
+    assert overlap["items"] == 2
+    assert [hit["set"] for hit in overlap["sources"]["a"]["hits"]] == ["gsm8k/test.jsonl", "mmlu/test.jsonl"]
+
+
 def test_begin_of_document(tmp_path: Path) -> None:
     """SentencePiece's own <s> and </s> around every document of every split."""
     config = toy()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import cloudpickle_dump
 
+from neox_core.artifact import sha256_of
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.part_files import PartPaths
 from neox_core.data.part_settings import PartSettings, TokenizerSettings
@@ -185,6 +187,23 @@ def test_tasks_for_other_files_are_cancelled(cluster: Cluster, tmp_path: Path) -
     assert cluster.cancelled == ["1"]
 
 
+@pytest.mark.parametrize("change", ["text of the same size", "skip_damaged_files", "end_of_document"])
+def test_tasks_of_before_a_correction_are_not_taken(cluster: Cluster, tmp_path: Path, change: str) -> None:
+    inputs, settings = files(tmp_path, 1), SETTINGS
+    cluster.on_submit = lambda ids: cluster.run(*ids)
+    list(make(inputs, tmp_path))
+    if change == "text of the same size":
+        Path(inputs[0].location).write_text(json.dumps({"text": "text x"}) + "\n")
+        os.utime(inputs[0].location, (1, 1))
+    elif change == "skip_damaged_files":
+        settings = replace(settings, skip_damaged_files=True)
+    else:
+        settings = replace(settings, tokenizer=replace(settings.tokenizer, end_of_document="unk"))
+    ((_, made),) = made_in_jobs(inputs, settings, tmp_path / "out", TokenizeJobConfig())
+    assert cluster.arrays == 2
+    assert made.made_from == {"text": sha256_of(Path(inputs[0].location)), **settings.logical()}
+
+
 def test_failures_arrive_as_errors(cluster: Cluster, tmp_path: Path) -> None:
     inputs = files(tmp_path, 1)
     cluster.on_submit = lambda ids: cluster.states.update(dict.fromkeys(ids, "failed"))
@@ -201,7 +220,8 @@ def test_failures_arrive_as_errors(cluster: Cluster, tmp_path: Path) -> None:
 def test_one_question_per_poll_and_silence_is_borne_for_a_while(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = make(files(tmp_path), tmp_path)
+    inputs = files(tmp_path)
+    calls = make(inputs, tmp_path)
     cluster.on_submit = lambda ids: cluster.run(ids[0])
     next(calls)
     cluster.questions.clear()
@@ -211,7 +231,7 @@ def test_one_question_per_poll_and_silence_is_borne_for_a_while(
     assert cluster.questions == [["1_1", "1_2"]] * 10
     assert caplog.text.count("Socket timed out") == 9
     cluster.silent = 9  # the next call attaches to the two that go on, and fares better
-    calls = make(files(tmp_path), tmp_path)
+    calls = make(inputs, tmp_path)
     next(calls)
     assert cluster.arrays == 1
     cluster.silent = 9

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ import pytest
 
 from neox_core.data import duplicates
 from neox_core.data.duplicates import DOCUMENT, DocumentTable, find_duplicates, text_hash
-from neox_core.data.overlap import EvaluationItems, Item, load_items
+from neox_core.data.overlap import EvaluationItems, Item, load_items, set_names
+from neox_core.data.part_files import PartPaths, load_table
 from neox_core.errors import ConfigError, DataError
 
 EVALUATION = Path(__file__).parents[4] / "shared" / "data" / "eval"
@@ -31,9 +35,23 @@ def test_duplicates_are_those_that_came_before(bucket: int, monkeypatch: pytest.
     expected = []
     for part in parts:
         expected.append([text in seen or bool(seen.add(text)) for text in part])  # type: ignore[func-returns-value]
-    found = find_duplicates([table(part) for part in parts])
+    found = find_duplicates([partial(table, part) for part in parts])
     assert [mask.tolist() for mask in found] == expected
     assert sum(map(sum, expected)) > 10
+
+
+def test_more_tables_than_a_process_may_have_files(tmp_path: Path) -> None:
+    paths = PartPaths(tmp_path / "part")
+    np.save(paths.documents, table([f"text {number}" for number in range(3000)]))  # large enough to be mapped
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(2000) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], hard))
+    try:
+        found = find_duplicates([partial(load_table, paths)] * 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(mask.sum()) for mask in found] == [0] + [3000] * 39
 
 
 def test_hash_sees_every_byte() -> None:
@@ -59,7 +77,7 @@ def test_overlap_is_that_of_the_definition(n: int) -> None:
 
     items = [words(rng.randrange(1, 20)) for _ in range(60)]
     looked_for = EvaluationItems(
-        [Item("set", str(i), "q", tuple(re.findall(r"\w+", t))) for i, t in enumerate(items)], n
+        [Item(0, str(i), "q", tuple(re.findall(r"\w+", t))) for i, t in enumerate(items)], n
     )
     both = 0
     for _ in range(150):
@@ -79,16 +97,28 @@ def test_items_are_every_text_but_names(tmp_path: Path) -> None:
     record = {"id": "x/1", "name": "not looked for", "question": "Is it?", "options": ["Yes, it", 3, float("nan")], "answer": None}
     path.write_text(json.dumps(record) + "\n\n" + json.dumps({"question": "Why"}) + "\n")
     items = load_items((path,), 2).items
-    assert [(item.set_name, item.item, item.field, item.words) for item in items] == [
-        ("set.jsonl", "x/1", "question", ("is", "it")),
-        ("set.jsonl", "x/1", "options", ("yes", "it")),
-        ("set.jsonl", "line 3", "question", ("why",)),
+    assert [(item.set_number, item.item, item.field, item.words) for item in items] == [
+        (0, "x/1", "question", ("is", "it")),
+        (0, "x/1", "options", ("yes", "it")),
+        (0, "line 3", "question", ("why",)),
     ]
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl does not exist"):
         load_items((tmp_path / "nowhere.jsonl",), 2)
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1 is not a JSON object"):
         load_items((path,), 3)
+
+
+def test_sets_are_named_by_the_shortest_end_of_their_paths() -> None:
+    paths = ["/e/gsm8k/test.jsonl", "/e/mmlu/test.jsonl", "/e/math.jsonl", "/f/mmlu/test.jsonl"]
+    assert set_names([Path(path) for path in paths]) == [
+        "gsm8k/test.jsonl",
+        "e/mmlu/test.jsonl",
+        "math.jsonl",
+        "f/mmlu/test.jsonl",
+    ]
+    assert set_names([Path("test.jsonl"), Path("a/test.jsonl")]) == ["test.jsonl", "a/test.jsonl"]
+    assert set_names([Path("test.jsonl")]) == ["test.jsonl"]
 
 
 def test_finds_every_long_item_of_the_real_sets() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,21 @@ def test_merge_equals_writing_at_once(
     merge([*chosen, Part(prefixes[0])], tmp_path / "some", workers)
     kept = [d for part, mask in zip(parts, keep, strict=True) for d, stays in zip(part, mask, strict=True) if stays]
     assert same(tmp_path / "some", write(tmp_path / "kept", [*kept, *parts[0]], dtype))
+
+
+def test_more_parts_than_a_process_may_have_files(tmp_path: Path) -> None:
+    prefixes = [write(tmp_path / f"part{number}", [[number], [7]]) for number in range(40)]
+    parts = [Part(prefix, np.array([True, number % 2 == 0])) for number, prefix in enumerate(prefixes)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(2000) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], hard))
+    try:
+        merge(parts, tmp_path / "all", workers=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    kept = [[[number], [7]][: 2 - number % 2] for number in range(40)]
+    assert same(tmp_path / "all", write(tmp_path / "whole", [document for part in kept for document in part]))
 
 
 def test_all_left_out(tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def test_damaged_file_fails_or_is_left_out_as_a_whole(tmp_path: Path) -> None:
         make_part(file, settings(), tmp_path / "out")
 
 
+def test_switching_skip_damaged_files_keeps_good_parts(tmp_path: Path) -> None:
+    file = input_file(tmp_path / "x.jsonl", [record("fine")])
+    kept = []
+    for skip in (False, True, False):
+        make_part(file, settings(skip_damaged_files=skip), tmp_path / "out")
+        kept.append(PartPaths.of(file, tmp_path / "out").documents.stat().st_ino)
+    assert len(set(kept)) == 1
+
+
 def test_one_wrong_id_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = input_file(tmp_path / "x.jsonl", [record(text) for text in GOOD])
     original = Tokenizer.encode_document
@@ -118,6 +127,6 @@ def test_overlaps_are_listed_for_training_text_only(tmp_path: Path, split: str) 
     texts = ["nothing", "He asked: how many EGGS, then", "how many"]
     file = input_file(tmp_path / "x.jsonl", [record(text) for text in texts], split)
     make_part(file, settings(evaluation_sets=(evaluation,)), tmp_path)
-    found = {"set": "eval.jsonl", "item": "q7", "field": "question", "document": 1, "line": 2}
+    found = {"set": 0, "item": "q7", "field": "question", "document": 1, "line": 2}
     expected = [{**found, "words": 3, "text": "how many eggs"}] if split == "train" else []
     assert listed(PartPaths.of(file, tmp_path).overlaps) == expected

@@ -1,0 +1,172 @@
+"""prepare-data as a stage: finished parts outlive interruptions and corrections, and runs in one workdir."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_core.artifact import publish
+from neox_core.config import RunConfig
+from neox_core.errors import DataError
+from neox_core.progress import silent
+from tasks import stage as stage_module
+from tasks import tokenize
+from tasks.prepare import prepare
+from tasks.stage import claim
+from tests.tasks.test_tokenize import FILES, contents, small, small_input
+
+PATIENCE = 60.0
+
+
+def run_config(tmp_path: Path, workdir: str = "work", **data: Any) -> RunConfig:
+    """Of the text in tmp_path / "in"."""
+    return small(tmp_path / "in", **data).model_copy(update={"workdir": tmp_path / workdir})
+
+
+def with_unk(config: RunConfig) -> RunConfig:
+    """Ends documents in <unk>, which gives as many ids."""
+    tokenizer = config.tokenizer.model_copy(update={"end_of_document": "unk"})
+    return config.model_copy(update={"tokenizer": tokenizer})
+
+
+def parts(tmp_path: Path) -> dict[str, int]:
+    """Inode of each part's table of documents."""
+    home = tmp_path / "work" / ".parts"
+    return {path.relative_to(home).as_posix(): path.stat().st_ino for path in home.rglob("*.documents.npy")}
+
+
+def interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run up to where all is merged and artifact.json is missing."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, silent)
+
+
+def test_parts_outlive_a_kill_before_the_artifact_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_input(tmp_path / "in", FILES)
+    config = run_config(tmp_path)
+    interrupted(config, monkeypatch)
+    made = parts(tmp_path)
+    assert len(made) == len(FILES)
+    interrupted(config, monkeypatch)
+    assert parts(tmp_path) == made
+    result = prepare(config, silent)
+    assert {record.path for record in result.artifact.files} == {
+        f"{split}{end}" for split in ("a/train", "a/validation", "a/test", "b/train") for end in (".bin", ".idx")
+    }
+    assert not list((tmp_path / "work").glob(".parts*"))
+    assert not list(result.artifact.folder.rglob(".*"))
+
+
+def test_what_an_interrupted_removal_left_goes_with_the_next_run(tmp_path: Path) -> None:
+    small_input(tmp_path / "in", FILES)
+    prepare(run_config(tmp_path), silent)
+    (tmp_path / "work" / ".parts-done-0" / "a").mkdir(parents=True)
+    assert prepare(run_config(tmp_path), silent).skipped
+    assert not list((tmp_path / "work").glob(".parts*"))
+
+
+def test_corrections_that_errors_advise_keep_finished_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_input(tmp_path / "in", FILES)
+    bad, damaged = folder / "a/validation/0.jsonl", folder / "a/train/9.jsonl.zst"
+    bad.write_text(json.dumps({"text": "fine " * 300}) + '\n{"txet": "bad"}\n')
+    damaged.write_text("not zstd")  # the smallest, so that all others are made before it
+    with pytest.raises(DataError, match="is damaged"):
+        prepare(run_config(tmp_path), silent)
+    with pytest.raises(DataError, match="1 of 7 records are bad"):
+        prepare(run_config(tmp_path, skip_damaged_files=True), silent)
+    made = parts(tmp_path)
+    assert len(made) == len(FILES) + 1
+    interrupted(run_config(tmp_path, skip_damaged_files=True, max_rejected=0.9), monkeypatch)
+    assert parts(tmp_path) == made
+    damaged.unlink()
+    (folder / "a/train/9.jsonl").write_text('{"text": "a good copy"}\n')
+    interrupted(run_config(tmp_path, max_rejected=0.9), monkeypatch)
+    assert made.items() <= parts(tmp_path).items()
+    summary = prepare(run_config(tmp_path, max_rejected=0.9), silent).artifact.summary
+    assert summary["accounting"]["documents_in"] == 9
+    assert summary["damaged_files"] == []
+    assert not list((tmp_path / "work").glob(".parts*"))
+
+
+def test_a_file_that_was_left_out_is_not_when_that_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_input(tmp_path / "in", FILES)
+    (folder / "a/train/9.jsonl.zst").write_text("not zstd")
+    interrupted(run_config(tmp_path, skip_damaged_files=True), monkeypatch)
+    with pytest.raises(DataError, match="is damaged"):
+        prepare(run_config(tmp_path), silent)
+
+
+def test_configurations_in_one_workdir_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_input(tmp_path / "in", FILES)
+    ours = run_config(tmp_path)
+    interrupted(ours, monkeypatch)
+    for config in (with_unk(ours), ours):
+        alone = prepare(config.model_copy(update={"workdir": tmp_path / "alone"}), silent).artifact
+        found = prepare(config, silent).artifact
+        assert found.files == alone.files
+        assert contents(found.folder).keys() == contents(alone.folder).keys()
+
+
+def test_runs_in_one_workdir_take_turns_and_a_finished_one_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "_CLAIM_SECONDS", 0.01)
+    small_input(tmp_path / "in", FILES)
+    finished = run_config(tmp_path)
+    prepare(finished, silent)
+    waiting = threading.Event()
+
+    def report(share: float, text: str) -> None:
+        if "another run is at work on the parts of this workdir" in text:
+            waiting.set()
+
+    second = threading.Thread(target=prepare, args=(with_unk(finished), report))
+    with claim(tmp_path / "work", "prepare-data-parts", "", silent):
+        assert prepare(finished, silent).skipped
+        second.start()
+        assert waiting.wait(PATIENCE)
+        assert not (tmp_path / "work" / ".parts").exists()
+    second.join(PATIENCE)
+    assert prepare(with_unk(finished), silent).skipped
+
+
+def test_the_parts_are_this_runs_until_the_artifact_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_input(tmp_path / "in", FILES)
+    held = []
+
+    def publish_and_look(*arguments: Any) -> Any:
+        with stage_module.try_claim_name(tmp_path / "work", "prepare-data-parts") as claimed:
+            held.append(not claimed)
+        return publish(*arguments)
+
+    monkeypatch.setattr(stage_module, "publish", publish_and_look)
+    prepare(run_config(tmp_path), silent)
+    assert held == [True]
+
+
+def test_parts_that_were_replaced_while_they_were_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job that outlived an earlier run may do."""
+    small_input(tmp_path / "in", FILES)
+    merge_split = tokenize.merge_split
+
+    def replaced(*arguments: Any) -> None:
+        merge_split(*arguments)
+        path = tmp_path / "work/.parts/a/train/1.jsonl.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"sha256": {"1.jsonl.bin": "0"}}))
+
+    monkeypatch.setattr(tokenize, "merge_split", replaced)
+    with pytest.raises(DataError, match=r"a/train/1\.jsonl was replaced while it was merged: end the other run"):
+        prepare(run_config(tmp_path), silent)
