@@ -3,7 +3,7 @@
     python benchmarks/tokenizing/our_way.py MODEL WORKERS PREFIX FILE.jsonl.zst ...
 
 Parts by worker processes, a sample of each verified against SentencePiece, checksums, and the merge; as prepare-data
-does it, but for the reading of the configuration.
+does it, but for the configuration, the digests of inputs and results, and the artifact.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from neox_core.data.merge import Mask
 
 DOCUMENT = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8"), ("bytes", "<u8"), ("line", "<u8")])
 """What is kept of each document of a part, beside its ids."""
-COLUMNS = 4
 _BUCKET = 1 << 21
 """Documents compared at a time, some 100 bytes each."""
 

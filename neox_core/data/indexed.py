@@ -24,6 +24,7 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
+_INDEX_ROWS = 1 << 20
 HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f4", 7: "<f8", 8: "<u2"}
 _CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
@@ -168,12 +169,16 @@ def index_header(dtype: np.dtype[Any], count: int) -> bytes:
 
 
 def _write_index(file: BinaryIO, dtype: np.dtype[Any], sizes: Tokens) -> None:
-    count = len(sizes)
-    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
+    count, begin = len(sizes), 0
     file.write(index_header(dtype, count))
-    file.write(sizes.astype("<i4").tobytes())
-    file.write((ends - sizes * np.int64(dtype.itemsize)).astype("<i8").tobytes())
-    file.write(np.arange(count + 1, dtype="<i8").tobytes())
+    file.write(np.ascontiguousarray(sizes, dtype="<i4").data)
+    for first in range(0, count, _INDEX_ROWS):  # in pieces, so that many documents take little memory
+        lengths = sizes[first : first + _INDEX_ROWS].astype(np.int64) * dtype.itemsize
+        ends = begin + np.cumsum(lengths)
+        file.write((ends - lengths).astype("<i8").tobytes())
+        begin = int(ends[-1])
+    for first in range(0, count + 1, _INDEX_ROWS):
+        file.write(np.arange(first, min(first + _INDEX_ROWS, count + 1), dtype="<i8").tobytes())
 
 
 def _read_header(header: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 import uuid
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from neox_core.artifact import sha256_of
-from neox_core.data.duplicates import COLUMNS, DOCUMENT, DocumentTable, text_hash
+from neox_core.data.duplicates import DOCUMENT, DocumentTable, text_hash
 from neox_core.data.indexed import IndexedWriter, Tokens, bin_path, idx_path
 from neox_core.data.overlap import EvaluationItems
 from neox_core.data.readers import Document, InputFile, Rejection
@@ -25,6 +28,8 @@ from neox_core.errors import DataError
 PARTS = ".parts"
 """Folder of the parts, until they are merged and the result is safe."""
 _VERIFY_ONE_IN = 200
+_ROW = struct.Struct("<4Q")
+"""A DOCUMENT."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,14 @@ class PartWriter:
     ) -> None:
         self._file, self._paths, self._tokenizer, self._items = file, paths, tokenizer, items
         self._deduplicate = deduplicate
-        self._rows = array("Q")
+        self._documents = 0
         self._verified_bytes = 0
         self.bytes = self.tokens = self.rejected = self.verified = 0
         """Of the text in UTF-8; ids; records that hold no usable text; documents compared with SentencePiece."""
 
     def __len__(self) -> int:
         """Documents so far."""
-        return len(self._rows) // COLUMNS
+        return self._documents
 
     def __enter__(self) -> PartWriter:
         self._paths.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +103,7 @@ class PartWriter:
             self._rejected = stack.enter_context(_renamed(self._paths.rejected, "w"))
             self._overlaps = stack.enter_context(_renamed(self._paths.overlaps, "w"))
             self._ids = stack.enter_context(IndexedWriter(self._paths.prefix, self._tokenizer.dtype))
+            self._rows = stack.enter_context(TemporaryFile(dir=self._paths.prefix.parent))
             stack.push(self._save_rows)
             self._stack = stack.pop_all()
         return self
@@ -126,7 +132,8 @@ class PartWriter:
             _write_line(self._overlaps, {**found, **where, "words": hit.length, "text": hit.text})
         self._ids.add_document(ids)
         high, low = text_hash(record.text) if self._deduplicate else (0, 0)
-        self._rows.extend((high, low, record.bytes, record.line))
+        self._rows.write(_ROW.pack(high, low, record.bytes, record.line))
+        self._documents += 1
         self.bytes, self.tokens = self.bytes + record.bytes, self.tokens + len(ids)
 
     def leave_out(self, reason: str) -> None:
@@ -137,8 +144,11 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
+            layout = {"descr": npy.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (self._documents,)}
+            self._rows.seek(0)
             with _renamed(self._paths.documents, "wb") as file:
-                np.save(file, np.array(self._rows, dtype="<u8").view(DOCUMENT))
+                npy.write_array_header_1_0(file, layout)
+                shutil.copyfileobj(self._rows, file)
 
     def _verify(self, document: Document, ids: Tokens) -> None:
         try:

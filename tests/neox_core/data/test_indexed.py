@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox_core.data import indexed
 from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.errors import DataError
 
@@ -39,8 +40,12 @@ def write(prefix: Path, documents: list[list[int]], dtype: str = "u2") -> Path:
     return prefix
 
 
+@pytest.mark.parametrize("rows", [1, 3, 1 << 20])
 @pytest.mark.parametrize(("dtype", "code", "width"), [("u2", 8, 2), ("i4", 4, 4)])
-def test_written_as_the_format_says(tmp_path: Path, dtype: str, code: int, width: int) -> None:
+def test_written_as_the_format_says(
+    tmp_path: Path, dtype: str, code: int, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_INDEX_ROWS", rows)
     prefix = write(tmp_path / "deep" / "data.v1", DOCUMENTS, dtype)
     assert read_independently(prefix) == (code, DOCUMENTS, [0, 3 * width, 3 * width, 4 * width], [0, 1, 2, 3, 4])
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["data.v1.bin", "data.v1.idx"]
