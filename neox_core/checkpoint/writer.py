@@ -25,7 +25,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
 from neox_core.checkpoint.store import ObjectStore
-from neox_core.errors import CheckpointError
+from neox_core.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,17 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         """Start to write and upload what was saved. `manifest.files` is filled in by rank 0 from all ranks' reports."""
         staged, self._staged = self._staged, []
         self._pending = self._executor.submit(self._write, staged, manifest)
+
+    def beside(self, copy: Callable[[], None]) -> None:
+        """Do this in the thread of the uploads. It is not missed if it fails: the next checkpoint brings another."""
+
+        def attempt() -> None:
+            try:
+                copy()
+            except StorageError as error:
+                logger.warning("%s; the training goes on", error)
+
+        self._executor.submit(attempt)
 
     def wait(self) -> None:
         """Wait until the last upload is through.

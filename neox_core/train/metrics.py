@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,10 +80,11 @@ class MetricsLog:
         if self._active and self._wandb is not None:
             self._wandb.summary[name] = text
 
-    def backup(self) -> None:
-        """Copy the rows so far to the store."""
-        if self._active:
-            self._store.put_text(self._key, self._path.read_text(encoding="utf-8"))
+    def backup(self) -> Callable[[], None]:
+        """What copies the rows so far to the store when it is called, in whatever thread."""
+        if not self._active:
+            return lambda: None
+        return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
 
 
 def _end_last_line(path: Path) -> None:

@@ -117,7 +117,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
 
         def save(position: Position) -> None:
             telemetry.flush()
-            metrics.backup()
+            writer.beside(metrics.backup())
             checkpoints.save(position)
 
         loop = Loop(

@@ -66,7 +66,7 @@ def test_half_a_row_of_a_killed_run_is_removed(
 def test_what_was_backed_up_comes_back_when_the_folder_is_lost(store: ObjectStore, tmp_path: Path) -> None:
     with open_log(tmp_path / "first", store) as log:
         log.log(1, train__loss=3.0)
-        log.backup()
+        log.backup()()
         log.log(2, train__loss=2.0)
     assert store.get_text(f"train-0123/{METRICS_FILE}") == "".join(
         line for line in (tmp_path / "first" / METRICS_FILE).open() if '"step": 1' in line
@@ -78,7 +78,7 @@ def test_what_was_backed_up_comes_back_when_the_folder_is_lost(store: ObjectStor
 
 def test_a_file_that_is_there_is_not_replaced_by_the_backup(store: ObjectStore, tmp_path: Path) -> None:
     with open_log(tmp_path, store) as log:
-        log.backup()  # of no rows
+        log.backup()()  # of no rows
         log.log(1, train__loss=3.0)
     with open_log(tmp_path, store):
         pass
@@ -89,7 +89,7 @@ def test_other_ranks_are_silent(store: ObjectStore, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(metrics, "_start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path / "new", store, rank=1, mode="offline") as log:
         log.log(1, train__loss=3.0)
-        log.backup()
+        log.backup()()
     assert not (tmp_path / "new").exists()
     assert store.list() == []
 
