@@ -86,7 +86,8 @@ class TransformerBlock(nn.Module):
     """Attention and MLP, each with its norm before it and a residual around it.
 
     Where `positions` are given, each row of tokens is a pack of documents, in each of which they count from 0, and
-    attention stays within a document. Otherwise a row is one document.
+    attention stays within a document. Otherwise a row is one document. In training, residual.py joins the additions
+    with the norms after them, to the same result.
     """
 
     def __init__(self, dims: ModelDimensions) -> None:
@@ -124,3 +125,21 @@ class OutputHead(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,V]"""
         return self.final_linear(x_BTD)
+
+
+class Llama(nn.Module):
+    """The model. A rank builds its part of these layers one by one (parallel/build.py)."""
+
+    def __init__(self, dims: ModelDimensions, num_layers: int) -> None:
+        super().__init__()
+        self.embedding = TokenEmbedding(dims)
+        self.blocks = nn.ModuleList(TransformerBlock(dims) for _ in range(num_layers))
+        self.norm = FinalNorm(dims)
+        self.head = OutputHead(dims)
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """[B,T] -> logits [B,T,V]"""
+        x_BTD = self.embedding(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, positions_BT)
+        return self.head(self.norm(x_BTD))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from neox_core.config import ModelConfig
-from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.checkpoint.convert import convert
+from neox_core.checkpoint.neox import NeoxCheckpoint
+from neox_core.checkpoint.reference import llama_from_meta
+from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.model import FinalNorm, Llama, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.llama import MLP, RMSNorm
 from tests.neox_core.model.reference import fuse_qkv
 
@@ -141,3 +147,20 @@ def test_names_and_shapes_are_neox(tensor_parallel: int) -> None:
     for layer_type, shapes in expected.items():
         state = layer_type(dims).state_dict()
         assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_model_equals_transformers(tmp_path: Path, kv_heads: int) -> None:
+    config = model(kv_heads)
+    make_random_base(config, tmp_path / "base", seed=3)
+    convert(tmp_path / "base", tmp_path / "neox", config, ParallelConfig())
+    layers = NeoxCheckpoint(tmp_path / "neox").layer
+    ours = Llama(dimensions(kv_heads), config.num_layers)
+    for index, part in {0: ours.embedding, **dict(enumerate(ours.blocks, 2))}.items():
+        part.load_state_dict(layers(index, 0), strict=True)
+    ours.norm.load_state_dict(layers(config.num_layers + 3, 0), strict=True)
+    ours.head.load_state_dict(layers(config.num_layers + 4, 0), strict=True)
+    ids = torch.randint(config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = llama_from_meta(tmp_path / "base", config, TOKENS)(ids).logits
+        torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=1e-5)
