@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -55,6 +56,15 @@ def test_training_is_not_given_up_when_evaluation_fails() -> None:
     assert ended.is_set()
 
 
+@pytest.fixture
+def _hears_interrupts() -> Iterator[None]:
+    """Also where the tests are a shell's background job, which begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_hears_interrupts")
 def test_a_signal_to_the_main_thread_ends_every_flow() -> None:
     both = threading.Barrier(2, timeout=60)
     heard: list[str] = []
