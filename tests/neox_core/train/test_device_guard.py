@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,31 +37,28 @@ def nan_weight(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def nan_loss(engine: Any) -> Iterator[None]:
-    """The loss of one micro batch: its gradient stays finite."""
+def changed_loss(change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """The loss of one micro batch is made another."""
     whole = ChunkedLoss.__call__
     seen: list[int] = []
 
     def spoilt(self: ChunkedLoss, *given: torch.Tensor) -> torch.Tensor:
         seen.append(1)
-        return whole(self, *given) + (math.nan if len(seen) == 1 else 0.0)
+        loss = whole(self, *given)
+        return change(loss) if len(seen) == 1 else loss
 
     with patch.object(ChunkedLoss, "__call__", spoilt):
         yield
 
 
-@contextmanager
-def nan_batch(engine: Any) -> Iterator[None]:
-    """Loss and gradient of one micro batch, as a bad batch or product makes them."""
-    whole = ChunkedLoss.__call__
-    seen: list[int] = []
+def nan_loss(engine: Any) -> AbstractContextManager[None]:
+    """Its gradient stays finite."""
+    return changed_loss(lambda loss: loss + math.nan)
 
-    def spoilt(self: ChunkedLoss, *given: torch.Tensor) -> torch.Tensor:
-        seen.append(1)
-        return whole(self, *given) * (math.nan if len(seen) == 1 else 1.0)
 
-    with patch.object(ChunkedLoss, "__call__", spoilt):
-        yield
+def nan_batch(engine: Any) -> AbstractContextManager[None]:
+    """Its gradient is not finite either, as a bad batch or product makes it."""
+    return changed_loss(lambda loss: loss * math.nan)
 
 
 @contextmanager
