@@ -37,12 +37,14 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"7b": ("llemma_7b.yml", None), "34b-slice": ("llemma_34b.yml", 8), "tiny": ("toy.yml", 2)}
 ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 STEP_TOKENS = 65536
-# Kernel names of each part; the first that matches counts.
+# Kernel names of each part; the first that matches counts. The head's products are among "gemm". Only the loss's
+# compiled kernels have a softmax in their names.
 PARTS = {
     "gemm": r"gemm|nvjet|cutlass_80|cutlass_90|wgmma_bf16|cublas",
     "attention": r"flash|fmha|cudnn.*sdpa|attention",
     "optimizer": r"adam|multi_tensor|foreach",
-    "compiled elementwise and loss": r"triton",
+    "loss": r"triton.*(softmax|nll_loss)",
+    "elementwise": r"triton|_rms_norm_backward",
     "other elementwise": r"elementwise|reduce|copy|cat|fill|norm|Memcpy|Memset|index|embedding",
 }
 

@@ -24,14 +24,14 @@ def launch(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: 
     d_x, parts = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     warps = min(max(block // 512, 4), 16)
-    _backward[(programs,)](
+    _rms_norm_backward[(programs,)](
         x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK=block, num_warps=warps
     )
     return d_x, parts.sum(0).to(scale.dtype)
 
 
 @triton.jit
-def _backward(x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK: tl.constexpr):
+def _rms_norm_backward(x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK: tl.constexpr):
     first = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

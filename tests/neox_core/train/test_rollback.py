@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,21 +20,15 @@ from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.toy_base import make_random_base
 from neox_core.config import DataConfig, GuardConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.data.dataset import open_training_data
-from neox_core.data.indexed import IndexedWriter
 from neox_core.data.skipped import SkippedSequences
-from neox_core.errors import TrainingError
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
+from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
 from tests.neox_core.train.small_training import BATCH, config_for
 
 POISON = 127
 """A token that makes the loss NaN, on the data-parallel rank that has it."""
 STEPS, INTERVAL, BAD_STEP = 9, 3, 5
-SOURCES = ("arxiv", "code")
-
-
-class Killed(Exception):
-    """Stands for a job that ends without a word."""
 
 
 def config(storage: StorageConfig, **train: Any) -> RunConfig:
@@ -51,19 +44,6 @@ def config(storage: StorageConfig, **train: Any) -> RunConfig:
     )
     wandb = base.wandb.model_copy(update={"mode": "disabled"})
     return base.model_copy(update={"data": data, "storage": storage, "wandb": wandb})
-
-
-def write_data(folder: Path, poisoned: tuple[str, int] | None = None) -> None:
-    """Documents of 100 tokens; one token of one source may be the poison."""
-    for number, name in enumerate(SOURCES):
-        for split in ("train", "validation"):
-            ids = (np.arange(5000) * (number + 3) + np.arange(5000) // 100) % 127
-            if poisoned and (name, split) == (poisoned[0], "train"):
-                ids[poisoned[1]] = POISON
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            with IndexedWriter(folder / name / split, np.dtype("<u2")) as writer:
-                for start in range(0, 5000, 100):
-                    writer.add_document(ids[start : start + 100])
 
 
 @contextmanager
@@ -91,52 +71,15 @@ def train_jobs(config: RunConfig, jobs: list[tuple[TrainJob, int | None]], ports
         if job is jobs[-1][0] and os.environ["RANK"] == "0":  # which decides from where a job resumes
             store = ObjectStore(config.storage)
             store.delete([info.key for info in store.list(object_key(job.prefix, STEPS, ""))])
-        results.append(train_job(config, job, kill_at, port))
+        with poisonous():
+            results.append(train_job(config, job, kill_at, port))
     return results
 
 
-def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
-    import deepspeed
-    import torch.distributed as dist
-
-    from neox_core.train.loop import Loop
-    from neox_core.train.run import train
-
-    os.environ["MASTER_PORT"] = str(port)
-    whole_step, begun = Loop._step, []
-
-    def step(self: Loop, number: int, *others: Any) -> None:
-        begun.append(number)
-        if len(begun) == kill_at:
-            raise Killed
-        whole_step(self, number, *others)
-
-    try:
-        with poisonous(), patch.object(Loop, "_step", step):
-            return train(config, job)["started_from_step"], begun
-    except (Killed, TrainingError) as error:
-        return str(error), begun
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def rows(job: TrainJob) -> dict[int, tuple[float, ...]]:
-    """Of each step, the last that was logged."""
-    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+def values(job: TrainJob) -> dict[int, tuple[float, ...]]:
+    """Loss, gradient norm and sequences of each step."""
     names = ("train/loss", "train/gradient_norm", "train/sequences_consumed")
-    return {row["step"]: tuple(row[name] for name in names) for row in lines if names[0] in row}
+    return {step: tuple(row[name] for name in names) for step, row in rows(job).items()}
 
 
 def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:
@@ -148,7 +91,7 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     source_id, within = (int(found[0]) for found in clean.mixture.locate(np.array([bad])))
     name = clean.mixture.names[source_id]
     place = clean._sources[source_id]._start(within) + 7
-    write_data(data, (name, place))
+    write_data(data, (name, place), POISON)
     make_random_base(run.model, tmp_path / "base", seed=7)
     convert(tmp_path / "base", weights, run.model, run.parallel)
 
@@ -167,15 +110,15 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
         ]
 
     window = SkippedSequences(3, 3 * BATCH, 2 * BATCH)
-    assert rows(whole)[STEPS][2] == (STEPS + 2) * BATCH
-    assert rows(killed) == rows(whole)
+    assert values(whole)[STEPS][2] == (STEPS + 2) * BATCH
+    assert values(killed) == values(whole)
     manifests = list_checkpoints(store, whole.prefix)
     assert [(m.step, m.sequences_consumed) for m in manifests] == [(3, 3 * BATCH), (6, 8 * BATCH), (9, 11 * BATCH)]
     assert [[SkippedSequences(**w) for w in m.skipped] for m in manifests] == [[], [window], [window]]
     assert manifests[-1].consumed == clean.consumed(11 * BATCH)
     check_incident(json.loads((whole.output / "incidents.jsonl").read_text()), name, place)
     assert json.loads(store.get_text(f"{whole.prefix}/incidents.jsonl") or "")["action"] == "rollback"
-    assert rows(lost) == rows(whole)
+    assert values(lost) == values(whole)
     assert (lost.output / "incidents.jsonl").read_text() == (whole.output / "incidents.jsonl").read_text()
 
 
