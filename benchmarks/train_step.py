@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--recompute", choices=["none", "selective", "full", "auto"], default="none")
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)
@@ -184,6 +184,7 @@ def _figures(config: RunConfig, seconds: float, gemm: float, device: torch.devic
         "layers": config.model.num_layers,
         "parameters": parameter_count(config.model),
         "micro_batch": config.train.micro_batch_size,
+        "recompute": config.train.activation_checkpointing,
         "master_weights": config.train.master_weights,
         "step_seconds": round(seconds, 4),
         "tokens_per_second": round(rate, 1),

@@ -110,4 +110,5 @@ def test_a_killed_job_goes_on_with_the_same_losses_in_the_same_memory(tmp_path: 
             assert again[step][name] == pytest.approx(first[step][name], rel=1e-2), (step, name)
         assert again[step]["train/sequences_consumed"] == first[step]["train/sequences_consumed"]
     peak = "memory/allocated_gib"
-    assert again[STEPS][peak] < 1.02 * first[STEPS][peak]
+    # What is loaded passes through the device in pieces of one size; a second copy of Adam's moments would take 0.5.
+    assert again[STEPS][peak] < first[STEPS][peak] + 0.2

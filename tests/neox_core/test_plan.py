@@ -120,11 +120,11 @@ def test_the_fullest_stage_is_found() -> None:
 
 def test_fits_or_not() -> None:
     made = plan(load("llemma_34b"))
-    need = made.memory.total / 2**30 + 2  # what the plan does not count
+    need = made.memory.total / 2**30 + 4  # what the plan does not count
     assert plan(load("llemma_34b"), gpu_memory_gib=need + 0.01).spare > 0
     enough, little = (dict(plan(load("llemma_34b"), gpu_memory_gib=size).rows()) for size in (80, 24))
-    assert enough["fits 80 GiB less 2 GiB for CUDA and NCCL"].startswith("yes, 51.")
-    assert little["fits 24 GiB less 2 GiB for CUDA and NCCL"].startswith("no, 4.")
+    assert enough["fits 80 GiB less 4 GiB for CUDA and NCCL"].startswith("yes, 49.")
+    assert little["fits 24 GiB less 4 GiB for CUDA and NCCL"].startswith("no, 6.")
 
 
 def measured(layers: int, name: str, micro_batch: int, master: str) -> float:

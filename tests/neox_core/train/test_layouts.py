@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,20 +25,35 @@ RECOMPUTE = {(1, 1): "none", (2, 1): "selective", (1, 2): "full", (2, 2): "selec
 BF16_LAYOUTS = [*itertools.product((1, 2), repeat=3), (4, 1, 1)]
 
 
-def train_rank(configs: dict[Any, RunConfig], shards: Path) -> dict[Any, dict[str, Any]]:
+class Variant(NamedTuple):
+    """How a layout is trained."""
+
+    precision: str
+    split: bool
+    """Sequence parallelism."""
+    in_products: bool = False
+    """Matrix products add the weights' gradients to the buffers, as on GPUs."""
+
+
+def train_rank(configs: dict[Variant, RunConfig], shards: Path) -> dict[Variant, dict[str, Any]]:
     """One rank: the training of each configuration, which have the same shards."""
     from neox_core.parallel.mesh import build_mesh, init_distributed
 
     device = init_distributed(next(iter(configs.values())).launch)
-    return {key: train_once(config, build_mesh(config.parallel, device), shards) for key, config in configs.items()}
+    return {
+        variant: train_once(config, build_mesh(config.parallel, device), shards, variant.in_products)
+        for variant, config in configs.items()
+    }
 
 
-def train_once(config: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
+def train_once(config: RunConfig, mesh: Any, shards: Path, in_products: bool) -> dict[str, Any]:
     """Logits before training, then the losses and gradient norms of 20 steps."""
-    from neox_core.train.engine import build_engine
+    from neox_core.train.engine import accumulate_in_products, build_engine
     from neox_core.train.schedule import learning_rate
 
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
+    if in_products:
+        accumulate_in_products(engine, batch_geometry(config))
     _, hidden = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
     with torch.no_grad():
         logits = None if hidden is None else engine.module.loss_fn.project(hidden)
@@ -113,20 +128,22 @@ LAYOUTS += [("mha", *layout, 1) for layout in itertools.product((1, 2), repeat=2
 LAYOUTS += [("gqa", 4, 1, 1)]  # in pairs, four ranks have the same of two KV heads
 
 
-def variants(model: str, layout: tuple[int, ...]) -> dict[tuple[str, bool], RunConfig]:
-    """The trainings of a layout by precision and whether the tokens are split."""
-    precisions = ("fp32", "bf16") if model == "gqa" and layout in BF16_LAYOUTS else ("fp32",)
+def variants(model: str, layout: tuple[int, ...]) -> dict[Variant, RunConfig]:
+    """The trainings of a layout."""
+    bf16 = model == "gqa" and layout in BF16_LAYOUTS
     splits = ((True, False) if model == "gqa" else (True,)) if layout[0] > 1 else (False,)
+    wanted = [Variant("fp32", split) for split in splits] + [Variant("bf16", split) for split in splits if bf16]
     configs = {}
-    for precision, sequence in itertools.product(precisions, splits):
-        config = config_for(model, *layout, precision=precision, activation_checkpointing=RECOMPUTE[layout[:2]])
-        parallel = config.parallel.model_copy(update={"sequence": sequence})
-        configs[precision, sequence] = config.model_copy(update={"parallel": parallel})
+    for variant in (*wanted, Variant("fp32", splits[0], in_products=True)):
+        recompute = RECOMPUTE[layout[:2]]
+        config = config_for(model, *layout, precision=variant.precision, activation_checkpointing=recompute)
+        parallel = config.parallel.model_copy(update={"sequence": variant.split})
+        configs[variant] = config.model_copy(update={"parallel": parallel})
     return configs
 
 
 Train = Callable[..., list[dict[str, Any]]]
-"""(model, tensor, pipeline, data, precision, sequence) -> what each rank returned."""
+"""(model, tensor, pipeline, data, precision, split, in_products) -> what each rank returned."""
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +152,9 @@ def train(references: dict[str, tuple[Path, dict[str, Any]]], tmp_path_factory: 
     done: dict[Any, list[dict[str, Any]]] = {}
 
     def results(
-        model: str, *layout: int, precision: str = "fp32", sequence: bool | None = None
+        model: str, *layout: int, precision: str = "fp32", split: bool | None = None, in_products: bool = False
     ) -> list[dict[str, Any]]:
-        wanted = precision, layout[0] > 1 if sequence is None else sequence
+        wanted = Variant(precision, layout[0] > 1 if split is None else split, in_products)
         if (model, layout) not in done:
             configs = variants(model, layout)
             shards = tmp_path_factory.mktemp("shards")
@@ -154,7 +171,7 @@ def test_layout_equals_plain_loop(
 ) -> None:
     expected = references[model][1]
     ranks = train(model, tensor, pipeline, data)
-    for rank in ranks:
+    for rank in (*ranks, *train(model, tensor, pipeline, data, in_products=True)):
         np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=1e-5)
     # The first data-parallel rank's logits of its last micro batch, put together from tensor-parallel ranks.
@@ -166,14 +183,14 @@ def test_layout_equals_plain_loop(
 
 @pytest.mark.parametrize("layout", [layout for model, *layout in LAYOUTS if model == "gqa" and layout[0] > 1])
 def test_splitting_the_tokens_changes_nothing(train: Train, layout: list[int]) -> None:
-    for split, whole in zip(train("gqa", *layout), train("gqa", *layout, sequence=False), strict=True):
+    for split, whole in zip(train("gqa", *layout), train("gqa", *layout, split=False), strict=True):
         np.testing.assert_allclose(split["losses"], whole["losses"], rtol=1e-5)
         np.testing.assert_allclose(split["norms"], whole["norms"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in BF16_LAYOUTS if layout[0] > 1])
 def test_splitting_the_tokens_in_bf16(train: Train, layout: tuple[int, int, int]) -> None:
-    split, whole = (train("gqa", *layout, precision="bf16", sequence=sequence) for sequence in (True, False))
+    split, whole = (train("gqa", *layout, precision="bf16", split=kind) for kind in (True, False))
     for one, other in zip(split, whole, strict=True):
         np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-2)
         np.testing.assert_allclose(one["norms"], other["norms"], rtol=1e-2)
