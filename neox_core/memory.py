@@ -16,8 +16,8 @@ from neox_core.model.dimensions import ModelDimensions
 from neox_core.parallel.stages import pipeline_layers
 
 RESERVED_BYTES = 4 * 2**30
-"""What is not counted: the CUDA context and kernels' code and workspaces (2.4 GiB on an H200), fragments of the allocator
-(0.4), NCCL's buffers (about 1)."""
+"""What is not counted: the CUDA context, code and workspaces of kernels (2.4 GiB on an H200), the allocator's fragments
+(0.4), and NCCL's buffers (about 1)."""
 
 _FP32 = 4
 _MASTER_BYTES = {"fp32": 4, "packed": 2}

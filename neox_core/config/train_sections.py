@@ -99,6 +99,9 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
     changes: tuple[TrainChange, ...] = Field((), description="in order of their steps")
+    extends: tuple[PositiveInt, ...] = Field(
+        (), description="`steps` of shorter trainings that this one goes on from, while their learning rates agree"
+    )
     guard: GuardConfig = GuardConfig()
     checkpoint_interval: PositiveInt
     precision: Literal["bf16", "fp32"] = Field("bf16", description="master weights and gradients are fp32 in both")
@@ -132,6 +135,12 @@ class TrainConfig(Section):
         for change in self.changes:
             if change.lr is None and change.global_batch_tokens is None:
                 raise ValueError(f"changes from step {change.from_step}: give lr, global_batch_tokens or both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_extends(self) -> Self:
+        if any(steps >= self.steps for steps in self.extends):
+            raise ValueError(f"extends {list(self.extends)}: all must be below steps {self.steps}")
         return self
 
     @property

@@ -21,6 +21,7 @@ _NOT_LOGICAL = {
     "profile",
     "checkpoint_interval",
     "validation",
+    "extends",  # what it goes on from is what it would have been at that step
     # A training that stopped at an incident goes on with another policy; what it then did is in its checkpoints.
     "guard",
 }

@@ -1,5 +1,5 @@
-"""Trainings that begin as another one: a change of weights, of learning rate or of batch size is a training of its own.
-It takes up the one before it.
+"""Trainings that begin as another one: a change of weights, of learning rate, of batch size or of length is a training
+of its own. It takes up the one before it.
 
 So nothing that was trained is overwritten, both can be compared, and taking the change back finds the old training.
 """
@@ -15,11 +15,12 @@ from pathlib import Path
 from neox_core.artifact import write_atomically
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, list_checkpoints, training_prefix
 from neox_core.checkpoint.store import ObjectStore
-from neox_core.config import RunConfig
+from neox_core.config import RunConfig, TrainConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import CheckpointError
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.metrics import INCIDENTS_FILE, METRICS_FILE
+from neox_core.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +41,20 @@ def ancestors(config: RunConfig, data: str, weights: str) -> tuple[Ancestor, ...
 
 
 def earlier_configs(config: RunConfig) -> list[tuple[RunConfig, int]]:
-    """The configuration without the last changes, without those and the ones before, ..., and the last step that is
-    the same with each.
+    """Configurations of trainings that begin like this one, and the last step that is the same with each, latest first.
 
-    Changes are those of data.weight_changes and of train.changes; those from the same step are one.
+    They lack the last changes, those and the ones before, and so on; or are shorter (train.extends), with or without
+    changes of their own. Changes are those of data.weight_changes and of train.changes; those from the same step are
+    one.
     """
     steps = {change.from_step for change in config.data.weight_changes}
     steps |= {change.from_step for change in config.train.changes}
-    return [(_without_changes(config, step), step - 1) for step in sorted(steps, reverse=True)]
+    found = [(_without_changes(config, step), step - 1) for step in steps]
+    for length in config.train.extends:
+        shorter = _shortened(config, length)
+        common = _last_common_step(shorter.train, config.train)
+        found += [(shorter, common), *((earlier, min(last, common)) for earlier, last in earlier_configs(shorter))]
+    return sorted(found, key=lambda pair: pair[1], reverse=True)
 
 
 def _without_changes(config: RunConfig, from_step: int) -> RunConfig:
@@ -56,6 +63,19 @@ def _without_changes(config: RunConfig, from_step: int) -> RunConfig:
     changes = tuple(change for change in config.train.changes if change.from_step < from_step)
     data = config.data.model_copy(update={"weight_changes": weight_changes})
     return config.model_copy(update={"data": data, "train": config.train.model_copy(update={"changes": changes})})
+
+
+def _shortened(config: RunConfig, steps: int) -> RunConfig:
+    """The configuration of a training of this many steps."""
+    cut = _without_changes(config, steps + 1)
+    return cut.model_copy(update={"train": cut.train.model_copy(update={"steps": steps, "extends": ()})})
+
+
+def _last_common_step(shorter: TrainConfig, longer: TrainConfig) -> int:
+    """Up to which the learning rates are the same."""
+    steps = range(1, shorter.steps + 1)
+    apart = (step for step in steps if learning_rate(step, shorter) != learning_rate(step, longer))
+    return next(apart, shorter.steps + 1) - 1
 
 
 def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:

@@ -14,6 +14,7 @@ from neox_core.data.dataset import MixtureDataset
 from neox_core.data.prefetch import Prefetcher
 from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.data.skipped import first_sequence
+from neox_core.errors import TrainingError
 from neox_core.train.engine import TrainingEngine
 from neox_core.train.guards import Batch, Guard, Incident, RollBackError
 from neox_core.train.metrics import MetricsLog
@@ -56,6 +57,9 @@ class Loop:
             self.guard.restore(position.guard, len(position.skipped))
             try:
                 position = self._train(position)
+            except TrainingError:
+                self.telemetry.flush()  # all ranks stop at the same step, so what is under way arrives
+                raise
             except RollBackError as error:
                 self.heartbeat(f"rollback after step {error.incident.outcome.step}")
                 position = self.go_back(error.incident)

@@ -74,10 +74,11 @@ class TrainCheckpoints:
         """Load the newest complete checkpoint, if there is one, and say where it is.
 
         Raises:
-            CheckpointError: it is of another layout or of other data, or is damaged.
+            CheckpointError: it is of another layout or of other data, or is damaged; or there is none to extend.
         """
         found = self._newest()
         if found is None:
+            self._check_extends()
             return Position(0, open_training_data(self.job.data, self.config))
         prefix, manifest = found
         position = self._position(manifest)
@@ -129,6 +130,15 @@ class TrainCheckpoints:
                 found = [(found[0][0], replace(found[0][1], skipped=record["skipped"]))]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _check_extends(self) -> None:
+        """Nobody who asks for a training to go on wants one from step 0."""
+        if extends := self.config.train.extends:
+            raise CheckpointError(
+                f"train.extends is {list(extends)}, but {self.store.url()} has no checkpoint of such a training that "
+                "had the learning rates of this one: keep the cosine's end where it was (train.schedule.decay_steps), "
+                "or look for the checkpoints; without train.extends, training starts from step 0"
+            )
 
     def _position(self, manifest: Manifest) -> Position:
         skipped = tuple(SkippedSequences(**window) for window in manifest.skipped)

@@ -96,6 +96,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.guard.spike_window": (9, NOTHING),
     "train.guard.max_skips": (9, NOTHING),
     "train.guard.max_rollbacks": (9, NOTHING),
+    "train.extends": ((50,), NOTHING),
     "train.schedule.warmup_steps": (11, TRAIN),
     "train.schedule.decay_steps": (50, TRAIN),
     "train.schedule.min_lr_ratio": (0.1, TRAIN),

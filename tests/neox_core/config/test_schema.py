@@ -114,6 +114,11 @@ def test_changes_that_cannot_be(changes: list[dict[str, Any]], expected: str, tm
         toy(tmp_path, f"train: {json.dumps({'changes': changes})}")
 
 
+def test_only_a_shorter_training_is_extended(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.*extends \[50, 100\]: all must be below steps 100"):
+        toy(tmp_path, "train: {extends: [50, 100]}")
+
+
 def test_a_changed_batch_must_fit_the_nodes_too(tmp_path: Path) -> None:
     config = toy(tmp_path, f"train: {json.dumps({'changes': [{'from_step': 9, 'global_batch_tokens': 4096 + 256}]})}")
     with pytest.raises(ConfigError, match=r"a global batch of 17 sequences \(4352 tokens\) is not divisible by 1 data"):
@@ -183,7 +188,7 @@ FIELDS = {
     "RopeScalingConfig": 5,
     "ModelConfig": 10,
     "ParallelConfig": 4,
-    "TrainConfig": 22,
+    "TrainConfig": 23,
     "ProfileConfig": 3,
     "OptimizerConfig": 4,
     "ScheduleConfig": 6,

@@ -56,6 +56,35 @@ def test_changes_of_the_recipe_are_ancestors_too() -> None:
     )
 
 
+def test_shorter_trainings_are_ancestors_where_learning_rates_agree() -> None:
+    def lasting(steps: int, *extends: int, changes: tuple[int, ...] = (), **schedule: Any) -> RunConfig:
+        base = config()
+        recipe = tuple(TrainChange(from_step=step, lr=1e-4) for step in changes)
+        values = {"steps": steps, "extends": extends, "changes": recipe}
+        values["schedule"] = base.train.schedule.model_copy(update={"warmup_steps": 10} | schedule)
+        return base.model_copy(update={"train": base.train.model_copy(update=values)})
+
+    def name(*args: Any, **named: Any) -> str:
+        return training_fingerprint(lasting(*args, **named), "d", "w")
+
+    def found(*args: Any, **named: Any) -> tuple[Ancestor, ...]:
+        return ancestors(lasting(*args, **named), "d", "w")
+
+    assert name(200, 100) == name(200)
+    fixed = {"decay_steps": 500}
+    assert found(200, 100, **fixed) == (Ancestor(name(100, **fixed), 100),)
+    assert found(200, 100) == (Ancestor(name(100), 10),)  # the cosine ends at `steps`: only the warmup is the same
+    wsd = {"kind": "wsd", "decay_steps": 20}
+    assert found(200, 100, **wsd) == (Ancestor(name(100, **wsd), 80),)
+    assert found(300, 100, 200, **wsd) == (Ancestor(name(200, **wsd), 180), Ancestor(name(100, **wsd), 80))
+    assert found(200, 100, changes=(50, 150), **wsd) == (
+        Ancestor(name(200, changes=(50,), **wsd), 149),
+        Ancestor(name(100, changes=(50,), **wsd), 80),
+        Ancestor(name(200, **wsd), 49),
+        Ancestor(name(100, **wsd), 49),
+    )
+
+
 def publish(store: ObjectStore, fingerprint: str, *steps: int) -> None:
     for step in steps:
         manifest = Manifest(step, 16 * step, (), {}, fingerprint, {})

@@ -101,6 +101,7 @@ class Recorder:
         self.rows: list[dict[str, float]] = []
         self.saved: list[int] = []
         self.begun: list[tuple[int, int]] = []
+        self.flushed = 0
 
     def log(self, step: int, **values: float) -> None:
         self.rows.append({"step": step, **values})
@@ -127,6 +128,10 @@ class Recorder:
 
     def end(self, step: int, values: dict[str, float]) -> None:
         self.log(step, **{name.replace("/", "__"): value for name, value in values.items()})
+
+    def flush(self) -> None:
+        """What was under way; the last step's row is, until then."""
+        self.flushed = len(self.rows)
 
     def steps(self, name: str) -> list[float]:
         return [row["step"] for row in self.rows if name in row]
@@ -260,6 +265,7 @@ def test_a_number_that_is_not_finite_ends_training_unsaved(bad: float, what: str
     assert "\n" not in str(error)
     assert recorder.saved == []  # step 4 is one at which to save
     assert len(engine.trained) == 4
+    assert recorder.flushed == len(recorder.rows)
     assert [incident.action for incident in recorder.incidents] == ["stop"]
 
 

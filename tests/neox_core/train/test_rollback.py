@@ -24,7 +24,7 @@ from neox_core.data.skipped import SkippedSequences
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
-from tests.neox_core.train.small_training import BATCH, config_for
+from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
 
 POISON = 127
 """A token that makes the loss NaN, on the data-parallel rank that has it."""
@@ -120,6 +120,23 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     assert json.loads(store.get_text(f"{whole.prefix}/incidents.jsonl") or "")["action"] == "rollback"
     assert values(lost) == values(whole)
     assert (lost.output / "incidents.jsonl").read_text() == (whole.output / "incidents.jsonl").read_text()
+
+
+def stop_job(config: RunConfig, job: TrainJob) -> Any:
+    with poisonous():
+        return train_job(config, job, None, int(os.environ["MASTER_PORT"]))
+
+
+def test_a_training_that_stops_has_logged_the_step_and_says_why(storage_config: StorageConfig, tmp_path: Path) -> None:
+    run = config(storage_config, guard=GuardConfig(on_not_finite="stop"))
+    write_data(tmp_path / "data", (SOURCES[0], slice(0, None, SEQUENCE // 2)), POISON)
+    make_random_base(run.model, tmp_path / "base", seed=7)
+    convert(tmp_path / "base", tmp_path / "weights", run.model, run.parallel)
+    job = TrainJob(tmp_path / "data", tmp_path / "weights", tmp_path / "output", "a" * 64)
+    (error, begun), _ = run_ranks(stop_job, 2, run, job)
+    assert error.startswith("step 1: loss nan, ")
+    assert begun == [1, 2]  # the first is known to be bad when the second was begun
+    assert np.isnan(rows(job)[1]["train/loss"])
 
 
 def check_incident(record: dict[str, Any], source: str, place: int) -> None:
