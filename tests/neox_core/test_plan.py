@@ -154,6 +154,15 @@ def test_memory_measured_on_an_h200(name: str, layers: int, micro_batch: int, ma
     assert measured(layers, name, micro_batch, master) == pytest.approx(gib, rel=0.01)
 
 
+def test_fp32_parameters_are_their_own_master_weights() -> None:
+    """4 bytes of weights, 4 of gradients, 8 of Adam's moments; in bf16 2, 4, 4 of master weights and 8."""
+    config, geometry = load("toy", tensor=1), geometry_of(1, 4)
+    fp32, bf16 = (memory_of(with_train(config, precision=name), geometry, 0) for name in ("fp32", "bf16"))
+    count = parameter_count(config.model)
+    assert (fp32.weights, fp32.gradients, fp32.master, fp32.adam) == (4 * count, 4 * count, 0, 8 * count)
+    assert (bf16.weights, bf16.gradients, bf16.master, bf16.adam) == (2 * count, 4 * count, 4 * count, 8 * count)
+
+
 def test_llemma_fits_its_gpus() -> None:
     """Both ran on A100-40GB; the plan must leave room for the CUDA context and say that one GPU is well used."""
     for name in ("llemma_7b", "llemma_34b"):

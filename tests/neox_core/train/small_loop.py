@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ def run_loop(
         Loop(
             engine=engine,
             train=config.train,
-            geometry=lambda step: geometry,
+            geometry=partial(batch_geometry, config, None),
             data_rank=mesh.data_rank,
             validation_data=data,
             metrics=metrics,

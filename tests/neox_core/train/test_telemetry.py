@@ -16,7 +16,7 @@ import torch
 from neox_core.checkpoint.convert import convert
 from neox_core.checkpoint.reference import llama_from_meta
 from neox_core.checkpoint.toy_base import make_random_base
-from neox_core.config import ProfileConfig, RunConfig, ValidationConfig
+from neox_core.config import ProfileConfig, RunConfig, TrainChange, ValidationConfig
 from neox_core.data.mixture import Mixture
 from neox_core.train.gradient_norms import group_names
 from tests.distributed import run_ranks
@@ -124,6 +124,17 @@ def test_times_are_of_a_step_and_add_up(rows: list[dict[str, float]]) -> None:
         assert row["train/tokens_per_second"] == pytest.approx(BATCH * SEQUENCE / row["time/step"])
         assert 0 < row["train/mfu_causal"] < row["train/mfu"]
         assert 0.05 < row["memory/resident_gib"] < 16
+
+
+def test_speed_counts_the_tokens_of_every_batch_since_the_last_row(base: Path, tmp_path: Path) -> None:
+    """A row over steps of one and of two batches' size."""
+    changes = (TrainChange(from_step=3, global_batch_tokens=2 * BATCH * SEQUENCE),)
+    run = config(1, 1, 1, steps=4, log_interval=3, changes=changes)
+    convert(base, tmp_path / "shards", MODELS["gqa"], run.parallel)
+    ((mixed, last),) = run_ranks(train_rank, 1, run, tmp_path / "shards", tmp_path / "output")
+    tokens = BATCH * SEQUENCE
+    assert mixed["train/tokens_per_second"] * mixed["time/step"] == pytest.approx((tokens + tokens + 2 * tokens) / 3)
+    assert last["train/tokens_per_second"] * last["time/step"] == pytest.approx(2 * tokens)
 
 
 def test_group_names_are_few_and_fixed() -> None:
