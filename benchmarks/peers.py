@@ -46,6 +46,8 @@ def main() -> None:
     for name, rate in rates.items():
         sys.stdout.write(f"{name:32} {rate:10,.0f} tokens/s   ours / this {rates['ours'] / rate:6.3f}\n")
     sys.stdout.write(json.dumps({"device": ours["device"], "tokens_per_second": rates}) + "\n")
+    if missing := PEERS.keys() - rates.keys():
+        raise SystemExit(f"not measured, see above: {', '.join(sorted(missing))}")
 
 
 def _options() -> argparse.Namespace:

@@ -74,13 +74,13 @@ class ObjectStore:
         with self._errors(key):
             self._client.upload_file(str(path), self.bucket, self._full(key), Config=_TRANSFER, Callback=on_bytes)
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Download an object; `path` appears when it is complete."""
+    def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Download an object; `path` appears when it is complete. `on_bytes` as for `put_file`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
             with self._errors(key), temporary.open("wb") as file:
-                self._client.download_fileobj(self.bucket, self._full(key), file, Config=_TRANSFER)
+                self._client.download_fileobj(self.bucket, self._full(key), file, Config=_TRANSFER, Callback=on_bytes)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

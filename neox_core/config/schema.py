@@ -108,6 +108,7 @@ class RunConfig(Section):
         _check_parallel(self.model, self.parallel)
         _check_sequence(self.train, self.parallel)
         _check_weight_changes(self.data, self.train)
+        _check_extension(self.data, self.train)
         return self
 
 
@@ -133,6 +134,15 @@ def _check_weight_changes(data: DataConfig, train: TrainConfig) -> None:
     last = data.weight_changes[-1].from_step if data.weight_changes else 1
     if last > train.steps:
         raise ValueError(f"data.weight_changes has one from step {last}, after train.steps {train.steps}")
+
+
+def _check_extension(data: DataConfig, train: TrainConfig) -> None:
+    amounts = [name for name, source in data.sources.items() if source.weight is None]
+    if train.extends and amounts:
+        raise ValueError(
+            f"train.extends {list(train.extends)}: data.sources gives {', '.join(amounts)} in tokens or epochs, which "
+            "are other shares of a longer training: give weights (llemma data plan shows the shares)"
+        )
 
 
 def _check_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

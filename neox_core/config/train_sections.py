@@ -39,6 +39,15 @@ class ScheduleConfig(Section):
     decay_shape: Literal["linear", "1-sqrt"] = Field("1-sqrt", description="wsd")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.033
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "cosine" and self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} is where the cosine ends, and must be above warmup_steps "
+                f"{self.warmup_steps}"
+            )
+        return self
+
 
 Reaction = Literal["stop", "skip", "rollback"]
 
@@ -141,6 +150,20 @@ class TrainConfig(Section):
     def _check_extends(self) -> Self:
         if any(steps >= self.steps for steps in self.extends):
             raise ValueError(f"extends {list(self.extends)}: all must be below steps {self.steps}")
+        if self.extends and self.schedule.kind == "cosine" and self.schedule.decay_steps is None:
+            raise ValueError(
+                f"extends {list(self.extends)}: the shorter cosine ended at its last step, so that only the warmup is "
+                "the same: set schedule.decay_steps to where it ended"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        if self.mask_documents and self.attention != "auto":
+            raise ValueError(
+                f"attention {self.attention}: with mask_documents, attention has a kernel of its own (FlexAttention): "
+                "set attention to auto"
+            )
         return self
 
     @property

@@ -84,7 +84,7 @@ def load_weights(engine: Any, weights: LayerWeights, mesh: Mesh) -> None:
     engine.agg_train_loss = engine.total_loss = None
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    verify_master_weights(engine)
+    verify_master_weights(engine, trained=False)
 
 
 @contextlib.contextmanager
@@ -93,7 +93,9 @@ def memory_explained(config: RunConfig, geometry: BatchGeometry, mesh: Mesh) -> 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        available = torch.cuda.mem_get_info(mesh.device)[1] - RESERVED_BYTES if mesh.device.type == "cuda" else None
+        available = config.train.memory_gib and config.train.memory_gib * _GIB
+        if available is None and mesh.device.type == "cuda":
+            available = torch.cuda.mem_get_info(mesh.device)[1] - RESERVED_BYTES
         modes = layer_modes(config, geometry, mesh.pipeline_rank, available)
         planned = stage_memory(config, geometry, mesh.pipeline_rank, modes)
         parts = [f"{part.name} {getattr(planned, part.name) / _GIB:.1f}" for part in fields(planned)]

@@ -52,7 +52,7 @@ def build_engine(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights
         config=settings,
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
-    verify_master_weights(engine)
+    verify_master_weights(engine, trained=False)
     norms = GradientNorms(module, engine.optimizer, config.model, mesh)
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
     if mesh.device.type == "cuda" and config.train.precision == "bf16":

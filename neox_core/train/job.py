@@ -22,7 +22,7 @@ class TrainJob:
     fingerprint: str
     """Identity of the training; checkpoints of another one are never resumed, but for its ancestors."""
     ancestors: tuple[Ancestor, ...] = ()
-    """The trainings that it was before changes of weights, learning rate or batch size."""
+    """The trainings that it was before changes of weights, learning rate, batch size or length."""
 
     @property
     def prefix(self) -> str:

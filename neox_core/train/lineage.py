@@ -79,21 +79,22 @@ def _last_common_step(shorter: TrainConfig, longer: TrainConfig) -> int:
 
 
 def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
-    """The training's own newest complete checkpoint, else the newest that it shares with an ancestor.
+    """The newest complete checkpoint, the training's own or one that it shares with an ancestor.
+
+    The own one of two of the same step. A shared one can be newer where an ancestor was named after a first start.
 
     Returns:
         The key below which it lies, and its manifest.
     """
     prefix = training_prefix(fingerprint)
-    if own := list_checkpoints(store, prefix):
-        return prefix, own[-1]
-    shared = [
+    found = [(prefix, manifest) for manifest in list_checkpoints(store, prefix)]
+    found += [
         (training_prefix(ancestor.fingerprint), manifest)
         for ancestor in lineage
         for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
         if manifest.step <= ancestor.last_step
     ]
-    return max(shared, key=lambda found: found[1].step, default=None)
+    return max(found, key=lambda pair: pair[1].step, default=None)  # the first of several
 
 
 def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
@@ -112,13 +113,16 @@ def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
             )
 
 
-def inherit_records(store: ObjectStore, prefix: str, step: int, folder: Path) -> None:
-    """Begin the metrics and the incidents with an ancestor's, up to the step that is resumed from."""
+def inherit_records(store: ObjectStore, own: str, prefix: str, step: int, folder: Path) -> None:
+    """Begin the metrics and the incidents with an ancestor's, up to the step that is resumed from.
+
+    Not if there are some below the training's own key: those began with the ancestor's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (METRICS_FILE, INCIDENTS_FILE):
         path, text = folder / name, store.get_text(f"{prefix}/{name}")
-        if text is None or path.exists():
+        if text is None or path.exists() or store.get_text(f"{own}/{name}") is not None:
             continue
         lines = text.splitlines(keepends=True)
         write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
-    logger.info("goes on from step %d of %s, with changes", step, store.url(prefix))
+    logger.info("goes on from step %d of %s", step, store.url(prefix))

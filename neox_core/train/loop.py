@@ -53,16 +53,20 @@ class Loop:
         """
         if position.step == 0:
             self._validate(0)
-        while position.step < self.train.steps:
-            self.guard.restore(position.guard, len(position.skipped))
-            try:
-                position = self._train(position)
-            except TrainingError:
-                self.telemetry.flush()  # all ranks stop at the same step, so what is under way arrives
-                raise
-            except RollBackError as error:
-                self.heartbeat(f"rollback after step {error.incident.outcome.step}")
-                position = self.go_back(error.incident)
+        try:
+            while position.step < self.train.steps:
+                position = self._train_or_go_back(position)
+        except TrainingError:
+            self.telemetry.flush()  # all ranks stop at the same step, so what is under way arrives
+            raise
+
+    def _train_or_go_back(self, position: Position) -> Position:
+        self.guard.restore(position.guard, len(position.skipped))
+        try:
+            return self._train(position)
+        except RollBackError as error:
+            self.heartbeat(f"rollback after step {error.incident.outcome.step}")
+            return self.go_back(error.incident)
 
     def _train(self, position: Position) -> Position:
         """Train as long as the batch keeps its size."""

@@ -84,10 +84,11 @@ class MasterWeights:
         for start, stop in self._ranges():
             self.write(start, stop, self.low_precision[start:stop].float())
 
-    def count_differences(self) -> int:
-        """Elements whose parameter is not the master weight's rounding."""
+    def count_differences(self, rounded: bool) -> int:
+        """Elements whose parameter is not the master weight; or not its rounding."""
+        dtype = self.low_precision.dtype if rounded else torch.float32
         return sum(
-            int((self.read(start, stop).to(self.low_precision.dtype) != self.low_precision[start:stop]).sum())
+            int((self.read(start, stop).to(dtype) != self.low_precision[start:stop].to(dtype)).sum())
             for start, stop in self._ranges()
         )
 

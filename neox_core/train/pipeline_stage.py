@@ -70,9 +70,10 @@ def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights:
     modes = _layer_modes(config, mesh, geometry)
     first_layer = sum(pipeline_layers(config)[: mesh.pipeline_rank])
     dtype = parameter_dtype(config)
-    attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
     if config.train.mask_documents:
-        logger.info("attention within documents: FlexAttention")
+        logger.info("attention: FlexAttention, within documents")
+    else:
+        attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
     loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank, config.train.z_loss)
 

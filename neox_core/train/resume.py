@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -52,6 +53,8 @@ class TrainCheckpoints:
     mesh: Mesh
     engine: Any
     writer: CheckpointWriter
+    alive: Callable[[], None] = lambda: None
+    """Called as a download gets on."""
 
     def save(self, position: Position) -> None:
         """Save the state after a step, and start its upload."""
@@ -68,7 +71,7 @@ class TrainCheckpoints:
             skipped=[asdict(window) for window in position.skipped],
             guard=position.guard,
         )
-        make_save(self.engine, self.writer, self.job.output / "checkpoints")(manifest)
+        make_save(self.engine, self.writer, self._folder)(manifest)
 
     def resume(self) -> Position:
         """Load the newest complete checkpoint, if there is one, and say where it is.
@@ -85,7 +88,7 @@ class TrainCheckpoints:
         self._check(prefix, manifest, position)
         self._load(prefix, manifest)
         if prefix != self.job.prefix and self.mesh.rank == 0:
-            inherit_records(self.store, prefix, manifest.step, self.job.output)
+            inherit_records(self.store, self.job.prefix, prefix, manifest.step, self.job.output)
         consumed = first_sequence(self.config.train, position.step + 1, position.skipped)
         logger.info("resumed from step %d, the next sequence is %d", manifest.step, consumed)
         return position
@@ -120,16 +123,20 @@ class TrainCheckpoints:
     def _newest(self) -> tuple[str, Manifest] | None:
         """Rank 0 decides for all, so that no two ranks resume from different steps.
 
-        What was skipped after the checkpoint by this training is in the manifest.
+        What was skipped after the checkpoint, by this training or by the one whose it is, is in the manifest.
         """
         found: list[tuple[str, Manifest] | None] = [None]
-        if dist.get_rank() == 0:
-            found = [newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors)]
-            text = self.store.get_text(f"{self.job.prefix}/{_SKIPPED_FILE}")
-            if found[0] is not None and text is not None and (record := json.loads(text))["step"] == found[0][1].step:
-                found = [(found[0][0], replace(found[0][1], skipped=record["skipped"]))]
+        if dist.get_rank() == 0 and (newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors)):
+            found = [(newest[0], self._with_skipped(*newest))]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _with_skipped(self, prefix: str, manifest: Manifest) -> Manifest:
+        for key in dict.fromkeys((self.job.prefix, prefix)):
+            text = self.store.get_text(f"{key}/{_SKIPPED_FILE}")
+            if text is not None and (record := json.loads(text))["step"] == manifest.step:
+                return replace(manifest, skipped=record["skipped"])
+        return manifest
 
     def _check_extends(self) -> None:
         """Nobody who asks for a training to go on wants one from step 0."""
@@ -173,11 +180,17 @@ class TrainCheckpoints:
         # DeepSpeed's `mp_rank`: the index among ranks that share a data-parallel rank.
         model_rank = mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
         own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
-        folder = self.job.output / "checkpoints"
         # Weights and metadata once per node, and this rank's own share of the optimizer state.
         if mesh.local_rank == 0:
-            download_checkpoint(self.store, prefix, manifest, folder, lambda name: "optim_states" not in name)
-        download_checkpoint(self.store, prefix, manifest, folder, lambda name: name.endswith(own_state))
+            self._download(prefix, manifest, lambda name: "optim_states" not in name)
+        self._download(prefix, manifest, lambda name: name.endswith(own_state))
         dist.barrier()
-        self.engine.load_checkpoint(str(folder), tag=checkpoint_key(manifest.step))
-        verify_master_weights(self.engine)
+        self.engine.load_checkpoint(str(self._folder), tag=checkpoint_key(manifest.step))
+        verify_master_weights(self.engine, trained=True)
+
+    def _download(self, prefix: str, manifest: Manifest, wanted: Callable[[str], bool]) -> None:
+        download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.alive)
+
+    @property
+    def _folder(self) -> Path:
+        return self.job.output / "checkpoints"

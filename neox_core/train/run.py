@@ -17,7 +17,7 @@ from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
-from neox_core.errors import ConfigError
+from neox_core.errors import ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.shared_store import shared_store
 from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
@@ -92,7 +92,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     )
     engine.checkpoint_engine = writer
     watchdog.beat("resuming")
-    checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer)
+    checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.alive)
     with memory_explained(config, geometry, mesh):
         start = checkpoints.resume()
 
@@ -133,13 +133,21 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             telemetry=telemetry,
             heartbeat=heartbeat,
         )
-        with memory_explained(config, geometry, mesh):
-            loop.run(start)
+        try:
+            with memory_explained(config, geometry, mesh):
+                loop.run(start)
+        except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
+            _last_upload(writer, watchdog)
+            raise
+    _last_upload(writer, watchdog)
+    return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
+
+
+def _last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
+    """Wait for it. Collective over all ranks: rank 0 publishes the manifest, and nobody leaves before."""
     watchdog.beat("last upload")
     writer.close()
-    # Rank 0 publishes the last manifest: nobody leaves before it.
     dist.barrier()
-    return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
 
 
 def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> Any:

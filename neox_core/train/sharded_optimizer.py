@@ -178,9 +178,10 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
             dist.all_gather_into_tensor(flat, master.low_precision, group=group)
 
-    def count_master_differences(self) -> int:
-        """Elements of this rank's master weights that do not round to the model's parameters."""
-        return sum(master.count_differences() for master in self.masters)
+    def count_master_differences(self, trained: bool) -> int:
+        """Elements of this rank's master weights that are not the model's parameters; or, `trained`, do not round to
+        them."""
+        return sum(master.count_differences(trained) for master in self.masters)
 
     def differs_from_peers(self) -> bool:
         """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,

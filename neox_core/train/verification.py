@@ -9,16 +9,20 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from neox_core.errors import CheckpointError
 
 
-def verify_master_weights(engine: PipelineEngine) -> None:
-    """Check that fp32 master weights round to the model's weights, and that ranks agree on what they share. Collective.
+def verify_master_weights(engine: PipelineEngine, trained: bool) -> None:
+    """Check the fp32 master weights against the model's weights, and that ranks agree on what they share. Collective.
 
-    If the former do not, the first step looks right and the second throws the loaded weights away. A rank checks the
+    If the former differ, the first step looks right and the second throws the loaded weights away. A rank checks the
     master weights that it owns, and peers own the others: so all of its weights are covered if it has its peers'.
+
+    Args:
+        trained: master weights have moved since the weights were loaded, and need only round to them; before, they must
+            be the same numbers.
 
     Raises:
         CheckpointError: something differs; on every rank, so that none waits for another.
     """
-    different = engine.optimizer.count_master_differences()
+    different = engine.optimizer.count_master_differences(trained)
     own = torch.tensor([different, engine.optimizer.differs_from_peers()], device=engine.device)
     everyones = own.new_empty(2 * dist.get_world_size())
     dist.all_gather_into_tensor(everyones, own)

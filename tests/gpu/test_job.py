@@ -45,7 +45,7 @@ class FolderStore:
         self.put_text(key, "")
         shutil.copyfile(path, self._folder / key)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self._folder / key, path)
 

@@ -114,9 +114,31 @@ def test_changes_that_cannot_be(changes: list[dict[str, Any]], expected: str, tm
         toy(tmp_path, f"train: {json.dumps({'changes': changes})}")
 
 
-def test_only_a_shorter_training_is_extended(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.*extends \[50, 100\]: all must be below steps 100"):
-        toy(tmp_path, "train: {extends: [50, 100]}")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {extends: [50, 100]}", r"train.*extends \[50, 100\]: all must be below steps 100"),
+        (
+            "train: {extends: [50]}",
+            r"extends \[50\]: the shorter cosine ended at its last step.*decay_steps",
+        ),
+        (
+            "train: {extends: [50], schedule: {kind: wsd}}\ndata: {sources: {arxiv: {tokens: 4096, weight: null}}}",
+            r"train.extends \[50\]: data.sources gives arxiv in tokens or epochs.*give weights",
+        ),
+        (
+            "train: {schedule: {warmup_steps: 10, decay_steps: 10}}",
+            "decay_steps 10 is where the cosine ends, and must be above warmup_steps 10",
+        ),
+        (
+            "train: {mask_documents: true, attention: cudnn}",
+            "attention cudnn: with mask_documents.*set attention",
+        ),
+    ],
+)
+def test_settings_of_training_that_contradict_each_other(text: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        toy(tmp_path, text)
 
 
 def test_a_changed_batch_must_fit_the_nodes_too(tmp_path: Path) -> None:

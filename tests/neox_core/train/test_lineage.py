@@ -107,6 +107,9 @@ def test_newest_checkpoint_before_the_change(store: ObjectStore) -> None:
     assert found(store, 20, 50) == (training_prefix(identity(20)), 25)
     publish(store, identity(20, 50), 60)
     assert found(store, 20, 50) == (training_prefix(identity(20, 50)), 60)
+    # An ancestor that was named after a first start has come further.
+    publish(store, identity(90), 5)
+    assert found(store, 90) == (training_prefix(identity()), 30)
     assert found(store) == (training_prefix(identity()), 30)
 
 
@@ -132,10 +135,14 @@ def test_a_mixture_that_was_another_before_the_checkpoint_is_refused(tmp_path: P
 
 def test_metrics_begin_with_the_ancestors_up_to_the_step(store: ObjectStore, tmp_path: Path) -> None:
     store.put_text("old/metrics.jsonl", "".join(json.dumps({"step": step}) + "\n" for step in range(5)))
-    inherit_records(store, "old", 3, tmp_path / "new")
+    inherit_records(store, "new", "old", 3, tmp_path / "new")
     assert not (tmp_path / "new" / "incidents.jsonl").exists()
     path = tmp_path / "new" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
     path.write_text("own\n")
-    inherit_records(store, "old", 3, tmp_path / "new")
+    inherit_records(store, "new", "old", 3, tmp_path / "new")
     assert path.read_text() == "own\n"
+    path.unlink()
+    store.put_text("new/metrics.jsonl", "what began with the old one's\n")
+    inherit_records(store, "new", "old", 3, tmp_path / "new")
+    assert not path.exists()  # MetricsLog fetches the stored one

@@ -274,6 +274,17 @@ def test_bad_step_is_found_between_logged_ones() -> None:
     assert str(error).startswith("step 2: loss nan")
 
 
+def test_what_was_done_is_written_where_there_is_nothing_to_go_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(self: Recorder, incident: Incident) -> Position:
+        raise TrainingError("nothing to go back to")
+
+    monkeypatch.setattr(Recorder, "go_back", nothing)
+    train = train_config(guard=GuardConfig(on_not_finite="rollback"))
+    _, recorder, error = run(train, losses=lambda step: math.nan if step == 2 else 1.0)
+    assert str(error) == "nothing to go back to"
+    assert recorder.flushed == len(recorder.rows) > 0
+
+
 def steps_taken(engine: FakeEngine) -> list[int]:
     """The first sequence of each batch, in steps of 12."""
     return [taken[0] // 12 + 1 for taken in engine.trained]

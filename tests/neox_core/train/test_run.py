@@ -21,6 +21,7 @@ from neox_core.parallel.mesh import Mesh
 from neox_core.train import resume, run
 from neox_core.train.hardware import peak_flops
 from neox_core.train.job import TrainJob
+from neox_core.train.lineage import Ancestor
 from neox_core.train.resume import Position, TrainCheckpoints
 from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
 
@@ -61,6 +62,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, list[str]]] = []
+        self.verified: list[bool] = []
 
     def load_checkpoint(self, folder: str, tag: str) -> None:
         self.loaded.append((tag, sorted(path.name for path in Path(folder, tag).iterdir())))
@@ -68,9 +70,10 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(resume, "verify_master_weights", lambda engine: None)
+    engine = Engine()
+    monkeypatch.setattr(resume, "verify_master_weights", lambda engine, trained: engine.verified.append(trained))
     monkeypatch.setattr(resume, "open_training_data", lambda folder, config, skipped=(): DATA)
-    return Engine()
+    return engine
 
 
 def checkpoints(
@@ -104,6 +107,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
     assert checkpoints(engine, store, job).resume() == Position(10, DATA)
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
+    assert engine.verified == [True]  # master weights that have moved
 
 
 def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
@@ -167,6 +171,21 @@ def test_going_back(one_rank: None, engine: Engine, store: ObjectStore, job: Tra
     # What was skipped after step 10 says nothing of another step.
     store.delete([info.key for info in store.list(f"{job.prefix}/global_step10/")])
     assert saved.resume() == Position(9, DATA)
+
+
+def test_what_an_ancestor_skipped_after_its_checkpoint(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    """It is left out here too, unless this training has gone back to the checkpoint itself."""
+    publish(store, job, 10, LAYOUT)
+    checkpoints(engine, store, job).go_back(incident(11, 10 * BATCH))
+    branch = replace(job, fingerprint="f" * 64, ancestors=(Ancestor(job.fingerprint, 10),))
+    skipped = SkippedSequences(10, 10 * BATCH, BATCH)
+    assert checkpoints(engine, store, branch).resume() == Position(10, DATA, (skipped,))
+    again = SkippedSequences(10, 11 * BATCH, BATCH)
+    assert checkpoints(engine, store, branch).go_back(incident(11, 11 * BATCH)).skipped == (skipped, again)
+    assert checkpoints(engine, store, branch).resume().skipped == (skipped, again)
+    assert checkpoints(engine, store, job).resume().skipped == (skipped,)
 
 
 def test_nothing_to_go_back_to(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
