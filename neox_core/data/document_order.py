@@ -131,8 +131,8 @@ class _Epoch:
         self._firsts = np.arange(cut.lanes) * cut.blocks
         edges = [cut.begin([lane * cut.blocks]) for lane in range(cut.lanes + 1)]
         self._lanes = list(zip(self._firsts.tolist(), self._shifts.tolist(), np.diff(edges).tolist(), strict=True))
-        self._size, self._origin = edges[-1], 0
-        self._origin = self._begin(0)
+        """Of each lane its first run, the number of the run that the epoch begins with, and its bytes."""
+        self._origin, self._size = cut.begin((self._firsts + self._shifts).tolist()), edges[-1]
 
     def spans(self, start: int, stop: int) -> tuple[Spans, int]:
         """The pieces of documents from `start` on, up to `stop` or the end of the block; and where they end."""
