@@ -78,7 +78,7 @@ def open_ours(prefix: Path) -> dict[str, Any]:
         "import_seconds": imported - started,
         "open_seconds": done - imported,
         "peak_mb": peak,
-        # Mapped pages of the .idx, which are page cache that all processes share, count as file-backed memory.
+        # Mapped pages of the .bin, which are page cache that all processes share, count as file-backed memory.
         "masked_peak_mb": memory()["VmHWM"],
         "private_mb": memory()["RssAnon"],
         **usage(),

@@ -5,35 +5,38 @@ neighbours. A block of an epoch is one run of each lane, and each lane goes thro
 on and around. Within the block, the documents are in random order. An epoch is its blocks, one after the other.
 
 Blocks, runs and lanes hold whole documents, so that a block begins at a sum of lanes' differences between places that
-the .idx holds. A block is thus found by a search that reads a few places per lane, and a document within it by the
-sizes of the block's documents alone, whatever the number of documents. Neighbours in the file are in one block in
-every epoch, but few of the documents beside them there are theirs; which run meets which is another in each epoch.
+the .idx holds: it is found by a search that reads a block or two there, and a document within it by the sizes of the
+block's documents alone, whatever the number of documents. Neighbours in the file are in one block in every epoch, but
+most of the documents there are others'; which run meets which is another in each epoch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple
+from weakref import finalize
 
 import numpy as np
 
-from neox_core.data.indexed import IndexedDataset, Tokens, idx_path
+from neox_core.data.indexed import HEADER, IndexedDataset, Tokens, idx_path
 from neox_core.data.permutation import hashes, seed_of
 from neox_core.errors import DataError
 
-LANES = 8
+LANES = 4
 """Places of the file that the documents of a block come from."""
 
 RUN = 64
 """Neighbours of the file that stay in one block, at most; LANES x RUN documents' sizes are read for a sequence.
 
-More of either takes longer: these read a sequence in three quarters of 50 microseconds (benchmarks/sampler.py). Both
-are part of the order: another number needs another DATA_ORDER.
+More of either takes longer: with these, a sequence is read within 50 microseconds (benchmarks/sampler.py). Both are
+part of the order: another number needs another DATA_ORDER.
 """
 
 _INTERPOLATIONS = 8
+"""Looks that a search guesses from shares of bytes, before it bisects."""
 
 
 class Spans(NamedTuple):
@@ -58,9 +61,8 @@ class DocumentOrder:
         """
         if int(dataset.document_index[0]) != 0:
             raise _damaged(dataset)
-        self._cut = _Cut(dataset, lanes, run)
-        self._key = key
-        self._epoch = lru_cache(maxsize=64)(self._open_epoch)
+        cut = self._cut = _Cut(dataset, lanes, run)
+        self._epoch = lru_cache(maxsize=64)(lambda epoch: _Epoch(cut, f"{key}/{epoch}"))
 
     def spans(self, epoch: int, start: int, stop: int) -> Spans:
         """The pieces of documents that are the tokens [start, stop) of an epoch.
@@ -77,48 +79,87 @@ class DocumentOrder:
         documents, places, lengths = joined(found)
         return Spans(documents, places // itemsize, lengths // itemsize)
 
-    def _open_epoch(self, epoch: int) -> _Epoch:
-        return _Epoch(self._cut, f"{self._key}/{epoch}")
+
+class _Block(NamedTuple):
+    """One run of each lane. Places are in bytes."""
+
+    begin: int
+    """Where the block begins in its epoch."""
+    end: int
+    firsts: list[int]
+    """First document of each run."""
+    bounds: Tokens
+    """Where each document begins in the file, and where the last one ends: int64 [lanes, longest run + 1].
+
+    A shorter run ends with a document without tokens, which is not its own.
+    """
 
 
 class _Cut:
-    """Documents cut into lanes x blocks runs, whose numbers of documents differ by one at most. Places are in bytes."""
+    """Documents cut into lanes x blocks runs, whose numbers of documents differ by one at most. Places are in bytes.
+
+    The index is read, not mapped: mapping a page can make two megabytes resident, and waits with Python's lock held.
+    """
 
     def __init__(self, dataset: IndexedDataset, lanes: int, run: int) -> None:
         self.dataset, self.lanes = dataset, lanes
-        self.itemsize = dataset.dtype.itemsize
+        self.itemsize, self._sequences = dataset.dtype.itemsize, len(dataset)
         self._end = len(dataset.tokens) * self.itemsize
         self._documents = len(dataset.document_index) - 1
         self.blocks = max(1, -(-self._documents // (lanes * run)))
         self._runs = lanes * self.blocks
-        longest = -(-self._documents // self._runs)
-        self.width = longest + 1
-        """Bounds of the longest run's documents."""
-        self._columns = np.arange(self.width)
-        self._sequences = len(dataset)
-        self._document, self._offset = dataset.document_index.item, dataset.offsets.item
+        self.longest = -(-self._documents // self._runs)
+        """Documents of the longest run."""
+        self._offsets_at = HEADER.size + 4 * self._sequences
+        self._documents_at = self._offsets_at + 8 * self._sequences
+        self._file = os.open(idx_path(dataset.prefix), os.O_RDONLY)
+        finalize(self, os.close, self._file)
 
-    def begin(self, runs: Iterable[int]) -> int:
-        """The sum of the places where some runs begin; the number of runs stands for the end."""
-        place = 0
-        for run in runs:
-            sequence = self._document(run * self._documents // self._runs)
-            place += self._offset(sequence) if sequence < self._sequences else self._end
-        return place
+    def begin(self, run: int) -> int:
+        """Where a run begins; the number of runs stands for the end."""
+        sequence = int(self._read(self._documents_at, [(self.first(run), 1)])[0])
+        return int(self._read(self._offsets_at, [(sequence, 1)])[0]) if sequence < self._sequences else self._end
 
-    def bounds(self, runs: Tokens) -> tuple[Tokens, Tokens]:
-        """Documents of some runs, and where each begins: int64 [runs x width].
+    def first(self, run: int) -> int:
+        """First document of a run."""
+        return run * self._documents // self._runs
 
-        Each run is followed by the document after it, which a shorter run repeats.
-        """
-        firsts, stops = runs * self._documents // self._runs, (runs + 1) * self._documents // self._runs
-        documents = np.minimum(firsts[:, None] + self._columns, stops[:, None]).ravel()
-        sequences = self.dataset.document_index[documents]
-        if sequences[-1] < self._sequences:
-            return documents, self.dataset.offsets[sequences]
-        begins = self.dataset.offsets[np.minimum(sequences, self._sequences - 1)]
-        begins[sequences == self._sequences] = self._end
-        return documents, begins
+    def bounds(self, runs: Sequence[int], firsts: Sequence[int]) -> Tokens:
+        """As in `_Block`, of some runs in order and their first documents."""
+        width = self.longest + 1
+        # The run at the end of the file may be a shorter one.
+        counts = [min(width, self._documents + 1 - first) for first in firsts]
+        sequences = self._read(self._documents_at, list(zip(firsts, counts, strict=True)))
+        if counts[-1] < width:
+            sequences = np.append(sequences, self._sequences)
+        sequences = sequences.reshape(len(runs), width)
+        if self._documents % self._runs:
+            short = [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
+            sequences = sequences.copy()
+            sequences[short, -1] = sequences[short, -2]
+        return self._offsets(sequences)
+
+    def _offsets(self, sequences: Tokens) -> Tokens:
+        """Where sequences begin, of the same shape; the number of sequences stands for the end."""
+        lows, highs = sequences[:, 0].tolist(), sequences[:, -1].tolist()
+        if not all(0 <= low <= high <= self._sequences for low, high in zip(lows, highs, strict=True)):
+            raise _damaged(self.dataset)
+        counts = [min(high + 1, self._sequences) - low for low, high in zip(lows, highs, strict=True)]
+        offsets = self._read(self._offsets_at, list(zip(lows, counts, strict=True)))
+        shifts = np.array([low - before for low, before in zip(lows, accumulate(counts, initial=0), strict=False)])
+        places = sequences - shifts[:, None]
+        if highs[-1] == self._sequences:
+            offsets = np.append(offsets, self._end)
+            places[sequences == self._sequences] = -1
+        try:
+            return offsets[places]
+        except IndexError:
+            raise _damaged(self.dataset) from None
+
+    def _read(self, place: int, ranges: Iterable[tuple[int, int]]) -> Tokens:
+        """Numbers from a place of the index on, int64: of each range that many from the first on."""
+        pieces = [os.pread(self._file, 8 * number, place + 8 * first) for first, number in ranges]
+        return np.frombuffer(b"".join(pieces), dtype="<i8")
 
 
 class _Epoch:
@@ -126,68 +167,69 @@ class _Epoch:
 
     def __init__(self, cut: _Cut, key: str) -> None:
         self._cut, self._key = cut, key
-        shifts = hashes(cut.lanes, seed_of(f"{key}/shifts")) % np.uint64(cut.blocks)
-        self._shifts = shifts.astype(np.int64)
-        self._firsts = np.arange(cut.lanes) * cut.blocks
-        edges = [cut.begin([lane * cut.blocks]) for lane in range(cut.lanes + 1)]
-        self._lanes = list(zip(self._firsts.tolist(), self._shifts.tolist(), np.diff(edges).tolist(), strict=True))
+        shifts = (hashes(cut.lanes, seed_of(f"{key}/shifts")) % np.uint64(cut.blocks)).tolist()
+        edges = [cut.begin(lane * cut.blocks) for lane in range(cut.lanes + 1)]
+        self._lanes = list(zip(range(0, cut.lanes * cut.blocks, cut.blocks), shifts, np.diff(edges).tolist(), strict=True))
         """Of each lane its first run, the number of the run that the epoch begins with, and its bytes."""
-        self._origin, self._size = cut.begin((self._firsts + self._shifts).tolist()), edges[-1]
+        self._origin, self._size = sum(cut.begin(first + shift) for first, shift, _ in self._lanes), edges[-1]
 
     def spans(self, start: int, stop: int) -> tuple[Spans, int]:
         """The pieces of documents from `start` on, up to `stop` or the end of the block; and where they end."""
-        block, begin = self._block_at(start)
-        cut = self._cut
-        documents, begins = cut.bounds(self._firsts + (self._shifts + block) % cut.blocks)
-        sizes = begins[1:] - begins[:-1]
-        sizes[cut.width - 1 :: cut.width] = 0  # from one run to the next
-        order = hashes(len(sizes), seed_of(f"{self._key}/{block}")).argsort()
+        number, block = self._block_at(start)
+        sizes = (block.bounds[:, 1:] - block.bounds[:, :-1]).ravel()
+        order = hashes(len(sizes), seed_of(f"{self._key}/{number}")).argsort()
         ends = sizes[order].cumsum()
-        ends += begin
-        end = min(stop, int(ends[-1]))
-        if sizes.min() < 0 or not begin <= start < end:
-            raise _damaged(cut.dataset)
+        ends += block.begin
+        end = min(stop, block.end)
+        if sizes.min() < 0:
+            raise _damaged(self._cut.dataset)
         first, last = int(ends.searchsorted(start, "right")), int(ends.searchsorted(end))
         taken = order[first : last + 1]
         lengths = sizes[taken]
         if not lengths.all():
             taken, lengths = taken[lengths > 0], lengths[lengths > 0]
-        places = begins[taken]
+        lanes, columns = np.divmod(taken, self._cut.longest)
+        places = block.bounds[lanes, columns]
         skipped = start - int(ends[first]) + int(lengths[0])
         places[0] += skipped
         lengths[0] -= skipped
         lengths[-1] -= int(ends[last]) - end
-        return Spans(documents[taken], places, lengths), end
+        return Spans(np.array(block.firsts)[lanes] + columns, places, lengths), end
 
-    def _block_at(self, place: int) -> tuple[int, int]:
-        """The block that a place lies in, and where that begins.
+    def _block_at(self, place: int) -> tuple[int, _Block]:
+        """The block that a place lies in, and its number.
 
         The share of the bytes tells where to look next, unless documents are so uneven that it does not help.
         """
         low, high, below, above = 0, self._cut.blocks, 0, self._size
-        for attempt in count():
-            if high - low == 1:
+        for look in count():
+            if not (low < high and below <= place < above):
                 break
-            share = (place - below) * (high - low) // (above - below) if attempt < _INTERPOLATIONS else (high - low) // 2
-            middle = low + min(max(share, 1), high - low - 1)
-            begin = self._begin(middle)
-            if begin <= place:
-                low, below = middle, begin
+            share = (place - below) * (high - low) // (above - below) if look < _INTERPOLATIONS else (high - low) // 2
+            number = low + share
+            block = self._read(number)
+            if place < block.begin:
+                high, above = number, block.begin
+            elif place >= block.end:
+                low, below = number + 1, block.end
             else:
-                high, above = middle, begin
-        return low, below
+                return number, block
+        raise _damaged(self._cut.dataset)
 
-    def _begin(self, block: int) -> int:
-        """Where a block begins; the number of blocks stands for the end."""
-        blocks, begin = self._cut.blocks, -self._origin
-        runs = []
+    def _read(self, number: int) -> _Block:
+        """A block."""
+        begin, blocks, runs = -self._origin, self._cut.blocks, []
         for first, shift, size in self._lanes:
-            run = shift + block
+            run = shift + number
             if run >= blocks:
                 run -= blocks
                 begin += size
             runs.append(first + run)
-        return begin + self._cut.begin(runs)
+        firsts = list(map(self._cut.first, runs))
+        bounds = self._cut.bounds(runs, firsts)
+        inside = sum(bounds[:, 0].tolist())
+        begin += inside
+        return _Block(begin, begin + sum(bounds[:, -1].tolist()) - inside, firsts, bounds)
 
 
 def joined(pieces: Sequence[Spans]) -> Spans:

@@ -38,7 +38,7 @@ def documents_of_epoch(count: int, key: str, epoch: int, lanes: int, run: int) -
     blocks = max(1, -(-count // (lanes * run)))
     runs = lanes * blocks
     members = [list(range(number * count // runs, (number + 1) * count // runs)) for number in range(runs)]
-    slots = -(-count // runs) + 1
+    slots = -(-count // runs)
     order = []
     for block in range(blocks):
         drawn = []
