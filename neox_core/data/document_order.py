@@ -13,6 +13,7 @@ most of the documents there are others'; which run meets which is another in eac
 from __future__ import annotations
 
 import os
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, count
@@ -38,6 +39,8 @@ part of the order: another number needs another DATA_ORDER.
 _INTERPOLATIONS = 8
 """Looks that a search guesses from shares of bytes, before it bisects."""
 
+_EPOCHS_KEPT, _BEGINS_KEPT = 16, 4096
+
 
 class Spans(NamedTuple):
     """Pieces of documents, in the order in which they are read; none is empty."""
@@ -62,7 +65,7 @@ class DocumentOrder:
         if int(dataset.document_index[0]) != 0:
             raise _damaged(dataset)
         cut = self._cut = _Cut(dataset, lanes, run)
-        self._epoch = lru_cache(maxsize=64)(lambda epoch: _Epoch(cut, f"{key}/{epoch}"))
+        self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: _Epoch(cut, f"{key}/{epoch}"))
 
     def spans(self, epoch: int, start: int, stop: int) -> Spans:
         """The pieces of documents that are the tokens [start, stop) of an epoch.
@@ -171,7 +174,9 @@ class _Epoch:
         edges = [cut.begin(lane * cut.blocks) for lane in range(cut.lanes + 1)]
         self._lanes = list(zip(range(0, cut.lanes * cut.blocks, cut.blocks), shifts, np.diff(edges).tolist(), strict=True))
         """Of each lane its first run, the number of the run that the epoch begins with, and its bytes."""
-        self._origin, self._size = sum(cut.begin(first + shift) for first, shift, _ in self._lanes), edges[-1]
+        self._origin = sum(cut.begin(first + shift) for first, shift, _ in self._lanes)
+        # Where some blocks begin. What was found shortens later searches, but changes no result.
+        self._begins = [(0, 0), (edges[-1], cut.blocks)]
 
     def spans(self, start: int, stop: int) -> tuple[Spans, int]:
         """The pieces of documents from `start` on, up to `stop` or the end of the block; and where they end."""
@@ -201,7 +206,8 @@ class _Epoch:
 
         The share of the bytes tells where to look next, unless documents are so uneven that it does not help.
         """
-        low, high, below, above = 0, self._cut.blocks, 0, self._size
+        after = bisect_right(self._begins, (place, self._cut.blocks))
+        (below, low), (above, high) = self._begins[after - 1], self._begins[after]
         for look in count():
             if not (low < high and below <= place < above):
                 break
@@ -213,6 +219,8 @@ class _Epoch:
             elif place >= block.end:
                 low, below = number + 1, block.end
             else:
+                if look and len(self._begins) < _BEGINS_KEPT:
+                    insort(self._begins, (block.begin, number))
                 return number, block
         raise _damaged(self._cut.dataset)
 
