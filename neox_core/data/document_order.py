@@ -12,19 +12,17 @@ most of the documents there are others'; which run meets which is another in eac
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, count
+from itertools import count
 from typing import NamedTuple
-from weakref import finalize
 
 import numpy as np
 
-from neox_core.data.indexed import HEADER, IndexedDataset, Tokens, idx_path
+from neox_core.data.document_runs import DocumentRuns
+from neox_core.data.indexed import IndexedDataset, Tokens
 from neox_core.data.permutation import hashes, seed_of
-from neox_core.errors import DataError
 
 LANES = 4
 """Places of the file that the documents of a block come from."""
@@ -62,10 +60,9 @@ class DocumentOrder:
         Raises:
             DataError: the index has tokens that belong to no document.
         """
-        if int(dataset.document_index[0]) != 0:
-            raise _damaged(dataset)
-        cut = self._cut = _Cut(dataset, lanes, run)
-        self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: _Epoch(cut, f"{key}/{epoch}"))
+        runs = DocumentRuns(dataset, lanes, run)
+        self._itemsize = dataset.dtype.itemsize
+        self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(lambda epoch: _Epoch(runs, f"{key}/{epoch}"))
 
     def spans(self, epoch: int, start: int, stop: int) -> Spans:
         """The pieces of documents that are the tokens [start, stop) of an epoch.
@@ -73,7 +70,7 @@ class DocumentOrder:
         Raises:
             DataError: the index's documents do not follow one another.
         """
-        itemsize, order = self._cut.itemsize, self._epoch(epoch)
+        itemsize, order = self._itemsize, self._epoch(epoch)
         place, end = start * itemsize, stop * itemsize
         found = []
         while place < end:
@@ -98,77 +95,10 @@ class _Block(NamedTuple):
     """
 
 
-class _Cut:
-    """Documents cut into lanes x blocks runs, whose numbers of documents differ by one at most. Places are in bytes.
-
-    The index is read, not mapped: mapping a page can make two megabytes resident, and waits with Python's lock held.
-    """
-
-    def __init__(self, dataset: IndexedDataset, lanes: int, run: int) -> None:
-        self.dataset, self.lanes = dataset, lanes
-        self.itemsize, self._sequences = dataset.dtype.itemsize, len(dataset)
-        self._end = len(dataset.tokens) * self.itemsize
-        self._documents = len(dataset.document_index) - 1
-        self.blocks = max(1, -(-self._documents // (lanes * run)))
-        self._runs = lanes * self.blocks
-        self.longest = -(-self._documents // self._runs)
-        """Documents of the longest run."""
-        self._offsets_at = HEADER.size + 4 * self._sequences
-        self._documents_at = self._offsets_at + 8 * self._sequences
-        self._file = os.open(idx_path(dataset.prefix), os.O_RDONLY)
-        finalize(self, os.close, self._file)
-
-    def begin(self, run: int) -> int:
-        """Where a run begins; the number of runs stands for the end."""
-        sequence = int(self._read(self._documents_at, [(self.first(run), 1)])[0])
-        return int(self._read(self._offsets_at, [(sequence, 1)])[0]) if sequence < self._sequences else self._end
-
-    def first(self, run: int) -> int:
-        """First document of a run."""
-        return run * self._documents // self._runs
-
-    def bounds(self, runs: Sequence[int], firsts: Sequence[int]) -> Tokens:
-        """As in `_Block`, of some runs in order and their first documents."""
-        width = self.longest + 1
-        # The run at the end of the file may be a shorter one.
-        counts = [min(width, self._documents + 1 - first) for first in firsts]
-        sequences = self._read(self._documents_at, list(zip(firsts, counts, strict=True)))
-        if counts[-1] < width:
-            sequences = np.append(sequences, self._sequences)
-        sequences = sequences.reshape(len(runs), width)
-        if self._documents % self._runs:
-            short = [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
-            sequences = sequences.copy()
-            sequences[short, -1] = sequences[short, -2]
-        return self._offsets(sequences)
-
-    def _offsets(self, sequences: Tokens) -> Tokens:
-        """Where sequences begin, of the same shape; the number of sequences stands for the end."""
-        lows, highs = sequences[:, 0].tolist(), sequences[:, -1].tolist()
-        if not all(0 <= low <= high <= self._sequences for low, high in zip(lows, highs, strict=True)):
-            raise _damaged(self.dataset)
-        counts = [min(high + 1, self._sequences) - low for low, high in zip(lows, highs, strict=True)]
-        offsets = self._read(self._offsets_at, list(zip(lows, counts, strict=True)))
-        shifts = np.array([low - before for low, before in zip(lows, accumulate(counts, initial=0), strict=False)])
-        places = sequences - shifts[:, None]
-        if highs[-1] == self._sequences:
-            offsets = np.append(offsets, self._end)
-            places[sequences == self._sequences] = -1
-        try:
-            return offsets[places]
-        except IndexError:
-            raise _damaged(self.dataset) from None
-
-    def _read(self, place: int, ranges: Iterable[tuple[int, int]]) -> Tokens:
-        """Numbers from a place of the index on, int64: of each range that many from the first on."""
-        pieces = [os.pread(self._file, 8 * number, place + 8 * first) for first, number in ranges]
-        return np.frombuffer(b"".join(pieces), dtype="<i8")
-
-
 class _Epoch:
     """The blocks of one epoch. Places are in bytes, from the epoch's begin."""
 
-    def __init__(self, cut: _Cut, key: str) -> None:
+    def __init__(self, cut: DocumentRuns, key: str) -> None:
         self._cut, self._key = cut, key
         shifts = (hashes(cut.lanes, seed_of(f"{key}/shifts")) % np.uint64(cut.blocks)).tolist()
         edges = [cut.begin(lane * cut.blocks) for lane in range(cut.lanes + 1)]
@@ -187,7 +117,7 @@ class _Epoch:
         ends += block.begin
         end = min(stop, block.end)
         if sizes.min() < 0:
-            raise _damaged(self._cut.dataset)
+            raise self._cut.damaged()
         first, last = int(ends.searchsorted(start, "right")), int(ends.searchsorted(end))
         taken = order[first : last + 1]
         lengths = sizes[taken]
@@ -222,7 +152,7 @@ class _Epoch:
                 if look and len(self._begins) < _BEGINS_KEPT:
                     insort(self._begins, (block.begin, number))
                 return number, block
-        raise _damaged(self._cut.dataset)
+        raise self._cut.damaged()
 
     def _read(self, number: int) -> _Block:
         """A block."""
@@ -243,7 +173,3 @@ class _Epoch:
 def joined(pieces: Sequence[Spans]) -> Spans:
     """Spans one after the other."""
     return pieces[0] if len(pieces) == 1 else Spans(*map(np.concatenate, zip(*pieces, strict=True)))
-
-
-def _damaged(dataset: IndexedDataset) -> DataError:
-    return DataError(f"{idx_path(dataset.prefix)} is damaged (its documents do not follow one another): make it again")
