@@ -1,5 +1,7 @@
 """Start-up of the training data against index arrays as Megatron and GPT-NeoX build them, and the time of a read.
 
+`locate_us` is the time to find a sequence's documents in the largest index, at places that were not looked at before.
+
     python benchmarks/sampler.py [--documents 100000000] [--tokens 1000000000000] [--folder /tmp]
 
 It makes a synthetic dataset (a true .idx of 20 bytes a document, a sparse .bin), opens it in fresh processes at three
@@ -27,6 +29,7 @@ HEADER = struct.Struct("<9sQBQQ")
 U16 = 8
 READ_TOKENS = 32_000_000
 READS = 5_000
+LOCATED = 4_000
 REPEATS = 3
 
 
@@ -71,9 +74,23 @@ def open_ours(prefix: Path) -> dict[str, Any]:
     done, peak = time.perf_counter(), memory()["VmHWM"]
     for indices in batches:
         dataset.positions(indices)
-    found = {"import_seconds": imported - started, "open_seconds": done - imported, "peak_mb": peak}
-    # Mapped pages of the .idx, which are page cache that all processes share, count as file-backed memory.
-    return {**found, "masked_peak_mb": memory()["VmHWM"], "private_mb": memory()["RssAnon"]}
+    found = {
+        "import_seconds": imported - started,
+        "open_seconds": done - imported,
+        "peak_mb": peak,
+        # Mapped pages of the .bin, which are page cache that all processes share, count as file-backed memory.
+        "masked_peak_mb": memory()["VmHWM"],
+        "private_mb": memory()["RssAnon"],
+        **usage(),
+    }
+    last = sources["a"].num_tokens // SEQUENCE
+    places = np.random.default_rng(2).integers(0, last, LOCATED).tolist()
+    return {**found, "locate_us": _median_us(sources["a"].documents, places)}
+
+
+def usage() -> dict[str, float]:
+    """The time now, and the CPU seconds of this process up to now."""
+    return {"ended": time.time(), "cpu_seconds": time.process_time()}
 
 
 def memory() -> dict[str, float]:
@@ -125,21 +142,27 @@ def in_fresh_process(what: str, prefix: Path) -> dict[str, Any]:
 def measure(what: str, prefix: Path) -> dict[str, Any]:
     """In the fresh process."""
     result = open_ours(prefix) if what == "ours" else build_index_arrays(prefix)
-    return {"peak_mb": memory()["VmHWM"], **result, "ended": time.time(), "cpu_seconds": time.process_time()}
+    return {"peak_mb": memory()["VmHWM"], **usage(), **result}
 
 
 def time_reads(folder: Path) -> dict[str, float]:
-    """Median microseconds to read one sequence, and its positions, at random places of a real file in page cache."""
+    """Median microseconds to read one sequence, and its positions, at random places of real files in page cache.
+
+    The files have documents of 1,000 tokens, of 10 and of a million.
+    """
     from neox_core.data.dataset import SequenceDataset
     from neox_core.data.indexed import IndexedWriter
 
-    generator = np.random.default_rng(1)
-    with IndexedWriter(folder / "read", np.dtype("<u2")) as writer:
-        for document in np.split(generator.integers(0, 32_000, READ_TOKENS, dtype=np.uint16), READ_TOKENS // 1000):
-            writer.add_document(document)
-    dataset = SequenceDataset(folder / "read", SEQUENCE, key="1234/read/train")
-    indices = generator.integers(0, 10 * READ_TOKENS // SEQUENCE, READS).tolist()
-    return {"read_us": _median_us(dataset.__getitem__, indices), "positions_us": _median_us(dataset.positions, indices)}
+    generator, found = np.random.default_rng(1), {}
+    for name, size in (("", 1_000), ("_of_tiny", 10), ("_of_long", 1_000_000)):
+        with IndexedWriter(folder / f"read{name}", np.dtype("<u2")) as writer:
+            for document in generator.integers(0, 32_000, (READ_TOKENS // size, size), dtype=np.uint16):
+                writer.add_document(document)
+        dataset = SequenceDataset(folder / f"read{name}", SEQUENCE, key="1234/read/train")
+        indices = generator.integers(0, 10 * READ_TOKENS // SEQUENCE, READS).tolist()
+        found[f"read{name}_us"] = _median_us(dataset.__getitem__, indices)
+        found[f"positions{name}_us"] = _median_us(dataset.positions, indices)
+    return found
 
 
 def _median_us(call: Any, indices: list[int]) -> float:
@@ -175,6 +198,7 @@ def compare(documents: int, tokens: int, folder: Path) -> dict[str, Any]:
         "peak_mb": round(largest["peak_mb"], 1),
         "private_mb": round(largest["private_mb"], 1),
         "masked_peak_mb": round(largest["masked_peak_mb"], 1),
+        "locate_us": round(largest["locate_us"], 1),
         "growth_of_open_seconds_over_100_times_the_documents": round(
             largest["open_seconds"] / ours[documents // 100]["open_seconds"], 2
         ),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from neox_core.config import RunConfig
-from neox_core.data.documents import document_at, document_starts, restarting_positions
+from neox_core.data.document_order import DocumentOrder, Spans, joined
+from neox_core.data.documents import document_starts, restarting_positions
 from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
@@ -19,19 +20,29 @@ from neox_core.errors import DataError
 PADDING_ID = -1
 """Fills the last validation window; a target that is never counted, and no id of any tokenizer."""
 
+DATA_ORDER = 2
+"""Version of the order of training sequences: part of a training's identity, as no training may change it on the way.
+
+1: windows of the file as it lies. 2: windows of documents that are permuted in each epoch.
+"""
+
+_FEW_PIECES = 16
+"""Up to so many pieces are copied one by one faster than their ids are gathered."""
+
 
 class SequenceDataset:
     """One source, repeated without end and cut into windows of S + 1 ids that share one id with the next.
 
-    A pass over the source, an epoch, is every window that starts in it, in an order of its own. As the windows go on
-    across the end, each id is a target exactly once per pass, and none is lost.
+    A pass over the source, an epoch, has its documents in an order of its own (see `DocumentOrder`), and is every
+    window that starts in it, in an order of its own. As the windows go on across the end, into the next epoch's
+    documents, each id is a target exactly once per pass, and none is lost; only the very first has nothing before it.
     """
 
     def __init__(self, tokens: IndexedDataset | Path, sequence_length: int, key: str) -> None:
         """Cut `tokens` (or the dataset at that prefix); `key` fixes the order, another one in each epoch.
 
         Raises:
-            DataError: the files cannot be read, or hold fewer tokens than one sequence.
+            DataError: the files cannot be read, are damaged, or hold fewer tokens than one sequence.
         """
         self._dataset = tokens if isinstance(tokens, IndexedDataset) else IndexedDataset(tokens)
         self._tokens = self._dataset.tokens
@@ -41,6 +52,7 @@ class SequenceDataset:
                 f"{bin_path(self._dataset.prefix)} holds {len(self._tokens)} tokens, fewer than one sequence of "
                 f"{sequence_length} + 1: add text, or lower train.sequence_length or the source's weight to 0"
             )
+        self._order = DocumentOrder(self._dataset, key)
 
     @property
     def num_tokens(self) -> int:
@@ -49,33 +61,49 @@ class SequenceDataset:
 
     def __getitem__(self, index: int) -> Tokens:
         """Ids of one sequence, int64 [S + 1]; sequences are numbered on through the epochs."""
-        start, length = self._start(index), self.sequence_length + 1
-        ids = self._tokens[start : start + length]
-        if len(ids) < length:
-            ids = np.concatenate([ids, self._tokens[: length - len(ids)]])
-        return ids.astype(np.int64)
+        spans = self._spans(index, self.sequence_length + 1)
+        if len(spans.places) > _FEW_PIECES:
+            return self._tokens[_places(spans)].astype(np.int64)
+        pieces = zip(spans.places.tolist(), spans.lengths.tolist(), strict=True)
+        return np.concatenate([self._tokens[place : place + length] for place, length in pieces], dtype=np.int64)
 
     def positions(self, index: int) -> Tokens:
         """Position of each input id of a sequence within its document, int64 [S]; see `restarting_positions`."""
-        start, length = self._start(index), self.sequence_length
-        starts = document_starts(self._dataset, start, start + length) - start
-        if (rest := start + length - len(self._tokens)) > 0:
-            starts = np.concatenate([starts, length - rest + document_starts(self._dataset, 0, rest)])
-        return restarting_positions(starts, length)
+        lengths = self._spans(index, self.sequence_length).lengths
+        return np.arange(self.sequence_length) - np.repeat(lengths.cumsum() - lengths, lengths)
 
-    def documents(self, index: int) -> tuple[int, int]:
-        """Numbers of the documents that a sequence's first and last input id belong to, from 0."""
-        start = self._start(index)
-        last = (start + self.sequence_length - 1) % len(self._tokens)
-        return document_at(self._dataset, start), document_at(self._dataset, last)
+    def documents(self, index: int) -> list[int]:
+        """Numbers in the file, from 0, of the documents that a sequence's ids come from, in the sequence's order."""
+        return self._spans(index, self.sequence_length + 1).documents.tolist()
 
-    def _start(self, index: int) -> int:
-        """Where in the files the sequence starts."""
+    def places(self, index: int) -> Tokens:
+        """Place in the file of each id of a sequence, int64 [S + 1]."""
+        return _places(self._spans(index, self.sequence_length + 1))
+
+    def _spans(self, index: int, length: int) -> Spans:
+        """Where the first ids of a sequence lie. An epoch is longer than a sequence, so that two are enough."""
+        epoch, start = self._start(index)
+        stop, tokens = start + length, len(self._tokens)
+        if stop <= tokens:
+            return self._order.spans(epoch, start, stop)
+        rest = self._order.spans(epoch + 1, 0, stop - tokens)
+        return joined([self._order.spans(epoch, start, tokens), rest])
+
+    def _start(self, index: int) -> tuple[int, int]:
+        """The epoch that a sequence starts in, and at which of the epoch's tokens."""
         length, tokens = self.sequence_length, len(self._tokens)
         epoch = index * length // tokens
         first, end = (-(-number * tokens // length) for number in (epoch, epoch + 1))
         window = first + permute(index - first, end - first, f"{self._key}/{epoch}")
-        return window * length - epoch * tokens
+        return epoch, window * length - epoch * tokens
+
+
+def _places(spans: Spans) -> Tokens:
+    """Place in the file of each token, int64 [sum of the lengths]."""
+    begins = spans.lengths.cumsum() - spans.lengths
+    places = np.repeat(spans.places - begins, spans.lengths)
+    places += np.arange(len(places))
+    return places
 
 
 class MixtureDataset:
@@ -107,13 +135,19 @@ class MixtureDataset:
             output[row] = source.positions(index)
         return output
 
-    def documents(self, indices: Indices) -> dict[str, list[tuple[int, int]]]:
-        """Per source, the first and last document of each sequence with these global indices [n], in their order."""
-        found: dict[str, list[tuple[int, int]]] = {}
+    def documents(self, indices: Indices) -> dict[str, list[list[int]]]:
+        """Per source, the documents of each sequence with these global indices [n], in their order."""
+        found: dict[str, list[list[int]]] = {}
         source_ids, within = self.mixture.locate(indices)
         for source_id, index in zip(source_ids.tolist(), within.tolist(), strict=True):
             found.setdefault(self.mixture.names[source_id], []).append(self._sources[source_id].documents(index))
         return found
+
+    def places(self, index: int) -> tuple[str, Tokens]:
+        """The source of the sequence with this global index, and the place in its file of each id, int64 [S + 1]."""
+        source_ids, within = self.mixture.locate(np.array([index]))
+        source_id = int(source_ids[0])
+        return self.mixture.names[source_id], self._sources[source_id].places(int(within[0]))
 
     def consumed(self, sequences: int) -> dict[str, dict[str, float]]:
         """What the first `sequences` sequences took of each source: sequences, tokens (x S) and passes over it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from functools import partial
 
 import numpy as np
@@ -20,12 +20,6 @@ def document_starts(dataset: IndexedDataset, start: int, stop: int) -> Tokens:
     first = bisect_left(documents, start, key=token_of)
     last = bisect_left(documents, stop, lo=first, key=token_of)
     return np.array([token_of(document) for document in range(first, last)], dtype=np.int64)
-
-
-def document_at(dataset: IndexedDataset, place: int) -> int:
-    """Number of the document that a token belongs to, from 0."""
-    documents = range(len(dataset.document_index) - 1)
-    return bisect_right(documents, place, key=partial(_first_token, dataset)) - 1
 
 
 def _first_token(dataset: IndexedDataset, document: int) -> int:

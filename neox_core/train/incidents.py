@@ -95,7 +95,7 @@ def describe(incident: Incident, groups: Sequence[str], ranks: Sequence[int]) ->
         "ranks": list(ranks),
         "first_sequence": batch.first,
         "sequences": batch.count,
-        "sources": {name: len(spans) for name, spans in documents.items()},
+        "sources": {name: len(sequences) for name, sequences in documents.items()},
         "documents": documents,
     }
 

@@ -21,6 +21,7 @@ from neox_core.config import (
     TrainChange,
     WeightChange,
 )
+from neox_core.data.dataset import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -194,6 +195,14 @@ def test_what_a_setting_changes(config: RunConfig, key: str) -> None:
     other = changed(config, key, value)
     assert other != config
     assert differing(config, other) == stages
+
+
+def test_another_order_of_the_data_is_another_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no training is resumed in an order that it did not begin with."""
+    before = fingerprints(config)
+    monkeypatch.setattr("neox_core.train.identity.DATA_ORDER", DATA_ORDER + 1)
+    after = fingerprints(config)
+    assert {name for name in SPECS if before[name] != after[name]} == TRAIN
 
 
 def test_a_source_more_or_less(config: RunConfig) -> None:

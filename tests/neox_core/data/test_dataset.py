@@ -17,9 +17,11 @@ from neox_core.data.dataset import (
     validation_positions,
     validation_windows,
 )
-from neox_core.data.indexed import IndexedWriter
+from neox_core.data.document_order import LANES, RUN
+from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.data.mixture import Mixture
 from neox_core.errors import DataError
+from tests.neox_core.data.slow_order import documents_of_epoch, texts, write
 
 TOKENS_PER_SOURCE = {"arxiv": 1000, "code": 777, "open-web-math": 2049}
 
@@ -45,32 +47,83 @@ def read(dataset: SequenceDataset, indices: Iterable[int]) -> np.ndarray:
     return np.stack([dataset[int(index)] for index in indices])
 
 
+def stream_of(dataset: IndexedDataset, epochs: int) -> list[tuple[int, int, int]]:
+    """Epoch, document and place in the file of each token, by plain loops; the key is "k"."""
+    documents = texts(dataset)
+    return [
+        (epoch, document, place)
+        for epoch in range(epochs)
+        for document in documents_of_epoch(len(documents), "k", epoch, LANES, RUN)
+        for place in documents[document]
+    ]
+
+
+def check_windows(dataset: IndexedDataset, length: int, epochs: int) -> None:
+    """Sequences, positions and documents of some passes, against the windows of the whole stream."""
+    stream, tokens = stream_of(dataset, epochs + 2), len(dataset.tokens)
+    read_there = SequenceDataset(dataset, length, key="k")
+    index = 0
+    for epoch in range(epochs):
+        first, end = -(-epoch * tokens // length), -(-(epoch + 1) * tokens // length)
+        windows = {tuple(place for *_, place in stream[n * length : (n + 1) * length + 1]): n for n in range(first, end)}
+        seen = []
+        for index in range(first, end):
+            places = read_there.places(index)
+            assert (places.dtype, places.shape) == (np.int64, (length + 1,))
+            window = windows[tuple(places.tolist())]
+            seen.append(window)
+            part = stream[window * length : (window + 1) * length + 1]
+            ids = read_there[index]
+            assert (ids.dtype, ids.tolist()) == (np.int64, dataset.tokens[places].tolist())
+            pieces = [(epoch, document) for epoch, document, _ in part]
+            assert read_there.documents(index) == [document for _, document in dict.fromkeys(pieces)]
+            expected: list[int] = []
+            for number, piece in enumerate(pieces[:-1]):
+                expected.append(expected[-1] + 1 if number and piece == pieces[number - 1] else 0)
+            assert read_there.positions(index).tolist() == expected
+        assert sorted(seen) == list(range(first, end))
+        assert end - first < 8 or seen != sorted(seen)
+    assert index + 1 == -(-epochs * tokens // length)
+
+
+@pytest.mark.parametrize("count", [64, 65, 71, 72, 1000])
+def test_windows_are_those_of_the_stream(tmp_path: Path, count: int) -> None:
+    """They go on across the end of a pass into the next one's documents."""
+    check_windows(IndexedDataset(write_tokens(tmp_path / "d", count)), 8, 9)
+
+
+def test_windows_of_documents_of_any_size(tmp_path: Path) -> None:
+    """Empty ones, of one token, of many windows; more than one block of them."""
+    generator = np.random.default_rng(3)
+    sizes = generator.choice([0, 1, 2, 30], 3 * LANES * RUN, p=[0.3, 0.3, 0.3, 0.1])
+    sizes[700] = 3000
+    check_windows(write(tmp_path / "d", sizes.tolist()), 64, 2)
+    check_windows(write(tmp_path / "e", [1] * 3 * LANES * RUN), 2 * LANES * RUN + 9, 3)
+
+
+def test_windows_of_documents_of_several_sequences(tmp_path: Path) -> None:
+    check_windows(write(tmp_path / "d", [5, 1, 0, 7, 3, 4, 2, 2, 9, 0, 6], [0, 2, 2, 3, 6, 7, 7, 8, 11]), 4, 6)
+
+
 @pytest.mark.parametrize("count", [9, 15, 16, 17, 1000])
 def test_every_id_is_a_target_once_per_pass(tmp_path: Path, count: int) -> None:
-    """Windows of 8 over 8 passes are `count` windows, and count x 8 targets, whatever the remainder of a pass."""
+    """Windows of 8 over 8 passes are `count` windows, and count x 8 targets, whatever the remainder of a pass.
+
+    The first id of all has nothing before it; the last target is the first id of the pass after.
+    """
     length = 8
     dataset = SequenceDataset(write_tokens(tmp_path / "d", count), length, key="k")
     sequences = read(dataset, range(count))
-    assert sequences.dtype == np.int64
-    assert np.bincount(sequences[:, 1:].ravel(), minlength=count).tolist() == [length] * count
-    # each is consecutive, around the end too
-    assert np.array_equal(sequences, (sequences[:, :1] + np.arange(length + 1)) % count)
-    # the passes come one after the other: after n windows no id was seen more than once more often than another
+    stream = stream_of(IndexedDataset(tmp_path / "d"), 9)
+    (*_, first), (*_, last) = stream[0], stream[8 * count]
+    expected = np.full(count, 8)
+    np.add.at(expected, [first, last], [-1, 1])
+    assert np.bincount(sequences[:, 1:].ravel(), minlength=count).tolist() == expected.tolist()
+    # the passes come one after the other: after n windows no id was seen more than once more often than another,
+    # but for those of the window that reaches into the next pass
     for windows in range(1, count):
-        seen = np.bincount(sequences[:windows, 1:].ravel(), minlength=count)
+        seen = np.bincount([first, *sequences[:windows, 1:].ravel()], minlength=count)
         assert seen.max() - seen.min() <= 2
-
-
-@pytest.mark.parametrize("count", [64, 65, 71, 72])
-def test_first_pass_repeats_nothing_but_at_the_seam(tmp_path: Path, count: int) -> None:
-    dataset = SequenceDataset(write_tokens(tmp_path / "d", count), 8, key="k")
-    windows = -(-count // 8)
-    starts = np.sort(read(dataset, range(windows))[:, 0])
-    assert starts.tolist() == list(range(0, count, 8))
-    # the second pass goes on where the last window of the first ends
-    following = -(-2 * count // 8)
-    starts = np.sort(read(dataset, range(windows, following))[:, 0])
-    assert starts.tolist() == list(range(windows * 8 - count, count, 8))
 
 
 def test_epochs_and_keys_have_orders_of_their_own(tmp_path: Path) -> None:
@@ -82,20 +135,17 @@ def test_epochs_and_keys_have_orders_of_their_own(tmp_path: Path) -> None:
     assert len({tuple(order) for order in orders}) == 5
 
 
-def test_positions_restart_where_documents_begin(tmp_path: Path) -> None:
-    """Against a loop over the ids, whose documents begin at 0, 7, 138, 269, ... and at the seam."""
-    count, length = 300, 40
-    dataset = SequenceDataset(write_tokens(tmp_path / "d", count), length, key="k")
-    begins = {0, 7, 138, 269}
-    seams = 0
-    for index in range(60):
-        inputs = dataset[index][:-1].tolist()
-        expected: list[int] = []
-        for token in inputs:
-            expected.append(0 if token in begins or not expected else expected[-1] + 1)
-        assert dataset.positions(index).tolist() == expected
-        seams += 0 in inputs[1:]
-    assert seams > 2
+def test_nothing_depends_on_what_was_read_before(tmp_path: Path) -> None:
+    """And `places` tells where each id of a mixture's sequence lies."""
+    write_sources(tmp_path, "train")
+    data = open_training_data(tmp_path, toy({"arxiv": 1, "code": 1}))
+    indices = np.random.default_rng(0).permutation(400)
+    rows = data.sequences(indices)
+    for index, row in zip(indices.tolist(), rows, strict=True):
+        again = open_training_data(tmp_path, toy({"arxiv": 1, "code": 1})) if index % 50 == 0 else data
+        assert np.array_equal(again.sequences(np.array([index]))[0], row)
+        name, places = data.places(index)
+        assert np.array_equal(places + 10_000 * list(TOKENS_PER_SOURCE).index(name), row)
 
 
 def test_source_shorter_than_a_sequence(tmp_path: Path) -> None:

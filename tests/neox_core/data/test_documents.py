@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from neox_core.data.documents import document_starts, restarting_positions
-from neox_core.data.indexed import IndexedDataset
-
-
-def write(prefix: Path, sizes: list[int], documents: list[int]) -> IndexedDataset:
-    """Files made by hand, in u16: sequences of these sizes; documents begin at these sequences."""
-    offsets = np.cumsum([0, *sizes[:-1]]) * 2
-    index = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(sizes), len(documents) + 1)
-    index += np.array(sizes, "<i4").tobytes() + offsets.astype("<i8").tobytes()
-    prefix.with_suffix(".idx").write_bytes(index + np.array([*documents, len(sizes)], "<i8").tobytes())
-    prefix.with_suffix(".bin").write_bytes(np.arange(sum(sizes), dtype="<u2").tobytes())
-    return IndexedDataset(prefix)
+from tests.neox_core.data.slow_order import write
 
 
 @pytest.mark.parametrize("documents", [[0, 1, 2, 3, 4], [0, 2, 3]])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from neox_core.data.permutation import permute
+from neox_core.data.permutation import hashes, permute, seed_of
 
 SIZES = [*range(1, 70), 127, 128, 129, 1000, 4095, 4096, 4097, 65_535, 65_536, 65_537]
 
@@ -65,3 +65,23 @@ def test_order_is_fixed_for_ever() -> None:
     assert permute_all(range(10), 10, "1234/arxiv/train/0").tolist() == [3, 9, 5, 0, 1, 7, 4, 2, 8, 6]
     far = permute_all([0, 1, 10**9], 10**12, "1234/arxiv/train/0")
     assert far.tolist() == [182696859999, 29303717528, 431267827115]
+
+
+def test_hashes_are_splitmix64() -> None:
+    """Against the outputs for seed 1234567 that implementations are compared by."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert hashes(4, 1234567).tolist() == expected
+    assert hashes(2, 1234567).tolist() == expected[:2]
+    assert hashes(2, 2**64 - 1).dtype == np.uint64
+
+
+def test_sorted_hashes_reach_every_place_alike() -> None:
+    n, keys = 6, 6000
+    reached = np.zeros((n, n))
+    for key in range(keys):
+        reached[np.arange(n), hashes(n, seed_of(str(key))).argsort()] += 1
+    assert np.abs(reached - keys / n).max() < 5 * np.sqrt(keys / n)
+
+
+def test_seeds_are_fixed_for_ever() -> None:
+    assert seed_of("1234/arxiv/train/0/shifts") == 3395865929996968139

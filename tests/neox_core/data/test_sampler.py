@@ -22,7 +22,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> MixtureDataset:
     sources = {}
     for number, name in enumerate(("a", "b", "c")):
         with IndexedWriter(folder / name, np.dtype("i4")) as writer:
-            writer.add_document(np.arange(200) + 1000 * number)
+            for document in np.split(np.arange(200) + 1000 * number, range(9, 200, 17)):
+                writer.add_document(document)
         sources[name] = SequenceDataset(folder / name, 4, key=name)
     return MixtureDataset(Mixture({"a": 5, "b": 2, "c": 1}), sources)
 

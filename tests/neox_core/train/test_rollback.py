@@ -88,9 +88,8 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     write_data(data)
     clean = open_training_data(data, run)
     bad = (BAD_STEP - 1) * BATCH + 3  # of the second data-parallel rank
-    source_id, within = (int(found[0]) for found in clean.mixture.locate(np.array([bad])))
-    name = clean.mixture.names[source_id]
-    place = clean._sources[source_id]._start(within) + 7
+    name, places = clean.places(bad)
+    place = int(places[7])
     write_data(data, (name, place), POISON)
     make_random_base(run.model, tmp_path / "base", seed=7)
     convert(tmp_path / "base", weights, run.model, run.parallel)
@@ -148,5 +147,7 @@ def check_incident(record: dict[str, Any], source: str, place: int) -> None:
     assert list(record["gradient_norms"]) == ["embedding", "blocks_00", "blocks_01", "head", "norms"]
     # The loss alone is not finite.
     assert np.hypot.reduce(list(record["gradient_norms"].values())) == pytest.approx(record["gradient_norm"], rel=1e-5)
-    assert any(first <= place // 100 <= last for first, last in record["documents"][source])
-    assert all(0 <= last - first <= 1 for spans in record["documents"].values() for first, last in spans)
+    documents = record["documents"]  # of 100 tokens, in sequences of 32 + 1
+    assert any(place // 100 in sequence for sequence in documents[source])
+    assert {name: len(sequences) for name, sequences in documents.items()} == record["sources"]
+    assert all(1 <= len(sequence) <= 2 for sequences in documents.values() for sequence in sequences)
