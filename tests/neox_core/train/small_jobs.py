@@ -23,8 +23,8 @@ class Killed(Exception):
     """Stands for a job that ends without a word."""
 
 
-def write_data(folder: Path, poisoned: tuple[str, int | slice] | None = None, poison: int = 127) -> None:
-    """Documents of 100 tokens below 127; tokens of one source may be the poison."""
+def write_data(folder: Path, poisoned: tuple[str, int] | None = None, poison: int = 127) -> None:
+    """Documents of 100 tokens below 127; one token of one source may be the poison."""
     for number, name in enumerate(SOURCES):
         for split in ("train", "validation"):
             ids = (np.arange(5000) * (number + 3) + np.arange(5000) // 100) % 127

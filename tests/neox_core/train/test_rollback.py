@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +20,12 @@ from neox_core.checkpoint.manifest import list_checkpoints, object_key
 from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.toy_base import make_random_base
 from neox_core.config import DataConfig, GuardConfig, RunConfig, StorageConfig, ValidationConfig
-from neox_core.data.dataset import open_training_data
+from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
-from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
+from tests.neox_core.train.small_training import BATCH, config_for
 
 POISON = 127
 """A token that makes the loss NaN, on the data-parallel rank that has it."""
@@ -82,17 +83,25 @@ def values(job: TrainJob) -> dict[int, tuple[float, ...]]:
     return {step: tuple(row[name] for name in names) for step, row in rows(job).items()}
 
 
+def prepare(run: RunConfig, folder: Path) -> tuple[MixtureDataset, str, int]:
+    """Weights and data, with poison in the bad step's batch, on the second data-parallel rank.
+
+    Returns:
+        The data without poison, and the source and the place in its file that has it.
+    """
+    write_data(folder / "data")
+    clean = open_training_data(folder / "data", run)
+    name, places = clean.places((BAD_STEP - 1) * BATCH + 3)
+    write_data(folder / "data", (name, int(places[7])), POISON)
+    make_random_base(run.model, folder / "base", seed=7)
+    convert(folder / "base", folder / "weights", run.model, run.parallel)
+    return clean, name, int(places[7])
+
+
 def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:
     run = config(storage_config)
     data, weights = tmp_path / "data", tmp_path / "weights"
-    write_data(data)
-    clean = open_training_data(data, run)
-    bad = (BAD_STEP - 1) * BATCH + 3  # of the second data-parallel rank
-    name, places = clean.places(bad)
-    place = int(places[7])
-    write_data(data, (name, place), POISON)
-    make_random_base(run.model, tmp_path / "base", seed=7)
-    convert(tmp_path / "base", weights, run.model, run.parallel)
+    clean, name, place = prepare(run, tmp_path)
 
     whole = TrainJob(data, weights, tmp_path / "whole", "a" * 64)
     killed = TrainJob(data, weights, tmp_path / "killed", "b" * 64)
@@ -122,20 +131,27 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
 
 
 def stop_job(config: RunConfig, job: TrainJob) -> Any:
-    with poisonous():
-        return train_job(config, job, None, int(os.environ["MASTER_PORT"]))
+    """How the job ended, and the steps whose checkpoints were complete then; uploads take seconds."""
+    put_file = ObjectStore.put_file
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(2)
+        put_file(*arguments)
+
+    with poisonous(), patch.object(ObjectStore, "put_file", slow):
+        found = train_job(config, job, None, int(os.environ["MASTER_PORT"]))
+    return *found, [manifest.step for manifest in list_checkpoints(ObjectStore(config.storage), job.prefix)]
 
 
-def test_a_training_that_stops_has_logged_the_step_and_says_why(storage_config: StorageConfig, tmp_path: Path) -> None:
-    run = config(storage_config, guard=GuardConfig(on_not_finite="stop"))
-    write_data(tmp_path / "data", (SOURCES[0], slice(0, None, SEQUENCE // 2)), POISON)
-    make_random_base(run.model, tmp_path / "base", seed=7)
-    convert(tmp_path / "base", tmp_path / "weights", run.model, run.parallel)
+def test_a_training_that_stops_has_saved_and_logged_what_it_did(storage_config: StorageConfig, tmp_path: Path) -> None:
+    run = config(storage_config, guard=GuardConfig(on_not_finite="stop"), checkpoint_interval=BAD_STEP - 1)
+    prepare(run, tmp_path)
     job = TrainJob(tmp_path / "data", tmp_path / "weights", tmp_path / "output", "a" * 64)
-    (error, begun), _ = run_ranks(stop_job, 2, run, job)
-    assert error.startswith("step 1: loss nan, ")
-    assert begun == [1, 2]  # the first is known to be bad when the second was begun
-    assert np.isnan(rows(job)[1]["train/loss"])
+    for error, begun, saved in run_ranks(stop_job, 2, run, job):
+        assert error.startswith(f"step {BAD_STEP}: loss nan, ")
+        assert begun == [1, 2, 3, 4, 5, 6]  # it is known to be bad when the next one was begun
+        assert saved == [BAD_STEP - 1]
+    assert np.isnan(rows(job)[BAD_STEP]["train/loss"])
 
 
 def check_incident(record: dict[str, Any], source: str, place: int) -> None:
