@@ -24,7 +24,8 @@ from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import Progress, silent
 from tasks.tokenize_array import made_in_jobs
-from tasks.tokenize_pool import made_in_processes, with_progress
+from tasks.tokenize_pool import made_in_processes
+from tasks.tokenize_progress import PartsProgress
 
 _UNITS = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
 
@@ -119,11 +120,12 @@ def prepare_data(
 def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[MadePart]:
     """Parts of all files, in their order."""
     settings = PartSettings.of(config)
+    told = PartsProgress(files, folder, lambda share, text: progress(0.95 * share, text))
     if config.data.slurm:
         made = made_in_jobs(files, settings, folder, config.data.slurm)
     else:
-        made = made_in_processes(files, settings, folder, _workers(config))
-    records = dict(with_progress(made, files, lambda share, text: progress(0.95 * share, text)))
+        made = made_in_processes(files, settings, folder, _workers(config), told.tell)
+    records = dict(told.follow(made))
     return [MadePart(file, records[file], PartPaths.of(file, folder)) for file in files]
 
 

@@ -1,32 +1,28 @@
-"""Parts made by worker processes of this machine, and how far they are."""
+"""Parts made by worker processes of this machine."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from neox_core.data.part_settings import PartRecord, PartSettings
+from neox_core.data.part_settings import Done, PartRecord, PartSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError
-from neox_core.progress import Progress
-
-_log = logging.getLogger(__name__)
 
 MadeParts = Iterator[tuple[InputFile, PartRecord]]
 """Each file and its part's record, as they are finished."""
 
 
 class Order(NamedTuple):
-    """What the foreman is sent. He answers with (place in `files`, record) for each, or with an exception at last."""
+    """What the foreman is sent. He answers with (place in `files`, record) for each, with Done in between, and with an
+    exception at last if there was one."""
 
     files: tuple[InputFile, ...]
     settings: PartSettings
@@ -34,13 +30,22 @@ class Order(NamedTuple):
     workers: int
 
 
-def made_in_processes(files: Sequence[InputFile], settings: PartSettings, folder: Path, workers: int) -> MadeParts:
+def made_in_processes(
+    files: Sequence[InputFile],
+    settings: PartSettings,
+    folder: Path,
+    workers: int,
+    tell: Callable[[Done], None] = lambda done: None,
+) -> MadeParts:
     """Make the files' parts, the largest first, in worker processes that end with this one.
+
+    Args:
+        tell: called a few times per second with what the workers have done by now; parts that they found are not in it.
 
     Raises:
         DataError, ConfigError, StorageError: the first failure of a worker; finished parts are kept.
     """
-    order = Order(tuple(sorted(files, key=lambda file: -file.size)), settings, folder, min(workers, len(files)))
+    order = Order(tuple(files), settings, folder, min(workers, len(files)))
     made = 0
     with _foreman() as connection:
         connection.send(order)
@@ -49,16 +54,24 @@ def made_in_processes(files: Sequence[InputFile], settings: PartSettings, folder
                 answer = connection.recv()
                 if isinstance(answer, Exception):
                     raise answer
-                place, record = answer
-                made += 1
-                yield order.files[place], record
+                if isinstance(answer, Done):
+                    tell(answer)
+                else:
+                    place, record = answer
+                    made += 1
+                    yield order.files[place], record
         except (EOFError, ConnectionError):  # he has ended
             pass
     if made < len(files):
-        raise DataError(
-            f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run "
-            "again; finished files are kept"
-        )
+        raise killed(order.workers)
+
+
+def killed(workers: int) -> DataError:
+    """What to tell of a process that has ended without a word."""
+    return DataError(
+        f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run again; "
+        "finished files are kept"
+    )
 
 
 @contextmanager
@@ -84,26 +97,3 @@ def _foreman() -> Iterator[Connection]:
             yield ours
     finally:
         process.wait()
-
-
-def with_progress(made: MadeParts, files: Sequence[InputFile], progress: Progress) -> MadeParts:
-    """Pass the parts on and tell files, MB of text and tokens per second, and the time left."""
-    started, text_bytes, tokens, read = time.monotonic(), 0, 0, 0
-    total = max(1, sum(file.size for file in files))
-    progress(0.0, f"0 of {len(files)} files")
-    for done, (file, record) in enumerate(made, start=1):
-        text_bytes, tokens, read = text_bytes + record.bytes, tokens + record.tokens, read + file.size
-        seconds = max(time.monotonic() - started, 1e-3)
-        left = seconds * (total - read) / max(read, 1)
-        speed = f"{text_bytes / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f}M tokens/s"
-        progress(read / total, f"{done} of {len(files)} files, {speed}, {_clock(left)} left")
-        _log.info(
-            "%s: %d documents, %d tokens, %d rejected", file.location, record.documents, record.tokens, record.rejected
-        )
-        yield file, record
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

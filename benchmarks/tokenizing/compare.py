@@ -83,6 +83,7 @@ def run_stage(way: str, work: Work, **variables: str) -> tuple[float, float]:
     command = [sys.executable, script, work.model, str(work.workers), output / "all", *work.files]
     # Neither calls numpy's BLAS, whose threads are started again in every fork.
     environment = os.environ | {"PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"} | variables
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once, not at every start
     started = time.perf_counter()
     process = os.spawnve(os.P_NOWAIT, sys.executable, command, environment)
     _, status, usage = os.wait4(process, 0)  # of the process and of the children that it waited for

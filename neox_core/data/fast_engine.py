@@ -6,11 +6,10 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 
 from neox_core.data.bpe_json import tokenizer_json
 from neox_core.data.indexed import Tokens
@@ -43,11 +42,11 @@ class FastEngine:
     """Encodes with gigatoken; texts that hold a special piece's name go to SentencePiece."""
 
     def __init__(self, model: SentencePieceModel) -> None:
-        self.name = f"gigatoken {version('gigatoken')}"
+        self.name = f"gigatoken {_version()}"
         self._model = model
-        self._process = psutil.Process()
         self._specials = _matcher(model.special_texts)
         self._json = tokenizer_json(model)
+        self._process, self._resident, self._until_look = 0, 0, _LOOK_EVERY
         self._renew()
 
     @classmethod
@@ -80,10 +79,9 @@ class FastEngine:
 
     def _bound_memory(self, limit: int) -> None:
         self._until_look = _LOOK_EVERY
-        if self._process.pid != os.getpid():  # a fork of the process that loaded the engine
-            self._process = psutil.Process()
-            self._resident = self._process.memory_info().rss
-        if self._process.memory_info().rss - self._resident > limit:
+        if self._process != os.getpid():  # a fork of the process that loaded the engine
+            self._process, self._resident = os.getpid(), _resident_bytes()
+        if _resident_bytes() - self._resident > limit:
             self._renew()
 
     def _renew(self) -> None:
@@ -91,8 +89,22 @@ class FastEngine:
 
         self._encode: Any = None  # the old one's memory goes first
         self._encode = gigatoken.Tokenizer.from_json(self._json).encode
-        self._resident = self._process.memory_info().rss
+        self._process, self._resident = os.getpid(), _resident_bytes()
         self._until_look = _LOOK_EVERY
+
+
+def _version() -> str:
+    """Of gigatoken, by its metadata's folder: importlib.metadata costs a process as much as half a megabyte of text."""
+    import gigatoken
+
+    found = sorted(Path(gigatoken.__file__).parents[1].glob("gigatoken-*.dist-info"))
+    return found[-1].stem.removeprefix("gigatoken-") if found else "of unknown version"
+
+
+def _resident_bytes() -> int:
+    """Of this process."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _matcher(texts: Iterable[str]) -> re.Pattern[str]:

@@ -24,7 +24,7 @@ from neox_core.data.indexed import (
 )
 from neox_core.errors import DataError
 
-_COPY_SIZE = 1 << 23
+_COPY_SIZE = 1 << 20
 _INDEX_ROWS = 1 << 20
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from neox_core.artifact import write_atomically
 from neox_core.data.overlap import EvaluationItems, load_items
 from neox_core.data.part_files import PARTS, PartPaths, PartWriter
-from neox_core.data.part_settings import PartRecord, PartSettings, TokenizerSettings
+from neox_core.data.part_settings import Done, PartRecord, PartSettings, TokenizerSettings
 from neox_core.data.readers import DamagedFileError, InputFile, open_input, read_records
 from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartRecord:
+def make_part(
+    file: InputFile, settings: PartSettings, folder: Path, tell: Callable[[Done], None] = lambda done: None
+) -> PartRecord:
     """Make one file's part, or find it made. Memory is bounded whatever the file's size.
+
+    Args:
+        tell: called now and then with what is done of the file, and with all of it at last; never if the part is found.
 
     Raises:
         DataError: the file is damaged (and is not to be skipped), or an id is not SentencePiece's.
@@ -33,7 +39,7 @@ def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartReco
         return found
     tokenizer, damaged = _tokenizer(settings.tokenizer, made_from["tokenizer"]), ""
     try:
-        writer = _written(file, settings, paths, tokenizer, folder / PARTS)
+        writer = _written(file, settings, paths, tokenizer, folder / PARTS, tell)
     except DamagedFileError as error:
         if not settings.skip_damaged_files:
             raise DamagedFileError(file.location, error.reason) from None
@@ -52,18 +58,26 @@ def make_part(file: InputFile, settings: PartSettings, folder: Path) -> PartReco
         made_from=made_from,
     )
     write_atomically(paths.record, json.dumps(asdict(record)))
+    tell(Done(file.size, record.bytes, record.tokens))
     return record
 
 
 def _written(
-    file: InputFile, settings: PartSettings, paths: PartPaths, tokenizer: Tokenizer, scratch: Path
+    file: InputFile,
+    settings: PartSettings,
+    paths: PartPaths,
+    tokenizer: Tokenizer,
+    scratch: Path,
+    tell: Callable[[Done], None],
 ) -> PartWriter:
     items = _items(settings) if file.split == "train" else None
     with (
         open_input(file, settings.storage, scratch) as path,
         PartWriter(file, paths, tokenizer, items, settings.deduplicate) as writer,
     ):
-        for record in read_records(path, settings.text_key):
+        for record in read_records(
+            path, settings.text_key, lambda read: tell(Done(read, writer.bytes, writer.tokens))
+        ):
             writer.add(record)
     return writer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from neox_core.artifact import sha256_of
 
@@ -65,6 +65,16 @@ class PartSettings:
             "evaluation_sets": " ".join(sha256_of(path) for path in self.evaluation_sets),
             "overlap_words": str(self.overlap_words),
         }
+
+
+class Done(NamedTuple):
+    """How much has been tokenized."""
+
+    stored: int
+    """Bytes of the files, as stored."""
+    bytes: int
+    """Of text, in UTF-8."""
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from neox_core.data.indexed import IndexedDataset
 from neox_core.data.ledger import run_ledger
 from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths
-from neox_core.data.part_settings import PartSettings, TokenizerSettings
+from neox_core.data.part_settings import Done, PartSettings, TokenizerSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
@@ -116,7 +116,7 @@ def test_two_workers_give_the_same_bits_and_progress(prepared: tuple[Path, dict[
     assert contents(tmp_path) == contents(prepared[0])
     assert seen[0] == (0.0, "0 of 7 files")
     assert seen[-1] == (1.0, "7 files done")
-    assert re.fullmatch(r"7 of 7 files, [\d.]+ MB/s, [\d.]+M tokens/s, 0:00 left", seen[7][1])
+    assert re.fullmatch(r"7 of 7 files, [\d.]+ MB/s, [\d.]+M tokens/s, 0:00 left", seen[-6][1])
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
 
 
@@ -322,6 +322,25 @@ def test_killed_workers_are_told(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"was killed, perhaps .* lower data\.workers \(1\) and run again"):
             next(made)
         killer.join()
+
+
+def test_told_within_a_file_and_all_ends_if_the_telling_fails(tmp_path: Path) -> None:
+    """As an interrupt makes it fail."""
+    small_input(tmp_path, {"x.jsonl": ["some words and more of them " * 40_000] * 9})
+    file = InputFile("a", "train", "x", str(tmp_path / "x.jsonl"), (tmp_path / "x.jsonl").stat().st_size)
+    slowly = PartSettings(TokenizerSettings(MODEL, engine="sentencepiece"), None)
+    told: list[Done] = []
+
+    def tell(done: Done) -> None:
+        told.append(done)
+        if done.stored:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        next(made_in_processes([file], slowly, tmp_path / "out", 1, tell))
+    assert 0 < told[-1].stored < file.size
+    assert foremen() == []
+    assert list((tmp_path / "out").rglob("*.json")) == []
 
 
 def foremen() -> list[psutil.Process]:

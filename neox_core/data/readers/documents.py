@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from neox_core.data.readers.lines import MAX_LINE, lines
@@ -11,8 +11,13 @@ from neox_core.data.readers.record import DamagedFileError, Document, Rejection,
 from neox_core.errors import DataError
 
 
-def read_records(path: Path, key: str = "text") -> Iterator[Document | Rejection]:
+def read_records(
+    path: Path, key: str = "text", on_read: Callable[[int], None] = lambda read: None
+) -> Iterator[Document | Rejection]:
     """Stream the records of one file. Lines of white space alone hold no record.
+
+    Args:
+        on_read: told now and then how many of the file's bytes, as stored, have been read.
 
     Raises:
         DamagedFileError: the file cannot be read to its end, or holds no record; records before that point have been
@@ -20,7 +25,8 @@ def read_records(path: Path, key: str = "text") -> Iterator[Document | Rejection
         DataError: a parquet file without that column.
     """
     found = False
-    for record in parquet_records(path, key) if path.name.endswith(".parquet") else _json_records(path, key):
+    reader = parquet_records if path.name.endswith(".parquet") else _json_records
+    for record in reader(path, key, on_read):
         found = True
         yield record
     if not found:
@@ -39,8 +45,8 @@ def documents(path: Path, key: str = "text") -> Iterator[Document]:
         yield record
 
 
-def _json_records(path: Path, key: str) -> Iterator[Document | Rejection]:
-    for number, line in lines(path):
+def _json_records(path: Path, key: str, on_read: Callable[[int], None]) -> Iterator[Document | Rejection]:
+    for number, line in lines(path, on_read):
         if line is None:
             yield Rejection(number, f"its line is longer than {MAX_LINE} bytes")
         elif line and not line.isspace():

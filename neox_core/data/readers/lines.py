@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -23,16 +23,19 @@ _BINARY_MARKS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "par
 _WIDE_MARKS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+def lines(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[int, bytes | None]]:
     """Number, from 1, and bytes of each line without its line feed; None for one that is longer than MAX_LINE.
 
     Cut at line feeds only: U+2028 and the like are text. A UTF-8 byte order mark at the start is passed over.
+
+    Args:
+        on_read: told now and then how many bytes, as stored, have been read.
 
     Raises:
         DamagedFileError: the file is truncated, corrupt, of another kind than its name says, or in another encoding.
     """
     number, pending, size = 1, list[bytes](), 0
-    for chunk in _unmarked(_chunks(path), path):
+    for chunk in _unmarked(_chunks(path, on_read), path):
         first, *others = chunk.split(b"\n")
         size += len(first)
         pending = [*pending, first] if size <= MAX_LINE else []
@@ -58,11 +61,12 @@ def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
         yield chunk
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Decompressed content, piece by piece: however small the file, no piece is large."""
     try:
-        with _open(path) as file:
+        with path.open("rb") as stored, _decompressed(stored, path.name) as file:
             while chunk := file.read(_READ_SIZE):
+                on_read(stored.tell())
                 yield chunk
     except EOFError:
         raise DamagedFileError(path, "it is truncated: its last compressed frame does not end") from None
@@ -72,9 +76,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
         raise DamagedFileError(path, f"it cannot be read: {error.strerror or error}") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.name.endswith(".zst"):
-        return cast("BinaryIO", zstd.ZstdFile(path, options=_MAX_WINDOW))
-    if path.name.endswith(".gz"):
-        return cast("BinaryIO", gzip.open(path))  # noqa: SIM115
-    return path.open("rb")
+def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:
+    if name.endswith(".zst"):
+        return cast("BinaryIO", zstd.ZstdFile(stored, options=_MAX_WINDOW))
+    if name.endswith(".gz"):
+        return cast("BinaryIO", gzip.open(stored))  # noqa: SIM115
+    return stored

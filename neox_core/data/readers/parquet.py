@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ _READ_BYTES = 1 << 20
 """At a time, of a column; without it, a whole row group's."""
 
 
-def parquet_records(path: Path, key: str) -> Iterator[Document | Rejection]:
+def parquet_records(path: Path, key: str, on_read: Callable[[int], None]) -> Iterator[Document | Rejection]:
     """Each row's text or why it has none, in bounded memory.
+
+    Args:
+        on_read: told now and then the share of the file's bytes that the rows so far make up.
 
     Raises:
         DamagedFileError: the file is truncated or corrupt.
@@ -31,11 +34,12 @@ def parquet_records(path: Path, key: str) -> Iterator[Document | Rejection]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False, buffer_size=_READ_BYTES) as file:
             _check_column(file.schema_arrow, path, key)
-            row = 0
+            row, rows, size = 0, file.metadata.num_rows, path.stat().st_size
             for batch in file.iter_batches(batch_size=_ROWS, columns=[key], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     yield _record(value, row, key)
+                on_read(size * row // max(rows, 1))
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedFileError(path, " ".join(str(error).split())[:200]) from None
 

@@ -13,7 +13,7 @@ from neox_core.data import part, part_files
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths, load_table
-from neox_core.data.part_settings import PartSettings, TokenizerSettings
+from neox_core.data.part_settings import Done, PartSettings, TokenizerSettings
 from neox_core.data.readers import DamagedFileError, InputFile
 from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
@@ -91,6 +91,19 @@ def test_switching_skip_damaged_files_keeps_good_parts(tmp_path: Path) -> None:
         make_part(file, settings(skip_damaged_files=skip), tmp_path / "out")
         kept.append(PartPaths.of(file, tmp_path / "out").documents.stat().st_ino)
     assert len(set(kept)) == 1
+
+
+def test_told_how_far_a_part_is_but_not_of_one_that_is_found(tmp_path: Path) -> None:
+    file = input_file(tmp_path / "x.jsonl", [record("some words " * 100)] * 1000)
+    told: list[Done] = []
+    made = make_part(file, settings(), tmp_path, told.append)
+    assert told == sorted(told)
+    assert 0 < told[1].stored < file.size
+    assert 0 < told[1].bytes < made.bytes
+    assert told[-1] == (file.size, made.bytes, made.tokens)
+    told.clear()
+    assert make_part(file, settings(), tmp_path, told.append) == made
+    assert told == []
 
 
 def test_one_wrong_id_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,23 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
     assert list(documents(write(tmp_path / "a.jsonl.gz", gzip.compress(WHOLE)))) == plain
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet"])
+def test_told_how_much_has_been_read(tmp_path: Path, kind: str) -> None:
+    words = [f"text {n * n} " * 1000 for n in range(300)]
+    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in words)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        parquet.write_table(pyarrow.table({"text": words}), path)
+    else:
+        write(path, {"jsonl": bytes, "jsonl.zst": zst, "jsonl.gz": gzip.compress}[kind](content))
+    read: list[int] = []
+    assert len(list(read_records(path, on_read=read.append))) == len(words)
+    assert read == sorted(read)
+    assert 0 < read[0] < read[len(read) // 2] <= read[-1] == path.stat().st_size
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
