@@ -14,6 +14,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -100,14 +101,13 @@ def _next(finished: SimpleQueue[Future[PartRecord]], progress: _Progress) -> Gen
             yield Done(*progress.sum(axis=0).tolist())
 
 
-_progress: _Progress
+_progress = ContextVar[_Progress]("progress")
 """Of a worker."""
 
 
 def _begin(progress: _Progress, parent: Connection | None) -> None:
     """A worker ends with the foreman; otherwise it would wait for work for ever."""
-    global _progress
-    _progress = progress
+    _progress.set(progress)
     gc.enable()
     if parent:
         parent.close()
@@ -123,6 +123,6 @@ def _begin(progress: _Progress, parent: Connection | None) -> None:
 
 def _make(place: int, file: InputFile, settings: PartSettings, folder: Path) -> PartRecord:
     def tell(done: Done) -> None:
-        _progress[place] = done
+        _progress.get()[place] = done
 
     return make_part(file, settings, folder, tell)
