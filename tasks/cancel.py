@@ -12,7 +12,7 @@ from tasks.prepare import PARTS_CLAIM
 from tasks.slurm import JobArray
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenize_array import job_arrays
+from tasks.tokenize_record import job_arrays
 from tasks.train import training_jobs
 
 _Find = Callable[[RunConfig], Sequence[Job | JobArray]]
