@@ -167,15 +167,15 @@ def find_by_name(name: str) -> str | None:
     return next(iter(answer.stdout.split()), None)
 
 
-def cancel(job_id: str) -> None:
-    """Cancel the job.
+def cancel(*jobs: str) -> None:
+    """Cancel jobs, arrays or tasks of arrays.
 
     Raises:
         LaunchError: scancel refuses.
     """
-    answer = _run(["scancel", job_id])
+    answer = _run(["scancel", *jobs])
     if answer.returncode:
-        raise LaunchError(f"job {job_id} cannot be cancelled: {_one_line(answer.stderr)}")
+        raise LaunchError(f"job {', '.join(jobs)} cannot be cancelled: {_one_line(answer.stderr)}")
 
 
 def submission_error(what: str, error: Exception) -> LaunchError:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ def note(home: Path, key: str, tasks: Sequence[str | None], name: str) -> None:
 
 def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[Group, Any]:
     """The tasks of an earlier call that are at work or have made their parts. If that was for other files or
-    settings, they end.
+    settings, they are cancelled.
 
     Raises:
         LaunchError: SLURM does not answer for long.
@@ -79,15 +79,18 @@ def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[
     jobs = [submitit.SlurmJob(home, task) if task else None for task in tasks]
     unfinished = [job.job_id for job in jobs if job and not Path(job.paths.result_pickle).exists()]
     states = patience.wait_for(lambda: slurm.task_states(unfinished))
+    at_work = {task for task, state in states.items() if state in slurm.AT_WORK}
     if noted_key != key:
-        for array in sorted({slurm.array_of(task) for task, state in states.items() if state in slurm.AT_WORK}):
-            slurm.cancel(array)
+        _cancel({slurm.array_of(task) for task in at_work})
         return {}
+    # Of a call that was killed between sbatch and submitit's laying down the task's pickle, or that sbatch gave no
+    # answer: such a task would look for it for a minute, in another's place, and fail.
+    idle = {job.job_id for job in jobs if job and job.job_id in at_work and not job.paths.submitted_pickle.exists()}
+    _cancel(idle)
 
     def is_good(job: Any, group: Group) -> bool:
         if job and not Path(job.paths.result_pickle).exists():
-            # Without its pickle, which submitit moves there after sbatch, the task will fail.
-            return states.get(job.job_id) in slurm.AT_WORK and Path(job.paths.submitted_pickle).exists()
+            return job.job_id in at_work - idle
         return job and _has_made(job, group, folder)
 
     with ThreadPoolExecutor() as pool:
@@ -95,6 +98,11 @@ def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[
     kept = {group: job for group, job, keep in zip(groups, jobs, good, strict=True) if keep}
     _log.info("attached to %d of %d tokenization tasks", len(kept), len(jobs))
     return kept
+
+
+def _cancel(jobs: Collection[str]) -> None:
+    if jobs:
+        slurm.cancel(*sorted(jobs))
 
 
 def _noted(home: Path) -> tuple[str, list[str | None]]:

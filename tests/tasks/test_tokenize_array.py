@@ -113,7 +113,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(tokenize_record.submitit, "SlurmJob", made.job)
     monkeypatch.setattr(slurm, "task_states", made.task_states)
     monkeypatch.setattr(slurm, "find_by_name", made.names.get)
-    monkeypatch.setattr(slurm, "cancel", made.cancelled.append)
+    monkeypatch.setattr(slurm, "cancel", lambda *jobs: made.cancelled.extend(jobs))
     for name in ("_POLL_SECONDS", "_ASK_SECONDS", "_SHARED_DISK_SECONDS"):
         monkeypatch.setattr(tokenize_array, name, 0.0)
     for name in ("_SILENCE_SECONDS", "_MEANWHILE_SECONDS"):
@@ -260,6 +260,7 @@ def test_an_array_whose_submitter_was_killed_is_found(cluster: Cluster, tmp_path
     cluster.run(*[task for task in list(cluster.tasks) if task != "1_2"][:1])
     assert len(list(make(inputs, tmp_path))) == count
     assert list(cluster.tasks) == (["1"] if count == 1 else ["1_0", "1_1", "1_2", "2"])
+    assert cluster.cancelled == ([] if count == 1 else ["1_2"])
 
 
 def test_an_array_that_sbatch_gave_no_answer_about_is_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
