@@ -144,7 +144,7 @@ def _submit(
         )
         job_id = str(executor.submit(task).job_id)
     except (OSError, RuntimeError) as error:
-        raise slurm.submission_error(job_name, error) from error
+        raise slurm.failure(f"{job_name} cannot be submitted", str(error)) from error
     controller = ProcessRecord.of(int(job_id)) if kind == "local" else None
     return JobRecord(job_name, job_id, kind, nodes * ranks_per_node, folder, socket.gethostname(), controller)
 

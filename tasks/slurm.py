@@ -27,7 +27,7 @@ _SILENCE_SECONDS = 60.0
 _MEANWHILE_SECONDS = 0.5
 
 _SILENT = ("unable to contact", "timed out", "zero bytes were transmitted", "standby mode", "connection refused")
-"""In what sbatch writes when it was not refused but has heard nothing; SLURM may have taken the job all the same."""
+"""In what sbatch and scancel write when they were not refused but have heard nothing."""
 
 AT_WORK: tuple[SlurmState, ...] = ("pending", "running")
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -172,18 +172,19 @@ def cancel(*jobs: str) -> None:
 
     Raises:
         LaunchError: scancel refuses.
+        NoAnswer: SLURM does not answer.
     """
     answer = _run(["scancel", *jobs])
     if answer.returncode:
-        raise LaunchError(f"job {', '.join(jobs)} cannot be cancelled: {_one_line(answer.stderr)}")
+        raise failure(f"job {', '.join(jobs)} cannot be cancelled", answer.stderr)
 
 
-def submission_error(what: str, error: Exception) -> LaunchError:
-    """What became of a submission that submitit gave up: refused, or unanswered, in which case the job may exist."""
-    reason = _one_line(str(error))
+def failure(what: str, reason: str) -> LaunchError:
+    """The error of sbatch or scancel: refused, or unanswered, in which case SLURM may have done it all the same."""
+    reason = _one_line(reason)
     if any(words in reason.lower() for words in _SILENT):
-        return NoAnswer(f"sbatch does not answer about {what}: {reason}: try again")
-    return LaunchError(f"{what} cannot be submitted: {reason}")
+        return NoAnswer(f"{what}, SLURM does not answer: {reason}: try again")
+    return LaunchError(f"{what}: {reason}")
 
 
 def _past_states(jobs: Sequence[str]) -> dict[str, SlurmState]:

@@ -43,20 +43,7 @@ def made_in_jobs(
     largest_first = sorted(files, key=lambda file: -file.size)
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
-    home, key = home_of(folder), key_of(groups, settings)
-    waiting = attach(home, groups, key, folder)
-    if missing := [group for group in groups if group not in waiting]:
-
-        def submit() -> dict[Group, Any]:
-            # Unlike an earlier array's, which may be at work still. Noted down first, so that the array is found by it
-            # if this process is killed before it has noted down the array's id.
-            name = f"llemma-tokenize-{key[:12]}-{uuid.uuid4().hex[:8]}"
-            note(home, key, [waiting[group].job_id if group in waiting else None for group in groups], name)
-            submitted = waiting | _submit(_executor(home, jobs, name), home, missing, settings, folder)
-            note(home, key, [submitted[group].job_id for group in groups], name)
-            return submitted
-
-        waiting = slurm.Patience().wait_for(submit)
+    waiting = slurm.Patience().wait_for(lambda: _attach_or_submit(groups, settings, folder, jobs))
     yield from _results({job: group for group, job in waiting.items()})
 
 
@@ -69,6 +56,28 @@ def make_parts(files: Sequence[InputFile], settings: PartSettings, folder: Path)
         except LlemmaError as error:
             results.append(Failure(str(error)))
     return results
+
+
+def _attach_or_submit(
+    groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig
+) -> dict[Group, Any]:
+    """Each group's task.
+
+    Raises:
+        NoAnswer: SLURM does not answer. If it has the array all the same, the next call finds that.
+    """
+    home, key = home_of(folder), key_of(groups, settings)
+    kept = attach(home, groups, key, folder)
+    missing = [group for group in groups if group not in kept]
+    if not missing:
+        return kept
+    # Unlike an earlier array's, which may be at work still. Noted down first, so that the array is found by it if this
+    # process is killed before it has noted down the array's id.
+    name = f"llemma-tokenize-{key[:12]}-{uuid.uuid4().hex[:8]}"
+    note(home, key, [kept[group].job_id if group in kept else None for group in groups], name)
+    tasks = kept | _submit(_executor(home, jobs, name), home, missing, settings, folder)
+    note(home, key, [tasks[group].job_id for group in groups], name)
+    return tasks
 
 
 def _results(waiting: dict[Any, Group]) -> MadeParts:
@@ -97,7 +106,7 @@ def _submit(
         with executor.batch():
             submitted = [executor.submit(make_parts, group, settings, folder.resolve()) for group in groups]
     except (OSError, RuntimeError) as error:
-        raise slurm.submission_error("the array of tokenization jobs", error) from error
+        raise slurm.failure("the array of tokenization jobs cannot be submitted", str(error)) from error
     ids = [job.job_id for job in submitted]
     _log.info("submitted %d tokenization tasks (%s to %s), logs in %s", len(ids), ids[0], ids[-1], home)
     return dict(zip(groups, submitted, strict=True))

@@ -72,13 +72,12 @@ def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[
     settings, they are cancelled.
 
     Raises:
-        LaunchError: SLURM does not answer for long.
+        NoAnswer: SLURM does not answer.
     """
-    patience = slurm.Patience()
-    noted_key, tasks = patience.wait_for(lambda: _noted(home))
+    noted_key, tasks = _noted(home)
     jobs = [submitit.SlurmJob(home, task) if task else None for task in tasks]
     unfinished = [job.job_id for job in jobs if job and not Path(job.paths.result_pickle).exists()]
-    states = patience.wait_for(lambda: slurm.task_states(unfinished))
+    states = slurm.task_states(unfinished)
     at_work = {task for task, state in states.items() if state in slurm.AT_WORK}
     if noted_key != key:
         _cancel({slurm.array_of(task) for task in at_work})

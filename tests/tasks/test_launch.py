@@ -346,7 +346,7 @@ def test_a_submission_that_got_no_answer_is_made_again(tmp_path: Path, fake_slur
         "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2\n"
         "exit 1\n"
     )
-    with pytest.raises(slurm.NoAnswer, match=r"sbatch does not answer about llemma-train-0123456789ab: .*Socket"):
+    with pytest.raises(slurm.NoAnswer, match=r"llemma-train-0123456789ab cannot be submitted, SLURM does not .*Socket"):
         submit_to_slurm(tmp_path)
     (fake_slurm.folder / "sbatch").write_text(sbatch)
     fake_slurm.answer("squeue", "41\n")

@@ -264,15 +264,18 @@ def test_an_array_whose_submitter_was_killed_is_found(cluster: Cluster, tmp_path
 
 
 def test_an_array_that_sbatch_gave_no_answer_about_is_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
-    """What SLURM may have taken of the first has no pickles: its tasks do nothing."""
+    """SLURM has taken the first all the same; its tasks have no pickles."""
 
     def be_silent_once(ids: list[str]) -> None:
         cluster.on_submit = lambda ids: cluster.run(*ids)
+        for task in ids:
+            cluster.job(cluster.home, task).paths.submitted_pickle.unlink()
         raise RuntimeError("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
 
     cluster.on_submit = be_silent_once
     assert len(list(make(files(tmp_path), tmp_path))) == 3
     assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2_0", "2_1", "2_2"]
+    assert cluster.cancelled == ["1_0", "1_1", "1_2"]
     assert len(cluster.names) == 2  # so that the second is found by its name, not the first
     assert json.loads((cluster.home / "array.json").read_text())["jobs"] == ["2_0", "2_1", "2_2"]
 
