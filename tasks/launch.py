@@ -143,7 +143,9 @@ def _submit(
             **(_slurm_parameters(launch, job_name, gpus) if kind == "slurm" else {}),
         )
         job_id = str(executor.submit(task).job_id)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise LaunchError(f"{job_name} cannot be submitted: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:  # sbatch failed
         raise slurm.failure(f"{job_name} cannot be submitted", str(error)) from error
     controller = ProcessRecord.of(int(job_id)) if kind == "local" else None
     return JobRecord(job_name, job_id, kind, nodes * ranks_per_node, folder, socket.gethostname(), controller)

@@ -189,10 +189,11 @@ def failure(what: str, reason: str) -> LaunchError:
 
 def _past_states(jobs: Sequence[str]) -> dict[str, SlurmState]:
     """By sacct, which submitit would ask for us, but would pass over a failure; 'unknown' without accounting."""
-    command = ["sacct", "--format=JobID,State", "--parsable2", f"--jobs={','.join(sorted(map(array_of, jobs)))}"]
+    asked = ",".join(sorted(set(map(array_of, jobs))))
+    command = ["sacct", "--format=JobID,State", "--parsable2", f"--jobs={asked}"]
     answer = _run(command)
     if answer.returncode and "accounting storage is disabled" not in answer.stderr.lower():
-        raise NoAnswer(f"sacct does not answer about jobs {', '.join(jobs)}: {_one_line(answer.stderr)}: try again")
+        raise NoAnswer(f"sacct does not answer about jobs {asked}: {_one_line(answer.stderr)}: try again")
     known = submitit.SlurmJob.watcher.read_info(answer.stdout)
     return {job: _meaning((known.get(job, {}).get("State") or "UNKNOWN").split()[0]) for job in jobs}
 

@@ -105,7 +105,9 @@ def _submit(
     try:
         with executor.batch():
             submitted = [executor.submit(make_parts, group, settings, folder.resolve()) for group in groups]
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise LaunchError(f"the tokenization jobs cannot be submitted: {error}") from error
+    except RuntimeError as error:  # sbatch failed
         raise slurm.failure("the array of tokenization jobs cannot be submitted", str(error)) from error
     ids = [job.job_id for job in submitted]
     _log.info("submitted %d tokenization tasks (%s to %s), logs in %s", len(ids), ids[0], ids[-1], home)

@@ -26,7 +26,7 @@ def test_what_is_asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "34": "completed",
     }  # fmt: skip
     assert (tmp_path / "squeue.args").read_text() == "--noheader --array --states=all --jobs=12,34 --format=%i %T\n"
-    assert len((tmp_path / "sacct.args").read_text().splitlines()) == 1
+    assert (tmp_path / "sacct.args").read_text() == "--format=JobID,State --parsable2 --jobs=12\n"
     assert slurm.task_states([]) == {}
     (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *--name=x*--format=%F) printf "12\\n12\\n";; esac\n')
     assert slurm.find_by_name("x") == "12"  # the array's; %A would be the id of one of its tasks
