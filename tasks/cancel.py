@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from neox_core.config import RunConfig
+from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
 from tasks.job import Job
 from tasks.prepare import PARTS_CLAIM
 from tasks.slurm import JobArray
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenize_array import job_arrays
+from tasks.tokenize_record import job_arrays
 from tasks.train import training_jobs
 
 _Find = Callable[[RunConfig], Sequence[Job | JobArray]]
@@ -25,7 +26,7 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
         The jobs that were cancelled.
 
     Raises:
-        LaunchError: SLURM does not answer, or a job runs on another host.
+        LaunchError: SLURM does not answer, or a job runs on another host; other stages' jobs are cancelled anyway.
     """
     stages: list[tuple[AbstractContextManager[bool], _Find]] = [
         (try_claim_name(config.workdir, PARTS_CLAIM), lambda config: job_arrays(config.workdir)),
@@ -33,10 +34,17 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
         (try_claim(evaluate_spec(config)), evaluation_jobs),
     ]
     cancelled: list[Job | JobArray] = []
+    failures: list[LaunchError] = []
     for claim, find in stages:
         with claim as claimed:
-            running = [job for job in find(config) if not job.done()] if claimed else []
-            for job in running:
-                job.cancel()
-            cancelled += running
+            try:
+                for job in find(config) if claimed else ():
+                    if not job.done():
+                        job.cancel()
+                        cancelled.append(job)
+            except LaunchError as error:
+                failures.append(error)
+    if failures:
+        reasons = "; ".join(map(str, failures))
+        raise LaunchError(f"not all jobs could be cancelled, only {[str(job) for job in cancelled]}: {reasons}")
     return cancelled

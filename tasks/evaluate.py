@@ -16,6 +16,7 @@ from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.train.lineage import earlier_configs
+from tasks import slurm
 from tasks.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
@@ -34,13 +35,13 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
 
     Raises:
         LlemmaError: training ended without its last checkpoint; evaluations so far are kept.
-        LaunchError: an evaluation job failed.
+        LaunchError: an evaluation job failed, or SLURM does not answer for long.
     """
     started = time.time()
     data, weights = require(prepare_spec(config)), require(convert_spec(config))
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results = _inherited(config) | _load(folder)
+        results, patience = _inherited(config) | _load(folder), slurm.Patience()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -56,7 +57,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
                         results[result["step"]] = result
                     _store(folder, results)
                 continue
-            if _training_failed(config, started):
+            if _training_failed(config, started, patience):
                 report()  # raises if it is an interruption of both that has ended training
                 raise LlemmaError(
                     f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
@@ -100,7 +101,7 @@ def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
     return results
 
 
-def _training_failed(config: RunConfig, since: float) -> bool:
+def _training_failed(config: RunConfig, since: float, patience: slurm.Patience) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
@@ -110,7 +111,7 @@ def _training_failed(config: RunConfig, since: float) -> bool:
     if failure.is_file():
         return impatient or failure.stat().st_mtime > since
     job = find_job(config.workdir / "jobs", train_spec(config).fingerprint)
-    return job is not None and job.state() in ("failed", "cancelled") and impatient
+    return job is not None and patience.ask(job.state) in ("failed", "cancelled") and impatient
 
 
 def _run_job(
@@ -124,17 +125,20 @@ def _run_job(
     key = _key_prefix(config) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = submit_or_attach(
-        config.launch,
-        config.workdir / "jobs",
-        "evaluate",
-        key,
-        evaluate_rank,
-        (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),
-        1,
-        config.parallel.tensor,
+    job = slurm.Patience().wait_for(
+        lambda: submit_or_attach(
+            config.launch,
+            config.workdir / "jobs",
+            "evaluate",
+            key,
+            evaluate_rank,
+            (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),
+            1,
+            config.parallel.tensor,
+        ),
+        meanwhile=report,
     )
-    while not job.done():
+    for _ in job.while_at_work():
         report()
         time.sleep(0.2)
     results: list[dict[str, Any]] = job.results()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +75,8 @@ class Job:
         """Ask SLURM, or look at the local job's processes and results.
 
         Raises:
-            LaunchError: SLURM does not answer, or a local job belongs to another host.
+            NoAnswer: SLURM does not answer.
+            LaunchError: a local job belongs to another host.
         """
         record = self.record
         if record.executor == "slurm":
@@ -94,19 +96,35 @@ class Job:
 
     def done(self) -> bool:
         """Whether the job has ended, well or not."""
-        return self.state() not in ("pending", "running")
+        return self.state() not in slurm.AT_WORK
+
+    def while_at_work(self) -> Iterator[State | None]:
+        """The job's state, asked anew each time, until it has ended; None while SLURM does not answer.
+
+        Raises:
+            LaunchError: SLURM does not answer for long, or a local job belongs to another host.
+        """
+        patience = slurm.Patience()
+        while (state := patience.ask(self.state)) in (None, *slurm.AT_WORK):
+            yield state
 
     def results(self) -> list[Any]:
         """Wait for the job to end; what the function returned in each rank, by rank.
 
         Raises:
-            LaunchError: the job was cancelled or failed; says which rank failed first, how, and where its log is.
+            LaunchError: the job was cancelled or failed; says which rank failed first, how, and where its log is. Or
+                SLURM does not answer for long.
         """
-        while (state := self.state()) in ("pending", "running"):
+        patience = slurm.Patience()
+        while (state := patience.wait_for(self.state)) in slurm.AT_WORK:
             time.sleep(_POLL_SECONDS[self.record.executor])
         if state != "completed":
             raise LaunchError(self._explain(state))
         return [self._load_result(rank) for rank in range(self.record.ranks)]
+
+    def is_without_work(self) -> bool:
+        """Whether its ranks will not find what to do: submitit lays it where they look after sbatch has answered."""
+        return self.record.executor == "slurm" and not Path(self._paths(0).submitted_pickle).exists()
 
     def cancel(self) -> None:
         """End the job; returns at once on SLURM, and when all processes have ended otherwise."""

@@ -55,7 +55,8 @@ def submit_or_attach(
         accept_completed: False if what a completed job left elsewhere is gone, so that it must run again.
 
     Raises:
-        LaunchError: the job cannot be submitted, or SLURM does not answer.
+        LaunchError: the job cannot be submitted.
+        NoAnswer: SLURM does not answer. If it has the job all the same, the next call finds that.
     """
     home = folder.resolve() / key
     home.mkdir(parents=True, exist_ok=True)
@@ -63,10 +64,11 @@ def submit_or_attach(
     attachable = ("pending", "running", "completed") if accept_completed else ("pending", "running")
     with _lock(home):
         if record := _find_record(home, job_name, nodes * ranks_per_node):
-            state = Job(record).state()
+            job = Job(record)
+            state = job.state()
             if state in attachable:
                 logger.info("attached to job %s (%s), %s", record.job_id, job_name, state)
-                return Job(record)
+                return job
             logger.info("job %s (%s) %s: submitting it again", record.job_id, job_name, state)
         record = _submit(launch, _next_attempt(home), job_name, function, args, nodes, ranks_per_node)
         record.write(home / _LEDGER)
@@ -141,8 +143,10 @@ def _submit(
             **(_slurm_parameters(launch, job_name, gpus) if kind == "slurm" else {}),
         )
         job_id = str(executor.submit(task).job_id)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise LaunchError(f"{job_name} cannot be submitted: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:  # sbatch failed
+        raise slurm.failure(f"{job_name} cannot be submitted", str(error)) from error
     controller = ProcessRecord.of(int(job_id)) if kind == "local" else None
     return JobRecord(job_name, job_id, kind, nodes * ranks_per_node, folder, socket.gethostname(), controller)
 
@@ -225,7 +229,10 @@ def _find_record(home: Path, job_name: str, ranks: int) -> JobRecord | None:
         job_id = str(report.controller.pid)
         record = JobRecord(job_name, job_id, "local", ranks, unrecorded, host, report.controller)
     elif shutil.which("squeue") and (found := slurm.find_by_name(job_name)):
-        record = JobRecord(job_name, found, "slurm", ranks, unrecorded, host, None)
+        earlier, record = record, JobRecord(job_name, found, "slurm", ranks, unrecorded, host, None)
+        if Job(record).is_without_work():
+            slurm.cancel(found)  # sbatch gave its submitter no answer, or the submitter was killed meanwhile
+            return earlier
     else:
         return record
     record.write(home / _LEDGER)

@@ -15,6 +15,7 @@ from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.lineage import Ancestor, ancestors
+from tasks import slurm
 from tasks.launch import Job, find_jobs, submit_or_attach
 from tasks.report import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
@@ -33,7 +34,7 @@ def train(config: RunConfig, progress: Progress) -> StageResult:
     The artifact holds metrics.jsonl; the checkpoints lie in the store.
 
     Raises:
-        LaunchError: the job failed; the message is the failing rank's.
+        LaunchError: the job failed; the message is the failing rank's. Or SLURM does not answer for long.
     """
     failure = scratch_folder(config) / FAILURE_FILE
     failure.unlink(missing_ok=True)
@@ -51,17 +52,20 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
     scratch = scratch_folder(config)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        job = submit_or_attach(
-            config.launch,
-            config.workdir / "jobs",
-            "train",
-            spec.fingerprint,
-            train_rank,
-            (config, data.folder, weights.folder, scratch, spec.fingerprint, _ancestors(config)),
-            config.launch.nodes,
-            config.launch.ranks_per_node,
-            # What an earlier job made may be gone since; a new one finds in the store what is left to do.
-            accept_completed=_is_complete(config) and (scratch / METRICS_FILE).is_file(),
+        job = slurm.Patience().wait_for(
+            lambda: submit_or_attach(
+                config.launch,
+                config.workdir / "jobs",
+                "train",
+                spec.fingerprint,
+                train_rank,
+                (config, data.folder, weights.folder, scratch, spec.fingerprint, _ancestors(config)),
+                config.launch.nodes,
+                config.launch.ranks_per_node,
+                # What an earlier job made may be gone since; a new one finds in the store what is left to do.
+                accept_completed=_is_complete(config) and (scratch / METRICS_FILE).is_file(),
+            ),
+            meanwhile=lambda: progress(0.0, "waiting for SLURM, which does not answer"),
         )
         _follow(job, config, scratch / METRICS_FILE, progress)
         result = job.results()[0]
@@ -150,14 +154,14 @@ def _is_complete(config: RunConfig) -> bool:
 
 def _follow(job: Job, config: RunConfig, metrics: Path, progress: Progress) -> None:
     """Report progress until the job has ended."""
-    while not job.done():
+    for state in job.while_at_work():
         rows = [row for row in _rows(metrics) if "train/loss" in row]
         if rows:
             row = rows[-1]
             text = f"step {row['step']} of {config.train.steps}, loss {row['train/loss']:.3f}"
             progress(row["step"] / config.train.steps, f"{text}, {row['train/tokens_per_second']:,.0f} tokens/s")
         else:
-            progress(0.0, f"job {job.job_id} {job.state()}")
+            progress(0.0, f"job {job.job_id} {state or 'may be at work: SLURM does not answer'}")
         time.sleep(_POLL_SECONDS)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from flows.cancellation import cancel_jobs_of_run
 from neox_core.config import RunConfig
+from neox_core.errors import LaunchError
 from tasks import slurm
 from tasks.cancel import cancel_jobs
 from tasks.evaluate import _key_prefix
@@ -128,6 +129,19 @@ def test_tokenization_arrays_are_cancelled(config: RunConfig, array: dict[str, s
     assert [str(job) for job in cancel_jobs(config)] == ["job array 12 (tokenize)"]
     assert (array["12_1"], array["12_2"], array["9_0"]) == ("cancelled", "cancelled", "failed")
     assert cancel_jobs(config) == []
+
+
+def test_what_slurm_does_not_answer_about_does_not_keep_other_jobs(
+    config: RunConfig, array: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_silent(tasks: object) -> None:
+        raise slurm.NoAnswer("squeue does not answer about jobs 9, 12: Socket timed out: try again")
+
+    monkeypatch.setattr(slurm, "task_states", be_silent)
+    jobs = submit_all(config)
+    with pytest.raises(LaunchError, match=r"only \['job .*evaluate-.*\)'\]: squeue does not answer about jobs 9"):
+        cancel_jobs(config)
+    assert states(jobs) == ["cancelled", "cancelled"]
 
 
 def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(

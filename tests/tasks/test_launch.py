@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -17,9 +16,10 @@ import pytest
 
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
-from tasks import local
+from tasks import local, slurm
 from tasks.job import Job, JobRecord
 from tasks.launch import find_job, submit_or_attach
+from tests.tasks.fake_slurm import FakeSlurm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_functions
@@ -218,47 +218,6 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-class FakeSlurm:
-    """sbatch, squeue, sacct and scancel that answer from files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._program(
-            "sbatch", f'cp "$1" {folder}/submission.sh; echo x >>{folder}/submissions; echo "Submitted batch job 42"'
-        )
-        self._program("srun", "exit 1")
-        for name in ("squeue", "sacct"):
-            self._program(
-                name,
-                f'echo "$@" >>{folder}/{name}.args; cat {folder}/{name}.out; '
-                f"cat {folder}/{name}.err >&2; exit $(cat {folder}/{name}.rc)",
-            )
-            self.answer(name, "")
-        self._program("scancel", f'echo "$@" >>{folder}/scancel.args')
-
-    def answer(self, name: str, out: str, err: str = "", rc: int = 0) -> None:
-        for suffix, content in (("out", out), ("err", err), ("rc", str(rc))):
-            (self.folder / f"{name}.{suffix}").write_text(content)
-
-    def sacct(self, state: str) -> None:
-        self.answer("squeue", "", "slurm_load_jobs error: Invalid job id specified", 1)
-        self.answer("sacct", f"JobID|State|NodeList\n42|{state}|n1\n42.batch|{state}|n1\n")
-
-    def _program(self, name: str, text: str) -> None:
-        path = self.folder / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.fixture
-def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr("tasks.job._SLURM_ANSWER_SECONDS", -1.0)
-    return FakeSlurm(folder)
-
-
 def submit_to_slurm(folder: Path, **changes: Any) -> Job:
     launch = LaunchConfig(
         nodes=4, ranks_per_node=8, cpus_per_rank=12, partition="big", slurm_parameters={"qos": "high"}, **changes
@@ -364,3 +323,35 @@ def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
         assert "they were at: step 3: ranks 0-1." in log, log
     assert "in all_reduce" in logs[0], logs[0]
     assert "in all_reduce" not in logs[1], logs[1]
+
+
+def test_who_follows_a_job_bears_silence(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
+    job = submit_to_slurm(tmp_path)
+    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.be_silent("squeue", 2)
+    states = job.while_at_work()
+    assert [next(states) for _ in range(3)] == [None, None, "running"]
+    fake_slurm.sacct("FAILED")
+    fake_slurm.be_silent("sacct", 1)
+    assert list(states) == [None]
+    fake_slurm.be_silent("squeue", 2)
+    with pytest.raises(LaunchError, match=r"job 42 \(llemma-train-0123456789ab\) failed"):
+        job.results()
+
+
+def test_a_submission_that_got_no_answer_is_made_again(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
+    """SLURM may have taken the job all the same: it knows no work, and is cancelled."""
+    sbatch = (fake_slurm.folder / "sbatch").read_text()
+    (fake_slurm.folder / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2\n"
+        "exit 1\n"
+    )
+    with pytest.raises(slurm.NoAnswer, match=r"llemma-train-0123456789ab cannot be submitted, SLURM does not .*Socket"):
+        submit_to_slurm(tmp_path)
+    (fake_slurm.folder / "sbatch").write_text(sbatch)
+    fake_slurm.answer("squeue", "41\n")
+    assert submit_to_slurm(tmp_path).job_id == "42"
+    assert (fake_slurm.folder / "scancel.args").read_text() == "41\n"
+    fake_slurm.answer("squeue", "RUNNING\n")
+    assert submit_to_slurm(tmp_path).job_id == "42"
+    assert (fake_slurm.folder / "submissions").read_text() == "x\n"

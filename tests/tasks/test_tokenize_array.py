@@ -20,7 +20,7 @@ from neox_core.data.part_files import PartPaths
 from neox_core.data.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import DataError, LaunchError
-from tasks import slurm, tokenize_array
+from tasks import slurm, tokenize_array, tokenize_record
 from tasks.tokenize import prepare_data
 from tasks.tokenize_array import made_in_jobs
 from tests.tasks.test_tokenize import MODEL, contents, small, small_input
@@ -68,7 +68,7 @@ class Cluster:
         self.questions.append(tasks)
         if self.silent:
             self.silent -= 1
-            raise LaunchError("squeue does not answer: Socket timed out")
+            raise slurm.NoAnswer("squeue does not answer: Socket timed out")
         return {task: self.states[task] for task in tasks}
 
     def run(self, *ids: str) -> None:
@@ -110,12 +110,15 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster(tmp_path / "out" / ".parts" / "jobs")
     made.home.mkdir(parents=True)
     monkeypatch.setattr(tokenize_array, "_executor", lambda home, jobs, name: _Executor(made, name))
-    monkeypatch.setattr(tokenize_array.submitit, "SlurmJob", made.job)
+    monkeypatch.setattr(tokenize_record.submitit, "SlurmJob", made.job)
     monkeypatch.setattr(slurm, "task_states", made.task_states)
     monkeypatch.setattr(slurm, "find_by_name", made.names.get)
-    monkeypatch.setattr(slurm, "cancel", made.cancelled.append)
+    monkeypatch.setattr(slurm, "cancel", lambda *jobs: made.cancelled.extend(jobs))
     for name in ("_POLL_SECONDS", "_ASK_SECONDS", "_SHARED_DISK_SECONDS"):
         monkeypatch.setattr(tokenize_array, name, 0.0)
+    for name in ("_SILENCE_SECONDS", "_MEANWHILE_SECONDS"):
+        monkeypatch.setattr(slurm, name, 0.0)
+    monkeypatch.setattr(slurm, "_UNANSWERED", 10)
     return made
 
 
@@ -173,7 +176,7 @@ def test_parts_that_were_just_made_are_not_read_again(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[object] = []
-    monkeypatch.setattr(tokenize_array, "find_part", lambda *arguments: looked.append(arguments))
+    monkeypatch.setattr(tokenize_record, "find_part", lambda *arguments: looked.append(arguments))
     cluster.on_submit = lambda ids: cluster.run(*ids)
     assert len(list(make(files(tmp_path), tmp_path))) == 3
     assert looked == []
@@ -226,7 +229,7 @@ def test_one_question_per_poll_and_silence_is_borne_for_a_while(
     next(calls)
     cluster.questions.clear()
     cluster.silent = 10
-    with pytest.raises(LaunchError, match=r"Socket timed out \(asked 10 times; the tasks go on"):
+    with pytest.raises(LaunchError, match=r"Socket timed out \(asked 10 times; what runs in SLURM goes on"):
         next(calls)
     assert cluster.questions == [["1_1", "1_2"]] * 10
     assert caplog.text.count("Socket timed out") == 9
@@ -257,33 +260,32 @@ def test_an_array_whose_submitter_was_killed_is_found(cluster: Cluster, tmp_path
     cluster.run(*[task for task in list(cluster.tasks) if task != "1_2"][:1])
     assert len(list(make(inputs, tmp_path))) == count
     assert list(cluster.tasks) == (["1"] if count == 1 else ["1_0", "1_1", "1_2", "2"])
+    assert cluster.cancelled == ([] if count == 1 else ["1_2"])
 
 
-def test_what_is_asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    programs = {
-        "squeue": 'echo "12_0 RUNNING"; echo "12_1 PENDING"; echo "34 COMPLETED"',
-        "sacct": 'echo "JobID|State|NodeList"; echo "12_[4-5]|CANCELLED by 0|n"; echo "12_2|TIMEOUT|n"',
-    }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/{name}.args\n{text}\n')
-        (tmp_path / name).chmod(0o755)
-    assert slurm.task_states(["12_0", "12_1", "12_2", "12_3", "12_5", "34"]) == {
-        "12_0": "running", "12_1": "pending", "12_2": "failed", "12_3": "unknown", "12_5": "cancelled",
-        "34": "completed",
-    }  # fmt: skip
-    assert (tmp_path / "squeue.args").read_text() == "--noheader --array --states=all --jobs=12,34 --format=%i %T\n"
-    assert len((tmp_path / "sacct.args").read_text().splitlines()) == 1
-    assert slurm.task_states([]) == {}
-    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *--name=x*--format=%F) printf "12\\n12\\n";; esac\n')
-    assert slurm.find_by_name("x") == "12"  # the array's; %A would be the id of one of its tasks
-    for reason, answers in (("Invalid job id specified", True), ("Socket timed out", False)):
-        (tmp_path / "squeue").write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {reason}' >&2; exit 1\n")
-        if answers:
-            assert slurm.task_states(["12_2"]) == {"12_2": "failed"}
-        else:
-            with pytest.raises(LaunchError, match=r"squeue does not answer about jobs 12: .*Socket timed out"):
-                slurm.task_states(["12_2"])
+def test_an_array_that_sbatch_gave_no_answer_about_is_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM has taken the first all the same; its tasks have no pickles."""
+
+    def be_silent_once(ids: list[str]) -> None:
+        cluster.on_submit = lambda ids: cluster.run(*ids)
+        for task in ids:
+            cluster.job(cluster.home, task).paths.submitted_pickle.unlink()
+        raise RuntimeError("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+
+    cluster.on_submit = be_silent_once
+    assert len(list(make(files(tmp_path), tmp_path))) == 3
+    assert list(cluster.tasks) == ["1_0", "1_1", "1_2", "2_0", "2_1", "2_2"]
+    assert cluster.cancelled == ["1_0", "1_1", "1_2"]
+    assert len(cluster.names) == 2  # so that the second is found by its name, not the first
+    assert json.loads((cluster.home / "array.json").read_text())["jobs"] == ["2_0", "2_1", "2_2"]
+
+    def refuse(ids: list[str]) -> None:
+        raise RuntimeError("sbatch: error: invalid partition: big")
+
+    cluster.on_submit = refuse
+    (tmp_path / "others").mkdir()
+    with pytest.raises(LaunchError, match=r"the array of tokenization jobs cannot be submitted: .*invalid partition"):
+        list(make(files(tmp_path / "others"), tmp_path))
 
 
 @pytest.mark.slow
