@@ -39,7 +39,7 @@ def prepare(config: RunConfig, progress: Progress) -> StageResult:
         def build(folder: Path) -> Mapping[str, Any]:
             parts = claim(config.workdir, PARTS_CLAIM, "the parts of this workdir", progress)
             until_published.enter_context(parts)
-            return prepare_data(config, folder, progress, config.workdir)
+            return prepare_data(config, folder, config.workdir, progress)
 
         result = run_stage(prepare_spec(config), build, progress)
         if not result.skipped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +15,7 @@ from neox_core.data.assemble import write_overlap as write_overlaps
 from neox_core.data.assemble import write_rejected as write_rejections
 from neox_core.data.dataset import token_prefix
 from neox_core.data.overlap import load_items, set_names
-from neox_core.data.part_files import PARTS, PartPaths
+from neox_core.data.part_files import PartPaths
 from neox_core.data.part_settings import PartSettings
 from neox_core.data.readers import SPLITS, InputFile, source_files
 from neox_core.data.readers.inputs import content_digest
@@ -74,9 +73,7 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
     ]
 
 
-def prepare_data(
-    config: RunConfig, folder: Path, progress: Progress = silent, parts_in: Path | None = None
-) -> dict[str, Any]:
+def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Progress = silent) -> dict[str, Any]:
     """Tokenize all sources into `<folder>/<source>/<split>.bin/.idx`.
 
     Parts that an earlier call left under `<parts_in>/.parts/` are used if they are of the same text, tokenizer and
@@ -85,8 +82,7 @@ def prepare_data(
     with the evaluation sets in `<folder>/overlap.json`.
 
     Args:
-        parts_in: the caller's, to keep the parts there until the files are safe; by default they are in `folder`, and
-            removed when they are merged.
+        parts_in: folder of the parts; the caller removes them when the files are safe.
 
     Returns:
         "sources": per source and split documents, bytes (UTF-8 of the text), tokens, documents_in, rejected, duplicates
@@ -99,7 +95,7 @@ def prepare_data(
         ConfigError: the tokenizer's model is missing or does not fit the model.
         LaunchError, StorageError: a job failed, or the object store did.
     """
-    parts = _make_parts(checked_inputs(config), config, parts_in or folder, progress)
+    parts = _make_parts(checked_inputs(config), config, parts_in, progress)
     write_rejections(parts, folder)
     plans = _plan(parts, config)
     counts: dict[str, dict[str, Mapping[str, int]]] = {}
@@ -110,7 +106,6 @@ def prepare_data(
         progress(0.95 + 0.05 * done / len(plans), f"merging {source}/{split}")
         merge_split(plan, token_prefix(folder, source, split), _workers(config))
     check_unchanged(parts)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
     for leftover in folder.glob("*/.*.tmp"):  # of merges that were killed
         leftover.unlink()
     progress(1.0, f"{len(parts)} files done")

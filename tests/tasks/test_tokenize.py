@@ -28,7 +28,7 @@ from neox_core.config import RunConfig, load_config
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.ledger import run_ledger
 from neox_core.data.part import make_part
-from neox_core.data.part_files import PartPaths
+from neox_core.data.part_files import PARTS, PartPaths
 from neox_core.data.part_settings import Done, PartSettings, TokenizerSettings
 from neox_core.data.readers import InputFile
 from neox_core.errors import ConfigError, DataError
@@ -70,13 +70,15 @@ def documents_of(prefix: Path) -> list[list[int]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Without the parts."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path.read_bytes() for name, path in files.items() if PARTS not in name.parts}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("prepared")
-    return folder, prepare_data(toy(), folder)
+    return folder, prepare_data(toy(), folder, folder)
 
 
 def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> None:
@@ -111,7 +113,7 @@ def test_ledger_of_the_run(prepared: tuple[Path, dict[str, Any]]) -> None:
 
 def test_two_workers_give_the_same_bits_and_progress(prepared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     seen: list[tuple[float, str]] = []
-    ledger = prepare_data(toy(workers=2), tmp_path, lambda share, text: seen.append((share, text)))
+    ledger = prepare_data(toy(workers=2), tmp_path, tmp_path, lambda share, text: seen.append((share, text)))
     assert ledger == prepared[1]
     assert contents(tmp_path) == contents(prepared[0])
     assert seen[0] == (0.0, "0 of 7 files")
@@ -157,7 +159,7 @@ FILES = {f"a/{split}/0.jsonl": WORDS for split in ("train", "validation", "test"
 
 def test_killed_call_resumes_with_the_missing_parts(tmp_path: Path) -> None:
     config = small(small_input(tmp_path / "in", FILES))
-    prepare_data(config, tmp_path / "whole")
+    prepare_data(config, tmp_path / "whole", tmp_path / "whole")
     # As a kill leaves it: one part whole, one without its record, a temporary file.
     _, done = part_of(config, 0, tmp_path / "out")
     _, half = part_of(config, 1, tmp_path / "out")
@@ -168,7 +170,7 @@ def test_killed_call_resumes_with_the_missing_parts(tmp_path: Path) -> None:
     kept = done.documents.stat().st_ino
     part_of(config, 0, tmp_path / "out")
     assert done.documents.stat().st_ino == kept
-    prepare_data(config, tmp_path / "out")
+    prepare_data(config, tmp_path / "out", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -213,12 +215,11 @@ def test_too_many_bad_records_are_named_and_finished_parts_are_kept(tmp_path: Pa
     with pytest.raises(
         DataError, match=r"'a': 1 of 7 records are bad.*a/validation/0\.jsonl, line 2: it has no \"text\""
     ):
-        prepare_data(config, tmp_path / "out")
+        prepare_data(config, tmp_path / "out", tmp_path / "out")
     listed = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
     assert (listed["file"], listed["line"]) == ("a/validation/0.jsonl", 2)
     bad.write_text('{"text": "' + "fine " * 300 + '"}\n')
-    prepare_data(config, tmp_path / "out")
-    assert not (tmp_path / "out" / ".parts").exists()
+    prepare_data(config, tmp_path / "out", tmp_path / "out")
     assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
@@ -234,7 +235,10 @@ def test_too_many_epochs_fail_when_the_artifact_is_there(tmp_path: Path) -> None
 def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
     config = toy()
     config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2000})})
-    for call in (lambda: prepare_data(config, tmp_path), lambda: input_digests(config, DigestCache(tmp_path / "c"))):
+    for call in (
+        lambda: prepare_data(config, tmp_path, tmp_path),
+        lambda: input_digests(config, DigestCache(tmp_path / "c")),
+    ):
         with pytest.raises(ConfigError, match=r"has 2048 pieces, more than model\.vocab_size 2000"):
             call()
 
@@ -254,14 +258,14 @@ def test_missing_input_is_found_before_any_work(tmp_path: Path) -> None:
     folder = small_input(tmp_path / "in", FILES)
     shutil.rmtree(folder / "b")
     for call in (
-        lambda: prepare_data(small(folder), tmp_path / "out"),
+        lambda: prepare_data(small(folder), tmp_path / "out", tmp_path / "out"),
         lambda: input_digests(small(folder), DigestCache(tmp_path / "cache.json")),
     ):
         with pytest.raises(DataError, match="source 'b' has no train text"):
             call()
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=r"data\.input .*nowhere is not a folder"):
-        prepare_data(small(tmp_path / "nowhere"), tmp_path / "out")
+        prepare_data(small(tmp_path / "nowhere"), tmp_path / "out", tmp_path / "out")
 
 
 PARENT = """
@@ -302,7 +306,7 @@ def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers
     folder = small_input(tmp_path / "in", FILES | {f"a/train/{n:03d}.jsonl": ["some words " * 50] for n in range(40)})
     (folder / "a/train/005.jsonl").write_bytes(b"\xff\xfe" + b"x" * 9000)  # the largest file, so the first
     with pytest.raises(DataError, match=r"005\.jsonl is damaged \(its text is UTF-16"):
-        prepare_data(small(folder, workers=workers), tmp_path / "out")
+        prepare_data(small(folder, workers=workers), tmp_path / "out", tmp_path / "out")
 
 
 def test_killed_workers_are_told(tmp_path: Path) -> None:
@@ -400,6 +404,7 @@ def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
             skip_damaged_files=True,
         ),
         tmp_path / "out",
+        tmp_path / "parts",
     )
     reference = sentencepiece.SentencePieceProcessor(model_file="data/tokenizers/demo-2048.model")
     kept = {("a", "train"): WORDS, ("b", "train"): ["x", "y"], ("a", "validation"): WORDS}
@@ -432,7 +437,7 @@ def test_evaluation_sets_of_one_file_name_are_two(tmp_path: Path) -> None:
     config = small(
         small_input(tmp_path / "in", FILES | {"a/train/2.jsonl": texts}), evaluation_sets=sets, overlap_words=5
     )
-    assert prepare_data(config, tmp_path / "out")["overlap"]["a"] == {"items": 2, "documents": 2}
+    assert prepare_data(config, tmp_path / "out", tmp_path / "out")["overlap"]["a"] == {"items": 2, "documents": 2}
     overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert overlap["items"] == 2
     assert [hit["set"] for hit in overlap["sources"]["a"]["hits"]] == ["gsm8k/test.jsonl", "mmlu/test.jsonl"]
@@ -442,7 +447,7 @@ def test_begin_of_document(tmp_path: Path) -> None:
     """SentencePiece's own <s> and </s> around every document of every split."""
     config = toy()
     tokenizer = config.tokenizer.model_copy(update={"begin_of_document": True})
-    prepare_data(config.model_copy(update={"tokenizer": tokenizer}), tmp_path)
+    prepare_data(config.model_copy(update={"tokenizer": tokenizer}), tmp_path, tmp_path)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL), add_bos=True, add_eos=True)
     for source, split in (("arxiv", "train"), ("open-web-math", "train"), ("open-web-math", "validation")):
         made, texts = documents_of(tmp_path / source / split), texts_of(INPUT / source / split)

@@ -297,8 +297,10 @@ def test_slurm_gives_the_same_bits(tmp_path: Path) -> None:
     config = small(small_input(folder, {"b/train/0.jsonl": ["x"], "a/test/0.jsonl": ["y"]}))
     jobs = TokenizeJobConfig(parallelism=2, memory_gb=1)
     in_jobs = config.model_copy(update={"data": config.data.model_copy(update={"slurm": jobs})})
-    assert prepare_data(in_jobs, tmp_path / "jobs") == prepare_data(config, tmp_path / "here")
+    assert prepare_data(in_jobs, tmp_path / "jobs", tmp_path / "jobs") == prepare_data(
+        config, tmp_path / "here", tmp_path / "here"
+    )
     assert contents(tmp_path / "jobs") == contents(tmp_path / "here")
     (folder / "a/train/1.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"a/train/1\.jsonl is damaged \(its text is UTF-16"):
-        prepare_data(in_jobs, tmp_path / "bad")
+        prepare_data(in_jobs, tmp_path / "bad", tmp_path / "bad")
