@@ -48,8 +48,8 @@ def made_in_processes(
     order = Order(tuple(files), settings, folder, min(workers, len(files)))
     made = 0
     with _foreman() as connection:
-        connection.send(order)
         try:
+            connection.send(order)
             while True:
                 answer = connection.recv()
                 if isinstance(answer, Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,9 @@ from tasks import slurm
 _log = logging.getLogger(__name__)
 
 _RECORD = "array.json"
+_ENDING_SECONDS = 120.0
+"""For cancelled tasks: SLURM kills what has not ended half a minute after its signal, by default."""
+_POLL_SECONDS = 1.0
 
 Group = tuple[InputFile, ...]
 """One task's files."""
@@ -58,7 +62,7 @@ def home_of(folder: Path) -> Path:
 def key_of(groups: Sequence[Group], settings: PartSettings) -> str:
     """What tasks are given: another run's, or this one's of before a correction, lie in the same folder."""
     files = [[(file.logical_name, file.location, file.size, _version(file)) for file in group] for group in groups]
-    content = json.dumps([files, settings.logical(), settings.skip_damaged_files])
+    content = json.dumps([files, settings.logical(), settings.skip_damaged_files, settings.tokenizer.engine])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -80,12 +84,12 @@ def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[
     states = slurm.task_states(unfinished)
     at_work = {task for task, state in states.items() if state in slurm.AT_WORK}
     if noted_key != key:
-        _cancel({slurm.array_of(task) for task in at_work})
+        _cancel({slurm.array_of(task) for task in at_work}, at_work)
         return {}
     # Of a call that was killed between sbatch and submitit's laying down the task's pickle, or that sbatch gave no
     # answer: such a task would look for it for a minute, in another's place, and fail.
     idle = {job.job_id for job in jobs if job and job.job_id in at_work and not job.paths.submitted_pickle.exists()}
-    _cancel(idle)
+    _cancel(idle, idle)
 
     def is_good(job: Any, group: Group) -> bool:
         if job and not Path(job.paths.result_pickle).exists():
@@ -99,9 +103,18 @@ def attach(home: Path, groups: Sequence[Group], key: str, folder: Path) -> dict[
     return kept
 
 
-def _cancel(jobs: Collection[str]) -> None:
-    if jobs:
-        slurm.cancel(*sorted(jobs))
+def _cancel(jobs: Collection[str], tasks: Collection[str]) -> None:
+    """Cancel jobs or tasks, and wait until these tasks have ended: one that is still at work could put its files into
+    another's place."""
+    if not jobs:
+        return
+    slurm.cancel(*sorted(jobs))
+    begun = time.monotonic()
+    while set(slurm.AT_WORK) & set(slurm.task_states(tasks).values()):
+        if time.monotonic() - begun > _ENDING_SECONDS:
+            _log.warning("cancelled tasks of %s have not ended after %.0f s", ", ".join(sorted(jobs)), _ENDING_SECONDS)
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _noted(home: Path) -> tuple[str, list[str | None]]:

@@ -127,7 +127,7 @@ def _ancestors(config: RunConfig) -> tuple[Ancestor, ...]:
 
 def lineage_checkpoints(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
     """By step, the key below which a complete checkpoint lies, and its manifest: this training's, and those of the
-    trainings that it was before changes of weights."""
+    trainings that begin like it."""
     store, prefix, manifests = checkpoints(config)
     found = {
         manifest.step: (training_prefix(ancestor.fingerprint), manifest)

@@ -12,7 +12,7 @@ most of the documents there are others'; which run meets which is another in eac
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count
@@ -136,8 +136,9 @@ class _Epoch:
 
         The share of the bytes tells where to look next, unless documents are so uneven that it does not help.
         """
-        after = bisect_right(self._begins, (place, self._cut.blocks))
-        (below, low), (above, high) = self._begins[after - 1], self._begins[after]
+        begins = self._begins  # another thread may put a longer list there meanwhile
+        after = bisect_right(begins, (place, self._cut.blocks))
+        (below, low), (above, high) = begins[after - 1], begins[after]
         for look in count():
             if not (low < high and below <= place < above):
                 break
@@ -149,8 +150,8 @@ class _Epoch:
             elif place >= block.end:
                 low, below = number + 1, block.end
             else:
-                if look and len(self._begins) < _BEGINS_KEPT:
-                    insort(self._begins, (block.begin, number))
+                if number > begins[after - 1][1] and len(begins) < _BEGINS_KEPT:
+                    self._begins = [*begins[:after], (block.begin, number), *begins[after:]]
                 return number, block
         raise self._cut.damaged()
 

@@ -61,12 +61,8 @@ class DocumentRuns:
             DataError: the documents do not follow one another.
         """
         width = self.longest + 1
-        # The run at the end of the file may be a shorter one.
-        counts = [min(width, self._documents + 1 - first) for first in firsts]
-        sequences = self._read(self._documents_at, list(zip(firsts, counts, strict=True)))
-        if counts[-1] < width:
-            sequences = np.append(sequences, self._sequences)
-        sequences = sequences.reshape(len(runs), width)
+        # The run at the end of the file is one of the longest.
+        sequences = self._read(self._documents_at, [(first, width) for first in firsts]).reshape(len(runs), width)
         if self._documents % self._runs:
             short = [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
             sequences = sequences.copy()

@@ -12,9 +12,10 @@ from neox_core.artifact import write_atomically
 from neox_core.data.overlap import EvaluationItems, load_items
 from neox_core.data.part_files import PARTS, PartPaths, PartWriter
 from neox_core.data.part_settings import Done, PartRecord, PartSettings, TokenizerSettings
-from neox_core.data.readers import DamagedFileError, InputFile, open_input, read_records
+from neox_core.data.readers import DamagedFileError, InputFile, WrongColumnError, open_input, read_records
 from neox_core.data.readers.inputs import content_digest
 from neox_core.data.tokenizer import Tokenizer
+from neox_core.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,17 +30,28 @@ def make_part(
         tell: called now and then with what is done of the file, and with all of it at last; never if the part is found.
 
     Raises:
-        DataError: the file is damaged (and is not to be skipped), or an id is not SentencePiece's.
+        DataError: the file is damaged (and is not to be skipped) or cannot be read, or an id is not SentencePiece's.
         ConfigError, StorageError: the tokenizer, an evaluation set or an object cannot be read.
     """
+    try:
+        return _found_or_made(file, settings, folder, tell)
+    except OSError as error:
+        raise DataError(f"{file.location} cannot be made a part of: {error}: look at the disks and run again") from error
+
+
+def _found_or_made(
+    file: InputFile, settings: PartSettings, folder: Path, tell: Callable[[Done], None]
+) -> PartRecord:
     paths = PartPaths.of(file, folder)
     made_from = {"text": content_digest(file), **settings.logical()}
     found = find_part(paths, made_from)
-    if found and (settings.skip_damaged_files or not found.damaged):
+    if found and (settings.skip_damaged_files or not found.damaged) and _is_of_engine(found, settings):
         return found
     tokenizer, damaged = _tokenizer(settings.tokenizer, made_from["tokenizer"]), ""
     try:
         writer = _written(file, settings, paths, tokenizer, folder / PARTS, tell)
+    except WrongColumnError as error:
+        raise WrongColumnError(file.location, error.reason) from None
     except DamagedFileError as error:
         if not settings.skip_damaged_files:
             raise DamagedFileError(file.location, error.reason) from None
@@ -60,6 +72,11 @@ def make_part(
     write_atomically(paths.record, json.dumps(asdict(record)))
     tell(Done(file.size, record.bytes, record.tokens))
     return record
+
+
+def _is_of_engine(found: PartRecord, settings: PartSettings) -> bool:
+    """Engines give the same ids; who demands SentencePiece's has seen that they did not."""
+    return settings.tokenizer.engine == "auto" or found.engine.startswith(settings.tokenizer.engine)
 
 
 def _written(

@@ -309,6 +309,14 @@ def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers
         prepare_data(small(folder, workers=workers), tmp_path / "out", tmp_path / "out")
 
 
+def test_a_foreman_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_input(tmp_path / "in", {"a.jsonl": ["text"]})
+    file = InputFile("a", "train", "a.jsonl", str(folder / "a.jsonl"), 9)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match=r"a tokenizer process was killed.*lower data.workers \(1\)"):
+        list(made_in_processes([file] * 5000, PartSettings(TokenizerSettings(MODEL), None), tmp_path / "out", 1))
+
+
 def test_killed_workers_are_told(tmp_path: Path) -> None:
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)

@@ -36,6 +36,7 @@ class Cluster:
         self.tasks: dict[str, Callable[[], Any]] = {}
         self.states: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.ending: dict[str, int] = {}
         self.names: dict[str, str] = {}
         self.questions: list[list[str]] = []
         self.silent = 0
@@ -69,7 +70,16 @@ class Cluster:
         if self.silent:
             self.silent -= 1
             raise slurm.NoAnswer("squeue does not answer: Socket timed out")
+        for task in [task for task in tasks if task in self.ending]:
+            self.ending[task] -= 1
+            self.states[task] = "running" if self.ending[task] else "cancelled"
         return {task: self.states[task] for task in tasks}
+
+    def cancel(self, *jobs: str) -> None:
+        """Tasks end a while after their cancelling."""
+        self.cancelled.extend(jobs)
+        ending = [task for task in self.states if task in jobs or task.partition("_")[0] in jobs]
+        self.ending = dict.fromkeys(ending, 2)
 
     def run(self, *ids: str) -> None:
         for job_id in ids:
@@ -113,7 +123,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(tokenize_record.submitit, "SlurmJob", made.job)
     monkeypatch.setattr(slurm, "task_states", made.task_states)
     monkeypatch.setattr(slurm, "find_by_name", made.names.get)
-    monkeypatch.setattr(slurm, "cancel", lambda *jobs: made.cancelled.extend(jobs))
+    monkeypatch.setattr(slurm, "cancel", made.cancel)
+    monkeypatch.setattr(tokenize_record, "_POLL_SECONDS", 0.0)
     for name in ("_POLL_SECONDS", "_ASK_SECONDS", "_SHARED_DISK_SECONDS"):
         monkeypatch.setattr(tokenize_array, name, 0.0)
     for name in ("_SILENCE_SECONDS", "_MEANWHILE_SECONDS"):
@@ -185,7 +196,12 @@ def test_parts_that_were_just_made_are_not_read_again(
 def test_tasks_for_other_files_are_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     cluster.submit([list, list])
     (cluster.home / "array.json").write_text(json.dumps({"groups": "other", "jobs": ["1_0", "1_1"]}))
-    cluster.on_submit = lambda ids: cluster.run(*ids)
+
+    def run(ids: list[str]) -> None:
+        assert (cluster.states["1_0"], cluster.states["1_1"]) == ("cancelled", "cancelled"), "they have ended before"
+        cluster.run(*ids)
+
+    cluster.on_submit = run
     assert len(list(make(files(tmp_path), tmp_path))) == 3
     assert cluster.cancelled == ["1"]
 

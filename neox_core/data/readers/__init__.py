@@ -2,7 +2,7 @@
 
 from neox_core.data.readers.documents import documents, read_records
 from neox_core.data.readers.inputs import SPLITS, SUFFIXES, InputFile, open_input, source_files
-from neox_core.data.readers.record import DamagedFileError, Document, Rejection
+from neox_core.data.readers.record import DamagedFileError, Document, Rejection, WrongColumnError
 
 __all__ = [
     "SPLITS",
@@ -11,6 +11,7 @@ __all__ = [
     "Document",
     "InputFile",
     "Rejection",
+    "WrongColumnError",
     "documents",
     "open_input",
     "read_records",

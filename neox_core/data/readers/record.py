@@ -35,16 +35,30 @@ class Rejection(NamedTuple):
     reason: str
 
 
-class DamagedFileError(DataError):
-    """A file that cannot be read to its end."""
+class _FileError(DataError):
+    """An error of a file, whose reason may be told again of the place that the file was fetched from."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}): fetch it again, or set data.skip_damaged_files")
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions that cross processes are rebuilt from their message alone otherwise.
-        return _rebuilt, (str(self), self.reason)
+        return _rebuilt, (type(self), str(self), self.reason)
+
+
+class DamagedFileError(_FileError):
+    """A file that cannot be read to its end."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}): fetch it again, or set data.skip_damaged_files", reason)
+
+
+class WrongColumnError(_FileError):
+    """A file whose texts are not in the column that was named."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path} {reason}: correct data.text_key", reason)
 
 
 def parse_record(line: bytes, number: int, key: str) -> Document | Rejection:
@@ -85,8 +99,7 @@ def _named(record: dict[str, Any]) -> str:
     return ", ".join(map(repr, record)) or "nothing"
 
 
-def _rebuilt(message: str, reason: str) -> DamagedFileError:
-    error = DamagedFileError.__new__(DamagedFileError)
-    DataError.__init__(error, message)
-    error.reason = reason
+def _rebuilt(kind: type[_FileError], message: str, reason: str) -> _FileError:
+    error = kind.__new__(kind)
+    _FileError.__init__(error, message, reason)
     return error

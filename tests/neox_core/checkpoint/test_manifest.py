@@ -120,9 +120,11 @@ def test_download_brings_only_what_is_wanted_and_missing(
     fetched: list[str] = []
     get_file = ObjectStore.get_file
     monkeypatch.setattr(
-        ObjectStore, "get_file", lambda self, key, path: (fetched.append(key), get_file(self, key, path))[1]
+        ObjectStore, "get_file", lambda self, key, *others: (fetched.append(key), get_file(self, key, *others))[1]
     )
-    download_checkpoint(store, "run", manifest, tmp_path, lambda path: True)
+    alive: list[int] = []
+    download_checkpoint(store, "run", manifest, tmp_path, lambda path: True, lambda: alive.append(1))
+    assert alive
     assert {path: (folder / path).read_bytes() for path in CONTENTS} == CONTENTS
     assert sorted(fetched) == ["run/global_step5/empty", "run/global_step5/rng/rank_0.bin"]
 

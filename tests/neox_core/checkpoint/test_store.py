@@ -150,7 +150,7 @@ def test_a_damaged_download_leaves_the_old_file(
     path.write_text("old")
     store.put_text("key", "new")
 
-    def torn(bucket: str, key: str, file: object, Config: object) -> None:
+    def torn(bucket: str, key: str, file: object, Config: object, Callback: object) -> None:
         file.write(b"ne")  # type: ignore[attr-defined]
         raise ConnectionResetError("connection reset by peer")
 

@@ -190,6 +190,20 @@ def test_other_models_are_sentencepieces(tmp_path: Path) -> None:
         assert tokenizer.encode(text).tolist() == reference.encode(text)
 
 
+@pytest.mark.parametrize("piece", ["ing", "\u2581the"])
+def test_a_model_with_unused_pieces_is_sentencepieces(tmp_path: Path, piece: str) -> None:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(DEMO.read_bytes())
+    (found,) = [entry for entry in proto.pieces if entry.piece == piece]
+    found.type = found.UNUSED
+    (tmp_path / "unused.model").write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(TokenizerConfig(model=tmp_path / "unused.model"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "unused.model"))
+    text = "the theorem of equations is interesting"
+    assert tokenizer.engine.startswith("sentencepiece ")
+    assert tokenizer.encode(text).tolist() == reference.encode(text)
+
+
 def test_one_wrong_id_is_found() -> None:
     tokenizer = Tokenizer(TokenizerConfig(model=DEMO))
     ids = tokenizer.encode_document("some text")
@@ -217,6 +231,7 @@ def test_memory_is_that_of_the_fork_which_encodes() -> None:
     """Workers are forks of the process that has loaded the engine."""
     engine = FastEngine(SentencePieceModel(DEMO.read_bytes()))
     before = engine._encode
+    engine._resident = 1 << 40  # of a parent that was far larger than its forks
     fork = os.fork()
     if fork == 0:
         engine._bound_memory(100 << 20)

@@ -14,7 +14,7 @@ from neox_core.data.indexed import IndexedDataset
 from neox_core.data.part import make_part
 from neox_core.data.part_files import PartPaths, load_table
 from neox_core.data.part_settings import Done, PartSettings, TokenizerSettings
-from neox_core.data.readers import DamagedFileError, InputFile
+from neox_core.data.readers import DamagedFileError, InputFile, WrongColumnError
 from neox_core.data.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
@@ -104,6 +104,29 @@ def test_told_how_far_a_part_is_but_not_of_one_that_is_found(tmp_path: Path) -> 
     told.clear()
     assert make_part(file, settings(), tmp_path, told.append) == made
     assert told == []
+
+
+def test_who_demands_sentencepiece_gets_no_part_of_another_engine(tmp_path: Path) -> None:
+    file = input_file(tmp_path / "x.jsonl", [record("some text")])
+    assert make_part(file, settings(), tmp_path).engine.startswith("gigatoken")
+    demanded = settings(tokenizer=TokenizerSettings(MODEL, engine="sentencepiece"))
+    assert make_part(file, demanded, tmp_path).engine.startswith("sentencepiece")
+    assert make_part(file, settings(), tmp_path).engine.startswith("sentencepiece")  # the same ids
+
+
+def test_errors_of_files_name_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = input_file(tmp_path / "x.jsonl", [record("some text")])
+    (tmp_path / "x.jsonl").unlink()
+    with pytest.raises(DataError, match=r"x\.jsonl cannot be made a part of: .*No such file.*run again"):
+        make_part(file, settings(), tmp_path)
+    file = input_file(tmp_path / "x.jsonl", [record("some text")])
+
+    def fetched(path: Path, *others: Any) -> Any:
+        raise WrongColumnError("/tmp/fetched/x.parquet", "has no column 'text', only body")
+
+    monkeypatch.setattr(part, "read_records", fetched)
+    with pytest.raises(DataError, match=rf"^{file.location} has no column 'text', only body: correct data.text_key"):
+        make_part(file, settings(), tmp_path)
 
 
 def test_one_wrong_id_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,18 +267,67 @@ def test_parquet_rows_are_bounded_and_of_texts(tmp_path: Path) -> None:
     assert isinstance(first, Document)
     assert second == Rejection(2, f"its text is longer than {MAX_LINE} bytes")
     assert isinstance(third, Rejection)
-    with pytest.raises(DataError, match=r"column 'number' of .*a\.parquet holds int64, not text"):
+    with pytest.raises(DataError, match=r"a\.parquet has a column 'number' that holds int64, not text"):
         list(read_records(tmp_path / "a.parquet", "number"))
 
 
+def test_no_damage_to_parquet_loses_rows_or_shows_a_traceback(tmp_path: Path) -> None:
+    """Each bit of the metadata in turn."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = pyarrow.table({"text": [f"text {number}" for number in range(200)]})
+    parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    whole = damaged = 0
+    for place in range(footer, len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            try:
+                records = list(read_records(write(tmp_path / "b.parquet", bytes(changed))))
+            except DataError:
+                damaged += 1
+            else:
+                assert len(records) == 200, (place, bit)
+                whole += 1
+    assert min(damaged, whole) > 100
+
+
+def test_changed_text_of_parquet_with_checksums(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = pyarrow.table({"text": ["some letters", "others"]})
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
+    parquet.write_table(table, tmp_path / "a.parquet", **options)
+    assert len(list(read_records(tmp_path / "a.parquet"))) == 2
+    content = (tmp_path / "a.parquet").read_bytes().replace(b"letters", b"litters")
+    with pytest.raises(DamagedFileError, match=r"b\.parquet is damaged"):
+        list(read_records(write(tmp_path / "b.parquet", content)))
+
+
 MEMORY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from neox_core.data.readers import read_records
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-records = [record.reason for record in read_records(Path(sys.argv[1]))]
-print(records, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+def peak():  # that of getrusage is at least the parent's
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+records = [getattr(record, "reason", "") for record in read_records(Path(sys.argv[1]))]
+print(records, (peak() - before) // 1024)
 """
+
+
+def test_memory_for_parquet_is_not_that_of_many_long_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    texts = ["some words " * 450_000 + str(number) for number in range(64)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=8)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "a.parquet")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    reasons, _, mebibytes = answer.strip().rpartition(" ")
+    assert reasons == str([""] * 64)
+    assert int(mebibytes) < 250  # 64 rows at a time took 770
 
 
 def test_decompression_bomb_takes_little_memory(tmp_path: Path) -> None:
