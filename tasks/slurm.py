@@ -101,7 +101,7 @@ class JobArray:
         Raises:
             NoAnswer: SLURM does not answer.
         """
-        return not set(AT_WORK) & set(task_states(self.tasks).values())
+        return not any_at_work(self.tasks)
 
     def cancel(self) -> None:
         """Cancel the whole array.
@@ -148,6 +148,15 @@ def task_states(tasks: Collection[str]) -> dict[str, SlurmState]:
     known = {row[0]: _meaning(row[1]) for row in rows if len(row) == 2}
     past = [task for task in tasks if task not in known]
     return {task: known[task] for task in tasks if task in known} | (_past_states(past) if past else {})
+
+
+def any_at_work(tasks: Collection[str]) -> bool:
+    """Whether any of these tasks has not ended.
+
+    Raises:
+        NoAnswer: SLURM does not answer.
+    """
+    return not set(AT_WORK).isdisjoint(task_states(tasks).values())
 
 
 def array_of(task: str) -> str:

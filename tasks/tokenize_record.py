@@ -110,7 +110,7 @@ def _cancel(jobs: Collection[str], tasks: Collection[str]) -> None:
         return
     slurm.cancel(*sorted(jobs))
     begun = time.monotonic()
-    while set(slurm.AT_WORK) & set(slurm.task_states(tasks).values()):
+    while slurm.any_at_work(tasks):
         if time.monotonic() - begun > _ENDING_SECONDS:
             _log.warning("cancelled tasks of %s have not ended after %.0f s", ", ".join(sorted(jobs)), _ENDING_SECONDS)
             return

@@ -150,7 +150,7 @@ class _Epoch:
             elif place >= block.end:
                 low, below = number + 1, block.end
             else:
-                if number > begins[after - 1][1] and len(begins) < _BEGINS_KEPT:
+                if look and number > begins[after - 1][1] and len(begins) < _BEGINS_KEPT:
                     self._begins = [*begins[:after], (block.begin, number), *begins[after:]]
                 return number, block
         raise self._cut.damaged()
