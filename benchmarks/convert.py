@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.export import export_meta
-from neox_core.checkpoint.layout import Form
-from neox_core.checkpoint.meta import meta_params, shard_name
-from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.proof import prove_conversion
-from neox_core.checkpoint.stream import StreamedTensor, write_torch
-from neox_core.checkpoint.weights import layouts_of
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.export import export_meta
+from neox_core.checkpoint.conversion.proof import prove_conversion
+from neox_core.checkpoint.formats.meta import meta_params, shard_name
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.checkpoint.formats.tensor_map import Form
+from neox_core.checkpoint.formats.weights import layouts_of
 from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.storage.tensor_writer import StreamedTensor, write_torch
 
 SHAPES = {"7b": (4096, 32, 32, 11008, 32016, 1, 2, 20), "34b": (8192, 64, 8, 22016, 32000, 4, 8, 6)}
 """Hidden size, heads, KV heads, MLP width, vocabulary, Meta's shards, tensor parallelism and layers to measure with, of

@@ -25,10 +25,10 @@ from benchmarks.train_step import _batches, _config, _options, _random_weights, 
 from neox_core.config import WandbConfig, batch_geometry
 from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import build_mesh, init_distributed
-from neox_core.train.engine import build_engine
-from neox_core.train.metrics import MetricsLog
-from neox_core.train.profiler import StepProfiler
-from neox_core.train.telemetry import Telemetry
+from neox_core.train.engine.deepspeed_engine import build_engine
+from neox_core.train.observe.metrics import MetricsLog
+from neox_core.train.observe.profiler import StepProfiler
+from neox_core.train.observe.telemetry import Telemetry
 
 _SOURCES = {f"source-{n}": 1.0 for n in range(5)}
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from neox_core.config import RunConfig, batch_geometry, load_config
-from neox_core.memory import parameter_count
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.mesh import build_mesh, init_distributed
-from neox_core.plan import flops_per_token
-from neox_core.train.engine import build_engine
-from neox_core.train.hardware import peak_flops
+from neox_core.planning.memory import parameter_count
+from neox_core.planning.plan import flops_per_token
+from neox_core.train.engine.deepspeed_engine import build_engine
+from neox_core.train.observe.hardware import peak_flops
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"7b": ("llemma_7b.yml", None), "34b-slice": ("llemma_34b.yml", 8), "tiny": ("toy.yml", 2)}

@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Will it fit, how long will it take, what is sent, is the batch still what it should be?"""
     from flows.plan_tables import memory_table, traffic_table
-    from neox_core.plan import plan as make_plan
+    from neox_core.planning.plan import plan as make_plan
     from neox_core.simulate import simulate as run_simulation
 
     loaded = load_config(config)
@@ -143,7 +143,7 @@ def inspect(
     config: Annotated[Path | None, typer.Option(help="Run's YAML file with the architecture, for NeoX.")] = None,
 ) -> None:
     """Layout, shapes, types, parameters, and where each tensor lives; reads no weights."""
-    from neox_core.checkpoint.inspect import inspect as describe
+    from neox_core.checkpoint.conversion.inspect import inspect as describe
 
     found = describe(folder, None if config is None else load_config(config).model)
     rows = [("layout", found.form), ("parameters", f"{found.parameters:,}")]
@@ -163,7 +163,7 @@ def import_neox_files(
     ] = None,
 ) -> None:
     """Translate GPT-NeoX YAML into our form. Every key is mapped, listed as without effect, or an error."""
-    from neox_core.config.neox_yaml import import_neox, to_yaml
+    from neox_core.config.neox.yaml_import import import_neox, to_yaml
 
     text = to_yaml(import_neox(files))
     if output is None:

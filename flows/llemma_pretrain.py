@@ -14,7 +14,7 @@ from flows.interruption import side_by_side
 from flows.prepare_data import prepare_data
 from flows.stage_flow import opened
 from flows.train import train
-from tasks.run_report import RunReport, write_run_report
+from tasks.report.run_report import RunReport, write_run_report
 
 
 @flow(name="llemma-pretrain", flow_run_name="llemma-pretrain {config}", on_cancellation=[cancel_jobs_of_run])

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 from rich.table import Table
 
-from neox_core.memory import Memory
-from neox_core.plan import Plan
+from neox_core.planning.memory import Memory
+from neox_core.planning.plan import Plan
 from neox_core.simulate import RankSimulation
 from neox_core.units import format_bytes
 

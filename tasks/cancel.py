@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
-from tasks.job import Job
+from tasks.jobs.job import Job
+from tasks.jobs.slurm import JobArray
 from tasks.prepare import PARTS_CLAIM
-from tasks.slurm import JobArray
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenize_record import job_arrays
+from tasks.tokenization.record import job_arrays
 from tasks.train import training_jobs
 
 _Find = Callable[[RunConfig], Sequence[Job | JobArray]]

@@ -19,11 +19,11 @@ from neox_core.artifact import (
     sha256_of,
     software,
 )
-from neox_core.checkpoint.folders import Folder, LocalFolder, file_versions, open_folder
-from neox_core.checkpoint.outputs import journal_records
-from neox_core.checkpoint.targets import LocalTarget, Target, open_target
+from neox_core.checkpoint.formats.outputs import journal_records
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.progress import Progress
+from neox_core.storage.folders import Folder, LocalFolder, file_versions, open_folder
+from neox_core.storage.targets import LocalTarget, Target, open_target
 
 ExportForm = Literal["huggingface", "meta"]
 _DIGESTS = ".digests.json"
@@ -40,8 +40,8 @@ def convert_folder(
     Raises:
         CheckpointError, ConfigError, StorageError: see `convert` and `prove_conversion`.
     """
-    from neox_core.checkpoint.convert import convert, open_source
-    from neox_core.checkpoint.proof import prove_conversion
+    from neox_core.checkpoint.conversion.convert import convert, open_source
+    from neox_core.checkpoint.conversion.proof import prove_conversion
 
     checkpoint = open_source(source)
     base = checkpoint.model
@@ -82,9 +82,9 @@ def export_folder(
     Raises:
         CheckpointError, ConfigError, StorageError: see `export_huggingface`, `export_meta` and `prove_export`.
     """
-    from neox_core.checkpoint.export import export_huggingface, export_meta, prove_export
-    from neox_core.checkpoint.inspect import recorded_model
-    from neox_core.checkpoint.neox import NeoxCheckpoint
+    from neox_core.checkpoint.conversion.export import export_huggingface, export_meta, prove_export
+    from neox_core.checkpoint.conversion.inspect import recorded_model
+    from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 
     opened = open_folder(source)
     known = model or recorded_model(opened)

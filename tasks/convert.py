@@ -21,12 +21,12 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
     """
 
     def build(folder: Path) -> Mapping[str, Any]:
-        from neox_core.checkpoint.convert import convert as convert_weights
-        from neox_core.checkpoint.folders import open_folder
-        from neox_core.checkpoint.outputs import journal_records
-        from neox_core.checkpoint.proof import prove_conversion
-        from neox_core.checkpoint.targets import open_target
-        from neox_core.checkpoint.vocabulary import check_tokenizer
+        from neox_core.checkpoint.conversion.convert import convert as convert_weights
+        from neox_core.checkpoint.conversion.proof import prove_conversion
+        from neox_core.checkpoint.conversion.vocabulary import check_tokenizer
+        from neox_core.checkpoint.formats.outputs import journal_records
+        from neox_core.storage.folders import open_folder
+        from neox_core.storage.targets import open_target
 
         base = config.base_model
         check_tokenizer(config.tokenizer.model, config.model)

@@ -16,8 +16,8 @@ from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.train.lineage import earlier_configs
-from tasks import slurm
-from tasks.launch import Job, find_job, find_jobs, submit_or_attach
+from tasks.jobs import slurm
+from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
 from tasks.train import FAILURE_FILE, lineage_checkpoints, scratch_folder
@@ -41,7 +41,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
     data, weights = require(prepare_spec(config)), require(convert_spec(config))
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results, patience = _inherited(config) | _load(folder), slurm.Patience()
+        results, retry_policy = _inherited(config) | _load(folder), slurm.RetryPolicy()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -57,7 +57,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
                         results[result["step"]] = result
                     _store(folder, results)
                 continue
-            if _training_failed(config, started, patience):
+            if _training_failed(config, started, retry_policy):
                 report()  # raises if it is an interruption of both that has ended training
                 raise LlemmaError(
                     f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
@@ -101,7 +101,7 @@ def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
     return results
 
 
-def _training_failed(config: RunConfig, since: float, patience: slurm.Patience) -> bool:
+def _training_failed(config: RunConfig, since: float, retry_policy: slurm.RetryPolicy) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
@@ -111,7 +111,7 @@ def _training_failed(config: RunConfig, since: float, patience: slurm.Patience) 
     if failure.is_file():
         return impatient or failure.stat().st_mtime > since
     job = find_job(config.workdir / "jobs", train_spec(config).fingerprint)
-    return job is not None and patience.ask(job.state) in ("failed", "cancelled") and impatient
+    return job is not None and retry_policy.ask(job.state) in ("failed", "cancelled") and impatient
 
 
 def _run_job(
@@ -125,7 +125,7 @@ def _run_job(
     key = _key_prefix(config) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = slurm.Patience().wait_for(
+    job = slurm.RetryPolicy().wait_for(
         lambda: submit_or_attach(
             config.launch,
             config.workdir / "jobs",
@@ -155,7 +155,7 @@ def evaluate_rank(
     scratch: Path,
 ) -> list[dict[str, Any]]:
     """What each rank of the job runs; torch is imported by the ranks alone, as in `train_rank`."""
-    from neox_core.evaluate import EvaluateJob, evaluate_checkpoints
+    from neox_core.evaluation.perplexity import EvaluateJob, evaluate_checkpoints
 
     return evaluate_checkpoints(config, EvaluateJob(data, weights, prefix, steps, counts, scratch))
 

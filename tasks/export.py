@@ -11,7 +11,7 @@ from typing import Any
 
 from neox_core.checkpoint.manifest import download_checkpoint
 from neox_core.config import RunConfig
-from neox_core.data.readers import Document, open_input, read_records, source_files
+from neox_core.data.tokenization.readers import Document, open_input, read_records, source_files
 from neox_core.progress import Progress
 from tasks.specs import export_spec, train_spec
 from tasks.stage import StageResult, digest_cache, require, run_stage
@@ -29,10 +29,10 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
     require(train_spec(config))
 
     def build(folder: Path) -> Mapping[str, Any]:
-        from neox_core.checkpoint.export import export_huggingface, prove_export
-        from neox_core.checkpoint.neox import NeoxCheckpoint
-        from neox_core.checkpoint.outputs import journal_records
-        from neox_core.checkpoint.targets import open_target
+        from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
+        from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+        from neox_core.checkpoint.formats.outputs import journal_records
+        from neox_core.storage.targets import open_target
 
         with _last_weights(config, progress) as weights:
             sizes = export_huggingface(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from infra.s3.service import EMBEDDED
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig, batch_geometry
-from tasks.launch import check_launch
+from neox_core.storage.object_store import ObjectStore
+from tasks.jobs.launch import check_launch
 from tasks.specs import convert_spec
-from tasks.tokenize import checked_inputs
+from tasks.tokenization.tokenize import checked_inputs
 
 
 def check_run(config: RunConfig) -> None:

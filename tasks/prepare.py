@@ -11,11 +11,11 @@ from typing import Any
 
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
-from neox_core.data.part_files import PARTS
+from neox_core.data.tokenization.part_files import PARTS
 from neox_core.progress import Progress
 from tasks.specs import prepare_spec
 from tasks.stage import StageResult, claim, run_stage
-from tasks.tokenize import prepare_data
+from tasks.tokenization.tokenize import prepare_data
 
 PARTS_CLAIM = "prepare-data-parts"
 """Of the parts in a workdir, for tasks.stage.claim."""

@@ -6,7 +6,7 @@ from neox_core.config import ModelConfig, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import training_inputs, training_logic
 from tasks.stage import StageSpec, digest_cache
-from tasks.tokenize import input_digests
+from tasks.tokenization.tokenize import input_digests
 
 _DATA_LOGICAL = ("text_key", "max_rejected", "skip_damaged_files", "deduplicate", "overlap_words", "decontaminate")
 
@@ -72,7 +72,7 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
                 f"base_model.path {folder} holds no params.json: give the folder of Meta's weights "
                 "(params.json and consolidated.NN.pth) or Hugging Face's (config.json and safetensors)"
             )
-        from neox_core.checkpoint.toy_base import make_random_base
+        from neox_core.checkpoint.conversion.toy_base import make_random_base
 
         make_random_base(_base_architecture(config), folder, config.base_model.random_seed)
     described = meta if meta.is_file() else huggingface
@@ -86,7 +86,7 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
 
 
 def _remote_digests(url: str, config: RunConfig) -> dict[str, str]:
-    from neox_core.checkpoint.folders import file_versions, open_folder
+    from neox_core.storage.folders import file_versions, open_folder
 
     folder = open_folder(url, config.storage)
     if not (versions := file_versions(folder)):

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train.lineage import Ancestor, ancestors
-from tasks import slurm
-from tasks.launch import Job, find_jobs, submit_or_attach
-from tasks.report import read_metrics
+from tasks.jobs import slurm
+from tasks.jobs.launch import Job, find_jobs, submit_or_attach
+from tasks.report.page import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
 
@@ -52,7 +52,7 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
     scratch = scratch_folder(config)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        job = slurm.Patience().wait_for(
+        job = slurm.RetryPolicy().wait_for(
             lambda: submit_or_attach(
                 config.launch,
                 config.workdir / "jobs",

@@ -11,8 +11,8 @@ import pytest
 
 if TYPE_CHECKING:  # the tests of tests/gpu run where these cannot be imported
     from infra.s3.server import S3Endpoint
-    from neox_core.checkpoint.store import ObjectStore
     from neox_core.config import StorageConfig
+    from neox_core.storage.object_store import ObjectStore
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +27,8 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint
 @pytest.fixture
 def storage_config(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> StorageConfig:
     """A prefix in a fresh bucket of the embedded server, with its keys in the environment."""
-    from neox_core.checkpoint.store import ObjectStore
     from neox_core.config import StorageConfig
+    from neox_core.storage.object_store import ObjectStore
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_endpoint.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_endpoint.secret_key)
@@ -40,7 +40,7 @@ def storage_config(s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def store(storage_config: StorageConfig) -> ObjectStore:
     """An object store in a fresh bucket of the embedded server."""
-    from neox_core.checkpoint.store import ObjectStore
+    from neox_core.storage.object_store import ObjectStore
 
     return ObjectStore(storage_config)
 

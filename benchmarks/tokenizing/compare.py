@@ -32,8 +32,8 @@ import sentencepiece
 import zstandard
 
 from neox_core.data.indexed import IndexedDataset
-from neox_core.data.part_settings import TokenizerSettings
-from neox_core.data.tokenizer import Tokenizer
+from neox_core.data.tokenization.part_settings import TokenizerSettings
+from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
 _MB = 1e6

@@ -4,8 +4,8 @@
 
 Parts by worker processes, a sample of each verified against SentencePiece, checksums, and the merge; as prepare-data
 does it, but for the configuration, the digests of inputs and results, and the artifact. This process is what
-prepare-data's foreman is (tasks/tokenize_foreman.py), which there is started beside the flow's; like him, it begins
-with the garbage collector off.
+prepare-data's fork server is (tasks/tokenization/fork_server.py), which there is started beside the flow's; as there,
+the garbage collector is off.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 def main() -> None:
     """Write PREFIX.bin and PREFIX.idx of the files' texts."""
     gc.disable()
-    from neox_core.data.merge import merge
-    from neox_core.data.part_files import PartPaths
-    from neox_core.data.part_settings import PartSettings, TokenizerSettings
-    from neox_core.data.readers import InputFile
-    from tasks.tokenize_foreman import made_in_forks
-    from tasks.tokenize_pool import Order
+    from neox_core.data.tokenization.merge import merge
+    from neox_core.data.tokenization.part_files import PartPaths
+    from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
+    from neox_core.data.tokenization.readers import InputFile
+    from tasks.tokenization.fork_server import made_in_forks
+    from tasks.tokenization.pool import Order
 
     model, workers, prefix, *paths = sys.argv[1:]
     folder = Path(prefix).parent

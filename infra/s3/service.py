@@ -9,8 +9,8 @@ from pathlib import Path
 
 from infra.s3.embedded import embedded_s3
 from infra.s3.server import REGION
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import StorageConfig
+from neox_core.storage.object_store import ObjectStore
 
 EMBEDDED = "embedded"
 

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neox_core.artifact import FileRecord, sha256_of
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.errors import CheckpointError
+from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

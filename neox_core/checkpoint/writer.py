@@ -24,8 +24,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

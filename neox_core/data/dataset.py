@@ -14,7 +14,7 @@ from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
 from neox_core.data.skipped import SkippedSequences
-from neox_core.data.weights import initial_weights, training_mixture
+from neox_core.data.mixture_weights import initial_weights, training_mixture
 from neox_core.errors import DataError
 
 PADDING_ID = -1

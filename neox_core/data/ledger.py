@@ -9,7 +9,7 @@ from typing import Any
 from neox_core.config import RunConfig, sequences_before
 from neox_core.data.dataset import consumption
 from neox_core.data.mixture import PERIOD, Mixture
-from neox_core.data.weights import training_mixture
+from neox_core.data.mixture_weights import training_mixture
 from neox_core.errors import DataError
 
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]

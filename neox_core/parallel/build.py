@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.residual import join_residuals
+from neox_core.parallel.activation_checkpointing import Recompute, apply_recompute
 from neox_core.parallel.mesh import Mesh
-from neox_core.parallel.recompute import Recompute, apply_recompute
 from neox_core.parallel.replicas import mark_shared_rows
 from neox_core.parallel.tensor_parallel import apply_tensor_parallel, gathered
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neox_core.model.elementwise import fused_on_cuda
 
-IGNORED = -1
+IGNORE_INDEX = -1
 """Target of a position that does not count."""
 
 
@@ -38,7 +38,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         log_normalizer = normalizer.log()
         ctx.save_for_backward(probabilities, local, foreign, targets_BT, log_normalizer + maximum)
         ctx.dtype, ctx.z_loss = logits_BTV.dtype, z_loss
-        return (log_normalizer - target_logit).masked_fill(targets_BT == IGNORED, 0)
+        return (log_normalizer - target_logit).masked_fill(targets_BT == IGNORE_INDEX, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient_BT: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -47,14 +47,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             probabilities = probabilities * (1 + 2 * ctx.z_loss * log_z).unsqueeze(-1)
         # d loss / d logit = probability - [logit is the target's]
         difference = probabilities.scatter_add(-1, local, -(~foreign).to(probabilities.dtype).unsqueeze(-1))
-        weight = gradient_BT.masked_fill(targets == IGNORED, 0).unsqueeze(-1)
+        weight = gradient_BT.masked_fill(targets == IGNORE_INDEX, 0).unsqueeze(-1)
         return (difference * weight).to(ctx.dtype), None, None, None, None
 
 
 def token_losses(
     logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int, z_loss: float = 0.0
 ) -> Tensor:
-    """-log p(target) of each position, in fp32 nats; 0 where the target is IGNORED.
+    """-log p(target) of each position, in fp32 nats; 0 where the target is IGNORE_INDEX.
 
     The gradient is that of -log p + z_loss (log Z)^2, Z being the sum that normalizes p (arXiv 2204.02311, section 5):
     it keeps Z near 1. The value stays the cross-entropy, which can be compared between runs.
@@ -76,11 +76,13 @@ def token_losses(
 @fused_on_cuda
 def _whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
     logits = logits_BTV.float().flatten(0, -2)
-    losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets_BT)
+    losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(
+        targets_BT
+    )
     if z_loss:
         largest = logits.detach().amax(-1)  # taken out, so that the gradient does not round the sum of large logits
         log_z = largest + (logits - largest.unsqueeze(-1)).logsumexp(-1)
-        squares = log_z.square().view_as(targets_BT).masked_fill(targets_BT == IGNORED, 0)
+        squares = log_z.square().view_as(targets_BT).masked_fill(targets_BT == IGNORE_INDEX, 0)
         losses = losses + z_loss * (squares - squares.detach())
     return losses
 
@@ -118,7 +120,7 @@ class ChunkedLoss:
     def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over the positions that count / all positions, in fp32 nats."""
         hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        self._counted.append((targets != IGNORED).sum())
+        self._counted.append((targets != IGNORE_INDEX).sum())
         self._positions += targets.numel()
         if self.on_token_losses is None:
             return self._mean(hidden, targets)

@@ -16,7 +16,7 @@ from torch import Tensor
 from neox_core.model import elementwise, llama, residual
 from neox_core.parallel import loss, weight_gradients
 from neox_core.simulate.recorder import Recorder
-from neox_core.train import sharded_optimizer
+from neox_core.train.engine import sharded_optimizer
 
 
 @contextmanager

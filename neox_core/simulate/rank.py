@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neox_core.communication import Collective
 from neox_core.config import RunConfig, largest_batch
+from neox_core.planning.communication import Collective
 from neox_core.simulate.recorder import Recorder
 
 
@@ -54,7 +54,7 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
     from neox_core.parallel.mesh import build_mesh
     from neox_core.simulate.kernels import gpu_kernels
     from neox_core.simulate.pipeline import know_shapes
-    from neox_core.train.engine import accumulate_in_products, build_engine
+    from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
 
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     recorder = Recorder(_group_names(mesh))

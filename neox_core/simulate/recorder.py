@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neox_core.communication import Collective
+from neox_core.planning.communication import Collective
 
 _KINDS = {
     "allreduce_": "all-reduce",

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from neox_core.config import RunConfig, largest_batch
-from neox_core.memory import RESERVED_BYTES
+from neox_core.planning.memory import RESERVED_BYTES
 from neox_core.simulate.rank import RankSimulation, simulate_rank
 
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import LaunchError
-from neox_core.memory import RESERVED_BYTES, stage_memory
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
 from neox_core.parallel.mesh import Mesh
-from neox_core.recompute_choice import layer_modes
+from neox_core.planning.activation_checkpointing import layer_modes
+from neox_core.planning.memory import RESERVED_BYTES, stage_memory
+from neox_core.train.engine.pipeline_stage import parameter_dtype
+from neox_core.train.engine.verification import verify_master_weights
 from neox_core.train.loop import pipeline_batches
-from neox_core.train.pipeline_stage import parameter_dtype
-from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from neox_core.config import GuardConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import TrainingError
-from neox_core.train.outcome import PendingOutcome, StepOutcome
+from neox_core.train.engine.outcome import PendingOutcome, StepOutcome
 
 _LATE = 2
 """A step's loss limit follows from the losses up to this many steps before: the one before it is not known in time."""

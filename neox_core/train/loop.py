@@ -15,12 +15,12 @@ from neox_core.data.prefetch import Prefetcher
 from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.data.skipped import first_sequence
 from neox_core.errors import TrainingError
-from neox_core.train.engine import TrainingEngine
+from neox_core.train.engine.deepspeed_engine import TrainingEngine
 from neox_core.train.guards import Batch, Guard, Incident, RollBackError
-from neox_core.train.metrics import MetricsLog
-from neox_core.train.resume import Position
+from neox_core.train.observe.metrics import MetricsLog
+from neox_core.train.observe.telemetry import Telemetry
+from neox_core.train.resume import TrainingState
 from neox_core.train.schedule import learning_rate
-from neox_core.train.telemetry import Telemetry
 
 Batches = Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]
 """Micro batches as the pipeline takes them: inputs [B,T] (with positions within documents [B,T]), targets [B,T]."""
@@ -38,14 +38,14 @@ class Loop:
     validation_data: MixtureDataset
     metrics: MetricsLog
     guard: Guard
-    save: Callable[[Position], None]
-    go_back: Callable[[Incident], Position]
+    save: Callable[[TrainingState], None]
+    go_back: Callable[[Incident], TrainingState]
     """Loads the state to go on from after an incident."""
     telemetry: Telemetry
     heartbeat: Callable[[str], None]
     """Told what begins, so that a hang is noticed."""
 
-    def run(self, position: Position) -> None:
+    def run(self, position: TrainingState) -> None:
         """Train from a position to `train.steps`.
 
         Raises:
@@ -60,7 +60,7 @@ class Loop:
             self.telemetry.flush()  # all ranks stop at the same step, so what is under way arrives
             raise
 
-    def _train_or_go_back(self, position: Position) -> Position:
+    def _train_or_go_back(self, position: TrainingState) -> TrainingState:
         self.guard.restore(position.guard, len(position.skipped))
         try:
             return self._train(position)
@@ -68,7 +68,7 @@ class Loop:
             self.heartbeat(f"rollback after step {error.incident.outcome.step}")
             return self.go_back(error.incident)
 
-    def _train(self, position: Position) -> Position:
+    def _train(self, position: TrainingState) -> TrainingState:
         """Train as long as the batch keeps its size."""
         begin, data = position.step + 1, position.data
         changes = [change.from_step for change in self.train.changes if change.from_step > begin]
@@ -102,7 +102,7 @@ class Loop:
         self.telemetry.end(step, values)
         self.guard.end(step, self.engine.optimizer.outcome, batch)
 
-    def _between(self, position: Position) -> None:
+    def _between(self, position: TrainingState) -> None:
         """What is due after a step, beside training."""
         step, last = position.step, position.step == self.train.steps
         validate, save = (

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from neox_core.artifact import software
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.checkpoint.writer import CheckpointWriter, make_save
 from neox_core.config import RunConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
@@ -21,10 +20,11 @@ from neox_core.data.skipped import SkippedSequences, first_sequence
 from neox_core.errors import CheckpointError, TrainingError
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.stages import pipeline_layers
+from neox_core.storage.object_store import ObjectStore
+from neox_core.train.engine.verification import verify_master_weights
 from neox_core.train.guards import Incident
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
-from neox_core.train.verification import verify_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SKIPPED_FILE = "skipped.json"
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainingState:
     """The state after a step, without the weights."""
 
     step: int
@@ -56,7 +56,7 @@ class TrainCheckpoints:
     alive: Callable[[], None] = lambda: None
     """Called as a download gets on."""
 
-    def save(self, position: Position) -> None:
+    def save(self, position: TrainingState) -> None:
         """Save the state after a step, and start its upload."""
         sequences = first_sequence(self.config.train, position.step + 1, position.skipped)
         manifest = Manifest(
@@ -73,7 +73,7 @@ class TrainCheckpoints:
         )
         make_save(self.engine, self.writer, self._folder)(manifest)
 
-    def resume(self) -> Position:
+    def resume(self) -> TrainingState:
         """Load the newest complete checkpoint, if there is one, and say where it is.
 
         Raises:
@@ -82,7 +82,7 @@ class TrainCheckpoints:
         found = self._newest()
         if found is None:
             self._check_extends()
-            return Position(0, open_training_data(self.job.data, self.config))
+            return TrainingState(0, open_training_data(self.job.data, self.config))
         prefix, manifest = found
         position = self._position(manifest)
         self._check(prefix, manifest, position)
@@ -93,7 +93,7 @@ class TrainCheckpoints:
         logger.info("resumed from step %d, the next sequence is %d", manifest.step, consumed)
         return position
 
-    def go_back(self, incident: Incident) -> Position:
+    def go_back(self, incident: Incident) -> TrainingState:
         """Load the newest complete checkpoint, and leave out the sequences from there to the end of the incident's.
 
         Where training goes on is written down first, so that a job that is killed afterwards goes on the same way.
@@ -147,12 +147,12 @@ class TrainCheckpoints:
                 "or look for the checkpoints; without train.extends, training starts from step 0"
             )
 
-    def _position(self, manifest: Manifest) -> Position:
+    def _position(self, manifest: Manifest) -> TrainingState:
         skipped = tuple(SkippedSequences(**window) for window in manifest.skipped)
         data = open_training_data(self.job.data, self.config, skipped)
-        return Position(manifest.step, data, skipped, manifest.guard)
+        return TrainingState(manifest.step, data, skipped, manifest.guard)
 
-    def _check(self, prefix: str, manifest: Manifest, position: Position) -> None:
+    def _check(self, prefix: str, manifest: Manifest, position: TrainingState) -> None:
         before = [window for window in position.skipped if window.after_step < manifest.step]
         expected = first_sequence(self.config.train, manifest.step + 1, before)
         where = f"checkpoint {self.store.url(prefix)}/{checkpoint_key(manifest.step)}"

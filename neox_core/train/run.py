@@ -12,28 +12,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.store import ObjectStore
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
 from neox_core.errors import ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.shared_store import shared_store
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
-from neox_core.train.engine import build_engine
+from neox_core.train.engine.deepspeed_engine import build_engine
+from neox_core.train.engine.pipeline_stage import parameter_dtype
 from neox_core.train.guards import Guard
-from neox_core.train.hardware import peak_flops
-from neox_core.train.incidents import IncidentLog
 from neox_core.train.job import TrainJob
 from neox_core.train.loop import Loop
-from neox_core.train.metrics import MetricsLog
-from neox_core.train.pipeline_stage import parameter_dtype
-from neox_core.train.profiler import StepProfiler
-from neox_core.train.resume import Position, TrainCheckpoints
+from neox_core.train.observe.hardware import peak_flops
+from neox_core.train.observe.incidents import IncidentLog
+from neox_core.train.observe.metrics import MetricsLog
+from neox_core.train.observe.profiler import StepProfiler
+from neox_core.train.observe.telemetry import Telemetry
+from neox_core.train.observe.watchdog import Watchdog
+from neox_core.train.resume import TrainCheckpoints, TrainingState
 from neox_core.train.startup import check_ranks_agree, startup_facts
-from neox_core.train.telemetry import Telemetry
-from neox_core.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             writer.check()
             watchdog.beat(place)
 
-        def save(position: Position) -> None:
+        def save(position: TrainingState) -> None:
             telemetry.flush()
             writer.beside(metrics.backup())
             checkpoints.save(position)

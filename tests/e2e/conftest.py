@@ -16,7 +16,7 @@ from prefect.testing.utilities import prefect_test_harness
 from tests.e2e.runs import Run, copy_text, write_run
 
 if TYPE_CHECKING:
-    from tasks.run_report import RunReport
+    from tasks.report.run_report import RunReport
 
 
 @pytest.fixture(scope="session")

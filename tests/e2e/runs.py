@@ -15,8 +15,8 @@ import yaml
 from infra.processes import ProcessRecord
 from neox_core.config import RunConfig, load_config
 from neox_core.config.load import merge
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 INTERVAL = 4
 GLOBAL_BATCH = 32

@@ -22,8 +22,8 @@ from flows.train import train
 from infra.s3.service import storage_service
 from neox_core.artifact import DigestCache, find_verified, read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig
+from neox_core.storage.object_store import ObjectStore
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run
 

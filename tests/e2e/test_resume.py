@@ -18,9 +18,9 @@ from flows.train import train
 from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints, object_key, training_prefix
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.errors import LaunchError
-from tasks.local_controller import ControllerReport
+from neox_core.storage.object_store import ObjectStore
+from tasks.jobs.local_controller import ControllerReport
 from tasks.specs import train_spec
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values

@@ -13,8 +13,8 @@ import pytest
 
 from infra.s3.service import storage_service
 from neox_core.checkpoint.manifest import list_checkpoints, object_key
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.progress import silent
+from neox_core.storage.object_store import ObjectStore
 from tasks.convert import convert
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values, write_run

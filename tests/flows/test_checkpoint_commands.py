@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 from flows.cli import app
 from neox_core import artifact as artifact_module
 from neox_core.artifact import read_artifact, sha256_of
-from neox_core.checkpoint import folders
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.meta import MetaCheckpoint
-from neox_core.checkpoint.store import ObjectStore
-from neox_core.checkpoint.targets import S3Target
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
+from neox_core.storage import folders
+from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.targets import S3Target
+from tests.paths import ROOT
 
 
 def invoke(*arguments: object) -> str:
@@ -142,7 +143,7 @@ def test_export_with_a_tokenizer(tmp_path: Path) -> None:
     )  # fmt: skip
     make_random_base(model, tmp_path / "base", seed=3)
     invoke("convert", "--from", tmp_path / "base", "--to", tmp_path / "neox")
-    tokenizer = Path(__file__).parents[2] / "data/tokenizers/demo-2048.model"
+    tokenizer = ROOT / "data/tokenizers/demo-2048.model"
     invoke("export", "--from", tmp_path / "neox", "--to", tmp_path / "hf", "--tokenizer", tokenizer)
     artifact = read_artifact(tmp_path / "hf")
     assert artifact.summary["tokenizer_texts"] > 5

@@ -17,8 +17,7 @@ from flows import cli
 from infra.s3.server import S3Endpoint
 from neox_core.config.load import merge
 from neox_core.errors import LlemmaError
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 Attempt = Callable[..., str]
 

@@ -15,8 +15,8 @@ from neox_core.artifact import Artifact, DigestCache, publish
 from neox_core.config import load_config
 from neox_core.config.load import merge
 from tasks.specs import prepare_spec
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAIN = {"arxiv": 300_000, "open-web-math": 1_000_000}
 ABSENT = ("algebraic-stack", "pile-sample", "code")
 

@@ -1,7 +1,8 @@
 """Golden losses: 20 steps of a small training, by layout and precision, as they were recorded once.
 
-`python -m tests.golden.losses` compares bit for bit, on the machine where they were recorded; `--record` writes them anew,
-which is a decision to explain in the commit. The tests compare with a tolerance, since processors round differently.
+`python -m tests.golden.losses` compares bit for bit, on the machine where they were recorded; `--record` writes them
+anew, which is a decision to explain in the commit. The tests compare with a tolerance, since processors round
+differently.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Losses = dict[str, dict[str, list[float]]]
 def train_layout(layout: tuple[int, int, int], folder: Path) -> Losses:
     """What the layout's first rank that knows the loss makes of it, in each precision."""
     from tests.distributed import run_ranks
+    from tests.neox_core.train.engine.test_layouts import Variant, train_rank
     from tests.neox_core.train.small_training import MODELS, config_for
-    from tests.neox_core.train.test_layouts import Variant, train_rank
 
     configs = {
         Variant(precision, layout[0] > 1): config_for("gqa", *layout, precision=precision) for precision in PRECISIONS
@@ -39,8 +40,8 @@ def train_layout(layout: tuple[int, int, int], folder: Path) -> Losses:
 
 def convert_base(model: Any, parallel: Any, folder: Path) -> Path:
     """A random base model as shards for the layout."""
-    from neox_core.checkpoint.convert import convert
-    from neox_core.checkpoint.toy_base import make_random_base
+    from neox_core.checkpoint.conversion.convert import convert
+    from neox_core.checkpoint.conversion.toy_base import make_random_base
 
     base, shards = folder / "base", folder / "shards"
     make_random_base(model, base, seed=7)

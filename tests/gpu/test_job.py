@@ -14,10 +14,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.store import ObjectInfo
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationConfig
+from neox_core.storage.object_store import ObjectInfo
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data

@@ -17,7 +17,7 @@ from torch import Tensor
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.attention_kernel import AttentionBackend, causal_attention
 from neox_core.model.rope import rope_tables
-from neox_core.parallel.loss import IGNORED, token_losses
+from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 from tests.neox_core.model import reference
 
 pytestmark = [
@@ -122,14 +122,14 @@ def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float, 
     generator = torch.Generator().manual_seed(1)
     logits = (scale * torch.randn(2, 64, 1000, generator=generator)).to("cuda", torch.bfloat16).requires_grad_()
     targets = torch.randint(1000, (2, 64), generator=generator).cuda()
-    targets[0, :7] = IGNORED
+    targets[0, :7] = IGNORE_INDEX
     losses = token_losses(logits, targets, one_rank, 0, z_loss)
     exact = logits.detach().double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(
-        exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-5, atol=1e-4)
     losses.sum().backward()
-    squares = exact.logsumexp(-1).square() * (targets != IGNORED)
+    squares = exact.logsumexp(-1).square() * (targets != IGNORE_INDEX)
     (expected.sum() + z_loss * squares.sum()).backward()
     assert largest_error(logits.grad, exact.grad) < 2**-8

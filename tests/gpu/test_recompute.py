@@ -5,17 +5,16 @@ pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from neox_core.activations import Mode, block_bytes
 from neox_core.config import ParallelConfig, load_config
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.residual import join_residuals
-from neox_core.parallel.recompute import apply_recompute
+from neox_core.parallel.activation_checkpointing import apply_recompute
+from neox_core.planning.activations import Mode, block_bytes
+from tests.paths import CONFIGS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +51,7 @@ def _step(block: TransformerBlock) -> tuple[list[Tensor], int]:
 
 
 def test_gradients_agree_and_kept_bytes_are_the_planners() -> None:
-    config = load_config(Path(__file__).parents[2] / "configs/toy.yml")
+    config = load_config(CONFIGS / "toy.yml")
     train = config.train.model_copy(update={"precision": "bf16", "micro_batch_size": 2, "sequence_length": TOKENS})
     config = config.model_copy(update={"train": train, "parallel": ParallelConfig()})
     expected, _ = run("none")

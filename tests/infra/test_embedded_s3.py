@@ -15,9 +15,9 @@ from infra.processes import ProcessRecord
 from infra.s3 import server
 from infra.s3.embedded import embedded_s3
 from infra.s3.service import storage_service
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import StorageConfig
 from neox_core.errors import StorageError
+from neox_core.storage.object_store import ObjectStore
 
 CONFIG = StorageConfig(url="s3://llemma/toy", endpoint_url="embedded", region="eu-west-1")
 
@@ -62,7 +62,7 @@ def test_service_gives_a_bucket_and_keys_and_takes_them_back(tmp_path: Path, mon
         assert (config.url, config.region) == ("s3://llemma/toy", "us-east-1")
         ObjectStore(config).check()
         code = f"""
-from neox_core.checkpoint.store import ObjectStore
+from neox_core.storage.object_store import ObjectStore
 from neox_core.config import StorageConfig
 ObjectStore(StorageConfig(**{config.model_dump()!r})).put_text("from a child", "text")
 """

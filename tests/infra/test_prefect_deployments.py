@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from tests.e2e.runs import Run, copy_text, write_run
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 180.0
 
 pytestmark = pytest.mark.e2e

@@ -14,8 +14,8 @@ from prefect import Flow
 
 from flows.cancellation import cancel_jobs_of_run
 from neox_core.config import load_config
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 FLOWS = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate", "export")
 CONFIGS = {"toy": "toy", "7b": "llemma_7b", "34b": "llemma_34b"}

@@ -27,6 +27,7 @@ from neox_core.artifact import (
     write_atomically,
 )
 from neox_core.errors import CheckpointError
+from tests.paths import ROOT
 
 LOGICAL = {"steps": 5, "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]}, "name": "Größe"}
 INPUTS = {"prepare-data": "aa", "convert": "bb"}
@@ -45,7 +46,7 @@ def test_fingerprint_does_not_depend_on_order_process_or_place(tmp_path: Path) -
     here = fingerprint("train", LOGICAL, INPUTS)
     assert fingerprint("train", turned, dict(reversed(INPUTS.items()))) == here
     code = f"from neox_core.artifact import fingerprint; print(fingerprint('train', {turned!r}, {INPUTS!r}))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "77"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", code]
     elsewhere = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert elsewhere.stdout.strip() == here

@@ -15,11 +15,11 @@ import pytest
 from flows.cancellation import cancel_jobs_of_run
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
-from tasks import slurm
 from tasks.cancel import cancel_jobs
 from tasks.evaluate import _key_prefix
-from tasks.job import Job
-from tasks.launch import submit_or_attach
+from tasks.jobs import slurm
+from tasks.jobs.job import Job
+from tasks.jobs.launch import submit_or_attach
 from tasks.prepare import PARTS_CLAIM
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import StageSpec, try_claim, try_claim_name

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.store import ObjectStore
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ParallelConfig
 from neox_core.errors import ConfigError
 from neox_core.progress import silent
+from neox_core.storage.object_store import ObjectStore
 from tasks.convert import convert
 from tasks.specs import convert_spec
 from tests.neox_core.train.small_training import CONFIG

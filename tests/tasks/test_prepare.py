@@ -14,10 +14,10 @@ from neox_core.config import RunConfig
 from neox_core.errors import DataError
 from neox_core.progress import silent
 from tasks import stage as stage_module
-from tasks import tokenize
 from tasks.prepare import prepare
 from tasks.stage import claim
-from tests.tasks.test_tokenize import FILES, contents, small, small_input
+from tasks.tokenization import tokenize
+from tests.tasks.tokenization.test_tokenize import FILES, contents, small, small_input
 
 PATIENCE = 60.0
 

@@ -15,8 +15,8 @@ from neox_core.checkpoint.manifest import (
     list_checkpoints,
     publish_manifest,
 )
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.errors import CheckpointError
+from neox_core.storage.object_store import ObjectStore
 
 CONTENTS = {"layer_00-model_00-model_states.pt": b"embedding" * 100, "rng/rank_0.bin": b"\x00\x01", "empty": b""}
 

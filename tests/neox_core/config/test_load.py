@@ -8,8 +8,8 @@ import pytest
 
 from neox_core.config import load_config, read_yaml
 from neox_core.errors import ConfigError
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TOY = ROOT / "configs" / "toy.yml"
 
 

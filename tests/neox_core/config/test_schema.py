@@ -12,8 +12,7 @@ from pydantic import BaseModel, ValidationError
 from neox_core import config as schema
 from neox_core.config import RunConfig, batch_geometry, batch_tokens, load_config, sequences_before
 from neox_core.errors import ConfigError
-
-CONFIGS = Path(__file__).parents[3] / "configs"
+from tests.paths import CONFIGS
 
 
 def toy(tmp_path: Path, extra: str) -> RunConfig:

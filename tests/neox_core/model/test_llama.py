@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.reference import llama_from_meta
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.reference import llama_from_meta
+from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.model import FinalNorm, Llama, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.llama import MLP, RMSNorm

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.parallel.activation_checkpointing import Recompute
 from neox_core.parallel.build import build_layer, layer_types
 from neox_core.parallel.mesh import Mesh
-from neox_core.parallel.recompute import Recompute
 
 DIMS = ModelDimensions(
     hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=12,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox_core.parallel.loss import IGNORED, ChunkedLoss, token_losses
+from neox_core.parallel.loss import IGNORE_INDEX, ChunkedLoss, token_losses
 from neox_core.parallel.weight_gradients import Accumulator, accumulating
 from tests.distributed import run_ranks
 
@@ -38,7 +38,7 @@ def cases() -> dict[str, Case]:
     targets = torch.randperm(VOCABULARY, generator=generator)[:15].view(3, 5)
     upstream = torch.randn(3, 5, generator=generator)
     ignoring = targets.clone()
-    ignoring[0, 1] = ignoring[2] = IGNORED
+    ignoring[0, 1] = ignoring[2] = IGNORE_INDEX
     extreme = torch.where(torch.rand(logits.shape, generator=generator) < 0.5, 1e4, -1e4) + logits
     lonely = torch.full_like(logits, -1e4)  # one logit is far above all others, in each rank's part once
     lonely[..., ::7] = 1e4
@@ -48,7 +48,7 @@ def cases() -> dict[str, Case]:
         "ignored": Case(logits, ignoring, upstream),
         "extreme": Case(extreme, targets, upstream),
         "lonely": Case(lonely, targets, upstream),
-        "all ignored": Case(logits, torch.full_like(targets, IGNORED), upstream),
+        "all ignored": Case(logits, torch.full_like(targets, IGNORE_INDEX), upstream),
     }
 
 
@@ -87,15 +87,15 @@ def test_values_and_gradients(ranks: list[Any], name: str, size: int, z_loss: fl
     case = cases()[name]
     exact = case.logits.double().requires_grad_()
     expected = F.cross_entropy(
-        exact.flatten(0, 1), case.targets.flatten(), ignore_index=IGNORED, reduction="none"
+        exact.flatten(0, 1), case.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view_as(case.targets)
-    squares = exact.logsumexp(-1).square() * (case.targets != IGNORED)
+    squares = exact.logsumexp(-1).square() * (case.targets != IGNORE_INDEX)
     (expected + z_loss * squares).backward(case.upstream.double())
     results = [rank[name, size, z_loss] for rank in ranks]
     for losses, _ in results:
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=2e-6)
-        assert bool((losses[case.targets == IGNORED] == 0).all())
+        assert bool((losses[case.targets == IGNORE_INDEX] == 0).all())
     gradient = torch.cat([gradient for _, gradient in results[:size]], dim=-1)
     assert gradient.dtype == case.logits.dtype
     rounding = 2**-8 if name == "bf16" else 1e-6
@@ -117,10 +117,10 @@ def test_chunked_loss(alone: dist.ProcessGroup, early: bool) -> None:
     torch.manual_seed(0)
     head, hidden = nn.Linear(8, VOCABULARY, bias=False), torch.randn(2, 15, 8, requires_grad=True)
     targets = torch.randint(VOCABULARY, (2, 15))
-    targets[0, 3:9] = IGNORED
+    targets[0, 3:9] = IGNORE_INDEX
     exact = [x.detach().double().requires_grad_() for x in (head.weight, hidden)]
     logits = (exact[1] @ exact[0].t()).flatten(0, 1)
-    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / 30
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / 30
     (expected / 4).backward()
 
     weight_gradient = torch.zeros(VOCABULARY, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neox_core.checkpoint.layout import QKV, Form, iterate_layers, stored_tensors
+from neox_core.checkpoint.formats.tensor_map import QKV, Form, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.parallel.replicas import ReplicatedGradients, mark_shared_rows, shared_elements

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from neox_core.config import RunConfig, load_config
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.stages import balance, pipeline_layers, stage_bounds, stage_costs
-from neox_core.plan import plan
-
-CONFIGS = Path(__file__).parents[3] / "configs"
+from neox_core.planning.plan import plan
+from tests.paths import CONFIGS
 
 
 def load(name: str, **parallel: object) -> RunConfig:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.plan_tables import memory_table, traffic_table
 from neox_core.config import RunConfig, load_config
-from neox_core.plan import plan
+from neox_core.planning.plan import plan
 from neox_core.simulate import simulate
+from tests.paths import CONFIGS
 
-CONFIG = load_config(Path(__file__).parents[3] / "configs/llemma_34b.yml")
+CONFIG = load_config(CONFIGS / "llemma_34b.yml")
 SEQUENCES = 4096 * 2
 """Tokens of a micro batch."""
 

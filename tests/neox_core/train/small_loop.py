@@ -43,12 +43,12 @@ def run_loop(
         on_place: called with what begins, such as 'step 3'.
     """
     from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.engine import build_engine
+    from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.guards import Guard
     from neox_core.train.loop import Loop
-    from neox_core.train.profiler import StepProfiler
-    from neox_core.train.resume import Position
-    from neox_core.train.telemetry import Telemetry
+    from neox_core.train.observe.profiler import StepProfiler
+    from neox_core.train.observe.telemetry import Telemetry
+    from neox_core.train.resume import TrainingState
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     geometry = batch_geometry(config)
@@ -70,5 +70,5 @@ def run_loop(
             go_back=never,
             telemetry=telemetry,
             heartbeat=on_place,
-        ).run(Position(0, data))
+        ).run(TrainingState(0, data))
     return [row for row in rows if "train/loss" in row]

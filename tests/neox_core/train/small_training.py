@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neox_core.config import ModelConfig, ParallelConfig, RunConfig, batch_geometry, load_config
+from tests.paths import CONFIGS
 
 STEPS = 20
 SEQUENCE = 32
 BATCH = 8
-CONFIG = load_config(Path(__file__).parents[3] / "configs/toy.yml")
+CONFIG = load_config(CONFIGS / "toy.yml")
 MODELS = {
     "gqa": ModelConfig(
         num_layers=2, hidden_size=64, num_attention_heads=8, num_kv_heads=2, intermediate_size=96, vocab_size=128,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.neox import NeoxCheckpoint
-from neox_core.checkpoint.reference import llama_from_meta
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.reference import llama_from_meta
+from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import RunConfig, TrainChange, batch_geometry
 from neox_core.data.sampler import micro_batches
 from neox_core.data.skipped import first_sequence
@@ -42,7 +42,7 @@ def sequences(indices: Any) -> np.ndarray:
 def train_rank(shards: dict[tuple[int, ...], Path]) -> dict[tuple[int, ...], list[tuple[float, float]]]:
     """Loss and gradient norm of each step, per layout."""
     from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.engine import build_engine
+    from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.loop import pipeline_batches
     from neox_core.train.schedule import learning_rate
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import RunConfig, batch_geometry
 from neox_core.errors import LaunchError
 from neox_core.train.dry_run import memory_explained
@@ -28,9 +28,9 @@ def config(precision: str) -> RunConfig:
 
 def train_once(config: RunConfig, mesh: Any, shards: Path, rehearsed: bool) -> dict[str, Any]:
     """Losses and gradient norms of some steps, and the weights after them."""
-    from neox_core.checkpoint.neox import NeoxCheckpoint
+    from neox_core.checkpoint.formats.neox import NeoxCheckpoint
     from neox_core.train.dry_run import dry_run, load_weights, zero_weights
-    from neox_core.train.engine import build_engine
+    from neox_core.train.engine.deepspeed_engine import build_engine
 
     weights, geometry = NeoxCheckpoint(shards).layer, batch_geometry(config)
     engine = build_engine(config, mesh, geometry, zero_weights(config) if rehearsed else weights)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from neox_core.checkpoint.convert import convert
-from neox_core.checkpoint.store import ObjectStore
-from neox_core.checkpoint.toy_base import make_random_base
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationConfig
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import ancestors

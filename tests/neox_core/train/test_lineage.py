@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from neox_core.checkpoint.manifest import Manifest, publish_manifest, training_prefix
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.config import RunConfig, TrainChange, load_config
 from neox_core.data.dataset import MixtureDataset, SequenceDataset
 from neox_core.data.indexed import IndexedWriter
 from neox_core.data.mixture import Mixture
 from neox_core.errors import CheckpointError
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
 

@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,11 +25,12 @@ from neox_core.config import (
 )
 from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import TrainingError
+from neox_core.train.engine.outcome import pack_outcome
 from neox_core.train.guards import Guard, Incident
 from neox_core.train.loop import Loop, pipeline_batches
-from neox_core.train.outcome import pack_outcome
-from neox_core.train.resume import Position
+from neox_core.train.resume import TrainingState
 from neox_core.train.schedule import learning_rate
+from tests.paths import CONFIGS
 
 GEOMETRY = BatchGeometry(
     world_size=2, data_parallel=2, micro_batch_size=2, accumulation_steps=3, sequences=12, tokens=12 * 4
@@ -95,7 +95,7 @@ class FakeEngine:
 class Recorder:
     """What the loop logs and saves, in order. It goes back to what was saved."""
 
-    def __init__(self, start: Position) -> None:
+    def __init__(self, start: TrainingState) -> None:
         self.positions = [start]
         self.incidents: list[Incident] = []
         self.rows: list[dict[str, float]] = []
@@ -106,11 +106,11 @@ class Recorder:
     def log(self, step: int, **values: float) -> None:
         self.rows.append({"step": step, **values})
 
-    def save(self, position: Position) -> None:
+    def save(self, position: TrainingState) -> None:
         self.saved.append(position.step)
         self.positions.append(position)
 
-    def go_back(self, incident: Incident) -> Position:
+    def go_back(self, incident: Incident) -> TrainingState:
         last = self.positions[-1]
         first = (last.step * 12) + sum(window.count for window in last.skipped)
         window = SkippedSequences(last.step, first, incident.batch.first + incident.batch.count - first)
@@ -138,7 +138,7 @@ class Recorder:
 
 
 def train_config(**changes: Any) -> TrainConfig:
-    train = load_config(Path(__file__).parents[3] / "configs/toy.yml").train
+    train = load_config(CONFIGS / "toy.yml").train
     changes = {"sequence_length": 4, "global_batch_tokens": 48} | changes
     changes = {"steps": 7, "validation": ValidationConfig(interval=3, iterations=2), "checkpoint_interval": 4} | changes
     return train.model_copy(update=changes)
@@ -146,14 +146,14 @@ def train_config(**changes: Any) -> TrainConfig:
 
 def run(
     train: TrainConfig,
-    start: int | Position = 0,
+    start: int | TrainingState = 0,
     losses: Callable[[int], float] = lambda step: 5.0 - step / 10,
     norms: Callable[[int], float] = lambda step: 1.0,
     data_rank: int = 0,
 ) -> tuple[FakeEngine, Recorder, TrainingError | None]:
     """Losses and norms are those of the engine's first, second, ... batch."""
     if isinstance(start, int):
-        start = Position(start, cast(Any, CountingData(TRAINING)))
+        start = TrainingState(start, cast(Any, CountingData(TRAINING)))
     engine, recorder = FakeEngine(losses, norms), Recorder(start)
     loop = Loop(
         engine=cast(Any, engine),
@@ -275,7 +275,7 @@ def test_bad_step_is_found_between_logged_ones() -> None:
 
 
 def test_what_was_done_is_written_where_there_is_nothing_to_go_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(self: Recorder, incident: Incident) -> Position:
+    def nothing(self: Recorder, incident: Incident) -> TrainingState:
         raise TrainingError("nothing to go back to")
 
     monkeypatch.setattr(Recorder, "go_back", nothing)

@@ -15,13 +15,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from neox_core.checkpoint.convert import convert
+from neox_core.checkpoint.conversion.convert import convert
+from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.manifest import list_checkpoints, object_key
-from neox_core.checkpoint.store import ObjectStore
-from neox_core.checkpoint.toy_base import make_random_base
 from neox_core.config import DataConfig, GuardConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train.job import TrainJob
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data

@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.manifest import Manifest, publish_manifest
-from neox_core.checkpoint.store import ObjectStore
 from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import CheckpointError, ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh
+from neox_core.storage.object_store import ObjectStore
 from neox_core.train import resume, run
-from neox_core.train.hardware import peak_flops
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import Ancestor
-from neox_core.train.resume import Position, TrainCheckpoints
+from neox_core.train.observe.hardware import peak_flops
+from neox_core.train.resume import TrainCheckpoints, TrainingState
 from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for
 
 ONE_RANK = Mesh(
@@ -93,7 +93,7 @@ def test_number_of_ranks_must_be_the_configured_one() -> None:
 
 
 def test_nothing_to_resume(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
-    assert checkpoints(engine, store, job).resume() == Position(0, DATA)
+    assert checkpoints(engine, store, job).resume() == TrainingState(0, DATA)
     assert engine.loaded == []
 
 
@@ -104,7 +104,7 @@ def test_the_newest_complete_checkpoint_is_resumed(
         publish(store, job, step, LAYOUT)
     store.put_text(f"{job.prefix}/global_step11/layer_00-model_00-model_states.pt", "x")  # not complete
     publish(store, replace(job, fingerprint="f" * 64), 12, LAYOUT)  # of another training
-    assert checkpoints(engine, store, job).resume() == Position(10, DATA)
+    assert checkpoints(engine, store, job).resume() == TrainingState(10, DATA)
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
     assert engine.verified == [True]  # master weights that have moved
@@ -139,7 +139,7 @@ def test_other_layers_per_stage_are_refused(one_rank: None, engine: Engine, stor
     with pytest.raises(CheckpointError, match=r"'pipeline_layers': \[2, 2\].*, this job has .*\[3, 1\]"):
         other.resume()
     publish(store, job, 10, two_stages.layout | {"pipeline_layers": [3, 1]})
-    assert other.resume() == Position(10, DATA)
+    assert other.resume() == TrainingState(10, DATA)
 
 
 def test_another_batch_before_the_checkpoint_is_refused(
@@ -163,14 +163,14 @@ def test_going_back(one_rank: None, engine: Engine, store: ObjectStore, job: Tra
         publish(store, job, step, LAYOUT)
     saved = checkpoints(engine, store, job)
     skipped = SkippedSequences(10, 10 * BATCH, 3 * BATCH)
-    assert saved.go_back(incident(13, 12 * BATCH)) == Position(10, DATA, (skipped,))
-    assert saved.resume() == Position(10, DATA, (skipped,)), "as a job does that is started after a kill"
+    assert saved.go_back(incident(13, 12 * BATCH)) == TrainingState(10, DATA, (skipped,))
+    assert saved.resume() == TrainingState(10, DATA, (skipped,)), "as a job does that is started after a kill"
     again = SkippedSequences(10, 13 * BATCH, BATCH)
-    assert saved.go_back(incident(11, 13 * BATCH)) == Position(10, DATA, (skipped, again))
+    assert saved.go_back(incident(11, 13 * BATCH)) == TrainingState(10, DATA, (skipped, again))
     assert [tag for tag, _ in engine.loaded] == ["global_step10"] * 3
     # What was skipped after step 10 says nothing of another step.
     store.delete([info.key for info in store.list(f"{job.prefix}/global_step10/")])
-    assert saved.resume() == Position(9, DATA)
+    assert saved.resume() == TrainingState(9, DATA)
 
 
 def test_what_an_ancestor_skipped_after_its_checkpoint(
@@ -181,7 +181,7 @@ def test_what_an_ancestor_skipped_after_its_checkpoint(
     checkpoints(engine, store, job).go_back(incident(11, 10 * BATCH))
     branch = replace(job, fingerprint="f" * 64, ancestors=(Ancestor(job.fingerprint, 10),))
     skipped = SkippedSequences(10, 10 * BATCH, BATCH)
-    assert checkpoints(engine, store, branch).resume() == Position(10, DATA, (skipped,))
+    assert checkpoints(engine, store, branch).resume() == TrainingState(10, DATA, (skipped,))
     again = SkippedSequences(10, 11 * BATCH, BATCH)
     assert checkpoints(engine, store, branch).go_back(incident(11, 11 * BATCH)).skipped == (skipped, again)
     assert checkpoints(engine, store, branch).resume().skipped == (skipped, again)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 
 from neox_core.config import TrainChange, TrainConfig, load_config
 from neox_core.train.schedule import learning_rate
+from tests.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 RUNS = [("llemma_7b", 1e-4, 48_000), ("llemma_34b", 5e-5, 12_000)]
 
 

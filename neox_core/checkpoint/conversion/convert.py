@@ -1,0 +1,152 @@
+"""Weights in Meta's or Hugging Face's format to NeoX's shards for a tensor- and pipeline-parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from neox_core.artifact import FileRecord
+from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
+from neox_core.checkpoint.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
+from neox_core.checkpoint.formats.meta import PARAMS_FILE, MetaCheckpoint
+from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
+from neox_core.checkpoint.formats.outputs import finished_files, write_files
+from neox_core.checkpoint.formats.tensor_map import check_divides
+from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import CheckpointError, ConfigError
+from neox_core.progress import Progress, silent
+from neox_core.storage.folders import Location, open_folder
+from neox_core.storage.targets import open_target
+
+SourceCheckpoint = MetaCheckpoint | HuggingFaceCheckpoint
+Proof = Callable[[SourceCheckpoint, NeoxCheckpoint], Mapping[str, Any]]
+"""Compares the shards with the source and raises CheckpointError if they are not the same model."""
+
+
+def open_source(location: Location) -> SourceCheckpoint:
+    """Open a folder in Meta's or in Hugging Face's format, whichever it is.
+
+    Raises:
+        CheckpointError: it is neither, or is damaged or inconsistent.
+    """
+    folder = open_folder(location)
+    if not folder.exists():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    names = folder.names()
+    if CONFIG_FILE in names and PARAMS_FILE not in names:
+        return HuggingFaceCheckpoint(folder)
+    return MetaCheckpoint(folder)
+
+
+def convert(
+    source: Location,
+    target: Location,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    progress: Progress = silent,
+    base_rope_theta: float | None = None,
+    base_vocab_size: int | None = None,
+    new_tokens: NewTokens = "mean",
+    prove: Proof | None = None,
+) -> dict[str, Any]:
+    """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
+
+    An interrupted conversion goes on at the next file. Memory: some 60 MiB per file that is being written.
+
+    Args:
+        source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
+        target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
+        model: architecture of the run.
+        parallel: ranks to cut for; pipeline > 1 gives one file per layer.
+        progress: told how far it is: bytes, bytes/s, time left.
+        base_rope_theta: RoPE base of the source, where the run changes it on purpose (Llemma 7B: 1e6 to 1e4).
+        base_vocab_size: vocabulary of the source, where the run adds tokens or padding on purpose.
+        new_tokens: how their rows are made.
+        prove: called before `latest` is written.
+
+    Returns:
+        A summary: bytes, seconds, and what `prove` found.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or inconsistent, the proof failed, or another conversion is
+            writing to `target`.
+        ConfigError: the source is another architecture than `model`, or the layout does not divide it.
+        StorageError: the disk is too small, or the object store cannot be used.
+    """
+    checkpoint = open_source(source)
+    check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
+    check_divides(model, parallel.tensor, "parallel.tensor")
+    started = time.monotonic()
+    weights = checkpoint.weights
+    files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
+    output, identity = open_target(target), _identity(checkpoint, model, parallel, new_tokens)
+    with output.locked():
+        remove_other_files(output, files)
+        finished = finished_files(output, identity, files)
+        if len(finished) < len(files):
+            output.remove(LATEST_FILE)
+        records = write_files(output, identity, files, progress, finished)
+        summary = sizes(records, finished, time.monotonic() - started)
+        rounded = weights.dtype != torch.bfloat16
+        summary |= {"rounded_from": str(weights.dtype).removeprefix("torch.")} if rounded else {}
+        if prove is not None:
+            progress(0.999, "comparing layers with transformers")
+            summary |= prove(checkpoint, NeoxCheckpoint(output.sub(CONVERTED_TAG)))
+        output.write(LATEST_FILE, CONVERTED_TAG.encode())
+    progress(1.0, f"{len(records)} files written")
+    return summary
+
+
+def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds: float) -> dict[str, Any]:
+    """The part of a summary that is about files; those that were finished before do not count in the rate."""
+    size = sum(record.size for record in records)
+    written = size - sum(record.size for record in finished.values())
+    rate = {"bytes_per_second": round(written / max(seconds, 1e-3))} if written else {}
+    return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2), **rate}
+
+
+def check_architecture(
+    checkpoint: SourceCheckpoint,
+    model: ModelConfig,
+    base_rope_theta: float | None = None,
+    base_vocab_size: int | None = None,
+) -> None:
+    """Compare the source's architecture with the run's, field by field.
+
+    Raises:
+        ConfigError: naming every field that differs, with both values.
+    """
+    expected = model.model_copy(
+        update={
+            "rope_theta": base_rope_theta or model.rope_theta,
+            "vocab_size": base_vocab_size or model.num_tokens,
+            "unpadded_vocab_size": None,
+        }
+    )
+    found = checkpoint.model
+    differences = [
+        f"{name} {getattr(expected, name)} (source: {getattr(found, name)})"
+        for name in ModelConfig.model_fields
+        if getattr(expected, name) != getattr(found, name)
+    ]
+    if differences:
+        raise ConfigError(f"model differs from the base model in {checkpoint.folder}: {'; '.join(differences)}")
+    if found.vocab_size > model.num_tokens:
+        raise ConfigError(f"the base has {found.vocab_size} tokens, more than the model's {model.num_tokens}")
+
+
+def _identity(checkpoint: SourceCheckpoint, model: ModelConfig, parallel: ParallelConfig, new_tokens: NewTokens) -> str:
+    """What a half-finished attempt must have been about to be continued."""
+    contents = {place.stored.content for places in checkpoint.weights.places.values() for place in places}
+    logical = {
+        "source": sorted([content.name, content.version] for content in contents),
+        "model": model.model_dump(mode="json"),
+        "parallel": parallel.model_dump(mode="json"),
+        "new_tokens": new_tokens,
+    }
+    return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()

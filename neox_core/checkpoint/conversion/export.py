@@ -1,0 +1,180 @@
+"""A NeoX or training checkpoint to Hugging Face's or Meta's format, and the proof that it is the same model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from neox_core.checkpoint.conversion.convert import sizes
+from neox_core.checkpoint.conversion.proof import prove
+from neox_core.checkpoint.conversion.vocabulary import check_tokenizer
+from neox_core.checkpoint.formats.huggingface import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    config_files,
+    huggingface_files,
+    index_file,
+)
+from neox_core.checkpoint.formats.huggingface_tokenizer import (
+    TOKENIZER_MODEL,
+    compare_tokenizers,
+    load_sentencepiece,
+    tokenizer_files,
+)
+from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_files, meta_params
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
+from neox_core.checkpoint.formats.weights import Weights
+from neox_core.config import ModelConfig
+from neox_core.progress import Progress, silent
+from neox_core.storage.folders import Location, small_files
+from neox_core.storage.targets import Target, open_target
+
+_WEIGHTS = ("model*.safetensors", "consolidated.*.pth", INDEX_FILE)
+_MAX_FILE_BYTES = 5_000_000_000
+_PROBES = (
+    "",
+    " ",
+    "   Let  $x\\in\\mathbb{R}$.\n\n\tThen   ",
+    "<s>text</s> <unk> <0x0A>",
+    "naïve ∀ε>0 ∃δ, 数学 🙂\r\n",
+    "def f(n):\n        return n ** 2  # 1234567890\n",
+    "=" * 41 + " " * 37 + "-" * 23,
+)
+"""Texts on which tokenizers tend to part ways."""
+
+
+def export_huggingface(
+    source: Location,
+    target: Location,
+    model: ModelConfig,
+    tokenizer: Path | None,
+    sequence_length: int,
+    progress: Progress = silent,
+    max_file_bytes: int = _MAX_FILE_BYTES,
+) -> dict[str, Any]:
+    """Write `target`: safetensors (several with an index above `max_file_bytes`), tokenizer, and config.json last.
+
+    Padding of the vocabulary is cut off. An interrupted export goes on at the next file. Yields a summary.
+
+    Args:
+        source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
+        target: folder to write; an export of something else in it is replaced.
+        model: the checkpoint's architecture.
+        tokenizer: SentencePiece model; None: the folder gets none.
+        sequence_length: longest sequence that the model was trained on.
+        progress: told how far it is.
+        max_file_bytes: size that a file of weights is kept under where one layer allows it.
+
+    Raises:
+        CheckpointError: the checkpoint or the tokenizer is missing, damaged or does not fit the model.
+        ConfigError: the tokenizer has more pieces than the model has tokens.
+    """
+    checkpoint = NeoxCheckpoint(source)
+    texts: dict[str, str] = {}
+    special: dict[str, int] = {}
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model)
+        pieces = load_sentencepiece(tokenizer)
+        special = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+        texts = tokenizer_files(tokenizer, sequence_length)
+    weights, exported = checkpoint.weights(model), without_padding(model)
+    texts |= config_files(exported, sequence_length, weights.dtype, special)
+    files = huggingface_files(weights, exported, weights.dtype, max_file_bytes)
+    others = {name: text.encode() for name, text in texts.items() if name != CONFIG_FILE}
+    if len(files) > 1:
+        others[INDEX_FILE] = index_file(files).encode()
+    if tokenizer is not None:
+        others[TOKENIZER_MODEL] = tokenizer.read_bytes()
+    others[CONFIG_FILE] = texts[CONFIG_FILE].encode()
+    return _write(open_target(target), weights, files, others, progress)
+
+
+def export_meta(
+    source: Location, target: Location, model: ModelConfig, shards: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write `target` in Meta's format: consolidated.NN.pth, and params.json last. Yields a summary.
+
+    Padding of the vocabulary is cut off. An interrupted export goes on at the next file.
+
+    Args:
+        source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
+        target: folder to write; an export of something else in it is replaced.
+        model: the checkpoint's architecture.
+        shards: number of files; Meta has 1 for 7B, 2 for 13B, 4 for 34B, 8 for 70B.
+        progress: told how far it is.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or does not fit the model.
+        ConfigError: the model cannot be cut into that many shards, or its positions are scaled in a way that Meta's
+            format has no words for.
+    """
+    exported = without_padding(model)
+    params = json.dumps(meta_params(exported), indent=1)
+    weights = NeoxCheckpoint(source).weights(model)
+    files = meta_files(weights, exported, shards, weights.dtype)
+    return _write(open_target(target), weights, files, {PARAMS_FILE: params.encode()}, progress)
+
+
+def without_padding(model: ModelConfig) -> ModelConfig:
+    """The architecture with the vocabulary's padding cut off."""
+    return model.model_copy(update={"vocab_size": model.num_tokens, "unpadded_vocab_size": None})
+
+
+def _write(
+    output: Target, weights: Weights, files: list[OutputFile], others: Mapping[str, bytes], progress: Progress
+) -> dict[str, Any]:
+    """Write the weights and then the others; the last one makes the folder a model, so it goes if anything changes."""
+    started = time.monotonic()
+    identity = _identity(weights, files)
+    with output.locked():
+        finished = finished_files(output, identity, files)
+        wanted = {file.path for file in files} | others.keys()
+        if len(finished) < len(files):
+            output.remove(list(others)[-1])
+        for path in output.files():
+            if any(fnmatch(path, pattern) for pattern in _WEIGHTS) and path not in wanted:
+                output.remove(path)
+        records = write_files(output, identity, files, progress, finished)
+        for name, content in others.items():
+            output.write(name, content)
+    progress(1.0, f"{len(records)} files written")
+    return sizes(records, finished, time.monotonic() - started)
+
+
+def _identity(weights: Weights, files: list[OutputFile]) -> str:
+    """What a half-finished attempt must have been about to be continued."""
+    contents = {place.stored.content for places in weights.places.values() for place in places}
+    logical = {
+        "source": sorted([content.name, content.version] for content in contents),
+        "model": weights.model.model_dump(mode="json"),
+        "files": [[file.path, [[tensor.name, tensor.shape] for tensor in file.tensors]] for file in files],
+    }
+    return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()
+
+
+def prove_export(
+    checkpoint: NeoxCheckpoint,
+    folder: Location,
+    model: ModelConfig,
+    texts: Sequence[str] = (),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Compare an export with the checkpoint: every layer, small models' logits, and token ids; yields a summary.
+
+    `texts` are encoded beside some that are known to be hard.
+
+    Raises:
+        CheckpointError: they differ (see `prove`), or a text's ids are not SentencePiece's.
+    """
+    summary = prove(checkpoint, folder, model, progress=progress)
+    samples = [*_PROBES, *texts]
+    with small_files(folder) as local:
+        if not (local / TOKENIZER_MODEL).is_file():
+            return summary
+        return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(local, samples)}

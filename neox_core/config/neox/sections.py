@@ -1,0 +1,250 @@
+"""GPT-NeoX's settings renamed into the sections of our configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neox_core.config.neox.settings import NeoxSettings, as_number
+from neox_core.errors import ConfigError
+
+_LLEMMA_NODES, _LLEMMA_GPUS_PER_NODE = 32, 8
+_LLEMMA_SOURCES = {
+    "arxiv-rp": "arxiv",
+    "code-with-proofsteps": "algebraic-stack",
+    "code-rp": "code",
+}
+"""Llemma's working names of token files, and the names under which Proof-Pile-2 was published."""
+
+
+def model_section(settings: NeoxSettings, folder: Path) -> dict[str, Any]:
+    """The architecture. GPT-NeoX does not keep the vocabulary's size: it is read from the tokenizer if that is there.
+
+    Args:
+        folder: where a relative vocab_file is looked for.
+    """
+    hidden = settings.need_whole("hidden_size")
+    multiple = settings.whole("mlp_multiple_of") or 256
+    # GPT-NeoX's rule for its Llama MLP: two thirds of 4 x hidden, rounded up.
+    intermediate = settings.whole("intermediate_size") or -(-(hidden * 8 // 3) // multiple) * multiple
+    return {
+        "num_layers": settings.need("num_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": settings.need("num_attention_heads"),
+        "num_kv_heads": _kv_heads(settings),
+        "intermediate_size": intermediate,
+        "vocab_size": _vocab_size(settings, folder),
+        "rope_theta": settings.default("rotary_emb_base", "model.rope_theta"),
+        "norm_eps": as_number("rms_norm_epsilon", settings.default("rms_norm_epsilon", "model.norm_eps")),
+    }
+
+
+def _kv_heads(settings: NeoxSettings) -> int:
+    heads, kv_heads = settings.need_whole("num_attention_heads"), settings.whole("num_kv_heads")
+    kind = settings.get("attention_type")
+    expected = {"multihead": heads, "multiquery": 1, "groupedquery": kv_heads, None: kv_heads or heads}
+    if kind not in expected:
+        raise ConfigError(f"GPT-NeoX key 'attention_type' is {kind!r}: accepted: multihead, groupedquery, multiquery")
+    found = expected[kind]
+    if found is None or kv_heads not in (None, found):
+        raise ConfigError(
+            f"GPT-NeoX keys attention_type {kind!r}, num_attention_heads {heads} and num_kv_heads {kv_heads} disagree"
+        )
+    return found
+
+
+def _vocab_size(settings: NeoxSettings, folder: Path) -> int:
+    """The tokenizer's size, rounded up as GPT-NeoX pads it."""
+    if padded := settings.whole("padded_vocab_size"):
+        return padded
+    size = 32000
+    tokenizer = folder / str(settings.get("vocab_file") or "")
+    if tokenizer.is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        size = SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+    else:
+        settings.todo.append(
+            (
+                "model.vocab_size",
+                "32000 is a placeholder, since vocab_file was not found: take the tokenizer's size "
+                "(CodeLlama 7B and 13B: 32016; 34B: 32000)",
+            )
+        )
+    divisor = settings.default("make_vocab_size_divisible_by", "model.vocab_size") * _tensor(settings)
+    return int(-(-size // divisor) * divisor)
+
+
+def _tensor(settings: NeoxSettings) -> int:
+    return settings.whole("model_parallel_size") or 1
+
+
+def parallel_section(settings: NeoxSettings) -> dict[str, Any]:
+    """Degrees of parallelism; GPT-NeoX writes 0 for no pipeline."""
+    return {"tensor": _tensor(settings), "pipeline": settings.whole("pipe_parallel_size") or 1}
+
+
+def launch_section(settings: NeoxSettings) -> dict[str, Any]:
+    """Nodes and GPUs. GPT-NeoX's files seldom name them; then a run of Llemma's size is assumed."""
+    ranks = settings.whole("num_gpus") or _LLEMMA_GPUS_PER_NODE
+    nodes, world = settings.whole("num_nodes"), settings.whole("world_size", "global_num_gpus")
+    if nodes is None or nodes < 1:
+        nodes = world // ranks if world else None
+    if nodes is None:
+        nodes = _LLEMMA_NODES
+        settings.todo.append(
+            (
+                "launch.nodes",
+                f"{nodes} nodes x {ranks} GPUs are Llemma's: GPT-NeoX's batch grows with the number of "
+                "GPUs; if yours was another, train.global_batch_tokens changes in proportion",
+            )
+        )
+    if world and world != nodes * ranks:
+        raise ConfigError(f"GPT-NeoX's num_nodes {nodes} x num_gpus {ranks} is not its world size {world}")
+    executor = "slurm" if settings.get("launcher") == "slurm" else "auto"
+    return {"executor": executor, "nodes": nodes, "ranks_per_node": ranks}
+
+
+def train_section(settings: NeoxSettings, launch: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    """The recipe. The batch becomes tokens: sequence x micro batch x accumulation x data-parallel ranks."""
+    steps, length = settings.need_whole("train_iters"), settings.need_whole("seq_length")
+    micro = settings.need_whole("train_micro_batch_size_per_gpu", "batch_size")
+    checkpointing = settings.default("checkpoint_activations", "train.activation_checkpointing")
+    return {
+        "steps": steps,
+        "sequence_length": length,
+        "global_batch_tokens": _sequences(settings, micro, launch, parallel) * length,
+        "micro_batch_size": micro,
+        "optimizer": _optimizer(settings),
+        "schedule": _schedule(settings, steps),
+        "validation": {
+            "interval": settings.default("eval_interval", "train.validation.interval"),
+            "iterations": settings.default("eval_iters", "train.validation.iterations"),
+        },
+        "checkpoint_interval": settings.need("checkpoint_factor"),
+        "precision": _precision(settings),
+        "gradient_clip": settings.default("gradient_clipping", "train.gradient_clip", "clip_grad"),
+        "activation_checkpointing": "full" if checkpointing else "none",
+        "log_interval": settings.default("log_interval", "train.log_interval"),
+    }
+
+
+def _sequences(settings: NeoxSettings, micro: int, launch: dict[str, Any], parallel: dict[str, Any]) -> int:
+    """Sequences of a global batch."""
+    total, accumulation = settings.whole("train_batch_size"), settings.whole("gradient_accumulation_steps", "gas")
+    model_ranks, world = parallel["tensor"] * parallel["pipeline"], launch["nodes"] * launch["ranks_per_node"]
+    if world % model_ranks:
+        raise ConfigError(
+            f"{launch['nodes']} nodes x {launch['ranks_per_node']} GPUs are not divisible by model_parallel_size x "
+            f"pipe_parallel_size {model_ranks}: set num_nodes and num_gpus in the GPT-NeoX file"
+        )
+    if total and not accumulation:
+        return int(total)
+    accumulation = accumulation or settings.default("gradient_accumulation_steps", "train.global_batch_tokens")
+    sequences = int(micro * accumulation * world // model_ranks)
+    if total and total != sequences:
+        raise ConfigError(
+            f"GPT-NeoX's train_batch_size {total} is not micro batch {micro} x accumulation {accumulation} x "
+            f"{world // model_ranks} data-parallel ranks = {sequences}: set num_nodes and num_gpus in the GPT-NeoX file"
+        )
+    return sequences
+
+
+def _optimizer(settings: NeoxSettings) -> dict[str, Any]:
+    optimizer = settings.mapping("optimizer")
+    params = dict(optimizer.pop("params", None) or {})
+    kind = optimizer.pop("type", "Adam")
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise ConfigError(f"GPT-NeoX key 'optimizer.type' is {kind!r}, which is not supported: use Adam")
+    if "lr" not in params:
+        raise ConfigError("GPT-NeoX key 'optimizer.params.lr' is not in the files: add it")
+    if settings.get("lr") not in (None, params["lr"]):
+        raise ConfigError(f"GPT-NeoX keys lr {settings.get('lr')!r} and optimizer.params.lr {params['lr']!r} disagree")
+    decay = params.pop("weight_decay", None)
+    section = {
+        "lr": as_number("optimizer.params.lr", params.pop("lr")),
+        "betas": [as_number("optimizer.params.betas", beta) for beta in params.pop("betas", (0.9, 0.999))],
+        "eps": as_number("optimizer.params.eps", params.pop("eps", 1e-8)),
+    }
+    section["weight_decay"] = (
+        settings.default("weight_decay", "train.optimizer.weight_decay") if decay is None else decay
+    )
+    for name, accepted in (("adam_w_mode", True), ("bias_correction", True), ("torch_adam", None), ("amsgrad", False)):
+        value = params.pop(name, accepted)
+        if accepted is not None and value is not accepted:
+            raise ConfigError(f"GPT-NeoX key 'optimizer.params.{name}' is {value!r}, which is not supported: remove it")
+    if rest := [*optimizer, *params]:
+        raise ConfigError(
+            f"GPT-NeoX key 'optimizer' holds {rest}, which are unknown: known are lr, betas, eps, weight_decay"
+        )
+    return section
+
+
+def _schedule(settings: NeoxSettings, steps: int) -> dict[str, Any]:
+    decay_steps = settings.whole("lr_decay_iters") or steps
+    warmup_steps = settings.whole("warmup_iters")
+    if warmup_steps is None:
+        warmup_steps = round(
+            as_number("warmup", settings.default("warmup", "train.schedule.warmup_steps")) * decay_steps
+        )
+    elif settings.get("warmup") is not None:
+        raise ConfigError("GPT-NeoX keys warmup and warmup_iters are both set: keep one")
+    ratio = settings.number("decay_lr_to")
+    if ratio is None:
+        lr = as_number("optimizer.params.lr", settings.mapping("optimizer")["params"]["lr"])
+        ratio = as_number("min_lr", settings.default("min_lr", "train.schedule.min_lr_ratio")) / lr
+    elif settings.get("min_lr") is not None:
+        raise ConfigError("GPT-NeoX keys min_lr and decay_lr_to are both set: keep one")
+    return {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "min_lr_ratio": ratio}
+
+
+def _precision(settings: NeoxSettings) -> str:
+    """bf16 or fp32, from precision, bf16 and fp16, which must agree."""
+    bf16, fp16 = settings.mapping("bf16"), settings.mapping("fp16")
+    enabled_fp16 = bool(fp16.get("enabled")) and fp16.get("type") != "bfloat16"
+    enabled_bf16 = bool(bf16.get("enabled")) or (bool(fp16.get("enabled")) and not enabled_fp16)
+    asked = settings.get("precision")
+    if enabled_fp16 or asked == "fp16":
+        raise ConfigError("GPT-NeoX files ask for fp16, which is not supported: set precision: bfloat16 and bf16")
+    if asked not in (None, "bfloat16", "fp32") or (asked == "fp32" and enabled_bf16):
+        raise ConfigError(f"GPT-NeoX keys precision {asked!r}, bf16 {bf16} and fp16 {fp16} disagree: keep one")
+    return "bf16" if enabled_bf16 or asked == "bfloat16" else "fp32"
+
+
+def data_section(settings: NeoxSettings) -> dict[str, Any]:
+    """Sources and weights. Token files become source names; the text they were made from must be supplied."""
+    train = _names(settings.get("train_data_paths") or [settings.need("data_path", "train_data_paths")])
+    weights = settings.get("train_data_weights") or [1.0] * len(train)
+    if len(weights) != len(train):
+        raise ConfigError(f"GPT-NeoX has {len(train)} train_data_paths but {len(weights)} train_data_weights")
+    sources = {name: {"weight": weight} for name, weight in zip(train, weights, strict=True)}
+    validation, test = _names(settings.get("valid_data_paths") or []), _names(settings.get("test_data_paths") or [])
+    evaluated = list(dict.fromkeys([*validation, *test]))
+    if set(validation) != set(test):
+        settings.todo.append(("data.eval_sources", f"check it: GPT-NeoX validates on {validation} and tests on {test}"))
+    sources |= {name: {"weight": 0} for name in evaluated if name not in sources}
+    settings.todo.append(
+        (
+            "data.input",
+            f"put the text of {', '.join(sources)} into <data.input>/<source>/<split>/: prepare-data makes "
+            "the token files that GPT-NeoX's data paths point to",
+        )
+    )
+    return {"input": "../data/text", "sources": sources, "eval_sources": evaluated}
+
+
+def _names(paths: Sequence[Any]) -> list[str]:
+    """Source names of token files, in order, each once."""
+    names = [Path(str(path)).name.removesuffix("_text_document") for path in paths]
+    return list(dict.fromkeys(_LLEMMA_SOURCES.get(name, name) for name in names))
+
+
+def wandb_section(settings: NeoxSettings) -> dict[str, Any]:
+    """W&B is on, off, or left to what is logged in."""
+    wanted = settings.get("use_wandb")
+    if wanted not in (True, False, None):
+        raise ConfigError(f"GPT-NeoX key 'use_wandb' is {wanted!r}: give true or false")
+    mode = "offline" if wanted is None else ("online" if wanted else "disabled")
+    section = {"mode": mode, "project": settings.get("wandb_project"), "entity": settings.get("wandb_team")}
+    return {key: value for key, value in section.items() if value is not None}

@@ -1,0 +1,189 @@
+"""Which files hold a source's text: a folder, a glob or an S3 prefix, plain or compressed."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from neox_core.artifact import sha256_of
+from neox_core.errors import DataError
+
+if TYPE_CHECKING:
+    from neox_core.config import DataConfig, StorageConfig
+    from neox_core.storage.object_store import ObjectStore
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One unit of work: a file of text."""
+
+    source: str
+    split: str
+    name: str
+    """Its name below the folder, glob or prefix that it was found by; unique within the split."""
+    location: str
+    """A path, or s3://bucket/key."""
+    size: int
+    """Bytes, as stored."""
+    etag: str = ""
+    """Of an S3 object: the store's mark of its content."""
+
+    @property
+    def logical_name(self) -> str:
+        """The same wherever the data lies."""
+        return f"{self.source}/{self.split}/{self.name}"
+
+
+def source_files(config: DataConfig, storage: StorageConfig, source: str, split: str) -> list[InputFile]:
+    """The files of one split of a source, sorted by name: `files.<split>` of the source, else
+    `<input>/<source>/<split>/`.
+
+    Returns an empty list only for a split other than train of a source that is not used for evaluation.
+
+    Raises:
+        DataError: there are none, or one is empty, of another kind or not readable.
+        StorageError: the object store cannot be listed.
+    """
+    given = next((where for name, where in config.sources[source].files.items() if name == split), None)
+    location = given or f"{config.input}/{source}/{split}"
+    if location.startswith("s3://"):
+        found = _listed(location, storage)
+    else:
+        found = _found_locally(location, is_pattern=given is not None)
+    optional = split != "train" and source not in config.validation_sources
+    if not found and not (optional and given is None):
+        missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
+        lack = "does not exist" if missing else f"holds no {_KINDS} file"
+        hint = "" if split == "train" else ", or name the sources that have it in data.eval_sources"
+        raise DataError(
+            f"source {source!r} has no {split} text: {location} {lack}; correct data.input or data.sources{hint}"
+        )
+    for name, where, size, _ in found:
+        if not name.endswith(SUFFIXES):
+            raise DataError(f"{where} is not a {_KINDS} file: convert it or move it away")
+        if size == 0 and not config.skip_damaged_files:
+            raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")
+    return [InputFile(source, split, *file) for file in sorted(found)]
+
+
+@contextmanager
+def open_input(file: InputFile, storage: StorageConfig | None, scratch: Path) -> Iterator[Path]:
+    """The file as a local path; an S3 object is fetched into `scratch` and removed afterwards.
+
+    Raises:
+        StorageError: the object cannot be fetched.
+        DataError: it has changed since it was listed.
+    """
+    if not file.location.startswith("s3://"):
+        yield Path(file.location)
+        return
+    assert storage is not None, "s3:// inputs come with the settings of their store"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch, prefix=".fetch-") as folder:
+        url, _, key = file.location.rpartition("/")
+        path = Path(folder, key)
+        _store(url, storage).get_file(key, path)
+        if path.stat().st_size != file.size:
+            raise DataError(f"{file.location} has changed while it was read ({file.size} bytes before): run again")
+        yield path
+
+
+def content_digest(file: InputFile) -> str:
+    """What tells the file's content: SHA-256, or, of an S3 object, its ETag and size."""
+    if file.location.startswith("s3://"):
+        return hashlib.sha256(f"{file.etag} {file.size}".encode()).hexdigest()
+    return sha256_of(Path(file.location))
+
+
+_Found = list[tuple[str, str, int, str]]
+
+
+def _found_locally(location: str, *, is_pattern: bool) -> _Found:
+    try:
+        return _matching(location) if is_pattern and not Path(location).is_dir() else _in_folder(Path(location))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or location} cannot be read ({error.strerror}): correct the link or the permissions, or "
+            "move it away"
+        ) from None
+
+
+def _in_folder(folder: Path) -> _Found:
+    if not folder.is_dir():
+        return []
+    return [_local(path, folder) for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _matching(pattern: str) -> _Found:
+    """Files that match; a name begins below the last folder without a wildcard."""
+    parts = PurePosixPath(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    root = Path(*parts[:fixed])
+    paths = {Path(match) for match in glob.glob(pattern, recursive=True)}  # **/** finds a file more than once
+    return [_local(path, root) for path in paths if not path.is_dir()]
+
+
+def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
+    """A file below `root`. That it can be opened is found out here, and not when a worker comes to it."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise DataError(f"{path} is {kind}, not a {_KINDS} file: move it away, or give a pattern of the files' names")
+    with path.open("rb"):
+        return path.relative_to(root).as_posix(), str(path), status.st_size, ""
+
+
+def _listed(location: str, storage: StorageConfig) -> _Found:
+    """Objects below a prefix, or those that match a pattern."""
+    url, pattern = location, ""
+    if glob.has_magic(location):
+        head = location[: next(i for i, letter in enumerate(location) if letter in "*?[")]
+        url = head.rpartition("/")[0]
+        pattern = location[len(url) + 1 :]
+    objects = _store(url, storage).list()
+    root = url.rstrip("/")
+    return [
+        (item.key, f"{root}/{item.key}", item.size, item.etag)
+        for item in objects
+        if _is_file(item.key) and (not pattern or _key_matches(item.key.split("/"), pattern.split("/")))
+    ]
+
+
+def _is_file(key: str) -> bool:
+    """Neither hidden nor the mark of a folder, which some tools leave."""
+    name = key.rpartition("/")[2]  # empty if the key is the prefix itself, too
+    return bool(name) and not name.startswith(".")
+
+
+def _key_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As glob.glob(recursive=True) would match a file of these path components: ** is any number of folders, and at
+    the end all that they hold; neither it nor a wildcard takes hidden ones."""
+    if not pattern:
+        return not parts
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        hidden = next((place for place, part in enumerate(parts) if part.startswith(".")), len(parts))
+        if not rest:
+            return 0 < len(parts) == hidden
+        return any(_key_matches(parts[skipped:], rest) for skipped in range(hidden + 1))
+    if not parts or (parts[0].startswith(".") and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], first) and _key_matches(parts[1:], rest)
+
+
+def _store(url: str, storage: StorageConfig) -> ObjectStore:
+    from neox_core.storage.object_store import ObjectStore  # boto3 takes a while to import
+
+    return ObjectStore(storage.model_copy(update={"url": url.rstrip("/")}))

@@ -1,0 +1,113 @@
+"""Text to ids. SentencePiece says what is right; a faster engine may do the work where its ids are the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import sentencepiece
+
+from neox_core.data.tokenization.fast_engine import FastEngine
+from neox_core.data.indexed import Tokens, token_dtype
+from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
+from neox_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from neox_core.config import TokenizerConfig
+    from neox_core.data.tokenization.part_settings import TokenizerSettings
+
+_log = logging.getLogger(__name__)
+_CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
+
+
+class Tokenizer:
+    """A SentencePiece model, the engine that encodes with it, and the id that ends a document."""
+
+    def __init__(self, config: TokenizerConfig | TokenizerSettings) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: the model file is missing, or has no piece for the configured end of document.
+            DataError: the file is not a SentencePiece model, or takes literal `</s>` in a text for its control piece.
+        """
+        self._model = _load(config.model)
+        self.vocab_size: int = self._model.vocab_size
+        self.dtype = token_dtype(self.vocab_size)
+        self.end_of_document_id = self._end_of_document(config)
+        self._begin = self._begin_of_document(config)
+        self._refuse_control_texts(config.model)
+        self._fast = FastEngine.load(self._model) if config.engine == "auto" else None
+        self.engine: str = self._fast.name if self._fast else f"sentencepiece {sentencepiece.__version__}"
+        """Name and version of what encodes."""
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of a text, [tokens], in `dtype`; no begin or end is added, and `</s>` in the text is text."""
+        ids = self._fast.encode(text) if self._fast else self._model.encode(text)
+        return np.asarray(ids, dtype=self.dtype)
+
+    def encode_document(self, text: str) -> Tokens:
+        """Ids of a whole document: the begin-of-document id if configured, its text, the end-of-document id."""
+        return self._document(self._fast.encode(text) if self._fast else self._model.encode(text))
+
+    def _document(self, ids: Tokens) -> Tokens:
+        begin = len(self._begin)
+        document = np.empty(begin + len(ids) + 1, dtype=self.dtype)
+        document[:begin] = self._begin
+        document[begin:-1] = ids
+        document[-1] = self.end_of_document_id
+        return document
+
+    def verify_document(self, text: str, ids: Tokens) -> None:
+        """Compare a document's ids with SentencePiece's.
+
+        Raises:
+            DataError: one differs.
+        """
+        expected = self._document(self._model.encode(text))
+        if not np.array_equal(ids, expected):
+            shorter = min(len(ids), len(expected))
+            differing = np.flatnonzero(ids[:shorter] != expected[:shorter])
+            at = int(differing[0]) if len(differing) else shorter
+            raise DataError(
+                f"{self.engine} and SentencePiece differ from token {at} of {len(expected)} on "
+                f"({ids[at : at + 4].tolist()}, not {expected[at : at + 4].tolist()}): set tokenizer.engine: sentencepiece"
+            )
+
+    def _begin_of_document(self, config: TokenizerConfig | TokenizerSettings) -> list[int]:
+        if not config.begin_of_document:
+            return []
+        if self._model.bos_id < 0:
+            raise ConfigError(
+                f"tokenizer.begin_of_document is true, but {config.model} has no <s> piece: set it to false"
+            )
+        return [self._model.bos_id]
+
+    def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
+        # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
+        found = self._model.eos_id if config.end_of_document == "eos" else self._model.unk_id
+        if found < 0:
+            raise ConfigError(
+                f"tokenizer.end_of_document is {config.end_of_document!r}, but {config.model} has no such piece"
+            )
+        return found
+
+    def _refuse_control_texts(self, path: Path) -> None:
+        # SentencePiece never matches control pieces in a text, unless the model declares them user-defined.
+        for text in _CONTROL_TEXTS:
+            if controls := self._model.specials_in(text):
+                raise DataError(
+                    f"tokenizer {path} turns the literal text {text!r} into the special id {controls[0]}: "
+                    "use a model in which it is a control piece, not a user-defined one"
+                )
+
+
+def _load(path: Path) -> SentencePieceModel:
+    if not path.is_file():
+        raise ConfigError(f"tokenizer.model {path} does not exist: correct the path")
+    try:
+        return SentencePieceModel(path.read_bytes())
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"tokenizer.model {path} is not a SentencePiece model ({reason}): fetch it again") from None

@@ -1,0 +1,56 @@
+"""Which layers compute what again: the least work that fits the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neox_core.config import BatchGeometry, RunConfig
+from neox_core.planning.activations import Mode
+from neox_core.planning.memory import rank_dimensions, stage_layers, stage_memory
+
+
+def layer_modes(config: RunConfig, geometry: BatchGeometry, stage: int, available: float | None) -> tuple[Mode, ...]:
+    """Activation checkpointing of each layer of a pipeline stage, first to last.
+
+    With `auto`: none in the first layers, selective in the next, full in the rest, so that the work that is repeated is
+    the least whose memory fits; all full if nothing fits.
+
+    Args:
+        available: bytes for all that a rank holds; None: without limit.
+    """
+    layers, mode = stage_layers(config, stage), config.train.activation_checkpointing
+    if mode != "auto":
+        return (mode,) * layers
+    if available is None:
+        return _modes(layers, 0, layers)
+    costs = _costs(config)
+    choices = [_modes(none, selective, layers) for none in range(layers + 1) for selective in range(layers + 1 - none)]
+    fitting = [modes for modes in choices if _needed(config, geometry, stage, modes) <= available]
+    return min(fitting, key=lambda modes: sum(costs[mode] for mode in modes), default=_modes(0, 0, layers))
+
+
+def describe_modes(modes: Sequence[Mode]) -> str:
+    """Such as `none in 20, selective in 12 layers`."""
+    counts = [(mode, modes.count(mode)) for mode in dict.fromkeys(modes)]
+    return ", ".join(f"{mode} in {count}" for mode, count in counts) + " layers"
+
+
+def _modes(none: int, selective: int, layers: int) -> tuple[Mode, ...]:
+    counts: dict[Mode, int] = {"none": none, "selective": selective, "full": layers - none - selective}
+    return tuple(mode for mode, count in counts.items() for _ in range(count))
+
+
+def _needed(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> int:
+    return stage_memory(config, geometry, stage, modes).total
+
+
+def _costs(config: RunConfig) -> dict[Mode, float]:
+    """Work that a layer repeats, in FLOPs per token on one rank: attention, and all products but w2's.
+
+    Elementwise functions are counted as a tenth of the attention.
+    """
+    dims = rank_dimensions(config)
+    attention = 2 * dims.num_heads * dims.head_dim * config.train.sequence_length
+    heads = 2 * dims.num_heads + 2 * dims.num_kv_heads
+    products = 2 * dims.hidden_size * (heads * dims.head_dim + 2 * dims.intermediate_size)
+    return {"none": 0.0, "selective": 1.1 * attention, "full": 1.1 * attention + products}

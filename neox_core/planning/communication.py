@@ -1,0 +1,96 @@
+"""What a rank sends and receives in one step, counted from the configuration.
+
+Sizes are those of the whole tensor: what a reduction takes or a gathering gives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from neox_core.config import BatchGeometry, RunConfig
+from neox_core.planning.activations import DTYPE_BYTES, Mode, micro_batch_tokens
+from neox_core.planning.memory import rank_norms, rank_parameters
+from neox_core.train.engine.gradient_norms import group_names
+
+Collective = tuple[str, str]
+"""(group's name, kind), such as ("tensor", "all-reduce")."""
+
+_FP32, _FP64 = 4, 8
+
+
+def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Counter[Collective]:
+    """Bytes of one step's collectives of each rank of a pipeline stage, by group and kind.
+
+    Args:
+        modes: activation checkpointing of each of its layers.
+    """
+    traffic: Counter[Collective] = Counter()
+    if config.parallel.tensor > 1:
+        traffic += _tensor_parallel(config, geometry, stage, modes)
+    if config.parallel.pipeline > 1:
+        traffic += _pipeline(config, geometry, stage)
+    if geometry.data_parallel > 1:
+        parameters, norms = rank_parameters(config, stage), rank_norms(config, stage)
+        # Matrices by buckets, each to its owner; norms at once.
+        traffic["data", "reduce"] = _FP32 * (parameters - norms)
+        traffic["data", "reduce-scatter"] = _FP32 * norms
+        traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * parameters
+    if geometry.world_size > 1:
+        # The share of tokens that count, the loss, the squared norms of the gradient and of its groups.
+        traffic["all", "all-reduce"] = _FP64 * (3 + len(group_names(config.model.num_layers)))
+    return traffic
+
+
+def _hidden(config: RunConfig) -> int:
+    return DTYPE_BYTES[config.train.precision] * config.model.hidden_size * micro_batch_tokens(config)
+
+
+def _tensor_parallel(
+    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]
+) -> Counter[Collective]:
+    """Hidden states are summed after attention and MLP, their gradients before (arXiv 1909.08053).
+
+    With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198). Full
+    checkpointing computes again what comes before a block's last product, selective gathers the norms' results. The
+    embedding and the head add one sum each; the loss, a maximum and two sums per token.
+    """
+    first, last = stage == 0, stage == config.parallel.pipeline - 1
+    hidden, steps = _hidden(config), geometry.accumulation_steps
+    sums = sum(5 if mode == "full" else 4 for mode in modes) + first + last
+    loss = last * 3 * _FP32 * micro_batch_tokens(config)
+    if config.parallel.sequence:
+        gathers = sum(4 if mode == "none" else 6 for mode in modes) + first + last
+        return Counter(
+            {
+                ("tensor", "all-gather"): steps * gathers * hidden,
+                ("tensor", "reduce-scatter"): steps * sums * hidden,
+                ("tensor", "all-reduce"): steps * loss + _FP32 * rank_norms(config, stage) // geometry.data_parallel,
+            }
+        )
+    traffic = Counter({("tensor", "all-reduce"): steps * (sums * hidden + loss)})
+    # What DeepSpeed sends between stages is a part per rank, and put together again: inputs, results and gradients.
+    if gathers := (not first) + 2 * (not last):
+        traffic["tensor", "all-gather"] = steps * gathers * hidden
+    return traffic
+
+
+def _pipeline(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:
+    """Hidden states go to the next stage and gradients to the one before."""
+    neighbours = (stage > 0) + (stage < config.parallel.pipeline - 1)
+    size = geometry.accumulation_steps * neighbours * _hidden(config) // config.parallel.tensor
+    return Counter({("pipeline", "send"): size, ("pipeline", "receive"): size})
+
+
+def sent_bytes(collective: Collective, size: int, ranks: int) -> int:
+    """What a rank sends for a tensor of `size` bytes among `ranks`, by rings (an all-reduce is two passes)."""
+    kind = collective[1]
+    if kind in ("send", "receive"):
+        return size if kind == "send" else 0
+    return size * (ranks - 1) // ranks * (2 if kind == "all-reduce" else 1)
+
+
+def group_size(collective: Collective, config: RunConfig, geometry: BatchGeometry) -> int:
+    """Ranks of a collective's group."""
+    sizes = {"tensor": config.parallel.tensor, "data": geometry.data_parallel, "pipeline": config.parallel.pipeline}
+    return sizes.get(collective[0], geometry.world_size)

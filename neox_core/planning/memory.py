@@ -1,0 +1,124 @@
+"""Parameters and memory per rank, counted from the configuration.
+
+Symbols: L layers, D hidden size, N query heads, K key-value heads, H head width, F intermediate size, V vocabulary,
+each one rank's; TP, PP, DP degrees of tensor, pipeline and data parallelism; B micro batch, T sequence length; e bytes
+per element. `llemma plan --simulate` measures the same in the real engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from neox_core.config import BatchGeometry, ModelConfig, RunConfig
+from neox_core.model.dimensions import ModelDimensions
+from neox_core.parallel.stages import pipeline_layers
+from neox_core.planning.activations import DTYPE_BYTES, Mode, block_bytes, in_flight, working_bytes
+
+RESERVED_BYTES = 4 * 2**30
+"""What is not counted: the CUDA context, code and workspaces of kernels (2.4 GiB on an H200), the allocator's fragments
+(0.4), and NCCL's buffers (about 1)."""
+
+_FP32 = 4
+_MASTER_BYTES = {"fp32": 4, "packed": 2}
+
+
+def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
+    """Number of parameters: 2·V·D + L·(D·H·(N + 2K) + N·H·D + 3·D·F + 2·D) + D.
+
+    Q, K, V; attention output; three matrices of SwiGLU; two norms a layer and one at the end; untied input
+    embedding and output head, no biases (arXiv 2302.13971, 2307.09288).
+
+    Args:
+        input_embedding: count the input embedding's V·D too. FLOPs are counted without it: a lookup costs none.
+    """
+    embeddings = 2 if input_embedding else 1
+    layers = model.num_layers * _layer_parameters(ModelDimensions.of(model, 1))
+    return embeddings * model.vocab_size * model.hidden_size + layers + model.hidden_size
+
+
+def _layer_parameters(dims: ModelDimensions) -> int:
+    """One rank's part of one transformer layer; norms are replicated."""
+    heads = 2 * dims.num_heads + 2 * dims.num_kv_heads
+    return dims.hidden_size * (heads * dims.head_dim + 3 * dims.intermediate_size + 2)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by part. The CUDA context, the communicators and fragmentation come on top."""
+
+    weights: int
+    """Parameters in train.precision."""
+    gradients: int
+    """The fp32 buffer in which micro batches accumulate."""
+    master: int
+    """fp32 master weights, or their low half, split among the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054)."""
+    adam: int
+    """Two fp32 moments, split likewise."""
+    tables: int
+    """Cosines and sines of the rotary positions, fp32, in each layer."""
+    activations: int
+    """Kept for the backward pass, for all micro batches in flight."""
+    working: int
+    """The most that a backward pass needs beside them: a block's gradients and what it computes again, or logits."""
+
+    @property
+    def state(self) -> int:
+        """What is there between steps."""
+        return self.total - self.activations - self.working
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, in bytes."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Memory:
+    """Memory of each rank of one pipeline stage, in bytes.
+
+    Args:
+        stage: 0 holds the embedding, the last one the final norm and the output head.
+        modes: activation checkpointing of each of its layers.
+    """
+    dims = rank_dimensions(config)
+    parameters = rank_parameters(config, stage)
+    shard = -(-parameters // geometry.data_parallel)
+    layers = stage_layers(config, stage)
+    return Memory(
+        weights=DTYPE_BYTES[config.train.precision] * parameters,
+        gradients=_FP32 * parameters,
+        # In fp32 the parameters are their own master weights.
+        master=0 if config.train.precision == "fp32" else _MASTER_BYTES[config.train.master_weights] * shard,
+        adam=2 * _FP32 * shard,
+        tables=layers * _FP32 * dims.head_dim * config.train.sequence_length,
+        activations=in_flight(config, geometry, stage) * sum(block_bytes(config, dims, mode) for mode in modes),
+        working=working_bytes(config, dims, geometry, stage, modes),
+    )
+
+
+def stage_layers(config: RunConfig, stage: int) -> int:
+    """Transformer layers on one pipeline stage."""
+    return pipeline_layers(config)[stage]
+
+
+def rank_dimensions(config: RunConfig) -> ModelDimensions:
+    """What one tensor-parallel rank computes."""
+    return ModelDimensions.of(config.model, config.train.sequence_length).shard(config.parallel.tensor)
+
+
+def rank_parameters(config: RunConfig, stage: int) -> int:
+    """Parameters on each rank of one pipeline stage."""
+    dims = rank_dimensions(config)
+    vocabulary = dims.vocab_size * dims.hidden_size
+    parameters = stage_layers(config, stage) * _layer_parameters(dims)
+    if stage == 0:
+        parameters += vocabulary
+    if stage == config.parallel.pipeline - 1:
+        parameters += vocabulary + dims.hidden_size
+    return parameters
+
+
+def rank_norms(config: RunConfig, stage: int) -> int:
+    """Those of them that are norms: the same on all tensor-parallel ranks."""
+    last = stage == config.parallel.pipeline - 1
+    return (2 * stage_layers(config, stage) + last) * config.model.hidden_size

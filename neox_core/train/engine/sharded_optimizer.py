@@ -1,0 +1,219 @@
+"""DeepSpeed's ZeRO-1 optimizer with fp32 accumulation, with a sharded reduction and a fused update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+from neox_core.parallel.agreement import differs_from_first
+from neox_core.parallel.gradient_reduction import OverlappedReduction, average
+from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
+from neox_core.train.engine.adamw import AdamWStep, adamw_update
+from neox_core.train.engine.master_weights import MasterWeights
+from neox_core.train.engine.outcome import pack_outcome
+
+MATRICES, NORMS = 0, 1
+"""Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
+
+
+class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
+    """Each data-parallel rank reduces, clips and updates its own partition only.
+
+    Where DeepSpeed's own sums all gradients on all ranks, scales them, updates, casts and clears in a pass each, this
+    one reduces a shard to each rank (half the traffic) and does the rest in one pass. What it saves is what DeepSpeed
+    saves. DeepSpeed calls the parameters bf16; here they may also be fp32, which are their own master weights.
+
+    Args:
+        mesh: the grid of ranks.
+        kv_group: the tensor-parallel ranks that have the same KV heads; None where each has its own.
+        packed: keep the low half of the master weights only (see master_weights.py).
+        others: what BF16_Optimizer takes.
+    """
+
+    def __init__(
+        self, *others: Any, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+    ) -> None:
+        super().__init__(*others, **named)
+        self._mesh = mesh
+        own = [dist.get_rank(group) for group in self.real_dp_process_group]
+        self.masters = [
+            MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
+        ]
+        for parameter in (p for group in self.bf16_groups for p in group):
+            parameter._hp_mapping = None  # views of DeepSpeed's fp32 copy, which would keep it in memory
+        for group, handle in enumerate(self.fp32_groups_flat_partition):
+            # DeepSpeed's own fp32 copy only remains as the key of the optimizer's state.
+            handle.data = torch.empty(0, device=handle.device)
+            state = self.optimizer.state[handle]
+            gradient = self.fp32_groups_gradient_flat_partition[group]
+            # On the device, which alone knows in time of updates that are not done.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
+        same. After it: the share of the global batch's."""
+        parameters = self.bf16_groups[MATRICES]
+        self.reduction = OverlappedReduction(
+            self.fp32_groups_gradients_flat[MATRICES],
+            self.real_dp_process_group[MATRICES],
+            sizes=[p.numel() for p in parameters],
+            layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
+        )
+        matrices, norms = self.fp32_groups_gradient_flat_partition
+        self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
+        # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
+        self._summed = self._replicated[:] if mesh.sequence_parallel else []
+        self._kv_group = kv_group
+        if kv_group is not None:
+            shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
+            kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
+            self._replicated.append(kv_heads)
+            self._summed.append(kv_heads)
+        self.loss_share = torch.zeros((), device=mesh.device)
+        """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
+        self.loss_limit = torch.full((), torch.inf, device=mesh.device)
+        """A loss above it stops the update too."""
+        self.group_squares: Callable[[], Tensor] = partial(torch.zeros, 0, device=mesh.device)
+        """This rank's share of the squared gradient norm of groups of layers, [groups]."""
+        self.outcome = torch.zeros(0)
+        """Of the last step, see outcome.py."""
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    @property
+    def fp16_groups(self) -> list[list[Tensor]]:
+        """Where DeepSpeed looks for the parameters of an engine that is not in bf16."""
+        groups: list[list[Tensor]] = self.bf16_groups
+        return groups
+
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: Tensor, group_idx: int, param_idx: int) -> None:
+        """Add a parameter's gradient to its fp32 sum."""
+        super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
+        self.on_gradient(group_idx, param_idx)
+
+    @torch.no_grad()
+    def on_gradient(self, group: int, parameter: int) -> None:
+        """A parameter's gradient was added to its fp32 sum."""
+        self.fp32_groups_has_gradients[group][parameter] = True
+        if group == MATRICES:
+            self.reduction.on_gradient(parameter)
+
+    def begin_reduction(self) -> None:
+        """The last backward pass of a step comes: what is complete can be reduced meanwhile."""
+        if self._mesh.data_size > 1:
+            self.reduction.begin()
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
+        if self._mesh.data_size > 1:
+            self.reduction.finish()
+            norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
+            own = self.fp32_groups_gradient_flat_partition[NORMS]
+            dist.reduce_scatter_tensor(own, norms, average(norms, group), group)
+        for shared in self._summed:
+            shared.sum()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Clip by the global norm and update, unless the norm or the loss is not finite or the loss is above its limit.
+
+        All ranks do the same, and none asks the device: `outcome` says later what was done.
+        """
+        own = torch.stack([self.counted_share, self.loss_share.double(), self._own_square().double()])
+        own = torch.cat([own, self.group_squares().double()])
+        total = own.clone()
+        dist.all_reduce(total)
+        # Loss and gradient in the buffers are to be divided by the share of positions that count. At least some do: a
+        # batch without any target has no gradient.
+        share = (total[0] / self._mesh.data_size).clamp(min=1e-9)
+        total[1] /= share
+        total[2:] /= share.square()
+        loss, norm = total[1], total[2].sqrt()
+        applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
+        scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share
+        self._update(torch.where(applied, scale, 0.0).float(), applied)
+        self._gather()
+        self.clear_hp_grads()
+        self.counted_share = share
+        self.outcome, self._global_grad_norm = pack_outcome(applied, total[1:], own[1:]), norm.float()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What is left to clear after a step."""
+        self.clear_lp_grads(set_to_none)
+
+    def clear_hp_grads(self) -> None:
+        """Set all gradients to zero; on a single data-parallel rank, the update did."""
+        if self._mesh.data_size > 1:
+            super().clear_hp_grads()
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
+    def _own_square(self) -> Tensor:
+        """This rank's share of the whole model's squared gradient norm."""
+        total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
+        for shared in self._replicated:
+            total -= shared.repeated_squares()
+        return total
+
+    def _update(self, scale: Tensor, applied: Tensor) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
+            beta1, beta2 = group["betas"]
+            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"] + 1)
+            gradient = self.fp32_groups_gradient_flat_partition[index]
+            adamw_update(self.masters[index], gradient, state["exp_avg"], state["exp_avg_sq"], scale, step)
+            state["step"] += applied
+
+    def _gather(self) -> None:
+        """Give every data-parallel rank the others' updated parameters."""
+        if self._mesh.data_size == 1:
+            return
+        for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
+            dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+
+    def count_master_differences(self, trained: bool) -> int:
+        """Elements of this rank's master weights that are not the model's parameters; or, `trained`, do not round to
+        them."""
+        return sum(master.count_differences(trained) for master in self.masters)
+
+    def differs_from_peers(self) -> bool:
+        """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
+        tensor-parallel ranks the norms, and some of them KV heads. Collective over all ranks."""
+        flats = self.bf16_groups_flat
+        found = [differs_from_first(flats, self.dp_process_group)]
+        found.append(differs_from_first([flats[NORMS]], self._mesh.tensor_group))
+        if self._kv_group is not None:
+            shared = [flats[MATRICES][r.start : r.stop] for r in shared_elements(self.bf16_groups[MATRICES])]
+            found.append(differs_from_first(shared, self._kv_group))
+        return any(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As DeepSpeed's, with the master weights in fp32."""
+        state = super().state_dict()
+        state["single_partition_of_fp32_groups"] = [master.to_host() for master in self.masters]
+        return state
+
+    def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
+        own = states[dist.get_rank(self.dp_process_group)]
+        if load_optimizer_states:
+            self._load_moments(own["base_optimizer_state"]["state"])
+        for master, saved in zip(self.masters, own["single_partition_of_fp32_groups"], strict=True):
+            master.load(saved)
+
+    def _load_moments(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        """In place: torch's own way has the old and the new moments at the same time, which need not fit."""
+        handles = [handle for group in self.optimizer.param_groups for handle in group["params"]]
+        for index, values in saved.items():
+            for name, value in values.items():
+                self.optimizer.state[handles[index]][name].copy_(value)
+
+    def _restore_from_bit16_weights(self) -> None:
+        for master in self.masters:
+            master.reset()

@@ -1,0 +1,133 @@
+"""Metrics: a JSONL file that the report reads, and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from neox_core.config import RunConfig
+from neox_core.storage.object_store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+INCIDENTS_FILE = "incidents.jsonl"
+_SHOWN = ("train/", "validation/", "guard/")
+_WANDB_URL = "https://api.wandb.ai"
+_CONNECT_SECONDS = 5.0
+
+
+class MetricsLog:
+    """Writes one row per call, on rank 0 only; on other ranks it does nothing.
+
+    A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint. `backup` puts the
+    file beside the checkpoints in the store, from where it comes back if the folder is lost.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: Path, store: ObjectStore, prefix: str, run_id: str, rank: int
+    ) -> None:
+        self._active = rank == 0
+        self._wandb: Any = None
+        if not self._active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / METRICS_FILE
+        self._store, self._key = store, f"{prefix}/{METRICS_FILE}"
+        if not self._path.exists():
+            self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
+        _end_last_line(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        if config.wandb.mode != "disabled":
+            self._wandb = _start_wandb(config, folder, run_id)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
+
+    def log(self, step: int, **values: float) -> None:
+        """Record values of one step; `__` in a name stands for the `/` that groups charts. The log shows some."""
+        if not self._active:
+            return
+        row = {name.replace("__", "/"): value for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
+        self._file.flush()
+        shown = {name: value for name, value in row.items() if name.startswith(_SHOWN)}
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in shown.items()))
+        if self._wandb is not None:
+            self._wandb.log({"step": step} | row)
+
+    def note(self, name: str, text: str) -> None:
+        """Put a text into the summary of the W&B run."""
+        if self._active and self._wandb is not None:
+            self._wandb.summary[name] = text
+
+    def backup(self) -> Callable[[], None]:
+        """What copies the rows so far to the store when it is called, in whatever thread."""
+        if not self._active:
+            return lambda: None
+        return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off the half line that a killed run may have left; its step comes again."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logger.warning("%s: its last line was incomplete and is removed: %r", path, content[whole:])
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode = config.wandb.mode
+    if mode == "online" and not _reachable(os.environ.get("WANDB_BASE_URL", _WANDB_URL)):
+        logger.warning(
+            "W&B cannot be reached: this job writes offline; upload later: wandb sync %s/wandb/offline-*", folder
+        )
+        mode = "offline"
+    run = wandb.init(
+        mode=mode,
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.name,
+        id=run_id[:16],
+        resume="allow",
+        dir=folder,
+        config=config.model_dump(mode="json"),
+    )
+    # W&B's own count of steps only rises, and would drop those that a resumed job takes again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _reachable(url: str) -> bool:
+    """Whether a connection to the server, or to the proxy that leads there, can be made."""
+    parts = urlsplit(getproxies().get(urlsplit(url).scheme, url))
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=_CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False

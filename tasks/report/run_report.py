@@ -1,0 +1,48 @@
+"""Puts the stages' results together: report.html and the table that a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_core.artifact import software
+from neox_core.config import RunConfig
+from tasks.prepare import ledger
+from tasks.report.page import ReportData, read_metrics, summary_rows, write_report
+from tasks.stage import StageResult
+from tasks.train import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Where the report is, and its headlines."""
+
+    path: Path
+    rows: list[tuple[str, str]]
+
+
+def write_run_report(config: RunConfig, results: Sequence[StageResult]) -> RunReport:
+    """Write `<workdir>/report.html` from the results of all stages, in their order."""
+    prepared, converted, trained, evaluated, exported = results
+    path = config.workdir / "report.html"
+    data = ReportData(
+        title=config.name,
+        config=config.model_dump(mode="json"),
+        ledger=ledger(config, prepared),
+        metrics=read_metrics(trained.artifact.folder / METRICS_FILE),
+        evaluations=evaluated.artifact.summary["evaluations"],
+        stages=[
+            {"stage": result.artifact.name, "seconds": result.seconds, "skipped": result.skipped} for result in results
+        ],
+        train=dict(trained.artifact.summary),
+        links={
+            "model": str(exported.artifact.folder),
+            "report": str(path),
+            "checkpoints": str(trained.artifact.summary["prefix"]),
+            "shards": str(converted.artifact.folder),
+        },
+        software=software(),
+    )
+    write_report(path, data)
+    return RunReport(path, summary_rows(data))

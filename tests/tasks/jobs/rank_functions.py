@@ -1,0 +1,89 @@
+"""What the ranks of the jobs in test_launch.py run; pickled by value, because ranks cannot import the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from neox_core.errors import DataError
+
+
+def sum_of_ranks(factor: int) -> dict[str, float | str]:
+    """Meet over gloo and add up the ranks; what the environment says of them."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    total = torch.tensor(float(factor * (dist.get_rank() + 1)))
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    variables = {name: int(os.environ[name]) for name in names}
+    return {"sum": total.item(), **variables, "DS_ACCELERATOR": os.environ["DS_ACCELERATOR"]}
+
+
+def count_starts(folder: str, until: str | None = None) -> int:
+    """Leave one file per start; wait until a file appears."""
+    rank = int(os.environ["RANK"])
+    (Path(folder) / f"start-{rank}-{os.getpid()}").touch()
+    while until and not Path(until).exists():
+        time.sleep(0.02)
+    return rank
+
+
+def rank_1_rejects_data() -> int:
+    """Rank 1 raises; rank 0 waits for it for ever."""
+    if os.environ["RANK"] == "1":
+        raise DataError("source arxiv is empty:\n add files or remove it")
+    time.sleep(3600)
+    return 0
+
+
+def rank_1_is_killed(folder: str) -> int:
+    """Rank 1 dies without a word; rank 0 waits for it for ever."""
+    (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    if os.environ["RANK"] == "1":
+        print("rank 1 is about to run out of memory", flush=True)  # noqa: T201 - the log's last words
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
+    return 0
+
+
+def fail_once(folder: str) -> str:
+    """Fail at the first call, succeed at the second."""
+    marker = Path(folder) / "failed-once"
+    if marker.exists():
+        return "done"
+    marker.touch()
+    raise ValueError("not this time")
+
+
+def sleep_for_ever(folder: str) -> None:
+    """Say where we are and never return."""
+    (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+def rank_1_hangs(folder: str, timeout: float) -> None:
+    """First rank 0 waits for a rank 1 that gets on, for longer than the timeout; then for one that does not."""
+    import torch
+    import torch.distributed as dist
+
+    from neox_core.train.observe.watchdog import Watchdog
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    with Watchdog(timeout, rank, 2) as watchdog:
+        watchdog.beat("step 1")
+        watchdog.beat("step 2")
+        for _ in range(8 if rank == 1 else 0):
+            time.sleep(timeout / 4)
+            watchdog.alive()
+        dist.barrier()
+        (Path(folder) / f"waited-{rank}").touch()
+        watchdog.beat("step 3")
+        if rank == 1:
+            time.sleep(3600)
+        dist.all_reduce(torch.ones(1))

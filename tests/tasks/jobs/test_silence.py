@@ -1,0 +1,100 @@
+"""Training and evaluation go on while SLURM is silent; nothing is trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from submitit.core.utils import cloudpickle_dump
+
+from neox_core.config import RunConfig
+from tasks import evaluate, train
+from tasks.jobs import slurm
+from tests.e2e.runs import Run, copy_text, write_run
+from tests.tasks.jobs.fake_slurm import FakeSlurm
+
+SILENT = "job 42 may be at work: SLURM does not answer"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A small run's, whose earlier stages and checkpoints are taken for there."""
+    copy_text(tmp_path)
+    artifact = SimpleNamespace(folder=tmp_path, summary={"sources": {}})
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "require", lambda spec: artifact)
+    monkeypatch.setattr(train, "_is_complete", lambda config: True)
+    monkeypatch.setattr(train, "_summary", lambda config, folder, result: result)
+    monkeypatch.setattr(train, "_POLL_SECONDS", 0.0)
+    config = Run(write_run(tmp_path, {"launch": {"executor": "slurm", "ranks_per_node": 1}})).config
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def complete(config: RunConfig, fake_slurm: FakeSlurm, result: Any) -> None:
+    """The job ends well."""
+    (attempt,) = config.workdir.glob("jobs/*/attempt-0001")
+    for rank in range(config.parallel.tensor):
+        cloudpickle_dump(("success", result), attempt / f"42_{rank}_result.pkl")
+    fake_slurm.sacct("COMPLETED")
+
+
+def test_train_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+    seen: list[str] = []
+
+    def interrupt(share: float, text: str) -> None:
+        seen.append(text)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.be_silent("squeue", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, interrupt)
+    assert seen == [SILENT, SILENT, "job 42 running"]
+
+    def end_in_a_silence(share: float, text: str) -> None:
+        seen.append(text)
+        if len(seen) == 3:
+            complete(config, fake_slurm, {"done": True})
+            fake_slurm.be_silent("sacct", 1)
+
+    seen.clear()
+    fake_slurm.be_silent("squeue", 2)  # a later run attaches when it has an answer
+    assert train.train(config, end_in_a_silence).artifact.summary["done"]
+    assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running", SILENT]
+    assert (fake_slurm.folder / "submissions").read_text() == "x\n"
+    assert not (train.scratch_folder(config) / train.FAILURE_FILE).exists()
+
+
+def test_evaluate_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+    reports: list[int] = []
+
+    def report() -> None:
+        reports.append(1)
+        if len(reports) == 4:
+            complete(config, fake_slurm, [{"step": 0}])
+
+    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.be_silent("squeue", 3)
+    artifact = evaluate.require(train.train_spec(config))
+    assert evaluate._run_job(config, artifact, artifact, "p", [0], report) == [{"step": 0}]
+    assert len(reports) == 4
+
+
+def test_silence_is_no_failed_training(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+    """As seen by the evaluation that waits for its checkpoints."""
+
+    def interrupt(share: float, text: str) -> None:
+        raise KeyboardInterrupt
+
+    fake_slurm.answer("squeue", "RUNNING\n")
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, interrupt)
+    (train.scratch_folder(config) / train.FAILURE_FILE).unlink()
+    retry_policy = slurm.RetryPolicy()
+    fake_slurm.sacct("FAILED")
+    fake_slurm.be_silent("sacct", 1)
+    assert [evaluate._training_failed(config, 0.0, retry_policy) for _ in range(2)] == [False, True]
