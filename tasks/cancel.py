@@ -9,17 +9,16 @@ from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
 from tasks.jobs.job import Job
-from tasks.jobs.slurm import JobArray
 from tasks.prepare import PARTS_CLAIM
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenization.record import job_arrays
+from tasks.tokenization.array import job_arrays
 from tasks.train import training_jobs
 
-_Find = Callable[[RunConfig], Sequence[Job | JobArray]]
+_Find = Callable[[RunConfig], Sequence[Job]]
 
 
-def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
+def cancel_jobs(config: RunConfig) -> list[Job]:
     """Cancel the tokenization, training and evaluation jobs of this configuration, except of a stage that is being run.
 
     Returns:
@@ -33,7 +32,7 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
         (try_claim(train_spec(config)), training_jobs),
         (try_claim(evaluate_spec(config)), evaluation_jobs),
     ]
-    cancelled: list[Job | JobArray] = []
+    cancelled: list[Job] = []
     failures: list[LaunchError] = []
     for claim, find in stages:
         with claim as claimed:

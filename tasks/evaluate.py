@@ -16,8 +16,8 @@ from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.train.lineage import earlier_configs
-from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
+from tasks.jobs.retry import RetryPolicy
 from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
 from tasks.train import FAILURE_FILE, lineage_checkpoints, scratch_folder
@@ -41,7 +41,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
     data, weights = require(prepare_spec(config)), require(convert_spec(config))
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results, retry_policy = _inherited(config) | _load(folder), slurm.RetryPolicy()
+        results, retry_policy = _inherited(config) | _load(folder), RetryPolicy()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -72,7 +72,7 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
 
 def evaluation_jobs(config: RunConfig) -> list[Job]:
     """All jobs of this evaluation."""
-    return find_jobs(config.workdir / "jobs", "evaluate", _key_prefix(config), config.parallel.tensor)
+    return find_jobs(config.workdir / "jobs", _key_prefix(config))
 
 
 def _key_prefix(config: RunConfig) -> str:
@@ -101,7 +101,7 @@ def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
     return results
 
 
-def _training_failed(config: RunConfig, since: float, retry_policy: slurm.RetryPolicy) -> bool:
+def _training_failed(config: RunConfig, since: float, retry_policy: RetryPolicy) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
@@ -125,7 +125,7 @@ def _run_job(
     key = _key_prefix(config) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = slurm.RetryPolicy().wait_for(
+    job = RetryPolicy().wait_for(
         lambda: submit_or_attach(
             config.launch,
             config.workdir / "jobs",

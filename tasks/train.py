@@ -15,8 +15,8 @@ from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.lineage import Ancestor, ancestors
-from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
+from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
 from tasks.specs import convert_spec, prepare_spec, train_spec
 from tasks.stage import StageResult, require, run_stage
@@ -52,7 +52,7 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
     scratch = scratch_folder(config)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        job = slurm.RetryPolicy().wait_for(
+        job = RetryPolicy().wait_for(
             lambda: submit_or_attach(
                 config.launch,
                 config.workdir / "jobs",
@@ -92,7 +92,7 @@ def train_rank(
 
 def training_jobs(config: RunConfig) -> list[Job]:
     """The job of this training, if it was ever submitted."""
-    return find_jobs(config.workdir / "jobs", "train", train_spec(config).fingerprint, config.launch.world_size)
+    return find_jobs(config.workdir / "jobs", train_spec(config).fingerprint)
 
 
 def scratch_folder(config: RunConfig) -> Path:

@@ -52,7 +52,9 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """Where jobs run. One task is one rank."""
 
-    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: slurm if sbatch is on the PATH")
+    executor: str = Field(
+        "auto", description="slurm, local or another scheduler's name; auto: slurm if its controller answers, else local"
+    )
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt = 8
     device: Literal["auto", "cuda", "cpu"] = "auto"
