@@ -187,7 +187,7 @@ def _check_host(folder: Path) -> None:
     if host != here:
         raise LaunchError(
             f"the job was started on host {host} and cannot be watched from {here}: go on there, or, if it has ended, "
-            f"delete {folder.parent / 'job.json'} and {folder}"
+            f"delete {folder.parent / 'job.json'}"
         )
 
 
