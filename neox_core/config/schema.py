@@ -53,7 +53,8 @@ class LaunchConfig(Section):
     """Where jobs run. One task is one rank."""
 
     executor: str = Field(
-        "auto", description="slurm, local or another scheduler's name; auto: slurm if its controller answers, else local"
+        "auto",
+        description="slurm, local or another scheduler's name; auto: slurm if its controller answers, else local",
     )
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt = 8

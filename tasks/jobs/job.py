@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ class Job:
         """
         retry_policy, waiting = RetryPolicy(), set(range(len(self.record.tasks)))
         while waiting:
-            # Asked first: who has ended by its answer, and has left no result by then, will not.
-            statuses = retry_policy.ask(lambda: self._ask([self.record.tasks[index] for index in sorted(waiting)])) or {}
+            absent = [task for index in sorted(waiting) if not self._has_returned(task := self.record.tasks[index])]
+            # Asked before results are looked for again: a task that has ended by now, and has left none, will not.
+            statuses = (retry_policy.ask(partial(self._ask, absent)) if absent else None) or {}
             for index in sorted(waiting):
                 task = self.record.tasks[index]
                 if not self._has_returned(task) and (status := statuses.get(task)) and not status.at_work:

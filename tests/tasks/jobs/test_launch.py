@@ -286,7 +286,10 @@ def test_slurm_answers_decide_the_state(
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("x\nsrun: error: node1: task 1: Killed\nsrun: error: node2: tasks 0,2-3: Terminated\n", "rank 1 first: killed"),
+        (
+            "x\nsrun: error: node1: task 1: Killed\nsrun: error: node2: tasks 0,2-3: Terminated\n",
+            "rank 1 first: killed",
+        ),
         ("slurmstepd-node1: error: Exceeded job memory limit\n", "more main memory than it may"),
         ("srun: error: Node failure on node4\n", "a node failed"),
         ("nothing", "without a word"),
@@ -322,9 +325,10 @@ def test_a_slurm_job_whose_submitter_died_is_found_by_its_name(
     def kill(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("tasks.jobs.launch.JobRecord.with_ids", kill)
-        submit_to_slurm(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            submit_to_slurm(tmp_path)
     fake_slurm.squeue_finds("42")
     fake_slurm.squeue("RUNNING")
     job = submit_to_slurm(tmp_path)

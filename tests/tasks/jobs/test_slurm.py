@@ -45,7 +45,13 @@ def _jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def submit(
-    folder: Path, function: Callable[..., Any], *args: Any, nodes: int = 1, ranks: int = 1, key: str = KEY, **launch: Any
+    folder: Path,
+    function: Callable[..., Any],
+    *args: Any,
+    nodes: int = 1,
+    ranks: int = 1,
+    key: str = KEY,
+    **launch: Any,
 ) -> Job:
     config = LaunchConfig(**{"device": "cpu", "time_limit_minutes": 60, **launch})
     return submit_or_attach(config, folder, "test", key, function, args, nodes, ranks)
@@ -70,7 +76,9 @@ def test_ranks_meet_on_two_nodes(tmp_path: Path) -> None:
     assert seen == [("0", "node1", "0,1"), ("1", "node1", "0,1"), ("2", "node2", "0,1"), ("3", "node2", "0,1")]
 
 
-def test_a_controller_that_does_not_answer_is_none(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_does_not_answer_is_none(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """sbatch is on the PATH all the same."""
     configuration = (slurm / "etc" / "slurm.conf").read_text()
     (tmp_path / "slurm.conf").write_text(configuration.replace("SlurmctldPort=", "SlurmctldPort=1 #"))
@@ -118,9 +126,7 @@ def test_a_killed_submitters_job_is_found(tmp_path: Path, before: str, attempts:
 
 
 def test_the_time_limit(tmp_path: Path) -> None:
-    job = submit(
-        tmp_path, rank_functions.ignore_preemption, str(tmp_path), time_limit_minutes=1, slurm_parameters=LATE
-    )
+    job = submit(tmp_path, rank_functions.ignore_preemption, str(tmp_path), time_limit_minutes=1, slurm_parameters=LATE)
     with pytest.raises(LaunchError, match=r"failed: its time limit is over: run again .*\(SLURM: TIMEOUT\)"):
         job.results()
     assert job.status().cause is Cause.TIMEOUT
@@ -155,9 +161,7 @@ def test_a_killed_rank_comes_before_those_that_noticed(tmp_path: Path) -> None:
 def preempt(folder: Path) -> Job:
     """A job that needs all nodes, at a higher priority."""
     whole = {"exclusive": True}
-    return submit(
-        folder, rank_functions.describe, nodes=4, key="f" * 64, partition="high", slurm_parameters=whole
-    )
+    return submit(folder, rank_functions.describe, nodes=4, key="f" * 64, partition="high", slurm_parameters=whole)
 
 
 def test_preemption_that_cancels(tmp_path: Path) -> None:

@@ -148,7 +148,9 @@ def test_tasks_of_before_a_correction_are_not_taken(cluster: ScriptedExecutor, t
 def test_failures_arrive_as_errors(cluster: ScriptedExecutor, tmp_path: Path) -> None:
     inputs = files(tmp_path, 1)
     cluster.on_submit = lambda ids: cluster.end("timeout", *ids)
-    with pytest.raises(LaunchError, match=r"job 1 \(llemma-tokenize-\w+-\w+\) failed: its time limit is over: run again"):
+    with pytest.raises(
+        LaunchError, match=r"job 1 \(llemma-tokenize-\w+-\w+\) failed: its time limit is over: run again"
+    ):
         next(make(inputs, tmp_path))
     Path(inputs[0].location).write_bytes(b"\xff\xfe")
     cluster.on_submit = lambda ids: cluster.run(*ids)
