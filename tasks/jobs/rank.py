@@ -1,4 +1,4 @@
-"""What one rank of a job runs: the rank's environment, the function, and a record of what it returned or how it failed."""
+"""What one rank of a job runs: its environment, the function, and a record of what it returned or how it failed."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class JobRecord:
             return None
         if "tasks" not in content:
             raise LaunchError(
-                f"{path} was written by an earlier version: wait until job {content.get('job_id')} has ended, or cancel "
-                "it, then delete the file"
+                f"{path} was written by an earlier version: wait until job {content.get('job_id')} has ended, or "
+                "cancel it, then delete the file"
             )
         tasks = tuple(Handle(task["id"], home / task["folder"], task["index"]) for task in content.pop("tasks"))
         return cls(**content, tasks=tasks)
