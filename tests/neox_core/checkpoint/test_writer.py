@@ -372,7 +372,7 @@ def test_make_save_hands_the_engines_files_over(
     assert [record["path"] for record in json.loads(text)["files"]] == ["layer.pt"]
 
 
-def test_a_copy_is_made_beside_the_training_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_is_made_in_the_background_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
     writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore())
     threads: list[threading.Thread] = []
 
@@ -384,4 +384,4 @@ def test_a_copy_is_made_beside_the_training_and_may_fail(store: ObjectStore, cap
     writer.close()
     assert threads
     assert threading.main_thread() not in threads
-    assert "the store is away; the training goes on" in caplog.text
+    assert "the store is away; the training continues" in caplog.text
