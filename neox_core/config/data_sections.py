@@ -86,7 +86,9 @@ class DataConfig(Section):
     overlap_words: PositiveInt = Field(30, description="words in a row that make an overlap with an evaluation item")
     decontaminate: bool = Field(False, description="drop the training documents that overlap")
     slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
-    weight_changes: tuple[WeightChange, ...] = Field((), description="in order of their steps")
+    weight_changes: tuple[WeightChange, ...] = Field(
+        (), description="other mixtures from a step on, in order of their steps"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

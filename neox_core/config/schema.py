@@ -22,7 +22,7 @@ from neox_core.config.train_sections import (
 class StorageConfig(Section):
     """The object store that holds the checkpoints. Credentials come from the environment, as boto3 reads them."""
 
-    url: S3Prefix = Field(description="s3://bucket/prefix")
+    url: S3Prefix = Field(description="s3://bucket/prefix of the checkpoints")
     endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
     region: str = Field("us-east-1", description="AWS's region; other stores take any name, and most this one")
 
@@ -62,7 +62,9 @@ class LaunchConfig(Section):
     time_limit_minutes: PositiveInt = Field(
         1440, description="minutes after which SLURM ends a job; run again, training goes on from its last checkpoint"
     )
-    hang_timeout_minutes: PositiveFloat = Field(10.0, description="without a step on any rank; then the job ends")
+    hang_timeout_minutes: PositiveFloat = Field(
+        10.0, description="minutes without a step on any rank, after which the job ends"
+    )
     partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
     account: str | None = Field(None, description="SLURM's account; None: yours")
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
@@ -80,7 +82,9 @@ class EvaluateConfig(Section):
     micro_batch_size: PositiveInt = Field(
         8, description="sequences that a rank evaluates at a time; it changes speed and memory, not the result"
     )
-    max_sequences: PositiveInt | None = Field(None, description="per source; None: the whole validation split")
+    max_sequences: PositiveInt | None = Field(
+        None, description="sequences per source; None: the whole validation split"
+    )
 
 
 class WandbConfig(Section):

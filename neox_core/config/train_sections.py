@@ -41,7 +41,7 @@ class ScheduleConfig(Section):
         None, description="cosine: step of the minimum, None: train.steps; wsd: length of the decay, None: by its share"
     )
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: part of train.steps that decays")
-    decay_shape: Literal["linear", "1-sqrt"] = Field("1-sqrt", description="wsd")
+    decay_shape: Literal["linear", "1-sqrt"] = Field("1-sqrt", description="wsd: how the learning rate falls")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.033, description="lowest learning rate as a share of the peak; as Llemma's"
     )
@@ -73,9 +73,11 @@ class GuardConfig(Section):
     spike_sigma: PositiveFloat | None = Field(
         None, description="standard deviations above the mean loss of the window that make a spike; None: none is"
     )
-    spike_window: Annotated[int, Field(ge=2)] = Field(100, description="steps")
-    max_skips: NonNegativeInt = Field(3, description="in a row; then training stops")
-    max_rollbacks: NonNegativeInt = Field(3, description="of the whole training; then it stops")
+    spike_window: Annotated[int, Field(ge=2)] = Field(
+        100, description="steps before, whose mean and deviation tell a spike"
+    )
+    max_skips: NonNegativeInt = Field(3, description="batches skipped in a row; one more stops training")
+    max_rollbacks: NonNegativeInt = Field(3, description="rollbacks of the whole training; one more stops it")
 
 
 class TrainChange(Section):
@@ -83,7 +85,7 @@ class TrainChange(Section):
 
     from_step: PositiveInt = Field(description="first step to which it applies")
     lr: PositiveFloat | None = Field(None, description="peak of the schedule, which goes on; None: as before")
-    global_batch_tokens: PositiveInt | None = Field(None, description="None: as before")
+    global_batch_tokens: PositiveInt | None = Field(None, description="tokens of an update; None: as before")
 
 
 class ValidationConfig(Section):
@@ -110,7 +112,7 @@ class ProfileConfig(Section):
 class TrainConfig(Section):
     """The recipe. The batch is set in tokens; gradient accumulation follows from the number of ranks."""
 
-    steps: PositiveInt = Field(description="updates in all")
+    steps: PositiveInt = Field(description="updates of the weights")
     sequence_length: PositiveInt = Field(description="tokens of a sequence")
     global_batch_tokens: PositiveInt = Field(description="tokens of an update, over all ranks")
     micro_batch_size: PositiveInt = Field(
@@ -119,7 +121,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
-    changes: tuple[TrainChange, ...] = Field((), description="in order of their steps")
+    changes: tuple[TrainChange, ...] = Field((), description="of learning rate or batch, in order of their steps")
     extends: tuple[PositiveInt, ...] = Field(
         (), description="`steps` of shorter trainings that this one goes on from, while their learning rates agree"
     )
