@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neox_core.artifact import write_atomically
 from neox_core.errors import LaunchError
+from neox_core.storage.atomic import write_atomically
 from tasks.jobs.executor import Executor, Handle
 
 _FILE = "job.json"

@@ -29,7 +29,7 @@ from tasks.tokenization.array import jobs_folder
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "jobs"))
 import rank_functions
 
 
