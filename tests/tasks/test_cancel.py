@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,19 @@ import cloudpickle
 import pytest
 
 from flows.cancellation import cancel_jobs_of_run
+from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
+from tasks.current import note_current
 from tasks.evaluate import _key_prefix
 from tasks.jobs import slurm
 from tasks.jobs.job import Job
 from tasks.jobs.launch import submit_or_attach
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec, train_spec
-from tasks.stage import StageSpec, try_claim, try_claim_name
+from tasks.specs import evaluate_spec
+from tasks.stage import StageResult, StageSpec, try_claim, try_claim_name
+from tasks.training import resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +40,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
     cloudpickle.register_pickle_by_value(rank_functions)
     copy_text(tmp_path)
     config = Run(write_run(tmp_path)).config
+    note_finished(config)
     yield config
     cloudpickle.unregister_pickle_by_value(rank_functions)
     for job in submitted:
@@ -44,6 +49,20 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
 
 
 submitted: list[Job] = []
+
+
+def note_finished(config: RunConfig, text: str = "d") -> None:
+    """As if prepare-data and convert had been run; `text` tells what they made of it."""
+    for name, fingerprint in (("prepare-data", text * 64), ("convert", "c" * 64)):
+        note_current(config, StageResult(Artifact(name, fingerprint, {}, {}, (), {}), skipped=False))
+
+
+def training_spec(config: RunConfig) -> StageSpec:
+    return resolve_training(config).spec
+
+
+def evaluation_spec(config: RunConfig) -> StageSpec:
+    return evaluate_spec(config, resolve_training(config).fingerprint)
 
 
 def submit(config: RunConfig, name: str, key: str) -> Job:
@@ -57,8 +76,8 @@ def submit(config: RunConfig, name: str, key: str) -> Job:
 def submit_all(config: RunConfig) -> list[Job]:
     """A run's training and evaluation."""
     return [
-        submit(config, "train", train_spec(config).fingerprint),
-        submit(config, "evaluate", _key_prefix(config) + "0" * 56),
+        submit(config, "train", training_spec(config).fingerprint),
+        submit(config, "evaluate", _key_prefix(evaluation_spec(config)) + "0" * 56),
     ]
 
 
@@ -68,7 +87,7 @@ def states(jobs: list[Job]) -> list[str]:
 
 def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
     jobs = submit_all(config)
-    other = submit(config, "train", train_spec(config.model_copy(update={"seed": 7})).fingerprint)
+    other = submit(config, "train", training_spec(config.model_copy(update={"seed": 7})).fingerprint)
     assert sorted(job.job_id for job in cancel_jobs(config)) == sorted(job.job_id for job in jobs)
     assert states(jobs) == ["cancelled", "cancelled"]
     assert other.state() == "running"
@@ -77,7 +96,7 @@ def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("spec_of", "expected"),
-    [(train_spec, ["running", "cancelled"]), (evaluate_spec, ["cancelled", "running"])],
+    [(training_spec, ["running", "cancelled"]), (evaluation_spec, ["cancelled", "running"])],
     ids=["train", "evaluate"],
 )
 def test_what_another_run_follows_goes_on(config: RunConfig, spec_of: Any, expected: list[str]) -> None:
@@ -89,7 +108,7 @@ def test_what_another_run_follows_goes_on(config: RunConfig, spec_of: Any, expec
 
 
 def test_a_job_whose_submitter_died_before_it_noted_it_down_is_found(config: RunConfig) -> None:
-    key = train_spec(config).fingerprint
+    key = training_spec(config).fingerprint
     job = submit(config, "train", key)
     while not (job.record.folder / "controller.json").exists():
         assert not job.done()
@@ -158,3 +177,11 @@ def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(
 
 def test_a_run_that_never_submitted_a_job_has_nothing_to_cancel(config: RunConfig) -> None:
     assert cancel_jobs(config) == []
+    shutil.rmtree(config.workdir / ".current")
+    assert cancel_jobs(config) == []
+
+
+def test_jobs_are_found_when_the_raw_text_is_gone(config: RunConfig) -> None:
+    jobs = submit_all(config)
+    shutil.rmtree(config.data.input)
+    assert {job.job_id for job in cancel_jobs(config)} == {job.job_id for job in jobs}
