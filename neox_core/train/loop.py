@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from neox_core.config import BatchGeometry, TrainConfig
 from neox_core.data.dataset import MixtureDataset
