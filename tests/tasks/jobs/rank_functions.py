@@ -86,7 +86,7 @@ def ignore_preemption(folder: str) -> None:
 
 
 def rank_1_hangs(folder: str, timeout: float) -> None:
-    """First rank 0 waits for a rank 1 that gets on, for longer than the timeout; then for one that does not."""
+    """First rank 0 waits for a rank 1 that makes progress, for longer than the timeout; then for one that does not."""
     import torch
     import torch.distributed as dist
 
@@ -99,7 +99,7 @@ def rank_1_hangs(folder: str, timeout: float) -> None:
         watchdog.beat("step 2")
         for _ in range(8 if rank == 1 else 0):
             time.sleep(timeout / 4)
-            watchdog.alive()
+            watchdog.beat()
         dist.barrier()
         (Path(folder) / f"waited-{rank}").touch()
         watchdog.beat("step 3")

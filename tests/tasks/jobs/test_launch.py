@@ -351,9 +351,11 @@ def test_a_refused_submission_says_why(tmp_path: Path, fake_slurm: FakeSlurm) ->
 
 def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
     job = submit(tmp_path, rank_functions.rank_1_hangs, str(tmp_path), 2.0)
-    with pytest.raises(LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank got on for"):
+    with pytest.raises(
+        LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank made progress for"
+    ):
         job.results()
-    # A rank that waits for one that gets on is no hang.
+    # A rank that waits for one that makes progress is no hang.
     assert {path.name for path in tmp_path.glob("waited-*")} == {"waited-0", "waited-1"}
     logs = [path.read_text() for path in job.log_paths()]
     for log in logs:
