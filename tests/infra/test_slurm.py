@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -38,9 +40,9 @@ def test_up_again_starts_only_what_is_missing(slurm: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_down_ends_its_own_processes_only(slurm: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_down_ends_its_own_processes_only(slurm: Path) -> None:
     """A second SLURM beside the first."""
-    folder = tmp_path_factory.mktemp("s")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: all users must reach munge's socket
     subprocess.run([UP, folder], check=True, capture_output=True)
     pids = [int(path.read_text()) for path in (folder / "run").glob("*.pid") if ".own." not in path.name]
     environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
@@ -50,3 +52,4 @@ def test_down_ends_its_own_processes_only(slurm: Path, tmp_path_factory: pytest.
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert subprocess.run(["scontrol", "ping"], check=True, capture_output=True, text=True).stdout.count(" UP") == 1
     subprocess.run([UP.with_name("down"), folder], check=True)  # there is nothing to do
+    shutil.rmtree(folder)
