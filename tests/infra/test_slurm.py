@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.processes import ProcessRecord
 from tests.paths import ROOT
 
 UP = ROOT / "infra" / "slurm" / "up"
@@ -44,12 +45,13 @@ def test_down_ends_its_own_processes_only(slurm: Path) -> None:
     """A second SLURM beside the first."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: all users must reach munge's socket
     subprocess.run([UP, folder], check=True, capture_output=True)
-    pids = [int(path.read_text()) for path in (folder / "run").glob("*.pid") if ".own." not in path.name]
+    files = [path for path in (folder / "run").glob("*.pid") if ".own." not in path.name]
+    daemons = [ProcessRecord.of(int(path.read_text())) for path in files]
     environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
     subprocess.run(["sbatch", "--wrap", "sleep 600", "--output=/dev/null"], check=True, env=environment)
     subprocess.run([UP.with_name("down"), folder], check=True)
-    assert len(pids) == 9
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert len(daemons) == 9
+    assert not any(daemon.is_alive() for daemon in daemons)
     assert subprocess.run(["scontrol", "ping"], check=True, capture_output=True, text=True).stdout.count(" UP") == 1
     subprocess.run([UP.with_name("down"), folder], check=True)  # there is nothing to do
     shutil.rmtree(folder)
