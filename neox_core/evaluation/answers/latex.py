@@ -26,14 +26,16 @@ _CONSTANTS = {
     "inf": sympy.oo,
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
-    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "exp")},
+    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "exp")},
+    **{name: getattr(sympy, name) for name in ("sinh", "cosh", "tanh")},
     **{name: getattr(sympy, name.replace("arc", "a")) for name in ("arcsin", "arccos", "arctan")},
     "ln": sympy.log, "log": sympy.log, "sqrt": sympy.sqrt,
 }  # fmt: skip
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
-)
+_GREEK = frozenset({
+    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu",
+    "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda",
+    "Sigma", "Phi", "Psi", "Omega", "ell",
+})  # fmt: skip
 _TIMES = frozenset({"*", "\\cdot", "\\times", "\\ast"})
 _DIVIDE = frozenset({"/", "\\div"})
 _CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
@@ -237,7 +239,7 @@ class _Parser:
     def _bare_argument(self) -> Expr:
         """`\\sin 2x`: numbers, letters and fractions up to the next sign or function."""
         value = self._power()
-        while (token := self.peek()) is not None and (len(token) == 1 and token.isalpha() or token in _CONSTANTS):
+        while (token := self.peek()) is not None and ((len(token) == 1 and token.isalpha()) or token in _CONSTANTS):
             value = value * self._power()
         return value
 

@@ -24,7 +24,8 @@ class Group:
     """Answers that belong together."""
 
     kind: str
-    """set, union, equation, named (an equation whose left side is a name), matrix RxC, or the two brackets of a tuple or interval, such as `(]`."""
+    """set, union, equation, named (an equation whose left side is a name), matrix RxC, or the two brackets of a tuple
+    or interval, such as `(]`."""
     items: tuple[Answer, ...]
 
     @property
