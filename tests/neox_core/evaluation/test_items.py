@@ -67,6 +67,12 @@ def test_missing_files_and_shots(tmp_path: Path) -> None:
         task(path, shots=2)
 
 
+def test_an_option_that_pandas_lost(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"question": "Which?", "options": [NaN, "One"], "answer": "A"}')
+    found = load_item_set("t", task(path, kind="choices", prompt="{question}", score="texts"))
+    assert found.items[0].choices == (" None", " One")
+
+
 @pytest.mark.skipif(not (SHARED / "data" / "eval").is_dir(), reason="the public sets are not at hand")
 def test_public_sets() -> None:
     folder = SHARED / "data" / "eval"
