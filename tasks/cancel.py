@@ -11,12 +11,13 @@ from tasks.evaluate import evaluation_jobs
 from tasks.jobs.job import Job
 from tasks.jobs.slurm import JobArray
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec, train_spec
+from tasks.specs import evaluate_spec
 from tasks.stage import try_claim, try_claim_name
 from tasks.tokenization.record import job_arrays
 from tasks.train import training_jobs
+from tasks.training import find_training
 
-_Find = Callable[[RunConfig], Sequence[Job | JobArray]]
+_Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job | JobArray]]]
 
 
 def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
@@ -28,17 +29,17 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
     Raises:
         LaunchError: SLURM does not answer, or a job runs on another host; other stages' jobs are cancelled anyway.
     """
-    stages: list[tuple[AbstractContextManager[bool], _Find]] = [
-        (try_claim_name(config.workdir, PARTS_CLAIM), lambda config: job_arrays(config.workdir)),
-        (try_claim(train_spec(config)), training_jobs),
-        (try_claim(evaluate_spec(config)), evaluation_jobs),
-    ]
+    stages: list[_Stage] = [(try_claim_name(config.workdir, PARTS_CLAIM), lambda: job_arrays(config.workdir))]
+    if training := find_training(config):  # else none was ever submitted
+        evaluation = evaluate_spec(config, training.fingerprint)
+        stages.append((try_claim(training.spec), lambda: training_jobs(training)))
+        stages.append((try_claim(evaluation), lambda: evaluation_jobs(evaluation)))
     cancelled: list[Job | JobArray] = []
     failures: list[LaunchError] = []
     for claim, find in stages:
         with claim as claimed:
             try:
-                for job in find(config) if claimed else ():
+                for job in find() if claimed else ():
                     if not job.done():
                         job.cancel()
                         cancelled.append(job)

@@ -372,16 +372,16 @@ def test_make_save_hands_the_engines_files_over(
     assert [record["path"] for record in json.loads(text)["files"]] == ["layer.pt"]
 
 
-def test_a_copy_is_made_beside_the_training_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_is_made_in_the_background_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
     writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore())
     threads: list[threading.Thread] = []
 
     def fails() -> None:
         raise StorageError("the store is away")
 
-    writer.beside(fails)
-    writer.beside(lambda: threads.append(threading.current_thread()))
+    writer.in_background(fails)
+    writer.in_background(lambda: threads.append(threading.current_thread()))
     writer.close()
     assert threads
     assert threading.main_thread() not in threads
-    assert "the store is away; the training goes on" in caplog.text
+    assert "the store is away; the training continues" in caplog.text
