@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
 
-from neox_core.artifact import sha256_of
 from neox_core.checkpoint import writer as writer_module
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints
 from neox_core.checkpoint.writer import CheckpointWriter, make_save
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 
 PREFIX = "train-0123"

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from submitit.core.utils import cloudpickle_dump
 
-from neox_core.artifact import sha256_of
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.tokenization.part_files import PartPaths
 from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import DataError, LaunchError
+from neox_core.storage.digest import sha256_of
 from tasks.jobs import slurm
 from tasks.tokenization import array as tokenize_array
 from tasks.tokenization import record as tokenize_record
