@@ -1,8 +1,11 @@
-"""What tests of several folders share: the real S3 server, and which worker of pytest-xdist runs what."""
+"""What tests share: the real S3 server, the real SLURM, and which worker of pytest-xdist runs what."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +27,17 @@ LONGEST = ("tests/e2e", "tests/neox_core/train", "tests/neox_core/parallel", "te
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run on one worker, since they share fixtures; those of tests/e2e all on one, with one chain."""
+    """A file's tests run on one worker, since they share fixtures; those of tests/e2e, and of SLURM, all on one."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, folder in enumerate(LONGEST) if item.nodeid.startswith(folder)), len(LONGEST))
 
     items.sort(key=place)
     for item in items:
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("e2e" if file.startswith("tests/e2e") else file))
+        group = "e2e" if item.nodeid.startswith("tests/e2e") else item.nodeid.split("::")[0]
+        if isinstance(item, pytest.Function) and "slurm_folder" in item.fixturenames:
+            group = "slurm"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +78,26 @@ def no_aws_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def slurm_folder() -> Iterator[Path]:
+    """SLURM on this machine, started once per test session (5 s, and a minute more where it is to be installed)."""
+    scripts = Path(__file__).parents[1] / "infra" / "slurm"
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 108 characters at most
+    started = subprocess.run([scripts / "up", folder], capture_output=True, text=True, check=False, timeout=400)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip())
+    try:
+        assert started.returncode == 0, f"{started.stdout}\n{started.stderr}"
+        yield folder
+    finally:
+        subprocess.run([scripts / "down", folder], check=True, timeout=120)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(slurm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real SLURM of 4 nodes; its folder."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_folder / "etc" / "slurm.conf"))
+    return slurm_folder

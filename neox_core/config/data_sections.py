@@ -57,6 +57,7 @@ class WeightChange(Section):
 class TokenizeJobConfig(Section):
     """Tokenization as a SLURM job array: one task per file, or per group of files if there are over 1,000."""
 
+    executor: str = Field("slurm", description="the scheduler; its name in tasks/jobs/registry.py")
     parallelism: PositiveInt = Field(32, description="tasks that run at the same time")
     time_limit_minutes: PositiveInt = Field(240, description="minutes of one task; files of several GB fit the default")
     memory_gb: PositiveInt = Field(4, description="gigabytes of one task; a worker stays far below the default")

@@ -54,7 +54,10 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """Where jobs run. One task is one rank."""
 
-    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: slurm if sbatch is on the PATH")
+    executor: str = Field(
+        "auto",
+        description="slurm, local or another scheduler's name; auto: slurm if its controller answers, else local",
+    )
     nodes: PositiveInt = Field(1, description="computers; with `ranks_per_node`, the number of ranks")
     ranks_per_node: PositiveInt = Field(8, description="ranks of a node, one for each of its GPUs")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: GPUs where there are some")

@@ -19,8 +19,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to matrices, not to norms."""
+    """Weight decay applies to matrices, not to norms."""
 
+    kind: str = Field("adamw", description="name of the optimizer: adamw, or one that was registered")
     lr: PositiveFloat = Field(description="peak learning rate")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.95),

@@ -162,7 +162,7 @@ def test_no_step_makes_the_host_wait_and_the_profiled_ones_leave_a_trace(base: P
     ((places, control),) = run_ranks(watch_reads, 1, run, tmp_path / "shards", tmp_path / "output")
     assert control == {"test_telemetry.py:watch_reads"}
     # What has arrived on the host; and the update, which on a CPU is the host's own work.
-    assert places == {"figures.py:read", "outcome.py:read", "adamw.py:adamw_update"}
+    assert places == {"figures.py:read", "outcome.py:read", "adamw.py:update"}
     with gzip.open(tmp_path / "output" / "profile_rank_0_steps_2-3.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert "aten::mm" in names
