@@ -63,7 +63,7 @@ def train_rank(shards: Path, folder: Path) -> dict[str, Any]:
     before = [master.to_host() for master in engine.optimizer.masters]
     batches = rank_batches(run, mesh.data_rank)
     losses = [float(engine.train_batch(batches))]
-    state = [value for value in engine.optimizer.optimizer.state.values()]
+    state = list(engine.optimizer.optimizer.state.values())
     moved = [
         torch.equal(master.to_host(), old - RATE * own["velocity"])
         for master, old, own in zip(engine.optimizer.masters, before, state, strict=True)
