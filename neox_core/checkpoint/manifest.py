@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 _FOLDER = re.compile(r"global_step(\d+)")
-_PARALLEL = 4  # files at a time; large ones are cut into parts besides
+_PARALLEL = 4  # files at a time; large ones are also cut into parts
 
 
 @dataclass(frozen=True)

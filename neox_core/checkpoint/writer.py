@@ -1,4 +1,4 @@
-"""Saves and uploads checkpoints while training goes on.
+"""Saves and uploads checkpoints while training continues.
 
 Each rank's files are copied to host memory, while training waits. A thread then writes, hashes and uploads them; no
 rank waits for another. When all ranks have reported their files to the store, rank 0 publishes the manifest, and only
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.atomic import atomic_file, remove_remains
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class CheckpointWriter:
         self.wait()  # host memory holds one copy of the state only
         staged: list[tuple[Any, Path]] = []
         hand_over(lambda content, path: staged.append((_to_host(content), path)))
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # for the copies
         self._pending = self._executor.submit(self._write, staged, manifest)
 
@@ -90,7 +90,7 @@ class CheckpointWriter:
             try:
                 copy()
             except StorageError as error:
-                logger.warning("%s; the training goes on", error)
+                logger.warning("%s; the training continues", error)
 
         self._executor.submit(attempt)
 
@@ -167,13 +167,10 @@ class CheckpointWriter:
 
 
 def _save_atomically(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    remove_remains(path)
+    # To a stream, as a name would be written into the file.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _to_host(value: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from neox_core.config import BatchGeometry, TrainConfig
 from neox_core.data.dataset import MixtureDataset
@@ -89,7 +90,7 @@ class Loop:
         rate = learning_rate(step, self.train)
         self.engine.set_learning_rate(rate)
         self.guard.begin(step)
-        values = {
+        values: dict[str, float | Tensor] = {
             "train/loss": self.engine.train_batch(batches),
             "train/gradient_norm": gradient_norm_of(self.engine.outcome),
             "train/lr": rate,

@@ -167,7 +167,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         if self.is_last_stage():
             # Tensor-parallel ranks have the same loss: it counts once, but what is not finite counts on each.
             share = 1 / self._mesh.data_size if self._mesh.tensor_rank == 0 else 0.0
-            self.optimizer.loss_share = self._scale_loss_by_gas(self.total_loss.detach()) * share
+            self.optimizer.loss_share = self._scale_loss_by_gas(self.total_loss.detach()) * share  # type: ignore[attr-defined]
         super()._take_model_step(lr_kwargs)
 
     def _aggregate_total_loss(self) -> Tensor:

@@ -354,4 +354,4 @@ def test_a_copy_is_made_in_the_background_and_may_fail(store: ObjectStore, caplo
     writer.close()
     assert threads
     assert threading.main_thread() not in threads
-    assert "the store is away; the training goes on" in caplog.text
+    assert "the store is away; the training continues" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def sleep_for_ever(folder: str) -> None:
     """Say where we are and never return."""
     (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(3600)
+
+
+def describe() -> tuple[str, str, str]:
+    """The rank, its host, and the GPUs that it sees."""
+    return os.environ["RANK"], socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def use_memory(megabytes: int) -> None:
+    """Take memory, and stay."""
+    taken = bytearray(os.urandom(1_000_000) * megabytes)
+    time.sleep(3600)
+    del taken
+
+
+def ignore_preemption(folder: str) -> None:
+    """Do not heed the signal that announces the end."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    sleep_for_ever(folder)
 
 
 def rank_1_hangs(folder: str, timeout: float) -> None:
