@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def test_stages_run_and_are_skipped(run: Run) -> None:
     again = invoke("run", str(run.path), "prepare-data", "convert", "--set", "data.max_epochs=98")
     assert again.count("was finished before") == 2
     assert not (run.workdir / "prefect").exists()
-    assert "prefect.server" not in sys.modules or run.processes() == []
+    assert run.processes() == []
     shown = invoke("data", "plan", str(run.path), "--set", "train.steps=2")
     assert "2 steps" in shown
 
@@ -54,7 +53,7 @@ def test_unknown_stages_and_keys(run: Run) -> None:
 
 
 def test_set_reaches_plan_and_make_base(run: Run, tmp_path: Path) -> None:
-    assert "steps=3" not in invoke("plan", str(run.path), "--set", "train.steps=3")
+    assert invoke("plan", str(run.path), "--set", "train.steps=9000") != invoke("plan", str(run.path))
     invoke("make-base", str(run.path), "--set", f"base_model.path={tmp_path / 'other'}")
     assert (tmp_path / "other" / "params.json").is_file()
     assert not (tmp_path / "base").exists()
