@@ -9,18 +9,17 @@ from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
 from tasks.jobs.job import Job
-from tasks.jobs.slurm import JobArray
 from tasks.prepare import PARTS_CLAIM
 from tasks.specs import evaluate_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenization.record import job_arrays
+from tasks.tokenization.array import job_arrays
 from tasks.train import training_jobs
 from tasks.training import find_training
 
-_Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job | JobArray]]]
+_Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job]]]
 
 
-def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
+def cancel_jobs(config: RunConfig) -> list[Job]:
     """Cancel the tokenization, training and evaluation jobs of this configuration, except of a stage that is being run.
 
     Returns:
@@ -34,7 +33,7 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
         evaluation = evaluate_spec(config, training.fingerprint)
         stages.append((try_claim(training.spec), lambda: training_jobs(training)))
         stages.append((try_claim(evaluation), lambda: evaluation_jobs(evaluation)))
-    cancelled: list[Job | JobArray] = []
+    cancelled: list[Job] = []
     failures: list[LaunchError] = []
     for claim, find in stages:
         with claim as claimed:

@@ -11,9 +11,10 @@ import json
 import logging
 from pathlib import Path
 
-from neox_core.artifact import fingerprint, write_atomically
+from neox_core.artifact import fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
+from neox_core.storage.atomic import write_atomically
 from tasks.specs import CONVERT, convert_logic, prepare_logic
 from tasks.stage import StageIdentity, StageResult, find, how_to_run
 

@@ -10,14 +10,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, fingerprint, write_atomically
+from neox_core.artifact import Artifact, fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
-from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
+from tasks.jobs.retry import RetryPolicy
 from tasks.specs import EVALUATE, evaluate_spec
 from tasks.stage import StageResult, StageSpec, require, run_stage
 from tasks.train import FAILURE_FILE
@@ -43,7 +44,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
     spec = evaluate_spec(config, training.fingerprint)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results, retry_policy = _inherited(training) | _load(folder), slurm.RetryPolicy()
+        results, retry_policy = _inherited(training) | _load(folder), RetryPolicy()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -74,7 +75,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
 
 def evaluation_jobs(spec: StageSpec) -> list[Job]:
     """All jobs of this evaluation."""
-    return find_jobs(spec.config.workdir / "jobs", EVALUATE, _key_prefix(spec), spec.config.parallel.tensor)
+    return find_jobs(spec.config.workdir / "jobs", _key_prefix(spec))
 
 
 def _key_prefix(spec: StageSpec) -> str:
@@ -104,7 +105,7 @@ def _inherited(training: Training) -> dict[int, dict[str, Any]]:
     return results
 
 
-def _training_failed(training: Training, since: float, retry_policy: slurm.RetryPolicy) -> bool:
+def _training_failed(training: Training, since: float, retry_policy: RetryPolicy) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
@@ -129,7 +130,7 @@ def _run_job(
     key = _key_prefix(spec) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = slurm.RetryPolicy().wait_for(
+    job = RetryPolicy().wait_for(
         lambda: submit_or_attach(
             config.launch,
             config.workdir / "jobs",

@@ -15,8 +15,8 @@ from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
-from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
+from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
 from tasks.specs import TRAIN
 from tasks.stage import StageResult, how_to_run, require, run_stage
@@ -51,7 +51,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
     data, weights = require(training.data), require(training.weights)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        job = slurm.RetryPolicy().wait_for(
+        job = RetryPolicy().wait_for(
             lambda: submit_or_attach(
                 config.launch,
                 config.workdir / "jobs",
@@ -91,8 +91,7 @@ def train_rank(
 
 def training_jobs(training: Training) -> list[Job]:
     """The job of this training, if it was ever submitted."""
-    config = training.config
-    return find_jobs(config.workdir / "jobs", "train", training.fingerprint, config.launch.world_size)
+    return find_jobs(training.config.workdir / "jobs", training.fingerprint)
 
 
 def last_manifest(training: Training) -> Manifest:

@@ -56,14 +56,14 @@ def convert(
 ) -> dict[str, Any]:
     """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
 
-    An interrupted conversion goes on at the next file. Memory: some 60 MiB per file that is being written.
+    An interrupted conversion continues with the next file. Memory: some 60 MiB per file that is being written.
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
         target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
-        progress: told how far it is: bytes, bytes/s, time left.
+        progress: called with how far it is: bytes, bytes/s, time left.
         base_rope_theta: RoPE base of the source, where the run changes it on purpose (Llemma 7B: 1e6 to 1e4).
         base_vocab_size: vocabulary of the source, where the run adds tokens or padding on purpose.
         new_tokens: how their rows are made.

@@ -12,7 +12,8 @@ from submitit.core.utils import cloudpickle_dump
 from neox_core.artifact import Artifact
 from tasks import evaluate, train
 from tasks.current import note_current
-from tasks.jobs import slurm
+from tasks.jobs.rank import result_file
+from tasks.jobs.retry import RetryPolicy
 from tasks.specs import evaluate_spec
 from tasks.stage import StageResult
 from tasks.training import Training, resolve_training
@@ -42,7 +43,7 @@ def complete(training: Training, fake_slurm: FakeSlurm, result: Any) -> None:
     """The job ends well."""
     (attempt,) = training.config.workdir.glob("jobs/*/attempt-0001")
     for rank in range(training.config.parallel.tensor):
-        cloudpickle_dump(("success", result), attempt / f"42_{rank}_result.pkl")
+        cloudpickle_dump(result, result_file(attempt, 0, rank))
     fake_slurm.sacct("COMPLETED")
 
 
@@ -54,7 +55,7 @@ def test_train_goes_on_while_slurm_is_silent(training: Training, fake_slurm: Fak
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 2)
     with pytest.raises(KeyboardInterrupt):
         train.train(training, interrupt)
@@ -64,12 +65,12 @@ def test_train_goes_on_while_slurm_is_silent(training: Training, fake_slurm: Fak
         seen.append(text)
         if len(seen) == 3:
             complete(training, fake_slurm, {"done": True})
-            fake_slurm.be_silent("sacct", 1)
+            fake_slurm.be_silent("sacct", 99)  # the results say enough
 
     seen.clear()
     fake_slurm.be_silent("squeue", 2)  # a later run attaches when it has an answer
     assert train.train(training, end_in_a_silence).artifact.summary["done"]
-    assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running", SILENT]
+    assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running"]
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"
     assert not (training.scratch / train.FAILURE_FILE).exists()
 
@@ -82,7 +83,7 @@ def test_evaluate_goes_on_while_slurm_is_silent(training: Training, fake_slurm: 
         if len(reports) == 4:
             complete(training, fake_slurm, [{"step": 0}])
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 3)
     artifact, spec = evaluate.require(training.spec.identity), evaluate_spec(training.config, training.fingerprint)
     assert evaluate._run_job(spec, artifact, artifact, "p", [0], report) == [{"step": 0}]
@@ -95,11 +96,11 @@ def test_silence_is_no_failed_training(training: Training, fake_slurm: FakeSlurm
     def interrupt(share: float, text: str) -> None:
         raise KeyboardInterrupt
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     with pytest.raises(KeyboardInterrupt):
         train.train(training, interrupt)
     (training.scratch / train.FAILURE_FILE).unlink()
-    retry_policy = slurm.RetryPolicy()
+    retry_policy = RetryPolicy()
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
     assert [evaluate._training_failed(training, 0.0, retry_policy) for _ in range(2)] == [False, True]
