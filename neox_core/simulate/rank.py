@@ -6,11 +6,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from neox_core.config import RunConfig, largest_batch
 from neox_core.planning.communication import Collective
@@ -58,13 +57,7 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
 
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     recorder = Recorder(_group_names(mesh))
-    # Layers are made with their weights in place; moving tensors without data fails.
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        recorder,
-        gpu_kernels(recorder),
-        patch.object(nn.Module, "_apply", _stay),
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, gpu_kernels(recorder):
         engine = build_engine(config, mesh, geometry, _weights(config))
         if config.train.precision == "bf16":
             accumulate_in_products(engine, geometry)
@@ -80,10 +73,6 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
         collective_bytes=dict(recorder.collective_bytes),
         collective_calls=dict(recorder.collective_calls),
     )
-
-
-def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    return module
 
 
 def _group_names(mesh: Any) -> dict[tuple[int, ...], str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neox_core.kernels.dispatch import Kernel
 from neox_core.train.engine.master_weights import MasterWeights
 
 _CHUNK = 1 << 22
@@ -33,6 +34,7 @@ class AdamWStep:
         return torch.stack([scale.double(), self.lr / (1 - self.beta1**number), (1 - self.beta2**number).sqrt()])
 
 
+@Kernel
 def adamw_update(
     weights: MasterWeights, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, step: AdamWStep
 ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.sharding import sharding_of
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.outcome import loss_of
@@ -187,9 +188,13 @@ def _kv_group(config: RunConfig) -> dist.ProcessGroup | None:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms do not. Every pipeline stage has both groups, or DeepSpeed's reductions deadlock."""
-    parameters = list(module.parameters())
+    """With weight decay, and without. Every pipeline stage has both groups, or DeepSpeed's reductions deadlock.
+
+    Raises:
+        ConfigError: a parameter that nothing says how ranks hold.
+    """
+    decays = [(parameter, sharding_of(parameter, name).decays) for name, parameter in module.named_parameters()]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter, decayed in decays if decayed], "weight_decay": weight_decay},
+        {"params": [parameter for parameter, decayed in decays if not decayed], "weight_decay": 0.0},
     ]
