@@ -61,6 +61,7 @@ def split_among_ranks(layer: nn.Module, place: Parallelism) -> nn.Module:
 
 def checkpoint_activations(layer: nn.Module, place: Parallelism) -> nn.Module:
     """Last, since it decides what is kept of all that the block does by now, exchanges included."""
+    assert isinstance(layer, PipelineLayer)
     if isinstance(layer, FusedBlock):
         layer.checkpointing = checkpointing_of(place.activation_checkpointing)
     return layer
