@@ -18,11 +18,10 @@ from neox_core.model.attention_kernel import causal_attention
 from neox_core.parallel.loss import whole_vocabulary_losses
 from neox_core.parallel.weight_gradients import add_outer_product
 from neox_core.simulate.recorder import Recorder
-from neox_core.train.engine.adamw import adamw_update
 
 
 def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
-    """Within it, the model, the loss, the linear layers and the optimizer keep and allocate what they do on a GPU."""
+    """Within it, the model, the loss and the linear layers keep and allocate what they do on a GPU."""
 
     def compiled(kernel: Kernel[..., Any], keeps: tuple[int, ...]) -> Callable[..., Any]:
         """One kernel forward and one backward, for which the arguments with these numbers are kept."""
@@ -40,7 +39,6 @@ def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
             causal_attention: _attention,
             whole_vocabulary_losses: compiled(whole_vocabulary_losses, keeps=(0, 1)),
             add_outer_product: _add_outer_product,
-            adamw_update: lambda *_: None,
         }
     )
 

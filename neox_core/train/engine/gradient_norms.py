@@ -10,26 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_core.config import ModelConfig
+from neox_core.model.layer_groups import NORMS, group_names, layer_group
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import shared_elements
 from neox_core.parallel.sharding import sharding_of
-
-EMBEDDING, HEAD, NORMS = "embedding", "head", "norms"
-_BLOCK_GROUPS = 8
-"""At most, so that a chart of them can be read."""
-
-
-def group_names(num_layers: int) -> tuple[str, ...]:
-    """The groups of a model, the same on all ranks: embedding, blocks_00-03, ..., head (matrices), and all norms."""
-    blocks = dict.fromkeys(_block_group(layer, num_layers) for layer in range(num_layers))
-    return (EMBEDDING, *blocks, HEAD, NORMS)
-
-
-def _block_group(layer: int, num_layers: int) -> str:
-    size = -(-num_layers // _BLOCK_GROUPS)
-    first = layer // size * size
-    last = min(first + size, num_layers) - 1
-    return f"blocks_{first:02d}-{last:02d}" if last > first else f"blocks_{first:02d}"
 
 
 class GradientNorms:
@@ -82,12 +66,7 @@ def _pieces(partition: Tensor, first: int, ranges: Sequence[range]) -> list[Tens
 
 
 def _group(parameter: Tensor, index: int, num_layers: int) -> str:
-    """Group of a parameter of a NeoX layer: embedding 0, transformer layer l at l + 2, output at L + 4."""
-    if sharding_of(parameter).kind == "norm":
-        return NORMS
-    if index == 0:
-        return EMBEDDING
-    return _block_group(index - 2, num_layers) if index - 2 < num_layers else HEAD
+    return NORMS if sharding_of(parameter).kind == "norm" else layer_group(index, num_layers)
 
 
 def _runs(parameters: Sequence[Tensor], groups: Sequence[str], counted: Sequence[bool]) -> dict[str, list[range]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
@@ -20,6 +21,7 @@ from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.parallelize import Parallelism
+from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.stages import pipeline_layers, stage_bounds
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.memory import RESERVED_BYTES
@@ -60,11 +62,6 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         return self
 
 
-def parameter_dtype(config: RunConfig) -> torch.dtype:
-    """dtype of the parameters in forward and backward."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
 def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineModule:
     """Build the layers of this rank's stage. Collective over all ranks.
 
@@ -95,7 +92,7 @@ def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights:
     return _Pipeline(
         stage_bounds(config),
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
-        topology=mesh.topology,
+        topology=PipeModelDataParallelTopology(mesh.pipeline_size, mesh.tensor_size, mesh.data_size),
         loss_fn=loss,
     )
 

@@ -114,7 +114,7 @@ def test_names_that_no_kernel_has_are_refused() -> None:
 def test_a_registered_kernel_can_be_taken_back() -> None:
     attention.register(AttentionKernel("counted", lambda: scaled_dot_product.sdpa))
     assert with_attention("counted").train.attention == "counted"
-    with pytest.raises(ConfigError, match="train.attention counted runs on CUDA devices in bf16 only"):
+    with pytest.raises(ConfigError, match=r"train\.attention counted runs on CUDA devices in bf16 only"):
         attention.attention_function("counted", "cpu", torch.float32)
     attention.unregister("counted")
     with pytest.raises(ValidationError, match="no attention kernel 'counted'"):

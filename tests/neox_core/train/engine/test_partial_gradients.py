@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox_core.config import LaunchConfig, ParallelConfig
+from neox_core.config import LaunchConfig, OptimizerConfig, ParallelConfig
 from neox_core.errors import ConfigError
 from neox_core.parallel.sharding import HEAD_NORM, ROWS, TOKEN_NORM, set_sharding
 from neox_core.parallel.tensor_parallel import SplitRegion
 from tests.distributed import run_ranks
 
 HEADS, HEAD_DIM, HIDDEN = 4, 6, 8
+RULE = OptimizerConfig(lr=1e-2)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -51,17 +52,20 @@ class NormedHeads(nn.Module):
 def make_optimizer(module: nn.Module, mesh: Any) -> Any:
     """The optimizer of a training, without an engine around it."""
     import torch.distributed as dist
-    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.utils.timer import NoopTimer
 
-    from neox_core.train.engine.deepspeed_engine import _parameter_groups
+    from neox_core.optimizer import update_rule
+    from neox_core.train.engine.deepspeed_engine import ParameterGroups
     from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
 
-    grid = PipelineParallelGrid(topology=mesh.topology, process_group=dist.new_group())
+    topology = PipeModelDataParallelTopology(1, mesh.tensor_size, 1)
+    grid = PipelineParallelGrid(topology=topology, process_group=dist.new_group())
     return ShardedOptimizer(
-        torch.optim.AdamW(_parameter_groups(module, 0.1), lr=1e-2),
+        ParameterGroups(module, RULE),
         {parameter: f"0.{name}" for name, parameter in module.named_parameters()},
+        rule=update_rule(RULE),
         mesh=mesh,
         kv_group=None,
         packed=False,
@@ -79,8 +83,10 @@ def train() -> dict[str, Any]:
     import torch.distributed as dist
 
     from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.train.engine.setup import attach_deepspeed
 
     device = init_distributed(LaunchConfig(device="cpu"))
+    attach_deepspeed()
     mesh = build_mesh(ParallelConfig(tensor=dist.get_world_size(), sequence=False), device)
     module = NormedHeads(SplitRegion.of(mesh))
     with pytest.raises(ConfigError, match="parameter weight of shape"):
