@@ -9,16 +9,20 @@ PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadsc
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check docs format clean
+.PHONY: demo test test-all test-slurm check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
 
 test: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
+
+# On a SLURM of 4 nodes, which it brings up on this machine; as root.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -m slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
