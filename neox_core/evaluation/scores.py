@@ -46,8 +46,18 @@ def scores(records: Sequence[Record]) -> dict[str, Score]:
     counted = [record for record in records if "left_out" not in record]
     if not counted:
         return {}
-    weights = _draws(len(counted))
-    return {name: _scored(*parts, weights) for name, parts in _parts(counted).items()}
+    weights, found = _draws(len(counted)), {}
+    for name, parts in _parts(counted).items():
+        found[name] = _scored(*parts, weights)
+        del found[name]["error"]
+    return found
+
+
+def shares(values: Sequence[float]) -> Score:
+    """The mean of the items' values and its 95% interval over items."""
+    found = _scored(np.asarray(values, dtype=float), np.ones(len(values)), _draws(len(values)))
+    del found["error"]
+    return found
 
 
 def differences(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, Score]:
