@@ -106,7 +106,9 @@ def _splits(files: Mapping[str, Path]) -> dict[str, Any]:
 
 def _write_documents(path: Path, task: HarnessTask, written: Path, name: str) -> Path:
     if not path.is_file():
-        raise ConfigError(f"task {name} reads {path}, which does not exist: put the items there, or give another --data")
+        raise ConfigError(
+            f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
+        )
     write_atomically(written, "".join(json.dumps(document) + "\n" for document in _documents(path, task)))
     return written
 

@@ -41,9 +41,7 @@ def test_llemmas_sets_take_less_than_a_hundredth(name: str) -> None:
     folder = SHARED / "data" / "eval"
     config = with_tasks(
         name,
-        gsm8k=EvaluationTask(
-            items=folder / "gsm8k_test.jsonl", shots_from=folder / "gsm8k_fewshot.jsonl", shots=8
-        ),
+        gsm8k=EvaluationTask(items=folder / "gsm8k_test.jsonl", shots_from=folder / "gsm8k_fewshot.jsonl", shots=8),
         mmlu=EvaluationTask(
             items=folder / "mmlu_stem_test.jsonl", kind="choices", prompt="{question}\n{options}\nAnswer:"
         ),
@@ -52,5 +50,4 @@ def test_llemmas_sets_take_less_than_a_hundredth(name: str) -> None:
         ),
     )
     cost = evaluation_cost(config)
-    print(cost)
     assert cost.share < 0.01

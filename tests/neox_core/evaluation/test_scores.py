@@ -40,9 +40,7 @@ def test_likelihood_among_choices() -> None:
     record = {"id": 0, **choices_record([-1.0, -2.0, -3.0], [-1.0, -5.0, -3.0], 1)}
     found = scores([record])
     assert (record["picked"], record["picked_calibrated"]) == (0, 1)
-    assert found["log_likelihood"]["value"] == pytest.approx(
-        -2 - math.log(math.exp(-1) + math.exp(-2) + math.exp(-3))
-    )
+    assert found["log_likelihood"]["value"] == pytest.approx(-2 - math.log(math.exp(-1) + math.exp(-2) + math.exp(-3)))
     assert found["calibrated_log_likelihood"]["value"] == pytest.approx(3 - math.log(1 + math.exp(3) + 1))
     assert (found["accuracy"]["value"], found["calibrated_accuracy"]["value"]) == (0, 1)
 

@@ -28,7 +28,11 @@ MODEL = ModelConfig(
     rope_theta=1e4,
 )  # fmt: skip
 SUMS = [
-    {"id": f"sum/{a}", "question": f"Tom has {a} pens and buys {b}. How many are there?", "solution": f"{a}+{b}={a + b}"}
+    {
+        "id": f"sum/{a}",
+        "question": f"Tom has {a} pens and buys {b}. How many are there?",
+        "solution": f"{a}+{b}={a + b}",
+    }
     for a, b in [(3, 4), (10, 5), (7, 7), (1, 12)]
 ]
 FACTS = [

@@ -52,9 +52,7 @@ def test_the_table_both_ways(judge: Judge) -> None:
 
 def math_verify(pair: Pair) -> bool:
     math_verify = pytest.importorskip("math_verify", reason="math-verify comes with the dev extra")
-    gold, given = (
-        math_verify.parse(f"${text.strip('$')}$", parsing_timeout=None) for text in (pair.gold, pair.given)
-    )
+    gold, given = (math_verify.parse(f"${text.strip('$')}$", parsing_timeout=None) for text in (pair.gold, pair.given))
     return bool(math_verify.verify(gold, given, timeout_seconds=None))
 
 
