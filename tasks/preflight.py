@@ -16,8 +16,8 @@ from tasks.tokenization.tokenize import checked_inputs
 
 
 def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
-    """Check what these stages need: the batch, the launcher, the evaluation sets, the input files and the tokenizer, the object store, the
-    base weights' files; of stages that are not among them, that they were finished.
+    """Check what these stages need: the batch, the launcher, the evaluation sets, the input files and the tokenizer,
+    the object store, the base weights' files; of stages that are not among them, that they were finished.
 
     Raw inputs that are gone do no harm where what was made of them is intact. The embedded object store is not looked
     at: it is checked when it is started.

@@ -25,7 +25,8 @@ class EvaluationCost:
     """GPU time, in that of the training from one checkpoint to the next, at the same utilisation."""
 
     def __str__(self) -> str:
-        return f"about {format_count(int(self.tokens))} tokens per checkpoint = {self.share:.2%} of the training's GPU time"
+        tokens = format_count(int(self.tokens))
+        return f"about {tokens} tokens per checkpoint = {self.share:.2%} of the training's GPU time"
 
 
 def evaluation_cost(config: RunConfig) -> EvaluationCost:

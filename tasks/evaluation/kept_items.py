@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def inherit_items(folder: Path, earlier: Path, steps: Iterable[int]) -> None:
 def compare(folder: Path, results: Mapping[int, Result]) -> dict[int, Result]:
     """The results with each task's paired differences from the base weights and from the checkpoint before."""
     compared, steps = dict(results), sorted(results)
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in pairwise(steps):
         result = results[step]
         if BASE_STEP in results and result.get("tasks") and result.get("compared_with") != before:
             tasks = {

@@ -79,11 +79,15 @@ def _equal_equations(first: Group, second: Group) -> bool:
     """Equal right sides of names, as in Minerva's protocol, or equal up to a factor: y = 2x is 2y = 4x."""
     if first.kind == second.kind == "named" and _equal(first.items[1], second.items[1]):
         return True
-    one, other = (sympy.expand(group.items[0] - group.items[1]) for group in (first, second))
+    one, other = (_difference(*group.items) for group in (first, second))
     if other == 0 or one == 0:
         return bool(one == other)
     ratio = sympy.cancel(one / other)
     return bool(ratio.is_number and ratio != 0)
+
+
+def _difference(left: Expr, right: Expr) -> Expr:
+    return sympy.expand(left - right)
 
 
 def equal_expressions(first: Expr, second: Expr) -> bool:

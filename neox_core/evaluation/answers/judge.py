@@ -83,14 +83,14 @@ class Judge:
 
     def _ask(self, gold: str, given: str) -> Verdict:
         pipe = self._pipe or self._start()
+        reason: Reason = "memory"
         try:
             pipe.send((gold, given))
             if pipe.poll(self._wall_seconds):
-                correct, reason = pipe.recv()
-                return Verdict(correct, reason)
+                return Verdict(*pipe.recv())
             reason = "time limit"
         except (EOFError, OSError):
-            reason = "memory"  # the only other end of the process: out of memory, by its own limit or the system's
+            pass  # the process's only other end: out of memory, by its own limit or the system's
         self._end()
         return Verdict(False, reason)
 

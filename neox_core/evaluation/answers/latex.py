@@ -59,7 +59,8 @@ def parse(text: str) -> Expr:
 
 
 def _tokens(text: str) -> list[str]:
-    tokens, place = [], 0
+    tokens: list[str] = []
+    place = 0
     while place < len(text):
         match = _TOKEN.match(text, place)
         if match is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 from sympy import Expr
@@ -34,7 +35,7 @@ class Group:
         return self.kind not in ("set", "union")
 
 
-Answer = Expr | Group
+Answer: TypeAlias = Expr | Group
 
 
 def read_answer(text: str) -> Answer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,6 @@ class HarnessTask:
     """From a line to the fields that the harness's templates name, and `gold`."""
     shots_file: str | None = None
     """JSON lines that few-shot texts come from, where the task's own file does not hold them."""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Other settings of the task file, where the paper's protocol differs."""
     generates: bool = True
     """Answers are written, not chosen."""
     last_number: bool = False
@@ -93,9 +91,9 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
         if task.shots_file is not None:
             shots = settings.data / task.shots_file
             files["train"] = _write_documents(shots, task, folder / f"{name}.train.jsonl", name)
-        text = {"include": str(harness / task.include), "task": name, "dataset_path": "json", "dataset_name": None}
+        text: dict[str, Any] = {"include": str(harness / task.include), "task": name, "tag": None}
+        text |= {"dataset_path": "json", "dataset_name": None, "test_split": "test", **_splits(files)}
         text |= {"dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
-        text |= {"test_split": "test", "tag": None, **_splits(files), **task.changes}
         write_atomically(folder / f"{name}.yaml", yaml.safe_dump(text, sort_keys=False))
     return folder
 

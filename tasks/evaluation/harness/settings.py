@@ -28,7 +28,7 @@ class HarnessSettings:
     samples: int = 0
     """Samples per item for the majority vote, beside the greedy one."""
     temperature: float = 0.6
-    """Of the samples; Llemma's: 0.6 (arXiv 2310.10631, section 3.1)."""
+    """Of the samples."""
     seed: int = 1234
     limit: int | None = None
     """The first so many items of each task."""
