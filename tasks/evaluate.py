@@ -17,6 +17,7 @@ from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
+from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.kept_items import compare, inherit_items, keep_items
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import RetryPolicy
@@ -46,6 +47,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         results: dict[int, dict[str, Any]]
+        overlapping = overlapping_items(config, data.folder)
         results, retry_policy = _inherited(training, folder) | _load(folder), RetryPolicy()
 
         def report() -> None:
@@ -59,7 +61,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
             if todo:
                 for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
                     for result in _run_job(spec, data, weights, prefix, [step for _, step in found], report):
-                        results[result["step"]] = keep_items(folder, result)
+                        results[result["step"]] = without_overlap(folder, keep_items(folder, result), overlapping)
                     results = compare(folder, results)
                     _store(folder, results)
                 continue

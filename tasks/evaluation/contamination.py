@@ -17,17 +17,19 @@ from tasks.evaluation.kept_items import Result, load_items
 def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:
     """By task the ids of the items that prepare-data found in the training text.
 
-    A task is not there if its file is not among data.evaluation_sets: nothing is known about it.
+    A task is not there if its file is not among data.evaluation_sets: nothing is known about it. Nor is any if the
+    documents in question were left out of the training text.
     """
     paths = config.data.evaluation_sets
     names = dict(zip((path.resolve() for path in paths), set_names(paths), strict=True))
     known = {name: names[task.items] for name, task in config.evaluate.tasks.items() if task.items in names}
-    if not known:
+    if not known or config.data.decontaminate:
         return {}
     report = json.loads((data / OVERLAP_FILE).read_text(encoding="utf-8"))
     found: dict[str, set[str]] = {name: set() for name in names.values()}
-    for overlap in report["overlaps"]:
-        found[overlap["set"]].add(overlap["item"])
+    for source in report["sources"].values():
+        for hit in source["hits"]:
+            found[hit["set"]].add(hit["item"])
     return {task: found[name] for task, name in known.items()}
 
 
