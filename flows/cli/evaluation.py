@@ -114,3 +114,22 @@ def compare(
         raise ConfigError(f"{path} does not exist: run `llemma evaluate --model MODEL --out {folder}` first")
     rows = compare_with_paper(json.loads(path.read_text(encoding="utf-8")), paper)
     print_records(f"{folder} and {paper}", rows)
+
+
+@evaluate_app.command()
+def proofs(
+    file: Annotated[Path, typer.Argument(help="JSON lines with header, formal_statement and proof.")],
+    command: Annotated[str, typer.Option(help="Gets a theory file as its last argument; exits with 0 if it holds.")],
+    out: Annotated[Path | None, typer.Option(help="For the verdicts; default: beside the file.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for one proof.")] = 120.0,
+) -> None:
+    """Check formal proofs with a prover of yours."""
+    from collections import Counter
+
+    from tasks.evaluation.proofs import ProofChecker, check_proofs
+
+    written = out or file.with_suffix(".verdicts.jsonl")
+    with bar("proofs") as progress:
+        verdicts = check_proofs(file, written, ProofChecker(command, time_limit), progress)
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    print_records(f"{len(verdicts)} proofs: {written}", [{"verdict": name, "proofs": counts[name]} for name in counts])
