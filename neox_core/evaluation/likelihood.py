@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
-from neox_core.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from neox_core.data.tokenization.tokenizer import Tokenizer
+    from neox_core.parallel.mesh import Mesh
 
 _SHORTEST = 64
 """Tokens to which a batch is padded at least. Few lengths mean few compiled kernels."""
