@@ -84,6 +84,9 @@ class DataConfig(Section):
     decontaminate: bool = Field(False, description="drop the training documents that overlap")
     slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
     weight_changes: tuple[WeightChange, ...] = Field((), description="in order of their steps")
+    order: Literal[2, 3] | None = Field(
+        None, description="version of the order of training sequences; null: the newest, or what the training began in"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
