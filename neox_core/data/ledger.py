@@ -70,7 +70,7 @@ def check_epochs(ledger: Mapping[str, Any], config: RunConfig) -> None:
         DataError: more than data.max_epochs times; the message says what to change, and to what.
     """
     limit = config.data.max_epochs
-    # A share is rounded to a part of the mixture's period, and a source's end to a sequence: no reason to refuse.
+    # A weight is rounded to a part of the mixture's period, and a source's end to a sequence: no reason to refuse.
     sequences = sequences_before(config.train, config.train.steps + 1) / PERIOD + 1
     rounding = sequences * config.train.sequence_length
     for name, use in ledger["run"].items():

@@ -141,8 +141,8 @@ def _before_blocks(counts: Indices) -> Indices:
             ahead = before[-1] > np.array(whole)  # rounded up before: the fraction is theirs already
             fractions = np.where(ahead, -1.0, np.array(rest, dtype=np.float64))
             taken[np.argsort(-fractions, kind="stable")[:missing]] += 1
-        else:
-            taken[np.argsort(-taken, kind="stable")[:-missing]] -= 1
+        for _ in range(-missing):
+            taken[taken.argmax()] -= 1
         before.append(before[-1] + taken)
     return np.array(before)
 

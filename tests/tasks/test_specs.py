@@ -21,7 +21,7 @@ from neox_core.config import (
     TrainChange,
     WeightChange,
 )
-from neox_core.data.dataset import DATA_ORDER
+from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
 from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tests.neox_core.train.small_training import CONFIG
@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "data.deduplicate": (True, PREPARE),
     "data.overlap_words": (13, PREPARE),
     "data.decontaminate": (True, PREPARE),
+    "data.order": (2, TRAIN),
     "data.slurm": (TokenizeJobConfig(), NOTHING),
     "tokenizer.engine": ("sentencepiece", NOTHING),
     "base_model.rope_theta": (1e4, CONVERT),
@@ -200,7 +201,7 @@ def test_what_a_setting_changes(config: RunConfig, key: str) -> None:
 def test_another_order_of_the_data_is_another_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no training is resumed in an order that it did not begin with."""
     before = fingerprints(config)
-    monkeypatch.setattr("neox_core.train.identity.DATA_ORDER", DATA_ORDER + 1)
+    monkeypatch.setattr("neox_core.data.order_version.DATA_ORDER", DATA_ORDER + 1)
     after = fingerprints(config)
     assert {name for name in SPECS if before[name] != after[name]} == TRAIN
 
