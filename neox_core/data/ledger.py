@@ -12,6 +12,9 @@ from neox_core.data.mixture import PERIOD, Mixture
 from neox_core.data.mixture_weights import training_mixture
 from neox_core.errors import DataError
 
+LEFT_OUT = ("rejected", "empty", "duplicates", "near_duplicates", "in_validation", "decontaminated")
+"""Why records of a source and split are not among its documents; a record counts for the first that holds."""
+
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 """source -> split -> {"documents", "bytes" (UTF-8 of the text), "tokens" (ends of documents included)}."""
 
