@@ -63,7 +63,7 @@ def test_parts_outlive_a_kill_before_the_artifact_is_there(tmp_path: Path, monke
     result = prepare(config, silent)
     assert {record.path for record in result.artifact.files} == {
         f"{split}{end}" for split in ("a/train", "a/validation", "b/train") for end in (".bin", ".idx")
-    } | {"tokenizer.model"}
+    } | {"tokenizer.model", "in_validation.jsonl"}
     assert not list((tmp_path / "work").glob(".parts*"))
     assert not list(result.artifact.folder.rglob(".*"))
 
