@@ -61,7 +61,7 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     validation of a source that is not used for evaluation.
 
     Raises:
-        DataError: there are none, or one is of another kind or not readable.
+        DataError: there are none, or one is of another kind, not readable or, though packed, empty.
         StorageError: the object store cannot be listed.
     """
     given = next((where for name, where in config.sources[source].files.items() if name == split), None)
@@ -82,6 +82,9 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     for name, where, size, _ in found:
         if format_of(name, formats) is None:
             raise DataError(f"{where} is not a {_kinds()} file: convert it or move it away")
+        # A plain file may be a shard that nothing fell into; of these, the smallest has some bytes.
+        if size == 0 and name.endswith((*COMPRESSIONS, ".parquet")) and not config.skip_damaged_files:
+            raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")
     return [InputFile(source, split, *file) for file in sorted(found)]
 
 

@@ -68,6 +68,11 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
         names(config)
     write(tmp_path / "a" / "train" / "0.jsonl", b"")
     assert names(config) == ["0.jsonl"]  # a shard that nothing fell into
+    packed = write(tmp_path / "a" / "train" / "1.jsonl.gz", b"")
+    with pytest.raises(DataError, match=r"1\.jsonl\.gz is empty \(0 bytes\)"):
+        names(config)
+    assert names(data_config(tmp_path, "a", skip_damaged_files=True)) == ["0.jsonl", "1.jsonl.gz"]
+    packed.unlink()
     write(tmp_path / "a" / "train" / "1.txt")
     with pytest.raises(DataError, match=r"1\.txt is not a"):
         names(config)
