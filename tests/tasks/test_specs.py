@@ -21,7 +21,7 @@ from neox_core.config import (
     TrainChange,
     WeightChange,
 )
-from neox_core.data.dataset import DATA_ORDER
+from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
 from tasks.base import make_toy_base
 from tasks.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
@@ -54,6 +54,13 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "data.deduplicate": (True, PREPARE),
     "data.overlap_words": (13, PREPARE),
     "data.decontaminate": (True, PREPARE),
+    "data.order": (2, TRAIN),
+    "data.max_damaged": (0.5, NOTHING),
+    "data.test": (True, PREPARE),
+    "data.near_duplicates": (0.8, PREPARE),
+    "data.deduplicate_across": (True, PREPARE),
+    "data.drop_validation_duplicates": (True, PREPARE),
+    "data.overlap_min_words": (9, NOTHING),
     "data.slurm": (TokenizeJobConfig(), NOTHING),
     "tokenizer.engine": ("sentencepiece", NOTHING),
     "base_model.rope_theta": (1e4, CONVERT),
@@ -203,7 +210,7 @@ def test_what_a_setting_changes(config: RunConfig, key: str) -> None:
 def test_another_order_of_the_data_is_another_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no training is resumed in an order that it did not begin with."""
     before = fingerprints(config)
-    monkeypatch.setattr("neox_core.train.identity.DATA_ORDER", DATA_ORDER + 1)
+    monkeypatch.setattr("neox_core.data.order_version.DATA_ORDER", DATA_ORDER + 1)
     after = fingerprints(config)
     assert {name for name in STAGES if before[name] != after[name]} == TRAIN
 
