@@ -12,11 +12,13 @@ import torch
 
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
-from neox_core.checkpoint.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, MetaCheckpoint
+from neox_core.checkpoint.formats.huggingface import HuggingFaceCheckpoint
+from neox_core.checkpoint.formats.meta import MetaCheckpoint
+from neox_core.checkpoint.formats.model_files import model_files
 from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
 from neox_core.checkpoint.formats.outputs import finished_files, write_files
 from neox_core.checkpoint.formats.tensor_map import check_divides
+from neox_core.checkpoint.formats.weights import Weights
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress, silent
@@ -35,12 +37,7 @@ def open_source(location: Location) -> SourceCheckpoint:
         CheckpointError: it is neither, or is damaged or inconsistent.
     """
     folder = open_folder(location)
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    names = folder.names()
-    if CONFIG_FILE in names and PARAMS_FILE not in names:
-        return HuggingFaceCheckpoint(folder)
-    return MetaCheckpoint(folder)
+    return MetaCheckpoint(folder) if model_files(folder).is_meta else HuggingFaceCheckpoint(folder)
 
 
 def convert(
@@ -81,6 +78,7 @@ def convert(
     checkpoint = open_source(source)
     check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
     check_divides(model, parallel.tensor, "parallel.tensor")
+    checkpoint.check_values()
     started = time.monotonic()
     weights = checkpoint.weights
     files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
@@ -92,14 +90,22 @@ def convert(
             output.remove(LATEST_FILE)
         records = write_files(output, identity, files, progress, finished)
         summary = sizes(records, finished, time.monotonic() - started)
-        rounded = weights.dtype != torch.bfloat16
-        summary |= {"rounded_from": str(weights.dtype).removeprefix("torch.")} if rounded else {}
+        summary |= _rounding(weights)
         if prove is not None:
             progress(0.999, "comparing layers with transformers")
             summary |= prove(checkpoint, NeoxCheckpoint(output.sub(CONVERTED_TAG)))
         output.write(LATEST_FILE, CONVERTED_TAG.encode())
     progress(1.0, f"{len(records)} files written")
     return summary
+
+
+def _rounding(weights: Weights) -> dict[str, str]:
+    """Which types were rounded to bf16; where files mix types, in how many tensors."""
+    rounded = {str(dtype).removeprefix("torch."): count for dtype, count in weights.dtypes.items()}
+    total = sum(rounded.values())
+    rounded.pop("bfloat16", None)
+    shown = [name if count == total else f"{name} in {count} of {total} tensors" for name, count in rounded.items()]
+    return {"rounded_from": ", ".join(sorted(shown))} if shown else {}
 
 
 def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds: float) -> dict[str, Any]:

@@ -13,20 +13,17 @@ from typing import Any
 from neox_core.checkpoint.conversion.convert import sizes
 from neox_core.checkpoint.conversion.proof import prove
 from neox_core.checkpoint.conversion.vocabulary import check_tokenizer
-from neox_core.checkpoint.formats.huggingface import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    config_files,
-    huggingface_files,
-    index_file,
-)
+from neox_core.checkpoint.formats.huggingface import huggingface_files, index_file
+from neox_core.checkpoint.formats.huggingface_config import config_files
 from neox_core.checkpoint.formats.huggingface_tokenizer import (
     TOKENIZER_MODEL,
     compare_tokenizers,
     load_sentencepiece,
     tokenizer_files,
 )
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_files, meta_params
+from neox_core.checkpoint.formats.meta import meta_files
+from neox_core.checkpoint.formats.meta_params import meta_params
+from neox_core.checkpoint.formats.model_files import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.weights import Weights

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from neox_core.artifact import write_atomically
 from neox_core.checkpoint.formats.description import write_file
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_params, shard_name
+from neox_core.checkpoint.formats.meta_params import meta_params
+from neox_core.checkpoint.formats.model_files import PARAMS_FILE, shard_name
 from neox_core.checkpoint.formats.tensor_map import Form, TensorLayout, check_divides, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig
 from neox_core.storage.tensor_writer import StreamedTensor, write_torch
