@@ -10,11 +10,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, fingerprint, write_atomically
+from neox_core.artifact import Artifact, fingerprint
 from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.storage.atomic import write_atomically
 from neox_core.train.lineage import earlier_configs
 from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach

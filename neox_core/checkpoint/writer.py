@@ -1,4 +1,4 @@
-"""Saves and uploads checkpoints while training goes on.
+"""Saves and uploads checkpoints while training continues.
 
 DeepSpeed hands each rank's files to this engine, which copies them to host memory and returns. A thread then writes,
 hashes and uploads them; no rank waits for another. When all ranks have reported their files to the store, rank 0
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.atomic import atomic_file, remove_remains
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         world_size: number of ranks whose reports make a checkpoint complete.
         attempt: an id that all ranks of this job share and no other job has; reports of a job that died are ignored.
         channel: a torch.distributed store of all ranks, for word of a failure: the object store may be what fails.
-        alive: called as an upload gets on.
+        heartbeat: called as an upload makes progress.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         world_size: int,
         attempt: str,
         channel: Any,
-        alive: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
-        self._channel, self._alive = channel, alive
+        self._channel, self._heartbeat = channel, heartbeat
         self._store, self._prefix, self._attempt = store, prefix, attempt
         self._rank, self._world_size = rank, world_size
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -91,14 +91,14 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         staged, self._staged = self._staged, []
         self._pending = self._executor.submit(self._write, staged, manifest)
 
-    def beside(self, copy: Callable[[], None]) -> None:
-        """Do this in the thread of the uploads. It is not missed if it fails: the next checkpoint brings another."""
+    def in_background(self, copy: Callable[[], None]) -> None:
+        """Do this in the thread of the uploads. A failure is logged only: the next checkpoint brings another copy."""
 
         def attempt() -> None:
             try:
                 copy()
             except StorageError as error:
-                logger.warning("%s; the training goes on", error)
+                logger.warning("%s; the training continues", error)
 
         self._executor.submit(attempt)
 
@@ -133,7 +133,7 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
             records = [self._write_file(content, path, key) for content, path in staged]
             report = json.dumps([asdict(record) for record in records])
             self._store.put_text(f"{reports}rank_{self._rank}.json", report)
-        except Exception as error:  # passed on, and told rank 0, which would wait for this rank's report
+        except Exception as error:  # passed on, and reported to rank 0, which would wait for this rank
             with contextlib.suppress(RuntimeError):  # rank 0, which holds the channel, may be gone
                 self._channel.compare_set(reports, "", f"rank {self._rank}: {error}")
             raise
@@ -145,9 +145,9 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
 
     def _write_file(self, content: Any, path: Path, key: str) -> FileRecord:
         _save_atomically(content, path)
-        self._alive()
+        self._heartbeat()
         record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
-        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._alive())
+        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._heartbeat())
         return record
 
     def _collect_reports(self, prefix: str) -> tuple[FileRecord, ...]:
@@ -175,13 +175,10 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
 
 
 def _save_atomically(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    remove_remains(path)
+    # To a stream, as a name would be written into the file.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _to_host(value: Any) -> Any:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox_core.artifact import write_atomically
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, list_checkpoints, training_prefix
 from neox_core.config import RunConfig, TrainConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import CheckpointError
+from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE

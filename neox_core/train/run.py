@@ -117,7 +117,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
 
         def save(position: TrainingState) -> None:
             telemetry.flush()
-            writer.beside(metrics.backup())
+            writer.in_background(metrics.backup())
             checkpoints.save(position)
 
         loop = Loop(

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from submitit.core.utils import JobPaths, pickle_load
 
 from infra.processes import ProcessRecord
-from neox_core.artifact import write_atomically
 from neox_core.errors import LaunchError
+from neox_core.storage.atomic import write_atomically
 from tasks.jobs import local, slurm
 from tasks.jobs.local_controller import ControllerReport
 from tasks.jobs.rank import RankFailure, read_failure

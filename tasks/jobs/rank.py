@@ -14,8 +14,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import UncompletedJobError
 
-from neox_core.artifact import write_atomically
 from neox_core.errors import LlemmaError
+from neox_core.storage.atomic import write_atomically
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import submitit
 from submitit.core.utils import pickle_load
 
-from neox_core.artifact import write_atomically
 from neox_core.data.tokenization.part import find_part
 from neox_core.data.tokenization.part_files import PARTS, PartPaths
 from neox_core.data.tokenization.part_settings import PartSettings
 from neox_core.data.tokenization.readers import InputFile
+from neox_core.storage.atomic import write_atomically
 from tasks.jobs import slurm
 
 _log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
 from neox_core.checkpoint.formats.huggingface import HuggingFaceCheckpoint
 from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.checkpoint.formats.model_files import model_files
+from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
 from neox_core.checkpoint.formats.outputs import finished_files, write_files
 from neox_core.checkpoint.formats.tensor_map import check_divides
-from neox_core.checkpoint.formats.weights import Weights
 from neox_core.config import ModelConfig, ParallelConfig
-from neox_core.errors import CheckpointError, ConfigError
+from neox_core.errors import ConfigError
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, open_folder
 from neox_core.storage.targets import open_target
@@ -53,14 +53,14 @@ def convert(
 ) -> dict[str, Any]:
     """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
 
-    An interrupted conversion goes on at the next file. Memory: some 60 MiB per file that is being written.
+    An interrupted conversion continues with the next file. Memory: some 60 MiB per file that is being written.
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
         target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
-        progress: told how far it is: bytes, bytes/s, time left.
+        progress: called with how far it is: bytes, bytes/s, time left.
         base_rope_theta: RoPE base of the source, where the run changes it on purpose (Llemma 7B: 1e6 to 1e4).
         base_vocab_size: vocabulary of the source, where the run adds tokens or padding on purpose.
         new_tokens: how their rows are made.
@@ -99,7 +99,7 @@ def convert(
     return summary
 
 
-def _rounding(weights: Weights) -> dict[str, str]:
+def _rounding(weights: ModelWeights) -> dict[str, str]:
     """Which types were rounded to bf16; where files mix types, in how many tensors."""
     rounded = {str(dtype).removeprefix("torch."): count for dtype, count in weights.dtypes.items()}
     total = sum(rounded.values())

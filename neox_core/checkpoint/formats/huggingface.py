@@ -19,9 +19,9 @@ from neox_core.checkpoint.formats.model_files import (
     read_json,
     some,
 )
+from neox_core.checkpoint.formats.model_weights import Locator, ModelWeights
 from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, Layer, iterate_layers, stored_tensors
-from neox_core.checkpoint.formats.weights import Locator, Weights
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -55,7 +55,7 @@ class HuggingFaceCheckpoint:
             tensors[_OUTPUT] = tensors.get(_EMBEDDING)
         locator = Locator(str(folder), self.model, Form.HUGGINGFACE, 1, hint=f"is {CONFIG_FILE} this model's?")
         locator.add(0, lambda _, name: tensors.get(name))
-        self.weights: Weights = locator.weights()
+        self.weights: ModelWeights = locator.weights()
         if unknown := sorted(tensors.keys() - self.weights.places.keys()):
             raise CheckpointError(
                 f"{folder} holds {some(unknown)} ({len(unknown)} in all), unknown in a Llama of "
@@ -94,7 +94,7 @@ def _open_all(folder: Folder, found: ModelFiles) -> dict[str, Any]:
     return {name: files[file][name] for name, file in found.index.items()}
 
 
-def huggingface_files(weights: Weights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
+def huggingface_files(weights: ModelWeights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
     """The files of weights: one, or several of whole layers that stay under `limit` bytes where one layer does."""
     groups = list(_group(list(iterate_layers(model.num_layers)), model, dtype.itemsize, limit))
     names = (

@@ -31,11 +31,10 @@ _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_ca
     encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
     num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens"""
 """Of transformers' configurations of all ages: training, generation and bookkeeping."""
-_KNOWN = frozenset((_COMPUTED + " " + _WITHOUT_EFFECT).split())
-_NEUTRAL_AT_ONE = frozenset(
-    """partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier
-    attention_multiplier num_experts num_local_experts""".split()
-)
+_KNOWN = frozenset(f"{_COMPUTED} {_WITHOUT_EFFECT}".split())
+_MULTIPLIERS = """partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier
+    attention_multiplier num_experts num_local_experts"""
+_NEUTRAL_AT_ONE = frozenset(_MULTIPLIERS.split())
 _ROPE_KEYS = frozenset(("rope_type", "type", "rope_theta", *RopeScalingConfig.model_fields))
 
 

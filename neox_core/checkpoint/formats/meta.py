@@ -11,9 +11,9 @@ from torch import Tensor
 
 from neox_core.checkpoint.formats.meta_params import read_params
 from neox_core.checkpoint.formats.model_files import PARAMS_FILE, meta_files_of, read_json, shard_name, some
+from neox_core.checkpoint.formats.model_weights import Locator, ModelWeights, layouts_of
 from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, check_divides
-from neox_core.checkpoint.formats.weights import Locator, Weights, layouts_of
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -49,7 +49,7 @@ class MetaCheckpoint:
         locator = Locator(str(folder), self.model, self.form, self.num_shards)
         for number, shard in enumerate(shards):
             locator.add(number, partial(_find, shard))
-        self.weights: Weights = locator.weights()
+        self.weights: ModelWeights = locator.weights()
 
     def check_values(self) -> None:
         """Nothing to compare: every tensor is there once."""
@@ -106,7 +106,7 @@ def _fits(shard: tuple[int, ...], whole: tuple[int, ...], shards: int) -> bool:
     return any(shard == tuple(n // shards if d == dim else n for d, n in enumerate(whole)) for dim in (0, 1))
 
 
-def meta_files(weights: Weights, model: ModelConfig, shards: int, dtype: torch.dtype) -> list[OutputFile]:
+def meta_files(weights: ModelWeights, model: ModelConfig, shards: int, dtype: torch.dtype) -> list[OutputFile]:
     """The files of a checkpoint in Meta's format, but for params.json; the embedding is cut by columns.
 
     Raises:

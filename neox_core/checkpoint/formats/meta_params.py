@@ -15,11 +15,11 @@ _LLAMA3 = RopeScalingConfig(
     rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
 )
 """What Meta's code has as constants."""
-_KNOWN = frozenset(
-    """dim n_layers n_heads n_kv_heads head_dim multiple_of ffn_dim_multiplier vocab_size norm_eps rope_theta
-    use_scaled_rope rope_scaling_factor high_freq_factor max_seq_len max_batch_size model_parallel_size""".split()
-)
-"""Meta's own code refuses any other; the last three change nothing that is computed."""
+_WITHOUT_EFFECT = "max_seq_len max_batch_size model_parallel_size"
+_COMPUTED = """dim n_layers n_heads n_kv_heads head_dim multiple_of ffn_dim_multiplier vocab_size norm_eps rope_theta
+    use_scaled_rope rope_scaling_factor high_freq_factor"""
+_KNOWN = frozenset(f"{_COMPUTED} {_WITHOUT_EFFECT}".split())
+"""Meta's own code refuses any other key."""
 
 
 def intermediate_size(hidden_size: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:

@@ -379,8 +379,8 @@ def test_a_copy_is_made_beside_the_training_and_may_fail(store: ObjectStore, cap
     def fails() -> None:
         raise StorageError("the store is away")
 
-    writer.beside(fails)
-    writer.beside(lambda: threads.append(threading.current_thread()))
+    writer.in_background(fails)
+    writer.in_background(lambda: threads.append(threading.current_thread()))
     writer.close()
     assert threads
     assert threading.main_thread() not in threads

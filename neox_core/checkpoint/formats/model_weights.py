@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """All of a model's weights, found in files."""
 
     origin: str
@@ -174,12 +174,12 @@ class Locator:
                 for block in layout.blocks:
                     self.places.setdefault(block.whole, []).append(Place(block, tensor))
 
-    def weights(self) -> Weights:
+    def weights(self) -> ModelWeights:
         """What was found."""
         first_copies_first = {
             name: tuple(sorted(places, key=lambda place: place.block.replica)) for name, places in self.places.items()
         }
-        return Weights(self.origin, self.model, first_copies_first)
+        return ModelWeights(self.origin, self.model, first_copies_first)
 
     def _checked(self, stored: object, layout: StoredLayout, index: int) -> StoredTensor:
         what = f"{self.origin}: layer {index}: {layout.name}"
