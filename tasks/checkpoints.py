@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,17 @@ from neox_core.artifact import (
     artifact_text,
     find_verified,
     fingerprint,
-    parse_artifact,
     publish,
     sha256_of,
     software,
 )
+from neox_core.checkpoint.conversion.replacement import check_target, recorded_artifact
 from neox_core.checkpoint.formats.outputs import journal_records
+from neox_core.checkpoint.formats.special_ids import SpecialIds, from_json, special_ids_of
 from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
-from neox_core.storage.folders import Folder, LocalFolder, file_versions, open_folder
+from neox_core.storage.folders import Folder, LocalFolder, Location, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
 
 ExportForm = Literal["huggingface", "meta"]
@@ -30,12 +32,18 @@ _DIGESTS = ".digests.json"
 
 
 def convert_folder(
-    source: str, target: str, parallel: ParallelConfig, vocab_multiple: int, progress: Progress
+    source: str,
+    target: str,
+    parallel: ParallelConfig,
+    vocab_multiple: int,
+    progress: Progress,
+    overwrite: bool = False,
 ) -> Artifact:
     """Meta's or Hugging Face's weights to NeoX shards, proven; artifact.json comes last.
 
     Args:
         vocab_multiple: the vocabulary is padded to a multiple of it; exports cut the padding off again.
+        overwrite: replace a model in the target that is not this command's own earlier output.
 
     Raises:
         CheckpointError, ConfigError, StorageError: see `convert` and `prove_conversion`.
@@ -43,12 +51,14 @@ def convert_folder(
     from neox_core.checkpoint.conversion.convert import convert, open_source
     from neox_core.checkpoint.conversion.proof import prove_conversion
 
+    output = _open_target(target, "convert", overwrite)
     checkpoint = open_source(source)
     base = checkpoint.model
     model = _padded(base, vocab_multiple)
     logical = {"model": model.model_dump(mode="json"), "parallel": parallel.model_dump(mode="json")}
 
     def build(folder: Target) -> Mapping[str, Any]:
+        check_target(folder, "convert", overwrite)
         return convert(
             checkpoint.folder,
             folder,
@@ -59,7 +69,7 @@ def convert_folder(
             prove=lambda checkpoint, shards: prove_conversion(checkpoint.folder, shards, model, progress),
         )
 
-    return _once("convert", checkpoint.folder, open_target(target), logical, build)
+    return _once("convert", checkpoint.folder, checkpoint.files.names, output, logical, build)
 
 
 def export_folder(
@@ -71,6 +81,8 @@ def export_folder(
     tokenizer: Path | None,
     sequence_length: int,
     progress: Progress,
+    overwrite: bool = False,
+    base: Location | None = None,
 ) -> Artifact:
     """A NeoX or training checkpoint to Hugging Face's or Meta's format, proven; artifact.json comes last.
 
@@ -78,6 +90,9 @@ def export_folder(
         model: its architecture; None: as the source's artifact.json records it.
         shards: number of files in Meta's format.
         tokenizer: SentencePiece model for a Hugging Face folder.
+        overwrite: as for `convert_folder`.
+        base: the folder whose special ids and generation settings the export gets; None: as the source's
+            artifact.json records them.
 
     Raises:
         CheckpointError, ConfigError, StorageError: see `export_huggingface`, `export_meta` and `prove_export`.
@@ -86,20 +101,49 @@ def export_folder(
     from neox_core.checkpoint.conversion.inspect import recorded_model
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 
+    output = _open_target(target, "export", overwrite)
+    if tokenizer is not None and not tokenizer.is_file():
+        raise CheckpointError(f"tokenizer {tokenizer} does not exist: give the SentencePiece model's file")
     opened = open_folder(source)
     known = model or recorded_model(opened)
     checkpoint = NeoxCheckpoint(opened)
     logical: dict[str, Any] = {"model": known.model_dump(mode="json"), "form": form, "sequence_length": sequence_length}
     logical |= {"shards": shards, "tokenizer": None if tokenizer is None else sha256_of(tokenizer)}
 
-    def build(folder: Target) -> Mapping[str, Any]:
-        if form == "meta":
-            sizes = export_meta(opened, folder, known, shards, progress)
-        else:
-            sizes = export_huggingface(opened, folder, known, tokenizer, sequence_length, progress)
-        return sizes | prove_export(checkpoint, folder, known, progress=progress)
+    special = _special_ids(opened, base)
+    logical |= {"special_ids": special.as_json()} if special.ids or special.generation else {}
 
-    return _once("export", checkpoint.folder, open_target(target), logical, build)
+    def prove(folder: Location) -> Mapping[str, Any]:
+        return prove_export(checkpoint, folder, known, progress=progress)
+
+    def build(folder: Target) -> Mapping[str, Any]:
+        check_target(folder, "export", overwrite)
+        if form == "meta":
+            return export_meta(opened, folder, known, shards, progress, prove)
+        return export_huggingface(
+            opened, folder, known, tokenizer, sequence_length, progress, special=special, prove=prove
+        )
+
+    return _once("export", checkpoint.folder, checkpoint.files, output, logical, build)
+
+
+def _open_target(location: str, command: str, overwrite: bool) -> Target:
+    """The place to write to, once nothing stands in the way; nothing is written yet."""
+    if not location.strip():
+        raise ConfigError("--to is empty: name a folder or s3://bucket/prefix to write to")
+    target = open_target(location)
+    found = recorded_artifact(target)
+    if found is None or found.name != command:  # else it may be this very result, with a README beside it by now
+        check_target(target, command, overwrite)
+    return target
+
+
+def _special_ids(source: Folder, base: Location | None) -> SpecialIds:
+    """The base's special ids: from its folder, or as the conversion's artifact.json records them."""
+    if base is not None:
+        return special_ids_of(open_folder(base))
+    artifact = recorded_artifact(source)
+    return from_json(artifact.summary.get("special_ids") or {}) if artifact else SpecialIds()
 
 
 def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
@@ -113,15 +157,16 @@ def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
 def _once(
     name: str,
     source: Folder,
+    files: Sequence[str],
     target: Target,
     logical: Mapping[str, Any],
     build: Callable[[Target], Mapping[str, Any]],
 ) -> Artifact:
     """The artifact in `target`, built unless it is there and verifies."""
     if not isinstance(target, LocalTarget):
-        return _once_remote(name, source, target, logical, build)
+        return _once_remote(name, source, files, target, logical, build)
     cache = DigestCache(target.path / _DIGESTS)
-    inputs = _inputs(source, cache)
+    inputs = _inputs(source, files, cache)
     identity = fingerprint(name, logical, inputs)
     found = find_verified(target.path, identity, cache)
     if found is not None:
@@ -134,14 +179,15 @@ def _once(
 def _once_remote(
     name: str,
     source: Folder,
+    files: Sequence[str],
     target: Target,
     logical: Mapping[str, Any],
     build: Callable[[Target], Mapping[str, Any]],
 ) -> Artifact:
     """The same for an object store, whose files count as verified where their sizes are those recorded."""
-    inputs = _inputs(source, None)
+    inputs = _inputs(source, files, None)
     identity = fingerprint(name, logical, inputs)
-    found = _recorded(target)
+    found = recorded_artifact(target)
     if found is not None and found.fingerprint == identity:
         sizes = {record.path: target.content(record.path).size for record in found.files if target.mark(record.path)}
         if sizes == {record.path: record.size for record in found.files}:
@@ -156,17 +202,10 @@ def _once_remote(
     return artifact
 
 
-def _inputs(source: Folder, cache: DigestCache | None) -> dict[str, str]:
-    """What tells the content of each of the source's files: SHA-256, or an object's ETag and size, hashed."""
+def _inputs(source: Folder, files: Sequence[str], cache: DigestCache | None) -> dict[str, str]:
+    """What identifies the content of each of the model's files: SHA-256, or an object's ETag and size, hashed."""
     if isinstance(source, LocalFolder):
-        paths = [path for path in sorted(source.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        paths = [source.path / name for name in sorted(files)]
         digests = [sha256_of(path) for path in paths] if cache is None else cache.digests(paths)
         return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-    return file_versions(source)
-
-
-def _recorded(target: Target) -> Artifact | None:
-    try:
-        return parse_artifact(target.read_text(ARTIFACT_FILE), Path(str(target)))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    return file_versions(source, files)

@@ -32,15 +32,24 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
         from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
         from neox_core.checkpoint.formats.neox import NeoxCheckpoint
         from neox_core.checkpoint.formats.outputs import journal_records
+        from neox_core.checkpoint.formats.special_ids import special_ids_of
+        from neox_core.storage.folders import open_folder
         from neox_core.storage.targets import open_target
 
         with _last_weights(config, progress) as weights:
-            sizes = export_huggingface(
-                weights, folder, config.model, config.tokenizer.model, config.train.sequence_length, progress
+            texts = _sample_texts(config)
+            summary = export_huggingface(
+                weights,
+                folder,
+                config.model,
+                config.tokenizer.model,
+                config.train.sequence_length,
+                progress,
+                special=special_ids_of(open_folder(config.base_model.path, config.storage)),
+                prove=lambda target: prove_export(NeoxCheckpoint(weights), target, config.model, texts, progress),
             )
             digest_cache(config).remember(folder, journal_records(open_target(folder)))
-            texts = _sample_texts(config)
-            return sizes | prove_export(NeoxCheckpoint(weights), folder, config.model, texts, progress)
+            return summary
 
     return run_stage(export_spec(config), build, progress)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from neox_core.config import ModelConfig, RunConfig
-from neox_core.errors import ConfigError
+from neox_core.errors import CheckpointError, ConfigError
+from neox_core.storage.folders import Location
 from neox_core.train.identity import training_inputs, training_logic
 from tasks.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests
@@ -75,23 +76,27 @@ def _base_digests(config: RunConfig) -> dict[str, str]:
         from neox_core.checkpoint.conversion.toy_base import make_random_base
 
         make_random_base(_base_architecture(config), folder, config.base_model.random_seed)
-    described = meta if meta.is_file() else huggingface
-    pattern = "consolidated.*.pth" if meta.is_file() else "*.safetensors*"
-    paths = sorted([described, *folder.glob(pattern)])
-    if len(paths) == 1:
-        wanted, owner = ("consolidated.NN.pth", "Meta's") if meta.is_file() else ("safetensors", "the model's")
-        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy {owner} weights there")
+    paths = [folder / name for name in sorted(_base_files(folder))]
     digests = digest_cache(config).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _base_files(folder: Location) -> tuple[str, ...]:
+    """The files of the base model: those that the conversion reads, and no others that lie beside them."""
+    from neox_core.checkpoint.formats.model_files import model_files
+    from neox_core.storage.folders import open_folder
+
+    try:
+        return model_files(open_folder(folder)).names
+    except CheckpointError as error:
+        raise ConfigError(f"base_model.path: {error}") from None
 
 
 def _remote_digests(url: str, config: RunConfig) -> dict[str, str]:
     from neox_core.storage.folders import file_versions, open_folder
 
     folder = open_folder(url, config.storage)
-    if not (versions := file_versions(folder)):
-        raise ConfigError(f"base_model.path {url} holds no weights in Meta's or Hugging Face's format")
-    return versions
+    return file_versions(folder, _base_files(folder))
 
 
 def _base_architecture(config: RunConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -20,7 +20,6 @@ from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.tensor_reader import Content, LocalContent
 
-_MODEL_FILES = (".pth", ".safetensors", ".pt", "params.json", "config.json", ".index.json")
 _BLOCK_BYTES = 1 << 22
 _BLOCKS = 32
 """Of one folder's objects, kept in memory: what several files need at about the same time is fetched once."""
@@ -217,7 +216,10 @@ def small_files(location: Location) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def file_versions(folder: Folder) -> dict[str, str]:
-    """What identifies the content of each file of a model in an object store, by name: its ETag and size, hashed."""
-    names = [name for name in folder.names() if name.endswith(_MODEL_FILES)]
-    return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in names}
+def file_versions(folder: Folder, files: Iterable[str]) -> dict[str, str]:
+    """What identifies the content of each of a model's files in an object store, by name: its ETag and size, hashed.
+
+    Small descriptions beside them count too (generation_config.json and the like).
+    """
+    names = {*files, *(name for name in folder.names() if name.endswith("config.json") and not name.startswith("."))}
+    return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in sorted(names)}

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from neox_core.artifact import FileRecord
+from neox_core.checkpoint.conversion.replacement import replacing
 from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
 from neox_core.checkpoint.formats.huggingface import HuggingFaceCheckpoint
 from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.checkpoint.formats.model_files import model_files
 from neox_core.checkpoint.formats.model_weights import ModelWeights
-from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
+from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, is_neox_file, neox_files
 from neox_core.checkpoint.formats.outputs import finished_files, write_files
+from neox_core.checkpoint.formats.special_ids import special_ids_of
 from neox_core.checkpoint.formats.tensor_map import check_divides
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import ConfigError
@@ -57,7 +59,7 @@ def convert(
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
-        target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
+        target: folder for latest and global_step0; another conversion in it is replaced after the proof.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
         progress: called with how far it is: bytes, bytes/s, time left.
@@ -83,18 +85,17 @@ def convert(
     weights = checkpoint.weights
     files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
     output, identity = open_target(target), _identity(checkpoint, model, parallel, new_tokens)
-    with output.locked():
-        remove_other_files(output, files)
-        finished = finished_files(output, identity, files)
+    with output.locked(), replacing(output, identity, LATEST_FILE, is_neox_file) as folder:
+        finished = finished_files(folder, identity, files)
         if len(finished) < len(files):
-            output.remove(LATEST_FILE)
-        records = write_files(output, identity, files, progress, finished)
+            folder.remove(LATEST_FILE)
+        records = write_files(folder, identity, files, progress, finished, [LATEST_FILE])
         summary = sizes(records, finished, time.monotonic() - started)
-        summary |= _rounding(weights)
+        summary |= _rounding(weights) | {"special_ids": special_ids_of(checkpoint.folder).as_json()}
         if prove is not None:
             progress(0.999, "comparing layers with transformers")
-            summary |= prove(checkpoint, NeoxCheckpoint(output.sub(CONVERTED_TAG)))
-        output.write(LATEST_FILE, CONVERTED_TAG.encode())
+            summary |= prove(checkpoint, NeoxCheckpoint(folder.sub(CONVERTED_TAG)))
+        folder.write(LATEST_FILE, CONVERTED_TAG.encode())
     progress(1.0, f"{len(records)} files written")
     return summary
 

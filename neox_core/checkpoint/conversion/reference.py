@@ -1,7 +1,8 @@
 """transformers' Llama built straight from Meta's or Hugging Face's files: the other side of a conversion's proof.
 
 It shares the list of files with the conversion, and no other code. Names, splits and the permutation of RoPE rows are
-written here once more, after the description of transformers' own Llama conversion, so that a mistake in tensor_map.py cannot cancel itself out.
+written here once more, after the description of transformers' own Llama conversion, so that a mistake in
+tensor_map.py cannot cancel itself out.
 """
 
 from __future__ import annotations
