@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from neox_core.config import StorageConfig
-from neox_core.errors import CheckpointError, StorageError
+from neox_core.config.paths import expanded, local_path
+from neox_core.errors import CheckpointError, ConfigError, StorageError
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.tensor_reader import Content, LocalContent
 
@@ -195,10 +196,27 @@ def storage_at(url: str, storage: StorageConfig | None = None) -> StorageConfig:
 
 
 def open_folder(location: Location, storage: StorageConfig | None = None) -> Folder:
-    """The folder of any location."""
-    if isinstance(location, str) and location.startswith("s3://"):
-        return S3Folder(ObjectStore(storage_at(location, storage)))
-    return LocalFolder(Path(location)) if isinstance(location, str | Path) else location
+    """The folder of any location.
+
+    Raises:
+        ConfigError: it is empty, or names a variable or a user that is not there.
+    """
+    place = named_place(location) if isinstance(location, str) else location
+    if isinstance(place, str):
+        return S3Folder(ObjectStore(storage_at(place, storage)))
+    return LocalFolder(place) if isinstance(place, Path) else place
+
+
+def named_place(text: str) -> Path | str:
+    """A local path, or s3://bucket/prefix, as a user has written it.
+
+    Raises:
+        ConfigError: see `open_folder`.
+    """
+    try:
+        return expanded(text) if text.startswith("s3://") else local_path(text)
+    except ValueError as error:
+        raise ConfigError(f"folder: {error}") from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Protocol
 from neox_core.artifact import sha256_of
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
-from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, storage_at
+from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, named_place, storage_at
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.s3_target import BESIDE, Put, S3Target
 
@@ -196,7 +196,8 @@ def open_target(location: Location) -> Target:
         return S3Target(location.store, location.prefix)
     if isinstance(location, LocalFolder):
         return LocalTarget(location.path)
-    if isinstance(location, str) and location.startswith("s3://"):
-        return S3Target(ObjectStore(storage_at(location)))
-    assert isinstance(location, str | Path)
-    return LocalTarget(Path(location))
+    place = named_place(location) if isinstance(location, str) else location
+    if isinstance(place, str):
+        return S3Target(ObjectStore(storage_at(place)))
+    assert isinstance(place, Path)
+    return LocalTarget(place)
