@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from io import RawIOBase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from neox_core.artifact import sha256_of
@@ -151,8 +152,7 @@ class LocalTarget(LocalFolder):
             folder = next(path for path in (self.path, *self.path.parents) if path.exists())
             if not folder.is_dir():
                 raise StorageError(f"{folder} is a file: name a folder to write to")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise StorageError(f"{folder} cannot be written to: choose another folder, or get the right to write")
+            TemporaryDirectory(dir=folder, prefix=".").cleanup()  # permissions alone do not tell
 
     def beside(self) -> LocalTarget:
         """On the same disk, so that files can be renamed."""

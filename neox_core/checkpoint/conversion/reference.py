@@ -32,7 +32,9 @@ def _open(folder: Folder, name: str) -> Mapping[str, Tensor]:
     if not isinstance(folder, LocalFolder):
         return _Remote(open_tensors(folder.content(name)))
     if not name.endswith(".safetensors"):
-        return dict(torch.load(folder.path / name, map_location="cpu", mmap=True, weights_only=True))
+        content = torch.load(folder.path / name, map_location="cpu", mmap=True, weights_only=True)
+        # Some save nn.Parameters.
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in content.items()}
     return _Safetensors(folder.path / name)
 
 

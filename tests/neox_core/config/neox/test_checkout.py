@@ -8,6 +8,7 @@ NEOX_WITH names files (separated by colons) that each is merged with: most files
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,4 +40,4 @@ def test_every_file_of_a_checkout() -> None:
     paths = sorted(path for path in Path(CONFIGS).rglob("*.yml") if path not in WITH)
     assert paths
     for path in paths:
-        print(f"{path.relative_to(CONFIGS)}: {outcome(path)}")
+        sys.stdout.write(f"{path.relative_to(CONFIGS)}: {outcome(path)}\n")
