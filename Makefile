@@ -5,16 +5,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-slurm check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not slurm"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
+
+# On a SLURM of 4 nodes, which it brings up on this machine; as root.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -m slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

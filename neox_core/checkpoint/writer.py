@@ -1,8 +1,8 @@
 """Saves and uploads checkpoints while training continues.
 
-DeepSpeed hands each rank's files to this engine, which copies them to host memory and returns. A thread then writes,
-hashes and uploads them; no rank waits for another. When all ranks have reported their files to the store, rank 0
-publishes the manifest, and only then does the checkpoint exist. A rank that fails tells rank 0, which ends the job.
+Each rank's files are copied to host memory, while training waits. A thread then writes, hashes and uploads them; no
+rank waits for another. When all ranks have reported their files to the store, rank 0 publishes the manifest, and only
+then does the checkpoint exist. A rank that fails reports that to rank 0, which ends the job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
@@ -32,9 +31,12 @@ logger = logging.getLogger(__name__)
 _REPORT_TIMEOUT_SECONDS = 3600.0
 _KEPT_LOCALLY = 2
 
+TakeFile = Callable[[Any, Path], None]
+"""Takes one file's content, nested containers with tensors, and its path."""
 
-class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's checkpoint engine of one rank.
+
+class CheckpointWriter:
+    """Takes one rank's files of every checkpoint.
 
     Args:
         store: where checkpoints go.
@@ -56,43 +58,33 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         channel: Any,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__()
         self._channel, self._heartbeat = channel, heartbeat
         self._store, self._prefix, self._attempt = store, prefix, attempt
         self._rank, self._world_size = rank, world_size
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._staged: list[tuple[Any, Path]] = []
         self._pending: Future[None] | None = None
         self._saved: list[list[Path]] = []
         self._stop = threading.Event()
 
-    def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed starts a checkpoint: the one before must be through, so that host memory holds only one copy."""
-        self.wait()
+    def save(self, manifest: Manifest, hand_over: Callable[[TakeFile], None]) -> None:
+        """Copy this rank's files to host memory and start to upload them; then training may change the tensors.
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Take a copy of one file's content; training may change the tensors afterwards."""
-        self._staged.append((_to_host(state_dict), Path(path)))
+        Args:
+            manifest: of the checkpoint. Rank 0 fills in `files`, from all ranks' reports.
+            hand_over: gives each file to the function that it is called with.
 
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing: a checkpoint is complete when its manifest is published."""
-        return True
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file of a checkpoint that this software wrote and whose checksum was verified."""
-        return torch.load(path, map_location=map_location, weights_only=False)
-
-    def preserves_storage_sharing(self) -> bool:
-        """False: the staged copies share no storage, so DeepSpeed need not clone."""
-        return False
-
-    def upload(self, manifest: Manifest) -> None:
-        """Start to write and upload what was saved. `manifest.files` is filled in by rank 0 from all ranks' reports."""
-        staged, self._staged = self._staged, []
+        Raises:
+            StorageError, CheckpointError: the checkpoint before failed.
+        """
+        self.wait()  # host memory holds one copy of the state only
+        staged: list[tuple[Any, Path]] = []
+        hand_over(lambda content, path: staged.append((_to_host(content), path)))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # for the copies
         self._pending = self._executor.submit(self._write, staged, manifest)
 
-    def in_background(self, copy: Callable[[], None]) -> None:
-        """Do this in the thread of the uploads. A failure is logged only: the next checkpoint brings another copy."""
+    def copy_in_background(self, copy: Callable[[], None]) -> None:
+        """Call it in the thread of the uploads. A failure is logged only: the next checkpoint brings another copy."""
 
         def attempt() -> None:
             try:
@@ -192,20 +184,3 @@ def _to_host(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_to_host(item) for item in value)
     return value
-
-
-def make_save(engine: Any, writer: CheckpointWriter, folder: Path) -> Callable[[Manifest], None]:
-    """A function that saves the engine's state and starts its upload. Collective over all ranks."""
-
-    def save(manifest: Manifest) -> None:
-        engine.save_checkpoint(
-            str(folder),
-            tag=checkpoint_key(manifest.step),
-            client_state={"sequences_consumed": manifest.sequences_consumed},
-            save_latest=False,
-        )
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()  # the copies to host memory must be done before training changes the tensors
-        writer.upload(manifest)
-
-    return save

@@ -14,6 +14,7 @@ from neox_core.config.schema import (
     WandbConfig,
 )
 from neox_core.config.train_sections import (
+    ActivationCheckpointing,
     GuardConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -25,6 +26,7 @@ from neox_core.config.train_sections import (
 from neox_core.config.yaml_file import read_yaml
 
 __all__ = [
+    "ActivationCheckpointing",
     "BaseModelConfig",
     "BatchGeometry",
     "DataConfig",

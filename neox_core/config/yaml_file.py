@@ -75,6 +75,16 @@ for _tag, _constructor in (
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
 
 
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        ConfigError: a key is repeated, or a value is read as something else than it looks like.
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping.
 
@@ -83,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             as something else than it looks like.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -117,6 +117,17 @@ def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds
     return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2), **rate}
 
 
+def base_architecture(model: ModelConfig, rope_theta: float | None, vocab_size: int | None) -> ModelConfig:
+    """The base of a run's model; its RoPE base and its vocabulary are given where the run changes them on purpose."""
+    return model.model_copy(
+        update={
+            "rope_theta": rope_theta or model.rope_theta,
+            "vocab_size": vocab_size or model.num_tokens,
+            "unpadded_vocab_size": None,
+        }
+    )
+
+
 def check_architecture(
     checkpoint: SourceCheckpoint,
     model: ModelConfig,
@@ -128,13 +139,7 @@ def check_architecture(
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    expected = model.model_copy(
-        update={
-            "rope_theta": base_rope_theta or model.rope_theta,
-            "vocab_size": base_vocab_size or model.num_tokens,
-            "unpadded_vocab_size": None,
-        }
-    )
+    expected = base_architecture(model, base_rope_theta, base_vocab_size)
     found = checkpoint.model
     differences = [
         f"{name} {getattr(expected, name)} (source: {getattr(found, name)})"

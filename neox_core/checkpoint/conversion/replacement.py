@@ -40,12 +40,10 @@ def check_target(target: Target, command: str, overwrite: bool) -> None:
 def _foreign_files(target: Target, command: str) -> list[str]:
     present = target.files()
     artifact = recorded_artifact(target) if ARTIFACT_FILE in present else None
-    if artifact is None:
-        mine = set(read_journal(target).get("planned", ()))
-    elif artifact.name == command:
-        mine = {ARTIFACT_FILE, *(record.path for record in artifact.files), *read_journal(target).get("planned", ())}
-    else:
-        mine = set()
+    mine = set(read_journal(target).get("planned", ()))
+    if artifact is not None:
+        mine = {ARTIFACT_FILE, *(mine or (record.path for record in artifact.files))}
+        mine = mine if artifact.name == command else set()
     return [path for path in present if path not in mine]
 
 

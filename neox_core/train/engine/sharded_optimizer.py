@@ -11,16 +11,15 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
-from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
-from neox_core.train.engine.adamw import AdamWStep, adamw_update
-from neox_core.train.engine.master_weights import MasterWeights
+from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
 from neox_core.train.engine.outcome import pack_outcome
 
 MATRICES, NORMS = 0, 1
-"""Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
+"""Parameter groups: with weight decay and without. How ranks hold a parameter, its mark says (parallel/sharding.py)."""
 
 
 class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
@@ -31,6 +30,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     saves. DeepSpeed calls the parameters bf16; here they may also be fp32, which are their own master weights.
 
     Args:
+        rule: how a partition is updated.
         mesh: the grid of ranks.
         kv_group: the tensor-parallel ranks that have the same KV heads; None where each has its own.
         packed: keep the low half of the master weights only (see master_weights.py).
@@ -38,10 +38,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *others: Any, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+        self,
+        *others: Any,
+        rule: UpdateRule,
+        mesh: Mesh,
+        kv_group: dist.ProcessGroup | None,
+        packed: bool,
+        **named: Any,
     ) -> None:
         super().__init__(*others, **named)
-        self._mesh = mesh
+        self._rule, self._mesh = rule, mesh
         own = [dist.get_rank(group) for group in self.real_dp_process_group]
         self.masters = [
             MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
@@ -55,7 +61,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             gradient = self.fp32_groups_gradient_flat_partition[group]
             # On the device, which alone knows in time of updates that are not done.
             state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state |= {name: torch.zeros_like(gradient) for name in rule.state_names}
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
         same. After it: the share of the global batch's."""
@@ -66,16 +72,11 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             sizes=[p.numel() for p in parameters],
             layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
         )
-        matrices, norms = self.fp32_groups_gradient_flat_partition
-        self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
-        # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
-        self._summed = self._replicated[:] if mesh.sequence_parallel else []
         self._kv_group = kv_group
-        if kv_group is not None:
-            shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
-            kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
-            self._replicated.append(kv_heads)
-            self._summed.append(kv_heads)
+        self._replicated: list[ReplicatedGradients] = []
+        self._summed: list[ReplicatedGradients] = []
+        for rank, gradient, group in zip(own, self.fp32_groups_gradient_flat_partition, self.bf16_groups, strict=True):
+            self._replicate(gradient, rank * gradient.numel(), group)
         self.loss_share = torch.zeros((), device=mesh.device)
         """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
         self.loss_limit = torch.full((), torch.inf, device=mesh.device)
@@ -86,6 +87,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    def _replicate(self, gradient: Tensor, first: int, parameters: list[Tensor]) -> None:
+        """Of a partition that begins at `first`, note what counts once in the norm and what ranks sum."""
+        ranks = self._mesh.tensor_group
+        self._replicated.append(ReplicatedGradients(gradient, first, replicated_elements(parameters), ranks))
+        self._summed.append(ReplicatedGradients(gradient, first, partial_elements(parameters), ranks))
+        if self._kv_group is not None:
+            shared = ReplicatedGradients(gradient, first, shared_elements(parameters), self._kv_group)
+            self._replicated.append(shared)
+            self._summed.append(shared)
 
     @property
     def fp16_groups(self) -> list[list[Tensor]]:
@@ -165,10 +176,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def _update(self, scale: Tensor, applied: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
             state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
-            beta1, beta2 = group["betas"]
-            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"] + 1)
-            gradient = self.fp32_groups_gradient_flat_partition[index]
-            adamw_update(self.masters[index], gradient, state["exp_avg"], state["exp_avg_sq"], scale, step)
+            step = UpdateStep(group["lr"], group["weight_decay"], state["step"] + 1)
+            self._rule.update(self.masters[index], self.fp32_groups_gradient_flat_partition[index], state, scale, step)
             state["step"] += applied
 
     def _gather(self) -> None:
@@ -178,6 +187,14 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
             dist.all_gather_into_tensor(flat, master.low_precision, group=group)
 
+    def forget(self) -> None:
+        """Take the parameters as the master weights, and be as before the first step."""
+        self._restore_from_bit16_weights()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.clear_hp_grads()
+
     def count_master_differences(self, trained: bool) -> int:
         """Elements of this rank's master weights that are not the model's parameters; or, `trained`, do not round to
         them."""
@@ -185,13 +202,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def differs_from_peers(self) -> bool:
         """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
-        tensor-parallel ranks the norms, and some of them KV heads. Collective over all ranks."""
-        flats = self.bf16_groups_flat
+        tensor-parallel ranks what is replicated, and some of them KV heads. Collective over all ranks."""
+        flats, groups = self.bf16_groups_flat, self.bf16_groups
+
+        def pieces(elements: Callable[[list[Tensor]], list[range]]) -> list[Tensor]:
+            return [flat[r.start : r.stop] for flat, group in zip(flats, groups, strict=True) for r in elements(group)]
+
         found = [differs_from_first(flats, self.dp_process_group)]
-        found.append(differs_from_first([flats[NORMS]], self._mesh.tensor_group))
+        found.append(differs_from_first(pieces(replicated_elements), self._mesh.tensor_group))
         if self._kv_group is not None:
-            shared = [flats[MATRICES][r.start : r.stop] for r in shared_elements(self.bf16_groups[MATRICES])]
-            found.append(differs_from_first(shared, self._kv_group))
+            found.append(differs_from_first(pieces(shared_elements), self._kv_group))
         return any(found)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,12 +223,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
         own = states[dist.get_rank(self.dp_process_group)]
         if load_optimizer_states:
-            self._load_moments(own["base_optimizer_state"]["state"])
+            self._load_rule_state(own["base_optimizer_state"]["state"])
         for master, saved in zip(self.masters, own["single_partition_of_fp32_groups"], strict=True):
             master.load(saved)
 
-    def _load_moments(self, saved: dict[int, dict[str, Tensor]]) -> None:
-        """In place: torch's own way has the old and the new moments at the same time, which need not fit."""
+    def _load_rule_state(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        """In place: torch's own way has the old and the new tensors at the same time, which need not fit."""
         handles = [handle for group in self.optimizer.param_groups for handle in group["params"]]
         for index, values in saved.items():
             for name, value in values.items():
