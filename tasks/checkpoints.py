@@ -91,8 +91,8 @@ def export_folder(
         shards: number of files in Meta's format.
         tokenizer: SentencePiece model for a Hugging Face folder.
         overwrite: as for `convert_folder`.
-        base: the folder whose special ids and generation settings the export gets; None: as the source's
-            artifact.json records them.
+        base: the base model, whose special ids and generation settings the export gets where the source has no
+            artifact.json that records them.
 
     Raises:
         CheckpointError, ConfigError, StorageError: see `export_huggingface`, `export_meta` and `prove_export`.
@@ -139,11 +139,12 @@ def _open_target(location: str, command: str, overwrite: bool) -> Target:
 
 
 def _special_ids(source: Folder, base: Location | None) -> SpecialIds:
-    """The base's special ids: from its folder, or as the conversion's artifact.json records them."""
-    if base is not None:
-        return special_ids_of(open_folder(base))
+    """The base's special ids: as the conversion's artifact.json records them, or from its folder if it is there."""
     artifact = recorded_artifact(source)
-    return from_json(artifact.summary.get("special_ids") or {}) if artifact else SpecialIds()
+    if artifact is not None:
+        return from_json(artifact.summary.get("special_ids") or {})
+    folder = None if base is None else open_folder(base)
+    return special_ids_of(folder) if folder is not None and folder.exists() else SpecialIds()
 
 
 def _padded(base: ModelConfig, multiple: int) -> ModelConfig:

@@ -72,10 +72,19 @@ def export(
     )
     if given := [option for option, value in without_effect.items() if value is not None]:
         raise ConfigError(f"{' and '.join(given)}: without effect with --format {form}: leave it out")
-    model = None if config is None else load_config(config).model
+    run = None if config is None else load_config(config)
     with bar("export") as progress:
         artifact = export_folder(
-            source, target, form, model, shards or 1, tokenizer, sequence_length or 4096, progress, overwrite
+            source,
+            target,
+            form,
+            run.model if run else None,
+            shards or 1,
+            tokenizer,
+            sequence_length or 4096,
+            progress,
+            overwrite,
+            run.base_model.path if run else None,
         )
     print_artifact(artifact)
 

@@ -68,7 +68,7 @@ class NeoxSettings:
         value = self.get(key, *synonyms)
         if value is not None:
             return value
-        defaults = _DEFAULTS | _DEFAULTS_TODAY if self.today else _DEFAULTS
+        defaults = {**_DEFAULTS, **(_DEFAULTS_TODAY if self.today else {})}
         self.todo.append((ours, f"check {defaults[key]!r}: {key} is not in the files, so this is GPT-NeoX's default"))
         return defaults[key]
 
