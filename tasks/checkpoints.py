@@ -14,7 +14,6 @@ from neox_core.artifact import (
     FileRecord,
     artifact_text,
     fingerprint,
-    sha256_of,
     software,
 )
 from neox_core.checkpoint.conversion.replacement import check_target, recorded_artifact
@@ -23,6 +22,7 @@ from neox_core.checkpoint.formats.special_ids import SpecialIds, from_json, spec
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, Location, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
 from tasks.once import LocalPlace, build_unless_verified

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from neox_core.artifact import sha256_of
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, named_place, storage_at
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.s3_target import BESIDE, Put, S3Target
