@@ -26,6 +26,7 @@ LONGEST = ("tests/e2e", "tests/neox_core/train", "tests/neox_core/parallel", "te
 """Folders whose tests begin first, so that no worker is left alone with them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which puts the groups' names into the tests' ids
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run on one worker, since they share fixtures; those of tests/e2e, and of SLURM, all on one."""
 
