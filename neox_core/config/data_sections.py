@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -118,6 +119,8 @@ class DataConfig(Section):
         for amounts in (self.sources.values(), *(change.sources.values() for change in self.weight_changes)):
             if all(amount.weight == 0 for amount in amounts):
                 raise ValueError("all weights are 0: give at least one source a positive weight")
+            if not math.isfinite(sum(amount.weight or 0 for amount in amounts)):
+                raise ValueError("the sum of the weights is too large for a number: give shares, such as 2 and 1")
         self._check_changes()
         if unknown := [name for name in self.eval_sources if name not in self.sources]:
             raise ValueError(f"eval_sources names {unknown}, which are not among sources {sorted(self.sources)}")
