@@ -85,6 +85,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.sequence_length": (128, TRAIN),
     "train.global_batch_tokens": (8192, TRAIN),
     "train.micro_batch_size": (4, NOTHING),
+    "train.optimizer.kind": ("other", TRAIN),
     "train.optimizer.lr": (1e-3, TRAIN),
     "train.optimizer.betas": ((0.9, 0.99), TRAIN),
     "train.optimizer.eps": (1e-7, TRAIN),
@@ -237,7 +238,7 @@ def append_text(config: RunConfig) -> None:
 
 
 def add_file(config: RunConfig) -> None:
-    (Path(config.data.input) / "arxiv" / "test" / "1.jsonl").write_text(json.dumps({"text": "more"}))
+    (Path(config.data.input) / "arxiv" / "validation" / "1.jsonl").write_text(json.dumps({"text": "more"}))
 
 
 def rename_file(config: RunConfig) -> None:
@@ -299,7 +300,7 @@ def test_inputs_are_named(config: RunConfig) -> None:
 def test_missing_inputs_are_errors(tmp_path: Path) -> None:
     config = changed(small_config(tmp_path), "base_model.random_seed", None)
     (config.base_model.path / "consolidated.00.pth").unlink()
-    with pytest.raises(ConfigError, match=r"holds no consolidated.NN.pth"):
+    with pytest.raises(ConfigError, match=r"holds no consolidated.00.pth"):
         convert_spec(config)
     (config.base_model.path / "params.json").unlink()
     with pytest.raises(ConfigError, match=r"base_model.path .*base holds no params.json"):
