@@ -3,15 +3,19 @@
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
+# A worker per core, up to 8; tests that share something stay together, in the order of tests/conftest.py.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+# mkdocs-material would print its own news.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all test-slurm check format clean
+.PHONY: demo test test-all test-slurm check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
@@ -23,7 +27,13 @@ test-slurm: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(SITE)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m neox_core.config.reference docs/configuration.md
+	$(SITE)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -15,12 +15,12 @@ from neox_core.artifact import (
     artifact_text,
     fingerprint,
     parse_artifact,
-    sha256_of,
     software,
 )
 from neox_core.checkpoint.formats.outputs import journal_records
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.progress import Progress
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
 from tasks.once import LocalPlace, build_unless_verified

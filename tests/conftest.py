@@ -1,7 +1,8 @@
-"""The real S3 server and the real SLURM that tests of several folders use."""
+"""What tests share: the real S3 server, the real SLURM, and which worker of pytest-xdist runs what."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,27 @@ if TYPE_CHECKING:  # the tests of tests/gpu run where these cannot be imported
     from infra.s3.server import S3Endpoint
     from neox_core.config import StorageConfig
     from neox_core.storage.object_store import ObjectStore
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+
+LONGEST = ("tests/e2e", "tests/neox_core/train", "tests/neox_core/parallel", "tests/infra", "tests/tasks")
+"""Folders whose tests begin first, so that no worker is left alone with them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run on one worker, since they share fixtures; those of tests/e2e, and of SLURM, all on one."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, folder in enumerate(LONGEST) if item.nodeid.startswith(folder)), len(LONGEST))
+
+    items.sort(key=place)
+    for item in items:
+        group = "e2e" if item.nodeid.startswith("tests/e2e") else item.nodeid.split("::")[0]
+        if isinstance(item, pytest.Function) and "slurm_folder" in item.fixturenames:
+            group = "slurm"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

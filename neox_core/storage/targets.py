@@ -13,9 +13,9 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
-from neox_core.artifact import sha256_of
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, storage_at
 from neox_core.storage.object_store import ObjectStore
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.lib import format as npy
 
-from neox_core.artifact import sha256_of
+from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.duplicates import DOCUMENT, DocumentTable, text_hash
 from neox_core.data.indexed import IndexedWriter, Tokens, bin_path, idx_path
 from neox_core.data.tokenization.overlap import EvaluationItems

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from neox_core.artifact import sha256_of
+from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import SourceFormat, source_formats
 
 if TYPE_CHECKING:

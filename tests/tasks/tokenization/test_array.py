@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from neox_core.artifact import sha256_of
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.tokenization.part_files import PartPaths
 from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import DataError, LaunchError
+from neox_core.storage.digest import sha256_of
 from tasks.jobs import job, retry
 from tasks.jobs.registry import register_executor
 from tasks.jobs.retry import NoAnswer

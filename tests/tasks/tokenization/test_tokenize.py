@@ -23,7 +23,7 @@ import pytest
 import sentencepiece
 import zstandard
 
-from neox_core.artifact import DigestCache, sha256_of
+from neox_core.artifact import DigestCache
 from neox_core.config import RunConfig, load_config
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.ledger import run_ledger
@@ -33,6 +33,7 @@ from neox_core.data.tokenization.part_settings import Done, PartSettings, Tokeni
 from neox_core.data.tokenization.readers import InputFile, register_source_format
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
+from neox_core.storage.digest import sha256_of
 from tasks.prepare import prepare
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.tokenize import checked_inputs, input_digests, prepare_data

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from neox_core.artifact import sha256_of
+from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import format_of, source_formats
 from neox_core.data.tokenization.readers.lines import COMPRESSIONS
 from neox_core.errors import DataError
