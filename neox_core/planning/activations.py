@@ -104,7 +104,8 @@ def _last_stage_working(
 def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
     """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
 
-    Selective checkpointing has the norm's result, of this rank's tokens, then, and w2's input before. (Full has less than going backward.)
+    Selective checkpointing has the norm's result of this rank's tokens then, and w2's input before. (Full has less than
+    going backward.)
     """
     hidden, part, width = _hidden(config, dims), _hidden(config, dims) // _token_split(config), _width(config, dims)
     summed = part if config.parallel.sequence else hidden
