@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
@@ -26,19 +26,25 @@ LONGEST = ("tests/e2e", "tests/neox_core/train", "tests/neox_core/parallel", "te
 """Folders whose tests begin first, so that no worker is left alone with them at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which puts the groups' names into the tests' ids
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run on one worker, since they share fixtures; those of tests/e2e, and of SLURM, all on one."""
+    """The folders that take longest begin."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, folder in enumerate(LONGEST) if item.nodeid.startswith(folder)), len(LONGEST))
 
     items.sort(key=place)
-    for item in items:
-        group = "e2e" if item.nodeid.startswith("tests/e2e") else item.nodeid.split("::")[0]
-        if isinstance(item, pytest.Function) and "slurm_folder" in item.fixturenames:
-            group = "slurm"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run on one worker, since they share fixtures; those of tests/e2e share a chain."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "e2e" if nodeid.startswith("tests/e2e/") else nodeid.split("::")[0]
+
+    return ByFixtures(config, log)
 
 
 @pytest.fixture(scope="session")

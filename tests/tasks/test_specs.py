@@ -22,7 +22,7 @@ from neox_core.config import (
     TrainChange,
     WeightChange,
 )
-from neox_core.data.dataset import DATA_ORDER
+from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
 from tasks.base import make_toy_base
 from tasks.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
@@ -55,6 +55,13 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "data.deduplicate": (True, PREPARE),
     "data.overlap_words": (13, PREPARE),
     "data.decontaminate": (True, PREPARE),
+    "data.order": (2, TRAIN),
+    "data.max_damaged": (0.5, NOTHING),
+    "data.test": (True, PREPARE),
+    "data.near_duplicates": (0.8, PREPARE),
+    "data.deduplicate_across": (True, PREPARE),
+    "data.drop_validation_duplicates": (True, PREPARE),
+    "data.overlap_min_words": (9, NOTHING),
     "data.slurm": (TokenizeJobConfig(), NOTHING),
     "tokenizer.engine": ("sentencepiece", NOTHING),
     "base_model.rope_theta": (1e4, CONVERT),
@@ -79,6 +86,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.sequence_length": (128, TRAIN),
     "train.global_batch_tokens": (8192, TRAIN),
     "train.micro_batch_size": (4, NOTHING),
+    "train.optimizer.kind": ("other", TRAIN),
     "train.optimizer.lr": (1e-3, TRAIN),
     "train.optimizer.betas": ((0.9, 0.99), TRAIN),
     "train.optimizer.eps": (1e-7, TRAIN),
@@ -205,7 +213,7 @@ def test_what_a_setting_changes(config: RunConfig, key: str) -> None:
 def test_another_order_of_the_data_is_another_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no training is resumed in an order that it did not begin with."""
     before = fingerprints(config)
-    monkeypatch.setattr("neox_core.train.identity.DATA_ORDER", DATA_ORDER + 1)
+    monkeypatch.setattr("neox_core.data.order_version.DATA_ORDER", DATA_ORDER + 1)
     after = fingerprints(config)
     assert {name for name in STAGES if before[name] != after[name]} == TRAIN
 
@@ -232,7 +240,7 @@ def append_text(config: RunConfig) -> None:
 
 
 def add_file(config: RunConfig) -> None:
-    (Path(config.data.input) / "arxiv" / "test" / "1.jsonl").write_text(json.dumps({"text": "more"}))
+    (Path(config.data.input) / "arxiv" / "validation" / "1.jsonl").write_text(json.dumps({"text": "more"}))
 
 
 def rename_file(config: RunConfig) -> None:
@@ -294,7 +302,7 @@ def test_inputs_are_named(config: RunConfig) -> None:
 def test_missing_inputs_are_errors(tmp_path: Path) -> None:
     config = changed(small_config(tmp_path), "base_model.random_seed", None)
     (config.base_model.path / "consolidated.00.pth").unlink()
-    with pytest.raises(ConfigError, match=r"holds no consolidated.NN.pth"):
+    with pytest.raises(ConfigError, match=r"holds no consolidated.00.pth"):
         convert_spec(config)
     (config.base_model.path / "params.json").unlink()
     with pytest.raises(ConfigError, match=r"base_model.path .*base holds no params.json"):

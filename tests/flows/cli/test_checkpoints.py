@@ -23,7 +23,7 @@ from neox_core.errors import CheckpointError
 from neox_core.storage import folders
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
-from neox_core.storage.targets import S3Target
+from neox_core.storage.s3_target import S3Target
 from tests.paths import ROOT
 
 

@@ -200,7 +200,7 @@ FIELDS = {
     "RunConfig": 13,
     "StorageConfig": 3,
     "TokenizerConfig": 4,
-    "DataConfig": 14,
+    "DataConfig": 21,
     "SourceAmount": 3,
     "SourceConfig": 4,
     "WeightChange": 2,
