@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.config import RunConfig
-from neox_core.data.tokenization.assemble import OVERLAP_FILE
-from neox_core.data.tokenization.overlap import set_names
+from neox_core.data.tokenization.filters.findings import OVERLAP_FILE
+from neox_core.data.tokenization.filters.overlap import set_names
 from neox_core.evaluation.scores import scores
 from tasks.evaluation.kept_items import Result, load_items
 
