@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 
 if TYPE_CHECKING:
@@ -48,20 +49,18 @@ def encode_request(tokenizer: Tokenizer, prompt: str, text: str, sequence_length
 
 @torch.inference_mode()
 def log_likelihoods(
-    layers: nn.Module, requests: Sequence[Request], tokens_per_batch: int, mesh: Mesh, positions: bool
+    layers: nn.Sequential, requests: Sequence[Request], tokens_per_batch: int, mesh: Mesh
 ) -> list[float]:
     """log p(text | prompt) of each request, in nats. Collective over the tensor-parallel ranks.
 
     Args:
-        layers: ids [B,T] to this rank's part of the logits.
+        layers: all layers of this rank, from ids [B,T] to the hidden states that its head projects.
         tokens_per_batch: padded tokens of a batch, at most, unless one request has more.
-        positions: the layers take (ids, positions within documents).
     """
-    found = [0.0] * len(requests)
+    found, head = [0.0] * len(requests), layers[-1]
+    assert isinstance(head, ChunkedHead)
     for numbers, inputs, targets in _batches(requests, tokens_per_batch, mesh.device):
-        places = torch.arange(inputs.shape[1], device=mesh.device).expand_as(inputs).contiguous()
-        logits = layers((inputs, places) if positions else inputs)
-        losses = token_losses(logits, targets, mesh.tensor_group, mesh.tensor_rank)
+        losses = token_losses(head.project(layers(inputs)), targets, mesh.tensor_group, mesh.tensor_rank)
         for number, loss in zip(numbers, losses.double().sum(-1).tolist(), strict=True):
             found[number] = -loss
     return found

@@ -22,7 +22,7 @@ _NO_QUESTION = "Answer:"
 """The prompt that calibrates a choice."""
 
 
-def score_tasks(config: RunConfig, layers: nn.Module, mesh: Mesh) -> dict[str, dict[str, Any]]:
+def score_tasks(config: RunConfig, layers: nn.Sequential, mesh: Mesh) -> dict[str, dict[str, Any]]:
     """Score every set of `evaluate.tasks`. Collective over the tensor-parallel ranks.
 
     Returns:
@@ -38,7 +38,7 @@ def score_tasks(config: RunConfig, layers: nn.Module, mesh: Mesh) -> dict[str, d
 
 
 def _score(
-    config: RunConfig, name: str, task: EvaluationTask, tokenizer: Tokenizer, layers: nn.Module, mesh: Mesh
+    config: RunConfig, name: str, task: EvaluationTask, tokenizer: Tokenizer, layers: nn.Sequential, mesh: Mesh
 ) -> dict[str, Any]:
     started, length = time.monotonic(), config.train.sequence_length
     item_set = load_item_set(name, task)
@@ -48,7 +48,7 @@ def _score(
     flat = [request for number in kept for request in requests[number] if request is not None]
     unique = list(dict.fromkeys(flat))  # what follows no question is the same for many items
     batch = config.evaluate.micro_batch_size * length
-    known = dict(zip(unique, log_likelihoods(layers, unique, batch, mesh, config.train.mask_documents), strict=True))
+    known = dict(zip(unique, log_likelihoods(layers, unique, batch, mesh), strict=True))
     likelihoods = iter([known[request] for request in flat])
     records = [
         _record(item, task, [next(likelihoods) for _ in found] if None not in found else None)
