@@ -29,12 +29,17 @@ def summary_table(config: RunConfig, result: StageResult) -> list[Row]:
 
 
 def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """evaluate's: a row per checkpoint and source."""
-    return [
-        {"step": evaluation["step"], "source": source, **values}
-        for evaluation in result.artifact.summary["evaluations"]
-        for source, values in evaluation["sources"].items()
-    ]
+    """evaluate's: a row per checkpoint and source, and per score of an evaluation set, with its 95% interval."""
+    rows = []
+    for evaluation in result.artifact.summary["evaluations"]:
+        step = evaluation["step"]
+        rows += [{"step": step, "source": source, **values} for source, values in evaluation["sources"].items()]
+        for task, scored in evaluation.get("tasks", {}).items():
+            for metric, score in scored["metrics"].items():
+                change = scored.get("from_base", {}).get(metric, {})
+                compared = {"from base": change["value"], "p": change["p"]} if change else {}
+                rows.append({"step": step, "source": task, "score": metric, **score, **compared})
+    return rows
 
 
 def checkpoint_table(config: RunConfig, result: StageResult) -> list[Row]:

@@ -1,4 +1,4 @@
-"""evaluate: perplexity of each checkpoint as it appears in the object store."""
+"""evaluate: perplexity and scores of each checkpoint as it appears in the object store."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
+from tasks.evaluation.contamination import overlapping_items, without_overlap
+from tasks.evaluation.kept_items import compare, inherit_items, keep_items
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import RetryPolicy
 from tasks.specs import EVALUATE, evaluate_spec
@@ -44,7 +46,9 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
     spec = evaluate_spec(config, training.fingerprint)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results, retry_policy = _inherited(training) | _load(folder), RetryPolicy()
+        results: dict[int, dict[str, Any]]
+        overlapping = overlapping_items(config, data.folder)
+        results, retry_policy = _inherited(training, folder) | _load(folder), RetryPolicy()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -57,7 +61,8 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
             if todo:
                 for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
                     for result in _run_job(spec, data, weights, prefix, [step for _, step in found], report):
-                        results[result["step"]] = result
+                        results[result["step"]] = without_overlap(folder, keep_items(folder, result), overlapping)
+                    results = compare(folder, results)
                     _store(folder, results)
                 continue
             if _training_failed(training, started, retry_policy):
@@ -95,13 +100,15 @@ def _available(training: Training) -> dict[int, str]:
     return {_BASE_STEP: training.prefix} | found
 
 
-def _inherited(training: Training) -> dict[int, dict[str, Any]]:
+def _inherited(training: Training, folder: Path) -> dict[int, dict[str, Any]]:
     """Results for the steps that this training shares with those before its changes."""
     results: dict[int, dict[str, Any]] = {}
     for earlier, last_step in reversed(earlier_configs(training.config)):
         identity = training_fingerprint(earlier, training.data.fingerprint, training.weights.fingerprint)
-        found = _load(evaluate_spec(earlier, identity).folder)
-        results |= {step: result for step, result in found.items() if step <= last_step}
+        before = evaluate_spec(earlier, identity).folder
+        found = {step: result for step, result in _load(before).items() if step <= last_step}
+        inherit_items(folder, before, found)
+        results |= found
     return results
 
 

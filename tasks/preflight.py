@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from infra.s3.service import EMBEDDED
 from neox_core.config import RunConfig, batch_geometry
+from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
 from tasks.base import check_base
 from tasks.current import current, outlived
@@ -15,8 +16,8 @@ from tasks.tokenization.tokenize import checked_inputs
 
 
 def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
-    """Check what these stages need: the batch, the launcher, the input files and the tokenizer, the object store, the
-    base weights' files; of stages that are not among them, that they were finished.
+    """Check what these stages need: the batch, the launcher, the evaluation sets, the input files and the tokenizer,
+    the object store, the base weights' files; of stages that are not among them, that they were finished.
 
     Raw inputs that are gone do no harm where what was made of them is intact. The embedded object store is not looked
     at: it is checked when it is started.
@@ -29,6 +30,8 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     later = not {PREPARE_DATA, CONVERT}.issuperset(stages)
     if {TRAIN, EVALUATE}.intersection(stages):
         check_launch(config.launch)
+    if EVALUATE in stages:
+        check_item_files(config.evaluate.tasks)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
         checked_inputs(config)
     if later and config.storage.endpoint_url != EMBEDDED:

@@ -71,12 +71,30 @@ def train_spec(config: RunConfig, data: str, weights: str) -> StageSpec:
 
 
 def evaluate_spec(config: RunConfig, training: str) -> StageSpec:
-    """Evaluations depend on the training (its fingerprint), and on how much of which validation split is read."""
-    logical = {
+    """Evaluations depend on the training (its fingerprint), on how much of which validation split is read, and on the
+    evaluation sets."""
+    logical: dict[str, Any] = {
         "max_sequences": config.evaluate.max_sequences,
         "checkpoint_interval": config.train.checkpoint_interval,
     }
-    return StageSpec(EVALUATE, config, logical, {TRAIN: training})
+    tasks = config.evaluate.tasks
+    if tasks:
+        logical["tasks"] = {
+            name: task.model_dump(mode="json", exclude={"items", "shots_from"}) for name, task in tasks.items()
+        }
+    return StageSpec(EVALUATE, config, logical, {TRAIN: training} | _item_digests(config))
+
+
+def _item_digests(config: RunConfig) -> dict[str, str]:
+    """Digests of the evaluation sets' files that are there; preflight looks for the others."""
+    paths = {
+        f"evaluate.tasks.{name}.{key}": path
+        for name, task in config.evaluate.tasks.items()
+        for key, path in (("items", task.items), ("shots_from", task.shots_from))
+        if path is not None and path.is_file()
+    }
+    digests = digest_cache(config.workdir).digests(paths.values()) if paths else []
+    return dict(zip(paths, digests, strict=True))
 
 
 def export_spec(config: RunConfig, training: str) -> StageSpec:

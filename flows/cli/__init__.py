@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from flows.cli.checkpoints import convert, export, inspect, make_base
 from flows.cli.config import import_neox_files
+from flows.cli.evaluation import evaluate_app
 from flows.cli.plans import data_plan, plan
 from flows.cli.runs import run
 from neox_core.errors import LlemmaError
@@ -24,6 +25,7 @@ config_app.command("import")(import_neox_files)
 data_app.command("plan")(data_plan)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def main() -> None:

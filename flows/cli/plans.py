@@ -24,12 +24,13 @@ def plan(
 ) -> None:
     """Will it fit, how long will it take, what is sent, is the batch still what it should be?"""
     from flows.cli.plan_tables import memory_table, traffic_table
+    from neox_core.evaluation.cost import cost_rows
     from neox_core.planning.plan import plan as make_plan
     from neox_core.simulate import simulate as run_simulation
 
     loaded = load_config(config, overrides or ())
     made = make_plan(loaded, nodes, utilisation, peak_tflops, gpu_memory)
-    print_rows(f"plan of {config}", made.rows())
+    print_rows(f"plan of {config}", [*made.rows(), *cost_rows(loaded)])
     found = run_simulation(loaded, nodes, made.gpu_memory) if simulate else []
     console = wide_console()
     console.print(memory_table(made, found))

@@ -2,10 +2,10 @@
 
 from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, largest_batch, sequences_before
 from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
+from neox_core.config.evaluation_sections import EvaluateConfig, EvaluationTask
 from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
-    EvaluateConfig,
     LaunchConfig,
     ParallelConfig,
     RunConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "BatchGeometry",
     "DataConfig",
     "EvaluateConfig",
+    "EvaluationTask",
     "GuardConfig",
     "LaunchConfig",
     "ModelConfig",

@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from neox_core.config.data_sections import DataConfig
+from neox_core.config.evaluation_sections import EvaluateConfig
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig
 from neox_core.config.section import NAME, ConfigPath, S3Prefix, Section
 from neox_core.config.train_sections import (
@@ -76,18 +77,6 @@ class LaunchConfig(Section):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
-
-
-class EvaluateConfig(Section):
-    """Perplexity of every checkpoint that appears in the object store."""
-
-    poll_seconds: PositiveFloat = Field(60.0, description="seconds between two looks for new checkpoints")
-    micro_batch_size: PositiveInt = Field(
-        8, description="sequences that a rank evaluates at a time; it changes speed and memory, not the result"
-    )
-    max_sequences: PositiveInt | None = Field(
-        None, description="sequences per source; None: the whole validation split"
-    )
 
 
 class WandbConfig(Section):

@@ -1,4 +1,7 @@
-"""Perplexity of checkpoints on each source's validation split. Tensor parallel; needs no optimizer and no pipeline."""
+"""Perplexity of checkpoints on each source's validation split, and their scores on evaluation sets.
+
+Tensor parallel; needs no optimizer and no pipeline.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from neox_core.checkpoint.manifest import download_checkpoint, list_checkpoints
 from neox_core.config import ParallelConfig, RunConfig
 from neox_core.data.dataset import validation_positions, validation_windows
 from neox_core.errors import CheckpointError
+from neox_core.evaluation.task_scores import score_tasks
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.layers import ChunkedHead
@@ -58,7 +62,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
 
     Returns:
         One entry per step: `{"step": ..., "sources": {name: {tokens, bytes, loss, perplexity, bits_per_byte}}}`, with
-        the loss in nats per token.
+        the loss in nats per token, and beside the sources `tasks`; see `score_tasks`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)
@@ -67,7 +71,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
     results = []
     for step in job.steps:
         folder = job.base_weights if step == BASE_STEP else _download(store, job, step, mesh)
-        results.append({"step": step, "sources": _evaluate(config, job, NeoxCheckpoint(folder).layer, mesh)})
+        results.append({"step": step} | _evaluate(config, job, NeoxCheckpoint(folder).layer, mesh))
         dist.barrier()
         if step != BASE_STEP and mesh.local_rank == 0:
             shutil.rmtree(folder)
@@ -88,9 +92,11 @@ def _download(store: ObjectStore, job: EvaluateJob, step: int, mesh: Mesh) -> Pa
     return job.scratch / f"global_step{step}"
 
 
-def _evaluate(config: RunConfig, job: EvaluateJob, weights: LayerWeights, mesh: Mesh) -> dict[str, dict[str, float]]:
+def _evaluate(config: RunConfig, job: EvaluateJob, weights: LayerWeights, mesh: Mesh) -> dict[str, Any]:
     layers = _build_layers(config, weights, mesh)
-    return {source: _evaluate_source(config, job, source, layers, mesh) for source in config.data.validation_sources}
+    sources = config.data.validation_sources
+    perplexities = {source: _evaluate_source(config, job, source, layers, mesh) for source in sources}
+    return {"sources": perplexities, "tasks": score_tasks(config, layers, mesh)}
 
 
 def _build_layers(config: RunConfig, weights: LayerWeights, mesh: Mesh) -> nn.Sequential:

@@ -126,6 +126,23 @@ def evaluation_figure(evaluations: Rows, measure: str, label: str, colours: Mapp
     return _html(figure, measure.replace("_", "-"), "step of the checkpoint", label)
 
 
+def interval_figure(points: Sequence[tuple[int, Mapping[str, float]]], name: str, label: str) -> str | None:
+    """A score over checkpoints, each with its interval; None without scores."""
+    if not points:
+        return None
+    figure = _figure(height=300)
+    values = [score["value"] for _, score in points]
+    bars = {
+        "array": [score["high"] - score["value"] for _, score in points],
+        "arrayminus": [score["value"] - score["low"] for _, score in points],
+        "symmetric": False,
+    }
+    line = {"color": ACCENT, "width": 2.2}
+    series = _points([(step, value) for (step, _), value in zip(points, values, strict=True)])
+    figure.add_scatter(**series, name=name, mode="lines+markers", line=line, error_y=bars)
+    return _html(figure, name.replace(" ", "-").replace(":", ""), "step of the checkpoint", label)
+
+
 def mixture_figure(run: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> str | None:
     """Share of training sequences and epochs, per source; None without a ledger."""
     if not run:

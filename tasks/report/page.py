@@ -23,6 +23,8 @@ from tasks.report.figures import (
     source_loss_figure,
     time_figure,
 )
+from tasks.report.formats import format_bytes, format_count, format_duration
+from tasks.report.tasks_section import task_context, task_figures
 
 logger = logging.getLogger(__name__)
 _TEMPLATE = "report.html.j2"
@@ -53,6 +55,8 @@ class ReportData:
     """Rows of metrics.jsonl, from `read_metrics`."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     """evaluations.json: per checkpoint its step and, per source, tokens, bytes, loss, perplexity, bits_per_byte."""
+    flipped: Sequence[Mapping[str, str]] = ()
+    """Items that were right at one of the base and the last checkpoint alone, from `flipped_rows`."""
     stages: Sequence[Mapping[str, Any]] = ()
     """{'stage', 'seconds', 'skipped'} in order."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -99,13 +103,14 @@ def write_report(path: Path, data: ReportData) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"count": _count, "duration": _duration, "bytes": _bytes}
+    environment.filters |= {"count": format_count, "duration": format_duration, "bytes": format_bytes}
     colours = source_colours(_source_names(data))
     charts = {name: Markup(html) for name, html in _charts(data, colours).items() if html}  # plotly escapes its JSON
     page = environment.get_template(_TEMPLATE).render(
         data=data,
         cards=headline(data),
         charts=charts,
+        **task_context(data.evaluations, charts),
         accounts=_accounts(data.ledger.get("sources", {})),
         step_charts=[f"step-{key}" for key, _, _ in _STEP_METRICS if f"step-{key}" in charts],
         colours=colours,
@@ -130,7 +135,7 @@ def headline(data: ReportData) -> list[tuple[str, str, str]]:
         cards.append(("perplexity", change, f"lower on {improved} of {len(before_after)} sources"))
     if train.get("steps") is not None:
         tokens = sum(entry["tokens"] for entry in data.ledger.get("run", {}).values())
-        cards.append(("steps", f"{train['steps']:,}", f"{_count(tokens)} tokens" if tokens else ""))
+        cards.append(("steps", f"{train['steps']:,}", f"{format_count(tokens)} tokens" if tokens else ""))
     if train.get("tokens_per_second") is not None:
         mfu = f"{train['mfu']:.1%} of peak FLOPs" if train.get("mfu") else ""
         cards.append(("tokens/s", f"{train['tokens_per_second']:,.0f}", mfu))
@@ -138,7 +143,7 @@ def headline(data: ReportData) -> list[tuple[str, str, str]]:
         cards.append(("checkpoints", str(len(train["checkpoints"])), f"last at step {max(train['checkpoints']):,}"))
     if data.stages:
         skipped = sum(bool(stage["skipped"]) for stage in data.stages)
-        total = _duration(sum(stage["seconds"] for stage in data.stages))
+        total = format_duration(sum(stage["seconds"] for stage in data.stages))
         cards.append(("time", total, f"{skipped} of {len(data.stages)} stages skipped" if skipped else "all stages"))
     return cards
 
@@ -218,6 +223,7 @@ def _charts(data: ReportData, colours: Mapping[str, str]) -> dict[str, str | Non
         "mixture": mixture_figure(data.ledger.get("run", {}), colours),
         "consumed": consumed_figure(data.train.get("consumed", ()), colours),
     }
+    charts |= task_figures(evaluations)
     charts |= {f"step-{key}": metric_figure(data.metrics, key, label, form) for key, label, form in _STEP_METRICS}
     return charts
 
@@ -229,23 +235,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:,.0f}"
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 5400:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

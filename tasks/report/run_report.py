@@ -9,8 +9,11 @@ from pathlib import Path
 from neox_core.artifact import software
 from neox_core.config import RunConfig
 from neox_core.train.observe.metrics import METRICS_FILE
+from tasks.evaluation.kept_items import BASE_STEP, load_items
+from tasks.evaluation.show import flipped, is_right
 from tasks.prepare import ledger
 from tasks.report.page import ReportData, read_metrics, summary_rows, write_report
+from tasks.report.tasks_section import flipped_rows
 from tasks.stage import StageResult
 
 
@@ -32,6 +35,7 @@ def write_run_report(config: RunConfig, results: Sequence[StageResult]) -> RunRe
         ledger=ledger(config, prepared),
         metrics=read_metrics(trained.artifact.folder / METRICS_FILE),
         evaluations=evaluated.artifact.summary["evaluations"],
+        flipped=_flipped(evaluated),
         stages=[
             {"stage": result.artifact.name, "seconds": result.seconds, "skipped": result.skipped} for result in results
         ],
@@ -46,3 +50,14 @@ def write_run_report(config: RunConfig, results: Sequence[StageResult]) -> RunRe
     )
     write_report(path, data)
     return RunReport(path, summary_rows(data))
+
+
+def _flipped(evaluated: StageResult) -> list[dict[str, str]]:
+    """Ten items of each set with choices that are right at one of the base and the last checkpoint alone."""
+    last, folder = evaluated.artifact.summary["evaluations"][-1], evaluated.artifact.folder
+    items = {}
+    for task in last.get("tasks", {}):
+        now, base = load_items(folder, task, last["step"]), load_items(folder, task, BASE_STEP)
+        if any(is_right(record) is not None for record in now):
+            items[task] = flipped(now, base)
+    return flipped_rows(items)

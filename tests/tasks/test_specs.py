@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from sentencepiece import sentencepiece_model_pb2
 
 from neox_core.config import (
+    EvaluationTask,
     ProfileConfig,
     RopeScalingConfig,
     RunConfig,
@@ -132,6 +133,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "evaluate.poll_seconds": (7.0, NOTHING),
     "evaluate.micro_batch_size": (7, NOTHING),
     "evaluate.max_sequences": (7, {"evaluate"}),
+    "evaluate.tasks": ({"gsm8k": EvaluationTask(items=Path("absent.jsonl"))}, {"evaluate"}),
     "wandb.mode": ("disabled", NOTHING),
     "wandb.project": ("other", NOTHING),
     "wandb.entity": ("other", NOTHING),
@@ -338,3 +340,15 @@ def test_evaluation_sets_are_told_by_their_content(config: RunConfig, tmp_path: 
     assert differing(config, one) == PREPARE
     assert differing(one, same) == set()
     assert differing(one, other) == PREPARE
+
+
+def test_an_evaluation_set_counts_by_its_content(config: RunConfig, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    for path in (one, other):
+        path.write_text('{"question": "1+1?", "solution": "2"}\n')
+    first, second = (changed(config, "evaluate.tasks", {"sums": EvaluationTask(items=path)}) for path in (one, other))
+    assert differing(first, second) == NOTHING
+    other.write_text('{"question": "1+1?", "solution": "3"}\n')
+    assert differing(first, second) == {"evaluate"}
+    shots = {"sums": EvaluationTask(items=one, shots_from=one, shots=1)}
+    assert differing(first, changed(config, "evaluate.tasks", shots)) == {"evaluate"}

@@ -36,6 +36,8 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self.end_of_document_id = self._end_of_document(config)
+        self.start_id: int = self._model.bos_id if self._model.bos_id >= 0 else self.end_of_document_id
+        """What a model is given before a text that it is to continue: <s>, or where there is none an ended document."""
         self._begin = self._begin_of_document(config)
         self._refuse_control_texts(config.model)
         self._fast = FastEngine.load(self._model) if config.engine == "auto" else None

@@ -217,7 +217,8 @@ FIELDS = {
     "GuardConfig": 6,
     "TrainChange": 3,
     "LaunchConfig": 10,
-    "EvaluateConfig": 3,
+    "EvaluateConfig": 4,
+    "EvaluationTask": 10,
     "WandbConfig": 3,
 }
 

@@ -1,0 +1,118 @@
+"""Whether two answers are equal. It runs in a process that may be ended; see judge.py."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import sympy
+from sympy import Expr
+
+from neox_core.evaluation.answers.latex import UnreadableError
+from neox_core.evaluation.answers.normalise import normalise
+from neox_core.evaluation.answers.structure import Answer, Group, read_answer
+
+DIGITS = 40
+"""Precision of a comparison by value."""
+_IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+"""One that does not part two numbers."""
+_EQUATIONS = ("equation", "named")
+_PROBES = 4
+_NO_NUMBERS = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+_SMALL = sympy.Float("1e-25", DIGITS)
+
+
+def same_text(gold: str, given: str) -> bool:
+    """Whether the normalised texts are equal, but for spaces."""
+    return _bare(gold) == _bare(given)
+
+
+def _bare(answer: str) -> str:
+    return _IDLE_SPACE.sub("", normalise(answer))
+
+
+def equal(gold: str, given: str) -> bool:
+    """Whether two answers have the same value.
+
+    Raises:
+        UnreadableError: one is not mathematics.
+    """
+    return _equal(read_answer(normalise(gold)), read_answer(normalise(given)))
+
+
+def _equal(first: Answer, second: Answer) -> bool:
+    if isinstance(first, Group) and isinstance(second, Group):
+        return _equal_groups(first, second)
+    if isinstance(first, Group) or isinstance(second, Group):
+        return _equal_to_group(first, second)
+    return equal_expressions(first, second)
+
+
+def _equal_to_group(first: Answer, second: Answer) -> bool:
+    """An equation equals its right side, as in Minerva's protocol; a set of one equals its member."""
+    group, other = (first, second) if isinstance(first, Group) else (second, first)
+    assert isinstance(group, Group)
+    if group.kind in _EQUATIONS:
+        return _equal(group.items[-1], other)
+    return group.kind == "set" and len(group.items) == 1 and _equal(group.items[0], other)
+
+
+def _equal_groups(first: Group, second: Group) -> bool:
+    if first.kind in _EQUATIONS and second.kind in _EQUATIONS:
+        return _equal_equations(first, second)
+    if first.kind in _EQUATIONS or second.kind in _EQUATIONS:
+        return _equal_to_group(*((first, second) if first.kind in _EQUATIONS else (second, first)))
+    if first.kind != second.kind or len(first.items) != len(second.items):
+        return False
+    if first.ordered:
+        return all(_equal(one, other) for one, other in zip(first.items, second.items, strict=True))
+    left = list(second.items)
+    for item in first.items:
+        found = next((index for index, other in enumerate(left) if _equal(item, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _equal_equations(first: Group, second: Group) -> bool:
+    """Equal right sides of names, as in Minerva's protocol, or equal up to a factor: y = 2x is 2y = 4x."""
+    if first.kind == second.kind == "named" and _equal(first.items[1], second.items[1]):
+        return True
+    one, other = (_difference(*group.items) for group in (first, second))
+    if other == 0 or one == 0:
+        return bool(one == other)
+    ratio = sympy.cancel(one / other)
+    return bool(ratio.is_number and ratio != 0)
+
+
+def _difference(left: Expr, right: Expr) -> Expr:
+    return sympy.expand(left - right)
+
+
+def equal_expressions(first: Expr, second: Expr) -> bool:
+    """Whether the difference is zero: exactly, or to 40 digits at points drawn for the symbols."""
+    if first == second:
+        return True
+    if isinstance(first, sympy.Rational) and isinstance(second, sympy.Rational):
+        return False
+    if first.has(*_NO_NUMBERS) or second.has(*_NO_NUMBERS):
+        return False
+    symbols = sorted(first.free_symbols | second.free_symbols, key=str)
+    if not symbols:
+        return _vanishes(first, second)
+    draw = random.Random(0)
+    for _ in range(_PROBES):
+        point = {symbol: sympy.Rational(draw.randint(-4000, 4000), 997) for symbol in symbols}
+        if not _vanishes(first.subs(point), second.subs(point)):
+            return False
+    return True
+
+
+def _vanishes(first: Expr, second: Expr) -> bool:
+    one, other = sympy.N(first, DIGITS), sympy.N(second, DIGITS)
+    if not (one.is_number and other.is_number and one.is_finite and other.is_finite):
+        raise UnreadableError("no value at a point")
+    if one.has(sympy.Function) or other.has(sympy.Function):
+        return bool(one == other)
+    return bool(abs(one - other) <= _SMALL * (1 + abs(one)))

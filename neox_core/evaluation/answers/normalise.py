@@ -1,0 +1,86 @@
+r"""Answers as text: what does not change their value is taken away.
+
+Minerva's list (arXiv 2206.14858, listing 1) takes units and spacing out wherever the letters stand; here they have to
+be words of their own, and a one-letter unit has to be set as text (`5\text{ m}`), for `5m` is a product.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SPACING = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|limits|qquad|quad|hspace\{[^{}]*\}|phantom\{[^{}]*\})"
+    r"(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\\$|\$|\\\(|\\\)|\\%|%|£|€"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname|rm)\s*\{([^{}]*)\}")
+_BOX = re.compile(r"^\\(?:boxed|fbox)\s*\{(.*)\}$", re.DOTALL)
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\deg(?![a-z])")
+_LONG_UNITS = (
+    "units?|degrees?|dollars?|cents?|percent|ways|integers|mph|inch(?:es)?|feet|foot|ft|yards?|miles?|hours?|hrs?|"
+    "minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?(?: old)?|km|cm|mm|gm|kg|mg|ml|pounds?|lbs?|ounces?|oz|"
+    "met(?:er|re)s?|centimet(?:er|re)s?|kilomet(?:er|re)s?|grams?|kilograms?|lit(?:er|re)s?|gallons?|"
+    "points?|digits|meals|edges|students|people|tickets|multiples|radians|square|cubic|sq"
+)
+_UNIT_WORD = rf"(?:{_LONG_UNITS}|m|s|g|h|L|N|J|W|V|A|K|C|F|Hz|rad|per)"
+_UNIT = re.compile(
+    rf"(?<![a-zA-Z\\])(?:{_LONG_UNITS})(?![a-zA-Z])\s*(?:\^\s*\{{?[23]\}}?)?(?:\s*/\s*(?:{_LONG_UNITS})(?![a-zA-Z]))?"
+)
+_UNITS_ONLY = re.compile(rf"^\s*{_UNIT_WORD}(?:[\s/.·^\d]+{_UNIT_WORD})*[\s.]*(?:\^\{{?[23]\}}?)?\s*$")
+_AFTER_UNIT = re.compile(r"\s*\^\s*(?:\{\s*-?[123]\s*\}|[23])")
+_THOUSANDS = re.compile(r"(?<![\d,.(\[{])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SAME = (
+    (re.compile(r"\\[tdc]frac"), r"\\frac"),
+    (re.compile(r"\\(?:leq|leqslant)(?![a-z])|≤"), r"\\le "),
+    (re.compile(r"\\(?:geq|geqslant)(?![a-z])|≥"), r"\\ge "),
+    (re.compile(r"\{,\}|,\\!\s*"), ","),
+    (re.compile(r"π"), r"\\pi "),
+    (re.compile(r"∞"), r"\\infty "),
+    (re.compile(r"√"), r"\\sqrt "),
+    (re.compile(r"[−–]"), "-"),
+    (re.compile(r"×|·"), r"\\cdot "),
+    (re.compile(r"∪"), r"\\cup "),
+    (re.compile(r"(?<![\d.])(\d+) +(\d+)\s*/\s*(\d+)(?!\d)"), r"\1\\frac{\2}{\3}"),
+    (re.compile(r",?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])"), ","),
+)
+
+
+def normalise(answer: str) -> str:
+    r"""An answer's text without units, spacing, dollar signs, text commands and separators of thousands."""
+    text = _balanced_end(answer.strip())
+    if boxed := _BOX.match(text):
+        text = boxed.group(1)
+    text = _DEGREES.sub("", text)
+    # Before the spacing commands go, since `,\!` separates thousands.
+    for pattern, replacement in _SAME[:4]:
+        text = pattern.sub(replacement, text)
+    text = _without_text_commands(_SPACING.sub(" ", text))
+    for pattern, replacement in _SAME[4:]:
+        text = pattern.sub(replacement, text)
+    if re.search(r"\d|\\pi|\\frac|\\sqrt", text):  # a unit alone is the answer itself
+        text = _UNIT.sub(" ", text)
+    text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    return _balanced_end(" ".join(text.split()))
+
+
+def _without_text_commands(text: str) -> str:
+    """Units that are set as text go with their power; of other texts the words stay."""
+    parts, end = [], 0
+    for match in _TEXT.finditer(text):
+        if match.start() < end:
+            continue
+        parts.append(text[end : match.start()])
+        end = match.end()
+        before = "".join(parts).strip()
+        if before and _UNITS_ONLY.match(match.group(1)):
+            if power := _AFTER_UNIT.match(text, end):
+                end = power.end()
+        else:
+            parts.append(f" {match.group(1)} ")
+    return "".join(parts) + text[end:]
+
+
+def _balanced_end(text: str) -> str:
+    text = text.strip()
+    while text.endswith((".", ",", ";", ":")) and not text.endswith("..."):
+        text = text[:-1].rstrip()
+    return text

@@ -1,0 +1,147 @@
+r"""What an answer is made of: one expression, or a list, a tuple, an interval, a matrix, an equation of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+from sympy import Expr
+
+from neox_core.evaluation.answers.latex import UnreadableError, parse
+
+MAX_PARTS = 64
+"""Members of a list, and entries of a matrix."""
+
+_MATRIX = re.compile(r"^\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_NAMED = re.compile(r"^(?:[a-zA-Z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?'*$")
+_RELATION = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|<=?|>=?)")
+_OPEN, _CLOSED = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers that belong together."""
+
+    kind: str
+    """set, union, equation, named (an equation whose left side is a name), matrix RxC, or the two brackets of a tuple
+    or interval, such as `(]`."""
+    items: tuple[Answer, ...]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the items' order is part of the answer."""
+        return self.kind not in ("set", "union")
+
+
+Answer: TypeAlias = Expr | Group
+
+
+def read_answer(text: str) -> Answer:
+    """Read a normalised answer.
+
+    Raises:
+        UnreadableError: it is not mathematics, or larger than the bounds.
+    """
+    text = text.strip()
+    if matrix := _MATRIX.match(text):
+        return _matrix(matrix.group(2))
+    if "\\pm" in text or "\\mp" in text:
+        signs = (("+", "-"), ("-", "+"))
+        return _unordered([text.replace("\\pm", plus).replace("\\mp", minus) for plus, minus in signs])
+    _, member, rest = text.partition("\\in ")
+    if member:
+        return read_answer(rest)
+    if len(parts := _split(text, ",")) > 1 or len(parts := _split(text, ";")) > 1:
+        return _unordered(parts)
+    if len(parts := _split(text, "\\cup")) > 1:
+        return Group("union", tuple(read_answer(part) for part in parts))
+    if len(parts := _split(text, "=")) > 1:
+        return _equation(parts)
+    if len(parts := _RELATION.split(text)) > 1:
+        return _inequality(parts)
+    return _bracketed(text)
+
+
+def _unordered(parts: list[str]) -> Answer:
+    """Bare lists and sets are one thing: their members, in any order, each once."""
+    if len(parts) > MAX_PARTS:
+        raise UnreadableError(f"a list of {len(parts)}")
+    return Group("set", tuple(dict.fromkeys(read_answer(part) for part in parts)))
+
+
+def _bracketed(text: str) -> Answer:
+    for opening in _OPEN[::-1]:
+        for closing in _CLOSED[::-1]:
+            if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+                inner = text[len(opening) : -len(closing)]
+                parts = _split(inner, ",")
+                if not _encloses(inner) or (len(parts) == 1 and opening != "\\{"):
+                    return parse(text)
+                if "{" in opening:
+                    return _unordered(parts)
+                return Group(opening + closing, tuple(read_answer(part) for part in parts[:MAX_PARTS]))
+    return parse(text)
+
+
+def _encloses(inner: str) -> bool:
+    """Whether the brackets around are a pair: none inside closes one that opened outside."""
+    depth = 0
+    for character in inner:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _equation(parts: list[str]) -> Answer:
+    """`x = 5`, an equation of expressions, or of a chain `a = b = c` the last part."""
+    right = read_answer(parts[-1])
+    named = bool(_NAMED.match(parts[0].strip()))
+    if len(parts) > 2 or isinstance(right, Group):
+        return right
+    return Group("named" if named else "equation", (parse(parts[0]), right))
+
+
+def _inequality(parts: list[str]) -> Answer:
+    """`x > 3` is (3, oo), and `2 < x \\le 5` is (2, 5]."""
+    values, signs = [part.strip() for part in parts[::2]], [sign.replace("=", "") for sign in parts[1::2]]
+    strict = ["=" not in part and "\\" not in part for part in parts[1::2]]
+    falling = [sign in (">", "\\ge") for sign in signs]
+    if len(values) == 2 and _NAMED.match(values[1]):
+        values, falling = values[::-1], [not falling[0]]
+    if len(values) == 2 and _NAMED.match(values[0]):
+        bound = parse(values[1])
+        if falling[0]:
+            return Group("()" if strict[0] else "[)", (bound, sympy.oo))
+        return Group("()" if strict[0] else "(]", (-sympy.oo, bound))
+    if len(values) == 3 and _NAMED.match(values[1]) and falling[0] == falling[1]:
+        ends = [(parse(values[0]), strict[0]), (parse(values[2]), strict[1])]
+        (low, open_low), (high, open_high) = ends[::-1] if falling[0] else ends
+        return Group(("(" if open_low else "[") + (")" if open_high else "]"), (low, high))
+    raise UnreadableError("an inequality of this form")
+
+
+def _matrix(body: str) -> Answer:
+    rows = [_split(row, "&") for row in body.strip().removesuffix("\\\\").split("\\\\")]
+    entries = [entry for row in rows for entry in row]
+    if len({len(row) for row in rows}) > 1 or len(entries) > MAX_PARTS:
+        raise UnreadableError("a matrix with rows of different lengths, or a large one")
+    return Group(f"matrix {len(rows)}x{len(rows[0])}", tuple(parse(entry) for entry in entries))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Parts at a separator that stands outside all brackets."""
+    parts, depth, start, place = [], 0, 0, 0
+    while place < len(text):
+        if depth == 0 and text.startswith(separator, place):
+            if separator != "=" or text[place - 1 : place] not in ("<", ">"):
+                parts.append(text[start:place])
+                start = place + len(separator)
+            place += len(separator)
+            continue
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        place += 1
+    parts.append(text[start:])
+    return [part for part in parts if part.strip()] if separator == "," else parts

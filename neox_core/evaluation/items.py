@@ -1,0 +1,137 @@
+"""Evaluation sets as prompts and the texts whose likelihood is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neox_core.config import EvaluationTask
+from neox_core.errors import ConfigError, DataError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_ITEM_BYTES = 1 << 20
+"""A longer line is no evaluation item."""
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, and what may follow it."""
+
+    id: str
+    prompt: str
+    """The item's own, without the solved items before it."""
+    choices: tuple[str, ...]
+    """Of a solution the only one."""
+    gold: int
+    """Place of the right one."""
+
+
+@dataclass(frozen=True)
+class ItemSet:
+    """An evaluation set, ready to be scored."""
+
+    shots: str
+    """The solved items that stand before each prompt."""
+    items: tuple[Item, ...]
+
+
+def load_item_set(name: str, task: EvaluationTask) -> ItemSet:
+    """Read an evaluation set.
+
+    Raises:
+        ConfigError: a file does not exist, or holds fewer items than are to be shown.
+        DataError: an item lacks a field or has one of another type, or there is none.
+    """
+    items = tuple(islice(_items(name, task, task.items), task.limit))
+    if not items:
+        raise DataError(f"evaluate.tasks.{name}: {task.items} holds no item: correct the path or the file")
+    if task.shots_from is None:
+        return ItemSet("", items)
+    shown = list(islice(_items(name, task, task.shots_from), task.shots))
+    if len(shown) < task.shots:
+        raise ConfigError(
+            f"evaluate.tasks.{name}: {task.shots_from} holds {len(shown)} items, and shots is {task.shots}: lower it"
+        )
+    return ItemSet("".join(f"{item.prompt}{item.choices[item.gold]}\n\n" for item in shown), items)
+
+
+def check_item_files(tasks: Mapping[str, EvaluationTask]) -> None:
+    """Read every set once.
+
+    Raises:
+        ConfigError, DataError: see `load_item_set`.
+    """
+    for name, task in tasks.items():
+        load_item_set(name, task)
+
+
+def _items(name: str, task: EvaluationTask, path: Path) -> Iterator[Item]:
+    if not path.is_file():
+        raise ConfigError(f"evaluate.tasks.{name}: {path} does not exist: put the items there or correct the path")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _item(task, f"evaluate.tasks.{name}: {path}, line {number}", number, line)
+
+
+def _item(task: EvaluationTask, where: str, number: int, line: bytes) -> Item:
+    if len(line) > MAX_ITEM_BYTES:
+        raise DataError(f"{where} has {len(line):,} bytes, and {MAX_ITEM_BYTES:,} is the most: take it out")
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}): correct it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is not a JSON object: correct it")
+    identity = str(record.get("id", f"line {number}"))
+    if task.kind == "solution":
+        prompt = _filled(task.prompt, record, where)
+        return Item(identity, prompt, (_after(prompt, _filled(task.target, record, where)),), 0)
+    options = _options(record.get(task.options), task.options, where)
+    gold = _gold(record.get(task.answer), task.answer, len(options), where)
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    prompt = _filled(task.prompt, record | {"options": lines}, where)
+    texts = LETTERS[: len(options)] if task.score == "letters" else options
+    return Item(identity, prompt, tuple(_after(prompt, text) for text in texts), gold)
+
+
+def _filled(template: str, record: Mapping[str, Any], where: str) -> str:
+    """The template with the fields' texts; braces in those are left as they are."""
+
+    def text(match: re.Match[str]) -> str:
+        value = record.get(match.group(1))
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where} has no text {match.group(1)!r}: correct it, or evaluate.tasks' templates")
+        return value
+
+    return _FIELD.sub(text, template)
+
+
+def _after(prompt: str, text: str) -> str:
+    return text if not prompt or prompt[-1].isspace() else " " + text
+
+
+def _options(value: Any, field: str, where: str) -> list[str]:
+    if isinstance(value, list):
+        # pandas reads an option "None" of MMLU's tables as not a number, and files made with it hold NaN.
+        value = ["None" if isinstance(option, float) and math.isnan(option) else option for option in value]
+    if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+        raise DataError(f"{where} has no list of texts {field!r}: correct it, or the task's `options`")
+    if not 2 <= len(value) <= len(LETTERS):
+        raise DataError(f"{where} has {len(value)} options, and there can be 2 to {len(LETTERS)}: take it out")
+    return value
+
+
+def _gold(value: Any, field: str, options: int, where: str) -> int:
+    if isinstance(value, str) and len(value.strip()) == 1:
+        value = LETTERS.find(value.strip().upper())
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < options:
+        raise DataError(f"{where}: {field!r} names none of its {options} options: give its letter or number from 0")
+    return value

@@ -1,0 +1,88 @@
+"""The likelihood of evaluation sets' gold texts under one checkpoint's layers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from neox_core.config import EvaluationTask, RunConfig
+from neox_core.data.tokenization.tokenizer import Tokenizer
+from neox_core.evaluation.items import Item, ItemSet, load_item_set
+from neox_core.evaluation.likelihood import Request, encode_request, log_likelihoods
+from neox_core.evaluation.scores import choices_record, scores, solution_record
+from neox_core.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+_NO_QUESTION = "Answer:"
+"""The prompt that calibrates a choice."""
+
+
+def score_tasks(config: RunConfig, layers: nn.Sequential, mesh: Mesh) -> dict[str, dict[str, Any]]:
+    """Score every set of `evaluate.tasks`. Collective over the tensor-parallel ranks.
+
+    Returns:
+        By name the metrics, the number of tokens and seconds that it took, and the items' records.
+
+    Raises:
+        ConfigError, DataError: a set cannot be read.
+    """
+    if not config.evaluate.tasks:
+        return {}
+    tokenizer = Tokenizer(config.tokenizer)
+    return {name: _score(config, name, task, tokenizer, layers, mesh) for name, task in config.evaluate.tasks.items()}
+
+
+def _score(
+    config: RunConfig, name: str, task: EvaluationTask, tokenizer: Tokenizer, layers: nn.Sequential, mesh: Mesh
+) -> dict[str, Any]:
+    started, length = time.monotonic(), config.train.sequence_length
+    item_set = load_item_set(name, task)
+    asked = [_texts(item, task, item_set) for item in item_set.items]
+    requests = [[encode_request(tokenizer, *pair, length) for pair in pairs] for pairs in asked]
+    kept = [number for number, found in enumerate(requests) if None not in found]
+    flat = [request for number in kept for request in requests[number] if request is not None]
+    unique = list(dict.fromkeys(flat))  # what follows no question is the same for many items
+    batch = config.evaluate.micro_batch_size * length
+    known = dict(zip(unique, log_likelihoods(layers, unique, batch, mesh), strict=True))
+    likelihoods = iter([known[request] for request in flat])
+    records = [
+        _record(item, task, [next(likelihoods) for _ in found] if None not in found else None)
+        for item, found in zip(item_set.items, requests, strict=True)
+    ]
+    result = {
+        "items": len(kept),
+        "left_out": len(records) - len(kept),
+        "tokens": _tokens(unique),
+        "seconds": round(time.monotonic() - started, 3),
+        "metrics": scores(records),
+        "records": records,
+    }
+    logger.info("%s: %s over %d items", name, result["metrics"], len(kept))
+    return result
+
+
+def _texts(item: Item, task: EvaluationTask, item_set: ItemSet) -> list[tuple[str, str]]:
+    """Prompt and text of each likelihood that an item needs: each choice's, and of choices those without a question."""
+    asked = [(item_set.shots + item.prompt, choice) for choice in item.choices]
+    if task.kind == "choices":
+        asked += [(_NO_QUESTION, " " + choice.lstrip()) for choice in item.choices]
+    return asked
+
+
+def _record(item: Item, task: EvaluationTask, likelihoods: list[float] | None) -> dict[str, Any]:
+    kept: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "choices": item.choices}
+    if likelihoods is None:
+        return kept | {"left_out": "it is longer than train.sequence_length"}
+    if task.kind == "solution":
+        return kept | solution_record(likelihoods[0], item.choices[0])
+    count = len(item.choices)
+    return kept | choices_record(likelihoods[:count], likelihoods[count:], item.gold)
+
+
+def _tokens(requests: Sequence[Request]) -> int:
+    return sum(len(request.ids) - 1 for request in requests)

@@ -1,0 +1,1 @@
+"""What evaluation keeps beside its numbers, and how it is compared."""

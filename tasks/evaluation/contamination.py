@@ -1,0 +1,46 @@
+"""Scores without the items that share a run of words with the training text, beside those of all items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neox_core.config import RunConfig
+from neox_core.data.tokenization.filters.findings import OVERLAP_FILE
+from neox_core.data.tokenization.filters.overlap import set_names
+from neox_core.evaluation.scores import scores
+from tasks.evaluation.kept_items import Result, load_items
+
+
+def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:
+    """By task the ids of the items that prepare-data found in the training text.
+
+    A task is not there if its file is not among data.evaluation_sets: nothing is known about it. Nor is any if the
+    documents in question were left out of the training text.
+    """
+    paths = config.data.evaluation_sets
+    names = dict(zip((path.resolve() for path in paths), set_names(paths), strict=True))
+    known = {name: names[task.items] for name, task in config.evaluate.tasks.items() if task.items in names}
+    if not known or config.data.decontaminate:
+        return {}
+    report = json.loads((data / OVERLAP_FILE).read_text(encoding="utf-8"))
+    found: dict[str, set[str]] = {name: set() for name in names.values()}
+    for source in report["sources"].values():
+        for hit in source["hits"]:
+            found[hit["set"]].add(hit["item"])
+    return {task: found[name] for task, name in known.items()}
+
+
+def without_overlap(folder: Path, result: Result, overlapping: Mapping[str, set[str]]) -> Result:
+    """A checkpoint's result with `without_overlap` beside each task's metrics: how many items are left, and scores."""
+    tasks: dict[str, Any] = {}
+    for name, scored in result.get("tasks", {}).items():
+        tasks[name] = scored
+        if name in overlapping:
+            records = load_items(folder, name, result["step"])
+            left = [record for record in records if record["id"] not in overlapping[name]]
+            counted = sum("left_out" not in record for record in left)
+            tasks[name] = scored | {"without_overlap": {"items": counted, "metrics": scores(left)}}
+    return result | {"tasks": tasks}

@@ -1,0 +1,77 @@
+"""What `llemma evaluate --model` is asked to do, and the folder that it may go on in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from neox_core.errors import ConfigError
+from neox_core.storage.atomic import write_atomically
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """One evaluation of one model."""
+
+    model: Path
+    """Folder in Hugging Face's format."""
+    data: Path
+    """Folder of the sets' JSON lines."""
+    out: Path
+    """Folder for records and scores."""
+    tasks: tuple[str, ...]
+    samples: int = 0
+    """Samples per item for the majority vote, beside the greedy one."""
+    temperature: float = 0.6
+    """Of the samples."""
+    seed: int = 1234
+    limit: int | None = None
+    """The first so many items of each task."""
+    batch_size: int | None = None
+    """Items at a time; None: what the device's memory holds."""
+    max_tokens: int = 512
+    """Of a generated answer."""
+    backend: str = "hf"
+    """lm-evaluation-harness's name of it: hf or vllm."""
+
+
+def claim_folder(settings: HarnessSettings) -> None:
+    """Write down what is evaluated, or find that an earlier call wrote the same.
+
+    Raises:
+        ConfigError: no model lies there, or the folder holds another evaluation.
+    """
+    if not (settings.model / "config.json").is_file():
+        raise ConfigError(f"{settings.model} holds no config.json: give a folder in Hugging Face's format")
+    if settings.samples == 1 or settings.samples < 0 or settings.temperature <= 0:
+        raise ConfigError(
+            f"{settings.samples} samples at temperature {settings.temperature}: a vote needs 2 or more, above 0"
+        )
+    wanted, path = _identity(settings), settings.out / SETTINGS_FILE
+    if not path.is_file():
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(wanted, indent=1))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+    if differing:
+        raise ConfigError(
+            f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
+        )
+
+
+def _identity(settings: HarnessSettings) -> dict[str, Any]:
+    """What the generated texts depend on. The tasks do not count: others can be added."""
+    identity = asdict(settings) | {"model": str(settings.model.resolve()), "weights": _weights(settings.model)}
+    return {key: value for key, value in identity.items() if key not in ("data", "out", "tasks")}
+
+
+def _weights(model: Path) -> str:
+    """A digest of the files' names, sizes and times: another model under the same name is another evaluation."""
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""Every item's record of every checkpoint, in the evaluation's folder, and the differences between checkpoints.
+
+One file per task and checkpoint: `items/TASK/step-000025.jsonl`, a line per item with its prompt, likelihoods and what
+was picked.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from neox_core.errors import DataError
+from neox_core.evaluation.scores import differences
+from neox_core.storage.atomic import write_atomically
+
+ITEMS = "items"
+BASE_STEP = 0
+Result = dict[str, Any]
+"""A checkpoint's evaluation, as in evaluations.json."""
+
+
+def items_file(folder: Path, task: str, step: int) -> Path:
+    """Where a checkpoint's records lie."""
+    return folder / ITEMS / task / f"step-{step:06d}.jsonl"
+
+
+def keep_items(folder: Path, result: Result) -> Result:
+    """Write the items' records of a checkpoint; what is left is its summary."""
+    tasks = {}
+    for name, scored in result.get("tasks", {}).items():
+        records = scored["records"]
+        path = items_file(folder, name, result["step"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        tasks[name] = {key: value for key, value in scored.items() if key != "records"}
+    return result | {"tasks": tasks}
+
+
+def load_items(folder: Path, task: str, step: int) -> list[dict[str, Any]]:
+    """A checkpoint's records.
+
+    Raises:
+        DataError: none were kept.
+    """
+    path = items_file(folder, task, step)
+    if not path.is_file():
+        kept = sorted(found.stem.removeprefix("step-").lstrip("0") or "0" for found in path.parent.glob("step-*.jsonl"))
+        tasks = sorted(found.name for found in (folder / ITEMS).glob("*"))
+        there = f"steps {kept}" if kept else f"tasks {tasks}"
+        raise DataError(f"no items of task {task!r} at step {step} in {folder}: there are {there}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def inherit_items(folder: Path, earlier: Path, steps: Iterable[int]) -> None:
+    """Copy the records of steps that another training evaluated before it became this one."""
+    for step in steps:
+        for path in (earlier / ITEMS).glob(f"*/step-{step:06d}.jsonl"):
+            copy = items_file(folder, path.parent.name, step)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not copy.is_file():
+                shutil.copyfile(path, copy)
+
+
+def compare(folder: Path, results: Mapping[int, Result]) -> dict[int, Result]:
+    """The results with each task's paired differences from the base weights and from the checkpoint before."""
+    compared, steps = dict(results), sorted(results)
+    for before, step in pairwise(steps):
+        result = results[step]
+        if BASE_STEP in results and result.get("tasks") and result.get("compared_with") != before:
+            tasks = {
+                name: scored
+                | {
+                    "from_base": _differences(folder, name, step, BASE_STEP),
+                    "from_previous": _differences(folder, name, step, before),
+                }
+                for name, scored in result["tasks"].items()
+            }
+            compared[step] = result | {"tasks": tasks, "compared_with": before}
+    return compared
+
+
+def _differences(folder: Path, task: str, step: int, earlier: int) -> dict[str, dict[str, float]]:
+    return differences(load_items(folder, task, step), load_items(folder, task, earlier))

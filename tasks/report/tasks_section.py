@@ -1,0 +1,81 @@
+"""The report's part on evaluation sets: curves with intervals, base to last, and items that flipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tasks.report.figures import Rows, interval_figure
+
+_LABELS = {
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy",
+    "calibrated_accuracy": "calibrated accuracy",
+    "log_likelihood": "log-likelihood among choices",
+    "calibrated_log_likelihood": "calibrated log-likelihood",
+}
+
+
+def task_metrics(evaluations: Rows) -> list[tuple[str, str]]:
+    """(task, metric) of all that was scored."""
+    found = [
+        (name, metric)
+        for evaluation in evaluations
+        for name, scored in evaluation.get("tasks", {}).items()
+        for metric in scored["metrics"]
+    ]
+    return list(dict.fromkeys(found))
+
+
+def task_figures(evaluations: Rows) -> dict[str, str | None]:
+    """A curve over checkpoints, with 95% intervals, by `task NAME METRIC`."""
+    figures = {}
+    for task, metric in task_metrics(evaluations):
+        points = [
+            (evaluation["step"], evaluation["tasks"][task]["metrics"][metric])
+            for evaluation in evaluations
+            if metric in evaluation.get("tasks", {}).get(task, {}).get("metrics", {})
+        ]
+        figures[f"task {task} {metric}"] = interval_figure(points, f"{task}: {_LABELS[metric]}", _LABELS[metric])
+    return figures
+
+
+def task_context(evaluations: Rows, charts: Iterable[str]) -> dict[str, Any]:
+    """What the page's template reads: the names of the curves, and the table's rows."""
+    ordered = sorted(evaluations, key=lambda evaluation: int(evaluation["step"]))
+    return {"task_charts": [name for name in charts if name.startswith("task ")], "task_rows": task_rows(ordered)}
+
+
+def task_rows(evaluations: Rows) -> list[dict[str, str]]:
+    """Base and last of each metric, and the last's paired differences with their p-values."""
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for task, metric in task_metrics([last]):
+        scored = last["tasks"][task]
+        rows.append(
+            {
+                "task": task,
+                "metric": _LABELS[metric],
+                "base": _value(first, task, metric),
+                "last": _value(last, task, metric),
+                "from base": _difference(scored.get("from_base", {}).get(metric)),
+                "from the one before": _difference(scored.get("from_previous", {}).get(metric)),
+            }
+        )
+    return rows
+
+
+def _value(evaluation: Mapping[str, Any], task: str, metric: str) -> str:
+    score = evaluation.get("tasks", {}).get(task, {}).get("metrics", {}).get(metric)
+    return f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]" if score else "–"
+
+
+def _difference(score: Mapping[str, float] | None) -> str:
+    return f"{score['value']:+.4f} [{score['low']:+.4f}, {score['high']:+.4f}], p {score['p']:.2g}" if score else "–"
+
+
+def flipped_rows(items: Mapping[str, Sequence[Mapping[str, str]]], most: int = 10) -> list[dict[str, str]]:
+    """The first items of each task that were right at one of two checkpoints alone."""
+    return [{"task": task, **row} for task, rows in items.items() for row in list(rows)[:most]]

@@ -1,0 +1,52 @@
+"""`llemma evaluate` and its commands, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import cli
+
+Typed = Callable[..., str]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Runs `llemma evaluate`; returns what it prints, errors too."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["llemma", "evaluate", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return run
+
+
+def test_errors_are_one_line(typed: Typed, tmp_path: Path) -> None:
+    assert "error: no model: give --model FOLDER" in typed()
+    assert f"error: {tmp_path} holds no config.json" in typed("--model", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "results.json does not exist" in typed("compare", str(tmp_path))
+    assert "no items of task 'gsm8k_cot'" in typed("show", str(tmp_path), "gsm8k_cot")
+
+
+def test_compare_and_show(typed: Typed, tmp_path: Path) -> None:
+    score = {"value": 0.36, "low": 0.33, "high": 0.39}
+    results = {"gsm8k_cot": {"items": 1319, "seconds": 1.0, "scores": {"greedy": score}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = typed("compare", str(tmp_path), "--paper", "llemma-7b")
+    assert "36.0 (33.0 to 39.0, 1319 items)" in text
+    assert "within noise" in text
+    (tmp_path / "gsm8k_cot").mkdir()
+    answer = {"text": "5", "answer": "5", "correct": False, "reason": "different"}
+    records = [{"id": f"g/{n}", "prompt": "Q?", "gold": "6", "greedy": [answer]} for n in range(30)]
+    (tmp_path / "gsm8k_cot" / "items.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = typed("show", str(tmp_path), "gsm8k_cot", "--wrong", "--first", "21", "--count", "5")
+    assert "gsm8k_cot: 21 to 25 of 30" in shown
+    assert "g/20" in shown
+    assert "g/25" not in shown

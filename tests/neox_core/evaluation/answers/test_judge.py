@@ -1,0 +1,120 @@
+"""Verdicts against a hand-written table, against math-verify, on GSM8K's gold answers, and on hostile answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from neox_core.evaluation.answers.extract import extract_answer
+from neox_core.evaluation.answers.judge import Judge, Verdict
+from tests.neox_core.evaluation.answers.pairs import Pair, answer_pairs
+from tests.paths import SHARED
+
+GSM8K = SHARED / "data" / "eval" / "gsm8k_test.jsonl"
+MATH_VERIFY_ERRS = {
+    # It knows no repeating decimals, no mixed numbers without LaTeX, no root sign.
+    (r"\frac{1}{3}", r"0.\overline{3}"), (r"\frac{1}{7}", r"0.\overline{142857}"), (r"0.1\overline{6}", r"\frac{1}{6}"),
+    ("3 1/2", "3.5"), ("√2", r"\sqrt{2}"),
+    # It rounds to six digits, and so takes 3.14159265358979 for pi, but not Avogadro's number in two notations.
+    ("3.14159265358979", r"\pi"), (r"6.02 \times 10^{23}", "602000000000000000000000"),
+    # Complex values in two forms differ to it.
+    (r"\sqrt{-4}", "2i"), (r"e^{i\pi}", "-1"), ("(1+i)^2", "2i"),
+    # A unit that it does not know, and plus-minus within a fraction.
+    ("16 years old", "16"), (r"\frac{-1\pm\sqrt{5}}{2}", r"\frac{-1+\sqrt{5}}{2},\frac{-1-\sqrt{5}}{2}"),
+    # A number's base is read as an index and dropped.
+    ("101_2", "101"), ("2516_8", "2516_7"),
+    # As a gold answer an interval equals no inequality, only the other way round.
+    (r"(-\infty,3)", "x<3"), (r"(-\infty,3]", r"x \le 3"), (r"(-\infty,3]", r"x \leq 3"), (r"[3,\infty)", r"x \ge 3"),
+    (r"(3,\infty)", "x > 3"), (r"(3,\infty)", "3 < x"), ("(2,5]", r"2 < x \le 5"), ("(2,5]", r"5 \ge x > 2"),
+}  # fmt: skip
+"""Pairs on which math-verify 0.9.0 differs from the table; in each, the table is right."""
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[Judge]:
+    with Judge() as judge:
+        yield judge
+
+
+def test_the_table(judge: Judge) -> None:
+    pairs = answer_pairs()
+    assert len(pairs) >= 200
+    wrong = [pair for pair in pairs if judge.verdict(pair.gold, pair.given).correct != pair.equal]
+    assert wrong == []
+
+
+def test_the_table_both_ways(judge: Judge) -> None:
+    wrong = [pair for pair in answer_pairs() if judge.verdict(pair.given, pair.gold).correct != pair.equal]
+    assert wrong == []
+
+
+def math_verify(pair: Pair) -> bool:
+    math_verify = pytest.importorskip("math_verify", reason="math-verify comes with the dev extra")
+    gold, given = (math_verify.parse(f"${text.strip('$')}$", parsing_timeout=None) for text in (pair.gold, pair.given))
+    return bool(math_verify.verify(gold, given, timeout_seconds=None))
+
+
+def test_math_verify_agrees_but_for_what_is_listed() -> None:
+    differing = {(pair.gold, pair.given) for pair in answer_pairs() if math_verify(pair) != pair.equal}
+    assert differing == MATH_VERIFY_ERRS
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not at hand")
+def test_gsm8k_gold_answers(judge: Judge) -> None:
+    items = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    for item, other in zip(items, [*items[1:], items[0]], strict=True):
+        found = extract_answer(item["solution"])
+        assert found is not None
+        assert judge.verdict(item["answer"], found).correct, item["id"]
+        expected = math_verify(Pair("", item["answer"], other["answer"], True))
+        assert judge.verdict(item["answer"], other["answer"]).correct == expected, item["id"]
+
+
+HOSTILE = [
+    "9" * 1_000_000,
+    "9" * 900,
+    "9^{9^{9^{9}}}",
+    "(((9^{999})^{999})^{999})",
+    "2^{10^{18}}",
+    "10^{-10^{9}}",
+    "(" * 900,
+    "(" * 400 + "1" + ")" * 400,
+    "-" * 990 + "1",
+    "1" + "!" * 900,
+    "99999!",
+    r"\binom{10^9}{10^8}",
+    r"\sqrt{" * 150 + "2" + "}" * 150,
+    "1+" * 499,
+    "(x+1)^{9999}-(x+2)^{9999}",
+    "(a+b+c+d+e+f+g+h)^{60}=0",
+    r"\sin^{5000}(\tan(\tan(\tan(x))))",
+    r"\begin{pmatrix}" + "1&" * 450 + r"1\end{pmatrix}",
+    "{1," * 300,
+    r"\pm" * 300,
+    "\x00\ud800",
+    r"\frac" * 190,
+    "x_" * 400,
+    r"__import__('os').system('true')",
+]
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_hostile_answers_are_wrong_and_the_judge_goes_on(judge: Judge, number: int) -> None:
+    assert not judge.verdict("(x+1)^2", HOSTILE[number]).correct
+    assert judge.verdict("(x+1)^2", "x^2+2x+1") == Verdict(True, "symbolic")
+
+
+def test_a_stuck_process_is_replaced() -> None:
+    with Judge(wall_seconds=1e-3) as hasty:
+        assert hasty.verdict("(x+1)^{900}", "(x+2)^{900}-1") == Verdict(False, "time limit")
+    with Judge(cpu_seconds=1e-4) as hasty:
+        assert hasty.verdict("(x+1)^{90}", "(x+2)^{90}-1").reason == "time limit"
+        assert hasty.verdict("7", "7").correct
+
+
+def test_majority(judge: Judge) -> None:
+    assert judge.majority(["1/2", None, "3", "0.5", "4", "3", r"\frac12"]) == "1/2"
+    assert judge.majority(["2", "3", "3", "2"]) == "2"
+    assert judge.majority([None, " "]) is None

@@ -1,0 +1,156 @@
+"""lm-evaluation-harness on a small exported model: equal to the harness called directly, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import ConfigError, DataError
+from neox_core.progress import silent
+from tasks.evaluation.harness.catalogue import write_task_files
+from tasks.evaluation.harness.run import evaluate_model
+from tasks.evaluation.harness.settings import HarnessSettings
+from tests.neox_core.train.small_training import CONFIG
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
+HARNESS = Path(lm_eval.__file__).parent / "tasks"
+MODEL = ModelConfig(
+    num_layers=1, hidden_size=32, num_attention_heads=4, num_kv_heads=2, intermediate_size=48, vocab_size=2048,
+    rope_theta=1e4,
+)  # fmt: skip
+SUMS = [
+    {
+        "id": f"sum/{a}",
+        "question": f"Ann has {a} pens and buys {b}. How many?",
+        "solution": f"{a}+{b}={a + b}\n#### {a + b}",
+        "answer": str(a + b),
+    }
+    for a, b in [(3, 4), (10, 5), (7, 7), (1, 12), (6, 60)]
+]
+PROBLEMS = [{"id": "p/0", "problem": "Halve $x$.", "solution": r"It is $\boxed{\frac{x}{2}}$."}]
+FACTS = [
+    {"id": "f/0", "question": "Which is prime?", "options": ["4", "7", "9", "one hundred"], "answer": "B"},
+    {"id": "f/1", "question": "Which is even?", "options": ["3", "8", "11", "21"], "answer": "B"},
+    {"id": "f/2", "question": "Which is a square?", "options": ["3", "8", "11", "25"], "answer": "D"},
+]
+TASKS = ("gsm8k_cot", "minerva_math", "mmlu_stem")
+
+
+def write(path: Path, items: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model, and data."""
+    from neox_core.checkpoint.conversion.convert import convert
+    from neox_core.checkpoint.conversion.toy_base import make_random_base
+    from tasks.checkpoints import export_folder
+
+    folder = tmp_path_factory.mktemp("harness")
+    make_random_base(MODEL, folder / "base", seed=3)
+    convert(folder / "base", folder / "shards", MODEL, ParallelConfig())
+    export_folder(
+        str(folder / "shards"), str(folder / "model"), "huggingface", MODEL, 1, CONFIG.tokenizer.model, 4096, silent
+    )
+    (folder / "data").mkdir()
+    write(folder / "data" / "gsm8k_test.jsonl", SUMS)
+    write(folder / "data" / "math_test.jsonl", PROBLEMS)
+    write(folder / "data" / "mmlu_stem_test.jsonl", FACTS)
+    return folder
+
+
+def settings(folders: Path, out: Path, **others: Any) -> HarnessSettings:
+    defaults: dict[str, Any] = {"tasks": TASKS, "samples": 2, "batch_size": 2, "max_tokens": 12, "limit": 4}
+    return HarnessSettings(folders / "model", folders / "data", out, **defaults | others)
+
+
+def items(out: Path, task: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / task / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    return evaluate_model(settings(folders, out), silent), out
+
+
+def test_items_and_scores(evaluated: tuple[dict[str, Any], Path]) -> None:
+    results, out = evaluated
+    assert [results[name]["items"] for name in TASKS] == [4, 1, 3]
+    found = items(out, "gsm8k_cot")
+    assert [record["id"] for record in found] == [item["id"] for item in SUMS[:4]]
+    assert found[0]["prompt"].startswith("Q: There are 15 trees")
+    assert found[0]["prompt"].endswith("Q: Ann has 3 pens and buys 4. How many?\nA:")
+    assert all(len(record["samples"]) == 2 and len(record["greedy"]) == 1 for record in found)
+    assert found[0]["samples"][0]["text"] != found[0]["samples"][1]["text"]
+    assert items(out, "minerva_math")[0]["gold"] == r"\frac{x}{2}"
+    assert set(results["gsm8k_cot"]["scores"]) >= {"greedy", "majority", "sample", "harness strict-match"}
+
+
+def test_the_harness_called_directly_agrees(folders: Path, evaluated: tuple[dict[str, Any], Path]) -> None:
+    results, out = evaluated
+    manager = lm_eval.tasks.TaskManager(include_path=str(out / "tasks"), include_defaults=False)
+    direct = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folders / "model"), "dtype": "auto", "max_length": 4096},
+        tasks=["gsm8k_cot", "mmlu_stem"], task_manager=manager, batch_size=2, limit=4, device="cpu",
+        gen_kwargs={"max_gen_toks": 12}, bootstrap_iters=0,
+    )  # fmt: skip
+    strict = direct["results"]["gsm8k_cot"]["exact_match,strict-match"]
+    assert results["gsm8k_cot"]["scores"]["harness strict-match"]["value"] == strict
+    samples = {sample["doc"]["id"]: sample for sample in direct["samples"]["gsm8k_cot"]}
+    for record in items(out, "gsm8k_cot"):
+        assert record["greedy"][0]["text"] == samples[record["id"]]["resps"][0][0]
+    assert results["mmlu_stem"]["scores"]["accuracy"]["value"] == direct["results"]["mmlu_stem"]["acc,none"]
+    likelihoods = {sample["doc"]["id"]: sample["filtered_resps"] for sample in direct["samples"]["mmlu_stem"]}
+    for record in items(out, "mmlu_stem"):
+        expected = [float(likelihood) for likelihood, _ in likelihoods[record["id"]]]
+        assert record["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_killed_evaluation_goes_on(folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(share: float, text: str) -> None:
+        if "sample-001, batch 1" in text:
+            raise KilledError
+
+    out = tmp_path / "out"
+    with pytest.raises(KilledError):
+        evaluate_model(settings(folders, out, tasks=("gsm8k_cot",)), kill)
+    with (out / "gsm8k_cot" / "sample-001.jsonl").open("a") as file:
+        file.write('[[1, "cut off by the ki')
+    greedy = (out / "gsm8k_cot" / "greedy.jsonl").stat()
+    evaluate_model(settings(folders, out, tasks=("gsm8k_cot",)), silent)
+    assert (out / "gsm8k_cot" / "greedy.jsonl").stat().st_size == greedy.st_size
+    assert items(out, "gsm8k_cot") == items(evaluated[1], "gsm8k_cot")
+
+
+def test_another_evaluation_in_the_same_folder(folders: Path, evaluated: tuple[dict[str, Any], Path]) -> None:
+    with pytest.raises(ConfigError, match="other values of seed, temperature: give another --out"):
+        evaluate_model(settings(folders, evaluated[1], seed=7, temperature=0.9), silent)
+
+
+def test_what_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ocw_courses reads .*ocw_courses_test.jsonl, which does not exist"):
+        evaluate_model(settings(folders, tmp_path, tasks=("ocw_courses",)), silent)
+    with pytest.raises(ConfigError, match="unknown task 'gsm9k': there are gsm8k"):
+        evaluate_model(settings(folders, tmp_path, tasks=("gsm9k",)), silent)
+    with pytest.raises(ConfigError, match=r"none holds no config.json"):
+        evaluate_model(replace(settings(folders, tmp_path), model=tmp_path / "none"), silent)
+    with pytest.raises(ConfigError, match=r"--max-tokens 4096 leaves no room"):
+        evaluate_model(settings(folders, tmp_path / "other", max_tokens=4096), silent)
+
+
+@pytest.mark.parametrize("line", ["{", '{"question": "q"}', "[]", ""])
+def test_bad_items(folders: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "mmlu_stem_test.jsonl").write_text(line)
+    with pytest.raises(DataError, match=r"line 1 is no item of this task|holds no item"):
+        write_task_files(replace(settings(folders, tmp_path, tasks=("mmlu_stem",)), data=tmp_path), HARNESS)
