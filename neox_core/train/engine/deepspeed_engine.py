@@ -72,6 +72,10 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
     def __init__(self, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any) -> None:
         self._mesh, self._kv_group, self._packed = mesh, kv_group, packed
         self._backward_passes = 0
+        self.graphs: Any = None
+        self.graph_key: Any = None
+        self.use_graphs = False
+        self.replaying = False
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
         self.gradient_groups: tuple[str, ...] = ()
@@ -96,18 +100,124 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def train_batch(self, data_iter: Any = None) -> Any:
+        self._forward_passes = 0
+        return super().train_batch(data_iter)
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        if not (self.use_graphs and self.module.training):
+            super()._exec_forward_pass(buffer_id)
+            return
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        targets = self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else None
+        if self._forward_passes == 0:
+            self._arm(inputs, targets)
+        self._forward_passes += 1
+        if not self.replaying:
+            super()._exec_forward_pass(buffer_id)
+            return
+        slot = self.graphs.forward(inputs, targets)
+        self.pipe_buffers["inputs"][buffer_id] = slot.inputs
+        if self.is_last_stage():
+            self.loss = slot.results
+            self.module.loss_fn.count(targets)
+            if self._report is not None:
+                self._report(*slot.token_losses)
+            self.fwd_outputs.append(self.loss)
+            self.total_loss = self.loss.clone() if self.total_loss is None else self.total_loss + self.loss
+        else:
+            self.pipe_buffers["outputs"][buffer_id] = slot.results
+
+    def _arm(self, inputs: Any, targets: Any) -> None:
+        flat = inputs if isinstance(inputs, tuple) else (inputs,)
+        key = ([(x.shape, x.dtype) for x in flat], self.micro_batches)
+        self.replaying = False
+        if key != self.graph_key:
+            self.graph_key, self.graphs = key, None
+            return
+        if self.graphs is None:
+            self._record(inputs, targets)
+        self.replaying = self.graphs is not None
+        if self.replaying:
+            self.graphs.begin()
+
+    def _record(self, inputs: Any, targets: Any) -> None:
+        import gc
+
+        from neox_core.train.engine.graphs import StageGraphs, Work
+
+        self.loss = None
+        for key in ("outputs", "output_tensors"):
+            if key in self.pipe_buffers:
+                self.pipe_buffers[key] = [None] * len(self.pipe_buffers[key])
+        gc.collect()
+        loss_fn, gas = self.module.loss_fn, self.micro_batches
+        last = self.is_last_stage()
+        self._report, made = None, {}
+        if last and loss_fn.on_token_losses is not None:
+            self._report = loss_fn.on_token_losses
+            loss_fn.on_token_losses = lambda *found: made.update(found=found)
+
+        def forward(inputs: Any, targets: Any) -> Any:
+            results = self.module(inputs)
+            return loss_fn.compute(results, targets) if last else results
+
+        def backward(results: Any, gradient: Any) -> None:
+            first = results[0] if isinstance(results, tuple) else results
+            if last:
+                (first / gas).backward()
+            else:
+                first.backward(gradient)
+
+        def last_backward(results: Any, gradient: Any) -> None:
+            self.optimizer.begin_reduction()
+            backward(results, gradient)
+            with torch.no_grad():
+                self.optimizer.reduction.finish()
+
+        from neox_core.train.engine import graphs as G
+
+        slots = self.num_stages - self.stage_id
+        last_work = Work(forward, last_backward) if self._mesh.data_size > 1 else None
+        stage = StageGraphs(slots, Work(forward, backward), last_work, last)
+        original = G.RecordedMicroBatch.__init__
+
+        def init(slot: Any, *args: Any) -> None:
+            original(slot, *args)
+            slot.token_losses = made.get("found")
+
+        G.RecordedMicroBatch.__init__ = init
+        try:
+            stage.record(inputs, targets, self.micro_batches)
+        finally:
+            G.RecordedMicroBatch.__init__ = original
+            if last:
+                loss_fn.on_token_losses = self._report
+        self.graphs = stage
+
     def _exec_backward_pass(self, buffer_id: int) -> None:
+        if self.replaying:
+            gradient = None
+            if not self.is_last_stage():
+                gradient = self.grad_layer if isinstance(self.grad_layer, Tensor) else self.grad_layer[0]
+            slot = self.graphs.backward(gradient)
+            self.pipe_buffers["inputs"][buffer_id] = slot.inputs
+            self.pipe_buffers["outputs"][buffer_id] = None
+            return
         self._backward_passes += 1
         if self._backward_passes == self.micro_batches:
             self.optimizer.begin_reduction()
         super()._exec_backward_pass(buffer_id)
 
     # DeepSpeed looks functions up here, not by name.
-    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {schedule.BackwardPass: _exec_backward_pass}
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+    }
 
     def _bf16_reduce_grads(self) -> None:
         self._backward_passes = 0
-        self.optimizer.reduce_gradients()
+        self.optimizer.reduce_gradients(self.replaying)
         self.optimizer.counted_share = self._own_counted_share()
 
     def eval_batch(self, *args: Any, **named: Any) -> Any:
