@@ -26,6 +26,7 @@ from neox_core.config import WandbConfig, batch_geometry
 from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import build_mesh, init_distributed
 from neox_core.train.engine.deepspeed_engine import build_engine
+from neox_core.train.engine.outcome import gradient_norm_of
 from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.profiler import StepProfiler
 from neox_core.train.observe.telemetry import Telemetry
@@ -51,22 +52,20 @@ def main() -> None:
     engine = build_engine(config, mesh, geometry, _random_weights(config, device))
     batches, folder = _batches(config, device), Path(tempfile.mkdtemp())
     with MetricsLog(config, folder, cast(Any, _NoStore()), "", "benchmark", 0) as metrics:
-        plain = engine._INSTRUCTION_MAP
         telemetry = Telemetry(
             config, mesh, geometry, engine, Mixture(_SOURCES), metrics, StepProfiler(None, folder, 0), 1e15
         )
-        hooked, on_losses = engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses
         watched = telemetry.batches(batches)
 
         def without(step: int) -> None:
-            engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses = plain, None
+            engine.observe(None, None)
             engine.train_batch(batches)
 
         def with_telemetry(step: int) -> None:
-            engine._INSTRUCTION_MAP, engine.module.loss_fn.on_token_losses = hooked, on_losses
+            telemetry.attach()
             telemetry.begin(step, 0)
             loss = engine.train_batch(watched)
-            telemetry.end(step, {"train/loss": loss, "train/gradient_norm": engine.get_global_grad_norm()})
+            telemetry.end(step, {"train/loss": loss, "train/gradient_norm": gradient_norm_of(engine.outcome)})
 
         pairs = []
         for step in range(1, options.steps + 1):  # either one first in turn

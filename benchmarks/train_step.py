@@ -17,7 +17,6 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from neox_core.parallel.mesh import build_mesh, init_distributed
 from neox_core.planning.memory import parameter_count
 from neox_core.planning.plan import flops_per_token
 from neox_core.train.engine.deepspeed_engine import build_engine
+from neox_core.train.engine.step_engine import Batches, StepEngine
 from neox_core.train.observe.hardware import peak_flops
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -130,7 +130,7 @@ def _initial(shape: torch.Size, generator: torch.Generator, device: torch.device
     return weight.normal_(0, 0.02, generator=generator)
 
 
-def _batches(config: RunConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(config: RunConfig, device: torch.device) -> Batches:
     shape = (config.train.micro_batch_size, config.train.sequence_length + 1)
     generator = torch.Generator(device).manual_seed(0)
     while True:
@@ -167,7 +167,7 @@ def _sustained_gemm(config: RunConfig, device: torch.device, seconds: float) -> 
     return rate
 
 
-def _timed(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def _timed(engine: StepEngine, batches: Batches, device: torch.device) -> float:
     _synchronize(device)
     start = time.perf_counter()
     engine.train_batch(batches)
@@ -199,7 +199,7 @@ def _figures(config: RunConfig, seconds: float, gemm: float, device: torch.devic
     }
 
 
-def _profile(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], table: bool) -> dict[str, float]:
+def _profile(engine: StepEngine, batches: Batches, table: bool) -> dict[str, float]:
     """Seconds of one step by part, from the kernels' names; gaps are what no kernel covers."""
     from torch.profiler import ProfilerActivity, profile
 

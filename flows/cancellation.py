@@ -19,5 +19,6 @@ def cancel_jobs_of_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State) ->
 
     The jobs' checkpoints and finished parts stay, so that a later run of the flow resumes.
     """
-    for job in cancel_jobs(load_config(flow_run.parameters["config"])):
+    given = flow_run.parameters
+    for job in cancel_jobs(load_config(given["config"], given.get("overrides") or ())):
         logger.info("cancelled %s", job)

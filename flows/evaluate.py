@@ -5,26 +5,17 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.cancellation import cancel_jobs_of_run
-from flows.stage_flow import Row, run_stage_flow
-from neox_core.config import RunConfig
-from tasks.evaluate import evaluate as evaluate_stage
+from flows.stage_flow import run_stage_flow
+from tasks.specs import EVALUATE
 from tasks.stage import StageResult
 
 
 @flow(name="evaluate", flow_run_name="evaluate {config}", on_cancellation=[cancel_jobs_of_run])
-def evaluate(config: str) -> StageResult:
+def evaluate(config: str, overrides: list[str] | None = None) -> StageResult:
     """Wait for checkpoints and evaluate each, until the last step's.
 
     Args:
         config: path of the run's YAML file.
+        overrides: key=value texts that override it, such as train.steps=100.
     """
-    return run_stage_flow("evaluate", config, evaluate_stage, perplexity_table)
-
-
-def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """A row per checkpoint and source."""
-    return [
-        {"step": evaluation["step"], "source": source, **values}
-        for evaluation in result.artifact.summary["evaluations"]
-        for source, values in evaluation["sources"].items()
-    ]
+    return run_stage_flow(EVALUATE, config, overrides)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from prefect import Task
 from prefect.artifacts import create_table_artifact
@@ -14,31 +14,39 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.interruption import raise_if_interrupted
 from flows.progress import stage_progress
-from infra.s3.service import storage_service
-from neox_core.config import RunConfig, load_config
+from flows.stages import STAGE, OpenedRun, how_it_went, opened_run
 from neox_core.errors import LaunchError
-from neox_core.progress import Progress
-from tasks.preflight import check_run
+from tasks.specs import STAGES
 from tasks.stage import StageResult
 
 _SIGNAL_SECONDS = 2.0
 
-Stage = Callable[[RunConfig, Progress], StageResult]
-Row = dict[str, Any]
+_handed_down: contextvars.ContextVar[OpenedRun | None] = contextvars.ContextVar("opened run", default=None)
 
 
 @contextmanager
-def opened(config_path: str) -> Iterator[RunConfig]:
-    """The configuration, checked, with its object store running and reachable.
+def opened(config: str, overrides: Collection[str] | None, stages: Collection[str] = STAGES) -> Iterator[OpenedRun]:
+    """The run that the flow's parent hands down, else the opened run of its parameters.
 
     Raises:
         LlemmaError: whatever would keep the run from finishing, in one line, before any long work.
     """
+    if run := _handed_down.get():
+        yield run
+        return
     _log_as_much_as_prefect()
-    config = load_config(config_path)
-    check_run(config)
-    with storage_service(config.storage, config.workdir) as storage:
-        yield config.model_copy(update={"storage": storage})
+    with opened_run(config, overrides or (), stages) as run:
+        yield run
+
+
+@contextmanager
+def handed_down(run: OpenedRun) -> Iterator[None]:
+    """While the context lasts, child flows work on this very run, whatever becomes of its files meanwhile."""
+    token = _handed_down.set(run)
+    try:
+        yield
+    finally:
+        _handed_down.reset(token)
 
 
 def _log_as_much_as_prefect() -> None:
@@ -48,33 +56,26 @@ def _log_as_much_as_prefect() -> None:
         logging.getLogger(package).setLevel(level)
 
 
-def run_stage_flow(
-    name: str, config_path: str, stage: Stage, table: Callable[[RunConfig, StageResult], list[Row]]
-) -> StageResult:
+def run_stage_flow(name: str, config: str, overrides: Collection[str] | None) -> StageResult:
     """Run one stage and publish its result as a table in Prefect.
 
     The stage decides by its artifact whether there is anything to do, so Prefect's own cache is off: Retry, Run again
     and a new run are the same thing.
     """
-    with opened(config_path) as config, stage_progress(name) as progress:
+    stage = STAGE[name]
+    with opened(config, overrides, [name]) as run, stage_progress(name) as progress:
         try:
-            result = Task(stage, name=name, cache_policy=NO_CACHE)(config, progress)
+            result = Task(stage.run, name=name, cache_policy=NO_CACHE)(run, progress)
         except LaunchError:
             # The signal that cancels a flow ends its local jobs as well, which may be noticed first.
             time.sleep(_SIGNAL_SECONDS)
             raise_if_interrupted()
             raise
-        state = "was finished before" if result.skipped else f"took {result.seconds:.1f} s"
         artifact = result.artifact
         create_table_artifact(
             key=name,
-            table=table(config, result),
-            description=f"{name} {state}; artifact `{artifact.folder}`, fingerprint `{artifact.fingerprint}`",
+            table=stage.table(run.config, result),
+            description=f"{name} {how_it_went(result)}; artifact `{artifact.folder}`, "
+            f"fingerprint `{artifact.fingerprint}`",
         )
         return result
-
-
-def summary_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """What a stage found out, and the files that it made."""
-    found = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
-    return found + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from typing import Any
 
 import neox_core
 from neox_core.errors import CheckpointError
+from neox_core.storage.atomic import write_atomically
 
 ARTIFACT_FILE = "artifact.json"
 _READ_SIZE = 1 << 22
@@ -65,21 +64,6 @@ def fingerprint(name: str, logical: Mapping[str, Any], inputs: Mapping[str, str]
         separators=(",", ":"),
     )
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: threads of a flow and hosts on a shared disk may write the same file at the same time.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class DigestCache:

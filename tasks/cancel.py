@@ -9,17 +9,17 @@ from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
 from tasks.jobs.job import Job
-from tasks.jobs.slurm import JobArray
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec, train_spec
+from tasks.specs import evaluate_spec
 from tasks.stage import try_claim, try_claim_name
-from tasks.tokenization.record import job_arrays
+from tasks.tokenization.array import job_arrays
 from tasks.train import training_jobs
+from tasks.training import find_training
 
-_Find = Callable[[RunConfig], Sequence[Job | JobArray]]
+_Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job]]]
 
 
-def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
+def cancel_jobs(config: RunConfig) -> list[Job]:
     """Cancel the tokenization, training and evaluation jobs of this configuration, except of a stage that is being run.
 
     Returns:
@@ -28,17 +28,17 @@ def cancel_jobs(config: RunConfig) -> list[Job | JobArray]:
     Raises:
         LaunchError: SLURM does not answer, or a job runs on another host; other stages' jobs are cancelled anyway.
     """
-    stages: list[tuple[AbstractContextManager[bool], _Find]] = [
-        (try_claim_name(config.workdir, PARTS_CLAIM), lambda config: job_arrays(config.workdir)),
-        (try_claim(train_spec(config)), training_jobs),
-        (try_claim(evaluate_spec(config)), evaluation_jobs),
-    ]
-    cancelled: list[Job | JobArray] = []
+    stages: list[_Stage] = [(try_claim_name(config.workdir, PARTS_CLAIM), lambda: job_arrays(config.workdir))]
+    if training := find_training(config):  # else none was ever submitted
+        evaluation = evaluate_spec(config, training.fingerprint)
+        stages.append((try_claim(training.spec), lambda: training_jobs(training)))
+        stages.append((try_claim(evaluation), lambda: evaluation_jobs(evaluation)))
+    cancelled: list[Job] = []
     failures: list[LaunchError] = []
     for claim, find in stages:
         with claim as claimed:
             try:
-                for job in find(config) if claimed else ():
+                for job in find() if claimed else ():
                     if not job.done():
                         job.cancel()
                         cancelled.append(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,8 @@ from neox_core.artifact import (
     DigestCache,
     FileRecord,
     artifact_text,
-    find_verified,
     fingerprint,
     parse_artifact,
-    publish,
     sha256_of,
     software,
 )
@@ -24,6 +23,7 @@ from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.progress import Progress
 from neox_core.storage.folders import Folder, LocalFolder, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
+from tasks.once import LocalPlace, build_unless_verified
 
 ExportForm = Literal["huggingface", "meta"]
 _DIGESTS = ".digests.json"
@@ -118,42 +118,17 @@ def _once(
     build: Callable[[Target], Mapping[str, Any]],
 ) -> Artifact:
     """The artifact in `target`, built unless it is there and verifies."""
-    if not isinstance(target, LocalTarget):
-        return _once_remote(name, source, target, logical, build)
-    cache = DigestCache(target.path / _DIGESTS)
-    inputs = _inputs(source, cache)
-    identity = fingerprint(name, logical, inputs)
-    found = find_verified(target.path, identity, cache)
-    if found is not None:
-        return found
-    summary = build(target)
-    cache.remember(target.path, journal_records(target))
-    return publish(Artifact(name, identity, inputs, logical, (), summary), target.path, cache)
+    local = LocalPlace(target.path, DigestCache(target.path / _DIGESTS)) if isinstance(target, LocalTarget) else None
+    inputs = _inputs(source, local.cache if local else None)
+    draft = Artifact(name, fingerprint(name, logical, inputs), inputs, logical, (), {})
 
+    def build_and_remember() -> Mapping[str, Any]:
+        summary = build(target)
+        if local:
+            local.cache.remember(local.folder, journal_records(target))
+        return summary
 
-def _once_remote(
-    name: str,
-    source: Folder,
-    target: Target,
-    logical: Mapping[str, Any],
-    build: Callable[[Target], Mapping[str, Any]],
-) -> Artifact:
-    """The same for an object store, whose files count as verified where their sizes are those recorded."""
-    inputs = _inputs(source, None)
-    identity = fingerprint(name, logical, inputs)
-    found = _recorded(target)
-    if found is not None and found.fingerprint == identity:
-        sizes = {record.path: target.content(record.path).size for record in found.files if target.mark(record.path)}
-        if sizes == {record.path: record.size for record in found.files}:
-            return found
-    summary = build(target)
-    known = {record.path: record for record in journal_records(target)}
-    records = tuple(
-        known.get(path) or FileRecord(path, *target.digest(path)) for path in target.files() if path != ARTIFACT_FILE
-    )
-    artifact = Artifact(name, identity, inputs, logical, records, summary, software(), Path(str(target)))
-    target.write(ARTIFACT_FILE, artifact_text(artifact).encode())
-    return artifact
+    return build_unless_verified(draft, local or RemotePlace(target), build_and_remember)[0]
 
 
 def _inputs(source: Folder, cache: DigestCache | None) -> dict[str, str]:
@@ -165,8 +140,27 @@ def _inputs(source: Folder, cache: DigestCache | None) -> dict[str, str]:
     return file_versions(source)
 
 
-def _recorded(target: Target) -> Artifact | None:
-    try:
-        return parse_artifact(target.read_text(ARTIFACT_FILE), Path(str(target)))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+@dataclass(frozen=True)
+class RemotePlace:
+    """A prefix of an object store, whose files verify by their sizes."""
+
+    target: Target
+
+    def find(self, fingerprint: str) -> Artifact | None:
+        """As `ArtifactPlace.find`."""
+        try:
+            found = parse_artifact(self.target.read_text(ARTIFACT_FILE), Path(str(self.target)))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        expected = {record.path: record.size for record in found.files}
+        sizes = {path: self.target.content(path).size for path in expected if self.target.mark(path)}
+        return found if found.fingerprint == fingerprint and sizes == expected else None
+
+    def publish(self, draft: Artifact) -> Artifact:
+        """As `ArtifactPlace.publish`; what was written by this process is not read again."""
+        known = {record.path: record for record in journal_records(self.target)}
+        paths = [path for path in self.target.files() if path != ARTIFACT_FILE]
+        records = tuple(known.get(path) or FileRecord(path, *self.target.digest(path)) for path in paths)
+        artifact = replace(draft, files=records, software=software(), folder=Path(str(self.target)))
+        self.target.write(ARTIFACT_FILE, artifact_text(artifact).encode())
+        return artifact

@@ -8,17 +8,26 @@ from typing import Any
 
 from neox_core.config import RunConfig
 from neox_core.progress import Progress
-from tasks.specs import convert_spec
+from tasks.base import make_toy_base
+from tasks.current import note_current, outlived
+from tasks.specs import CONVERT, convert_spec
 from tasks.stage import StageResult, digest_cache, run_stage
 
 
 def convert(config: RunConfig, progress: Progress) -> StageResult:
     """Cut the base weights for TP x PP, or find it done. The summary holds the largest differences.
 
+    A toy's base weights are made first if they are missing. Where the base weights are gone, what was made of them
+    last stays current.
+
     Raises:
         CheckpointError: the weights are damaged, or the shards' logits are not the original's.
         ConfigError: the weights are of another architecture.
     """
+
+    if result := outlived(config, CONVERT):
+        return result
+    make_toy_base(config)
 
     def build(folder: Path) -> Mapping[str, Any]:
         from neox_core.checkpoint.conversion.convert import convert as convert_weights
@@ -41,11 +50,13 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
             new_tokens=base.new_tokens,
             prove=lambda source, shards: prove_conversion(source.folder, shards, config.model, progress),
         )
-        digest_cache(config).remember(folder, journal_records(open_target(folder)))
+        digest_cache(config.workdir).remember(folder, journal_records(open_target(folder)))
         of_logits = summary.get("largest_logit_difference")  # large models are compared layer by layer alone
         what = "layer" if of_logits is None else "logit"
         difference = summary["largest_layer_difference"] if of_logits is None else of_logits
         progress(1.0, f"largest {what} difference to transformers {difference:.1e}")
         return summary
 
-    return run_stage(convert_spec(config), build, progress)
+    result = run_stage(convert_spec(config), build, progress)
+    note_current(config, result)
+    return result

@@ -10,17 +10,19 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, fingerprint, write_atomically
-from neox_core.checkpoint.manifest import training_prefix
+from neox_core.artifact import Artifact, fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.storage.atomic import write_atomically
+from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
-from tasks.jobs import slurm
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
-from tasks.specs import convert_spec, evaluate_spec, prepare_spec, train_spec
-from tasks.stage import StageResult, require, run_stage
-from tasks.train import FAILURE_FILE, lineage_checkpoints, scratch_folder
+from tasks.jobs.retry import RetryPolicy
+from tasks.specs import EVALUATE, evaluate_spec
+from tasks.stage import StageResult, StageSpec, require, run_stage
+from tasks.train import FAILURE_FILE
+from tasks.training import Training
 
 EVALUATIONS_FILE = "evaluations.json"
 _BASE_STEP = 0
@@ -28,7 +30,7 @@ _PATIENCE_SECONDS = 60.0
 _REPORT_SECONDS = 1.0
 
 
-def evaluate(config: RunConfig, progress: Progress) -> StageResult:
+def evaluate(training: Training, progress: Progress) -> StageResult:
     """Evaluate the base weights and every checkpoint until the last step's is through.
 
     A training with changes includes what was evaluated of the trainings that it was before them.
@@ -37,11 +39,12 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
         LlemmaError: training ended without its last checkpoint; evaluations so far are kept.
         LaunchError: an evaluation job failed, or SLURM does not answer for long.
     """
-    started = time.time()
-    data, weights = require(prepare_spec(config)), require(convert_spec(config))
+    started, config = time.time(), training.config
+    data, weights = require(training.data), require(training.weights)
+    spec = evaluate_spec(config, training.fingerprint)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results, retry_policy = _inherited(config) | _load(folder), slurm.RetryPolicy()
+        results, retry_policy = _inherited(training) | _load(folder), RetryPolicy()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -50,33 +53,33 @@ def evaluate(config: RunConfig, progress: Progress) -> StageResult:
             progress(step / config.train.steps, text)
 
         while config.train.steps not in results:
-            todo = [(prefix, step) for step, prefix in _available(config).items() if step not in results]
+            todo = [(prefix, step) for step, prefix in _available(training).items() if step not in results]
             if todo:
                 for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
-                    for result in _run_job(config, data, weights, prefix, [step for _, step in found], report):
+                    for result in _run_job(spec, data, weights, prefix, [step for _, step in found], report):
                         results[result["step"]] = result
                     _store(folder, results)
                 continue
-            if _training_failed(config, started, retry_policy):
+            if _training_failed(training, started, retry_policy):
                 report()  # raises if it is an interruption of both that has ended training
                 raise LlemmaError(
                     f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
-                    "Run train again, then evaluate"
+                    "Go on with both: `llemma run CONFIG train evaluate`"
                 )
             _wait(config.evaluate.poll_seconds, report)
         report()
         return {"evaluations": [results[step] for step in sorted(results)]}
 
-    return run_stage(evaluate_spec(config), build, progress)
+    return run_stage(spec, build, progress)
 
 
-def evaluation_jobs(config: RunConfig) -> list[Job]:
+def evaluation_jobs(spec: StageSpec) -> list[Job]:
     """All jobs of this evaluation."""
-    return find_jobs(config.workdir / "jobs", "evaluate", _key_prefix(config), config.parallel.tensor)
+    return find_jobs(spec.config.workdir / "jobs", _key_prefix(spec))
 
 
-def _key_prefix(config: RunConfig) -> str:
-    return evaluate_spec(config).fingerprint[:8]
+def _key_prefix(spec: StageSpec) -> str:
+    return spec.fingerprint[:8]
 
 
 def _wait(seconds: float, report: Callable[[], None]) -> None:
@@ -86,50 +89,52 @@ def _wait(seconds: float, report: Callable[[], None]) -> None:
         time.sleep(min(left, _REPORT_SECONDS))
 
 
-def _available(config: RunConfig) -> dict[int, str]:
+def _available(training: Training) -> dict[int, str]:
     """Steps that can be evaluated, and the key below which their checkpoints lie."""
-    own = training_prefix(train_spec(config).fingerprint)
-    return {_BASE_STEP: own} | {step: prefix for step, (prefix, _) in lineage_checkpoints(config).items()}
+    found = {step: prefix for step, (prefix, _) in training.lineage_checkpoints().items()}
+    return {_BASE_STEP: training.prefix} | found
 
 
-def _inherited(config: RunConfig) -> dict[int, dict[str, Any]]:
+def _inherited(training: Training) -> dict[int, dict[str, Any]]:
     """Results for the steps that this training shares with those before its changes."""
     results: dict[int, dict[str, Any]] = {}
-    for earlier, last_step in reversed(earlier_configs(config)):
-        found = _load(evaluate_spec(earlier).folder)
+    for earlier, last_step in reversed(earlier_configs(training.config)):
+        identity = training_fingerprint(earlier, training.data.fingerprint, training.weights.fingerprint)
+        found = _load(evaluate_spec(earlier, identity).folder)
         results |= {step: result for step, result in found.items() if step <= last_step}
     return results
 
 
-def _training_failed(config: RunConfig, since: float, retry_policy: slurm.RetryPolicy) -> bool:
+def _training_failed(training: Training, since: float, retry_policy: RetryPolicy) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
     """
-    failure = scratch_folder(config) / FAILURE_FILE
+    failure = training.scratch / FAILURE_FILE
     impatient = time.time() - since > _PATIENCE_SECONDS
     if failure.is_file():
         return impatient or failure.stat().st_mtime > since
-    job = find_job(config.workdir / "jobs", train_spec(config).fingerprint)
+    job = find_job(training.config.workdir / "jobs", training.fingerprint)
     return job is not None and retry_policy.ask(job.state) in ("failed", "cancelled") and impatient
 
 
 def _run_job(
-    config: RunConfig, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Callable[[], None]
+    spec: StageSpec, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
+    config = spec.config
     counts = {
         source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
     }
     # Keys of one evaluation begin alike, so that its jobs can be found (see `evaluation_jobs`).
-    key = _key_prefix(config) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
+    key = _key_prefix(spec) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = slurm.RetryPolicy().wait_for(
+    job = RetryPolicy().wait_for(
         lambda: submit_or_attach(
             config.launch,
             config.workdir / "jobs",
-            "evaluate",
+            EVALUATE,
             key,
             evaluate_rank,
             (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),

@@ -5,28 +5,33 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from neox_core.checkpoint.manifest import download_checkpoint
 from neox_core.config import RunConfig
-from neox_core.data.tokenization.readers import Document, open_input, read_records, source_files
+from neox_core.data.dataset import token_prefix
+from neox_core.data.indexed import IndexedDataset
 from neox_core.progress import Progress
-from tasks.specs import export_spec, train_spec
+from tasks.prepare import tokenizer_of
+from tasks.specs import export_spec
 from tasks.stage import StageResult, digest_cache, require, run_stage
 from tasks.train import last_manifest
+from tasks.training import Training
 
 _SAMPLE_DOCUMENTS = 3
 
 
-def export(config: RunConfig, progress: Progress) -> StageResult:
+def export(training: Training, progress: Progress) -> StageResult:
     """Write the model of the last step in Hugging Face's format, or find it done.
 
     Raises:
+        LlemmaError: the training or prepare-data is not finished.
         CheckpointError: the checkpoint is missing, or the exported model's logits or token ids differ.
     """
-    require(train_spec(config))
+    require(training.spec.identity)
+    config = training.config
+    spec = export_spec(config, training.fingerprint)
 
     def build(folder: Path) -> Mapping[str, Any]:
         from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
@@ -34,36 +39,39 @@ def export(config: RunConfig, progress: Progress) -> StageResult:
         from neox_core.checkpoint.formats.outputs import journal_records
         from neox_core.storage.targets import open_target
 
-        with _last_weights(config, progress) as weights:
-            sizes = export_huggingface(
-                weights, folder, config.model, config.tokenizer.model, config.train.sequence_length, progress
-            )
-            digest_cache(config).remember(folder, journal_records(open_target(folder)))
-            texts = _sample_texts(config)
+        data = require(training.data)
+        tokenizer = tokenizer_of(data)
+        with _last_weights(training, config.workdir / "scratch" / spec.folder.name, progress) as weights:
+            sizes = export_huggingface(weights, folder, config.model, tokenizer, config.train.sequence_length, progress)
+            digest_cache(config.workdir).remember(folder, journal_records(open_target(folder)))
+            texts = sample_texts(data.folder, tokenizer, config)
             return sizes | prove_export(NeoxCheckpoint(weights), folder, config.model, texts, progress)
 
-    return run_stage(export_spec(config), build, progress)
+    return run_stage(spec, build, progress)
 
 
 @contextmanager
-def _last_weights(config: RunConfig, progress: Progress) -> Iterator[Path]:
+def _last_weights(training: Training, scratch: Path, progress: Progress) -> Iterator[Path]:
     """Folder of the last step's weights, fetched from the store and removed afterwards."""
-    store, prefix, manifest = last_manifest(config)
-    scratch = config.workdir / "scratch" / export_spec(config).folder.name
+    manifest = last_manifest(training)
     progress(0.0, f"fetching step {manifest.step}")
     try:
-        yield download_checkpoint(store, prefix, manifest, scratch, lambda name: name.startswith("layer_"))
+        yield download_checkpoint(
+            training.store, training.prefix, manifest, scratch, lambda name: name.startswith("layer_")
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sample_texts(config: RunConfig) -> list[str]:
-    """The first documents of each source's training text."""
+def sample_texts(data: Path, tokenizer: Path, config: RunConfig) -> list[str]:
+    """The first documents of each source's training text, decoded from its token files."""
+    from neox_core.checkpoint.formats.huggingface_tokenizer import load_sentencepiece
+
+    pieces, begin = load_sentencepiece(tokenizer), int(config.tokenizer.begin_of_document)
     texts: list[str] = []
     for source in config.data.sources:
-        first = source_files(config.data, config.storage, source, "train")[0]
-        with open_input(first, config.storage, config.workdir / "scratch") as path:
-            records = read_records(path, config.data.text_key)
-            documents = (record.text for record in records if isinstance(record, Document))
-            texts += islice(documents, _SAMPLE_DOCUMENTS)
+        documents = IndexedDataset(token_prefix(data, source, "train"))
+        # Without the ids that were put before and after the text.
+        ids = [documents[index][begin:-1].tolist() for index in range(min(_SAMPLE_DOCUMENTS, len(documents)))]
+        texts += pieces.decode(ids)
     return texts

@@ -9,16 +9,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from neox_core.artifact import Artifact, sha256_of
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part_files import PARTS
+from neox_core.errors import DataError
 from neox_core.progress import Progress
-from tasks.specs import prepare_spec
+from tasks.current import note_current, outlived
+from tasks.specs import PREPARE_DATA, prepare_spec
 from tasks.stage import StageResult, claim, run_stage
 from tasks.tokenization.tokenize import prepare_data
 
 PARTS_CLAIM = "prepare-data-parts"
 """Of the parts in a workdir, for tasks.stage.claim."""
+TOKENIZER_FILE = "tokenizer.model"
 _GIVEN_UP = f"{PARTS}-done-"
 
 
@@ -28,25 +32,46 @@ def prepare(config: RunConfig, progress: Progress) -> StageResult:
 
     Finished parts lie in `<workdir>/.parts/`, whatever the stage's folder, until the artifact is there: a run with a
     correction in its configuration or its files makes only the parts that the correction changes. Runs in one workdir
-    take turns.
+    take turns. Where the text, an evaluation set or the tokenizer is gone, what was made of it last stays current.
 
     Raises:
         DataError: an input is missing or bad, or the run would repeat a source too often; in the latter case the
             artifact is there, since the mixture may change without a new tokenization.
     """
+    result = outlived(config, PREPARE_DATA) or _prepare(config, progress)
+    ledger(config, result)
+    return result
+
+
+def _prepare(config: RunConfig, progress: Progress) -> StageResult:
     with ExitStack() as until_published:
 
         def build(folder: Path) -> Mapping[str, Any]:
             parts = claim(config.workdir, PARTS_CLAIM, "the parts of this workdir", progress)
             until_published.enter_context(parts)
-            return prepare_data(config, folder, config.workdir, progress)
+            summary = prepare_data(config, folder, config.workdir, progress)
+            _copy_tokenizer(config.tokenizer.model, folder, spec.inputs[TOKENIZER_FILE])
+            return summary
 
-        result = run_stage(prepare_spec(config), build, progress)
+        spec = prepare_spec(config)
+        result = run_stage(spec, build, progress, still_valid=lambda artifact: tokenizer_of(artifact).is_file())
         if not result.skipped:
             _give_up_parts(config.workdir)
     _remove_given_up(config.workdir)
-    ledger(config, result)
+    note_current(config, result)
     return result
+
+
+def tokenizer_of(prepared: Artifact) -> Path:
+    """The copy of the tokenizer's model that lies among the token files."""
+    return prepared.folder / TOKENIZER_FILE
+
+
+def _copy_tokenizer(model: Path, folder: Path, digest: str) -> None:
+    """So that later stages need no other file than the artifact's."""
+    shutil.copyfile(model, folder / TOKENIZER_FILE)
+    if sha256_of(folder / TOKENIZER_FILE) != digest:
+        raise DataError(f"tokenizer.model {model} has changed while the text was tokenized: run again")
 
 
 def _give_up_parts(workdir: Path) -> None:

@@ -7,16 +7,33 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint, publish
+from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from tasks.once import LocalPlace, build_unless_verified
 
 _CLAIM_SECONDS = 1.0
 """How often a stage that another run is at work on is tried again."""
+
+
+@dataclass(frozen=True)
+class StageIdentity:
+    """Which artifact, and where it lies; known without a look at what it was made from."""
+
+    name: str
+    """The stage's."""
+    fingerprint: str
+    workdir: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact lies."""
+        return self.workdir / f"{self.name}-{self.fingerprint[:16]}"
 
 
 @dataclass(frozen=True)
@@ -30,15 +47,20 @@ class StageSpec:
     inputs: Mapping[str, str]
     """Fingerprints of input artifacts, or digests of input files, by logical name."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of the result."""
         return fingerprint(self.name, self.logical, self.inputs)
 
     @property
+    def identity(self) -> StageIdentity:
+        """Which artifact it yields."""
+        return StageIdentity(self.name, self.fingerprint, self.config.workdir)
+
+    @property
     def folder(self) -> Path:
         """Where the artifact lies."""
-        return self.config.workdir / f"{self.name}-{self.fingerprint[:16]}"
+        return self.identity.folder
 
 
 @dataclass(frozen=True)
@@ -55,9 +77,9 @@ class StageResult:
         return float(self.artifact.summary["seconds"])
 
 
-def digest_cache(config: RunConfig) -> DigestCache:
+def digest_cache(workdir: Path) -> DigestCache:
     """The memory of file digests that all stages of a run share."""
-    return DigestCache(config.workdir / ".digests.json")
+    return DigestCache(workdir / ".digests.json")
 
 
 def run_stage(
@@ -119,31 +141,35 @@ def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
 def _run_claimed(
     spec: StageSpec, build: Callable[[Path], Mapping[str, Any]], still_valid: Callable[[Artifact], bool]
 ) -> StageResult:
-    cache = digest_cache(spec.config)
-    finished = find_verified(spec.folder, spec.fingerprint, cache)
-    if finished is not None and still_valid(finished):
-        return StageResult(finished, skipped=True)
-    started = time.monotonic()
-    spec.folder.mkdir(parents=True, exist_ok=True)
-    summary = build(spec.folder)
-    draft = Artifact(
-        name=spec.name,
-        fingerprint=spec.fingerprint,
-        inputs=spec.inputs,
-        config=spec.config.model_dump(mode="json"),
-        files=(),
-        summary={**summary, "seconds": round(time.monotonic() - started, 2)},
-    )
-    return StageResult(publish(draft, spec.folder, cache), skipped=False)
+    def timed() -> Mapping[str, Any]:
+        started = time.monotonic()
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        return {**build(spec.folder), "seconds": round(time.monotonic() - started, 2)}
+
+    draft = Artifact(spec.name, spec.fingerprint, spec.inputs, spec.config.model_dump(mode="json"), (), {})
+    place = LocalPlace(spec.folder, digest_cache(spec.config.workdir))
+    return StageResult(*build_unless_verified(draft, place, timed, still_valid))
 
 
-def require(spec: StageSpec) -> Artifact:
+def find(identity: StageIdentity) -> Artifact | None:
+    """The stage's artifact if it is finished and intact."""
+    return find_verified(identity.folder, identity.fingerprint, digest_cache(identity.workdir))
+
+
+def require(identity: StageIdentity) -> Artifact:
     """The finished artifact of an earlier stage.
 
     Raises:
         LlemmaError: it is not there or does not verify.
     """
-    artifact = find_verified(spec.folder, spec.fingerprint, digest_cache(spec.config))
+    artifact = find(identity)
     if artifact is None:
-        raise LlemmaError(f"stage {spec.name} has no finished, intact artifact at {spec.folder}: run {spec.name} first")
+        raise LlemmaError(
+            f"stage {identity.name} has no finished, intact artifact at {identity.folder}: {how_to_run(identity.name)}"
+        )
     return artifact
+
+
+def how_to_run(stage: str) -> str:
+    """The way out for an error about a stage that is not finished."""
+    return f"run it first, with `llemma run CONFIG {stage}`"

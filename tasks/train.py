@@ -9,26 +9,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
+from neox_core.checkpoint.manifest import Manifest
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
-from neox_core.storage.object_store import ObjectStore
-from neox_core.train.lineage import Ancestor, ancestors
-from tasks.jobs import slurm
+from neox_core.train.lineage import Ancestor
+from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
+from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
-from tasks.specs import convert_spec, prepare_spec, train_spec
-from tasks.stage import StageResult, require, run_stage
+from tasks.specs import TRAIN
+from tasks.stage import StageResult, how_to_run, require, run_stage
+from tasks.training import Training
 
-METRICS_FILE, INCIDENTS_FILE = "metrics.jsonl", "incidents.jsonl"
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
 _POLL_SECONDS = 1.0
 _INCIDENT_KEYS = ("step", "problem", "action", "loss", "gradient_norm", "ranks", "sources")
 
 
-def train(config: RunConfig, progress: Progress) -> StageResult:
+def train(training: Training, progress: Progress) -> StageResult:
     """Train to the last step, or find it done. A job that is running already is followed, not submitted again.
 
     The artifact holds metrics.jsonl; the checkpoints lie in the store.
@@ -36,34 +36,33 @@ def train(config: RunConfig, progress: Progress) -> StageResult:
     Raises:
         LaunchError: the job failed; the message is the failing rank's. Or SLURM does not answer for long.
     """
-    failure = scratch_folder(config) / FAILURE_FILE
+    failure = training.scratch / FAILURE_FILE
     failure.unlink(missing_ok=True)
     try:
-        return _train(config, progress)
+        return _train(training, progress)
     except BaseException as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         failure.write_text(str(error), encoding="utf-8")
         raise
 
 
-def _train(config: RunConfig, progress: Progress) -> StageResult:
-    spec = train_spec(config)
-    data, weights = require(prepare_spec(config)), require(convert_spec(config))
-    scratch = scratch_folder(config)
+def _train(training: Training, progress: Progress) -> StageResult:
+    config, scratch = training.config, training.scratch
+    data, weights = require(training.data), require(training.weights)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        job = slurm.RetryPolicy().wait_for(
+        job = RetryPolicy().wait_for(
             lambda: submit_or_attach(
                 config.launch,
                 config.workdir / "jobs",
                 "train",
-                spec.fingerprint,
+                training.fingerprint,
                 train_rank,
-                (config, data.folder, weights.folder, scratch, spec.fingerprint, _ancestors(config)),
+                (config, data.folder, weights.folder, scratch, training.fingerprint, training.ancestors),
                 config.launch.nodes,
                 config.launch.ranks_per_node,
                 # What an earlier job made may be gone since; a new one finds in the store what is left to do.
-                accept_completed=_is_complete(config) and (scratch / METRICS_FILE).is_file(),
+                accept_completed=_is_complete(training) and (scratch / METRICS_FILE).is_file(),
             ),
             meanwhile=lambda: progress(0.0, "waiting for SLURM, which does not answer"),
         )
@@ -72,9 +71,9 @@ def _train(config: RunConfig, progress: Progress) -> StageResult:
         for path in (scratch / METRICS_FILE, scratch / INCIDENTS_FILE):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        return _summary(config, folder, result)
+        return _summary(training, folder, result)
 
-    return run_stage(spec, build, progress, still_valid=lambda _: _is_complete(config))
+    return run_stage(training.spec, build, progress, still_valid=lambda _: _is_complete(training))
 
 
 def train_rank(
@@ -90,66 +89,32 @@ def train_rank(
     return train_on_this_rank(config, TrainJob(data, weights, output, fingerprint, lineage))
 
 
-def training_jobs(config: RunConfig) -> list[Job]:
+def training_jobs(training: Training) -> list[Job]:
     """The job of this training, if it was ever submitted."""
-    return find_jobs(config.workdir / "jobs", "train", train_spec(config).fingerprint, config.launch.world_size)
+    return find_jobs(training.config.workdir / "jobs", training.fingerprint)
 
 
-def scratch_folder(config: RunConfig) -> Path:
-    """Where the job writes while it runs: metrics, W&B's files, checkpoints on their way to the store."""
-    return config.workdir / "scratch" / train_spec(config).folder.name
-
-
-def checkpoints(config: RunConfig) -> tuple[ObjectStore, str, list[Manifest]]:
-    """The store, the key below which this training's checkpoints lie, and the complete ones by step."""
-    store, prefix = ObjectStore(config.storage), training_prefix(train_spec(config).fingerprint)
-    return store, prefix, list_checkpoints(store, prefix)
-
-
-def last_manifest(config: RunConfig) -> tuple[ObjectStore, str, Manifest]:
-    """The store, the key and the manifest of the last step's checkpoint.
+def last_manifest(training: Training) -> Manifest:
+    """The manifest of the last step's checkpoint.
 
     Raises:
         CheckpointError: it is not complete.
     """
-    store, prefix, manifests = checkpoints(config)
-    if not manifests or manifests[-1].step != config.train.steps:
+    manifests = training.checkpoints()
+    if not manifests or manifests[-1].step != training.config.train.steps:
         raise CheckpointError(
-            f"{store.url(prefix)} holds no complete checkpoint of step {config.train.steps}, only of "
-            f"{[manifest.step for manifest in manifests]}: run train first"
+            f"{training.store.url(training.prefix)} holds no complete checkpoint of step "
+            f"{training.config.train.steps}, only of {[manifest.step for manifest in manifests]}: {how_to_run(TRAIN)}"
         )
-    return store, prefix, manifests[-1]
+    return manifests[-1]
 
 
-def _ancestors(config: RunConfig) -> tuple[Ancestor, ...]:
-    return ancestors(config, prepare_spec(config).fingerprint, convert_spec(config).fingerprint)
+def _complete_steps(training: Training) -> list[int]:
+    return [manifest.step for manifest in training.checkpoints()]
 
 
-def lineage_checkpoints(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
-    """By step, the key below which a complete checkpoint lies, and its manifest: this training's, and those of the
-    trainings that begin like it."""
-    store, prefix, manifests = checkpoints(config)
-    found = {
-        manifest.step: (training_prefix(ancestor.fingerprint), manifest)
-        for ancestor in _ancestors(config)
-        for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
-        if manifest.step <= ancestor.last_step
-    }
-    found |= {manifest.step: (prefix, manifest) for manifest in manifests}
-    return dict(sorted(found.items()))
-
-
-def consumed_history(config: RunConfig) -> list[dict[str, Any]]:
-    """What the checkpoints' ledgers say, by step: {"step", "sources": {name: {"sequences", "tokens", "epochs"}}}."""
-    return [{"step": step, "sources": manifest.consumed} for step, (_, manifest) in lineage_checkpoints(config).items()]
-
-
-def _complete_steps(config: RunConfig) -> list[int]:
-    return [manifest.step for manifest in checkpoints(config)[2]]
-
-
-def _is_complete(config: RunConfig) -> bool:
-    return _complete_steps(config)[-1:] == [config.train.steps]
+def _is_complete(training: Training) -> bool:
+    return _complete_steps(training)[-1:] == [training.config.train.steps]
 
 
 def _follow(job: Job, config: RunConfig, metrics: Path, progress: Progress) -> None:
@@ -169,7 +134,7 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
     return read_metrics(metrics) if metrics.is_file() else []
 
 
-def _summary(config: RunConfig, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(training: Training, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/loss" in row]
     # The first steps of a job warm up; the median is what the rest ran at.
     rates = sorted(row["train/tokens_per_second"] for row in rows)
@@ -181,10 +146,10 @@ def _summary(config: RunConfig, folder: Path, result: Mapping[str, Any]) -> dict
         "steps": rows[-1]["step"],
         "tokens_per_second": rates[len(rates) // 2],
         "mfu": utilisations[len(utilisations) // 2],
-        "checkpoints": _complete_steps(config),
-        "consumed": consumed_history(config),
+        "checkpoints": _complete_steps(training),
+        "consumed": training.consumed_history(),
         "incidents": _incidents(folder / INCIDENTS_FILE),
-        "changes": config.model_dump(mode="json")["train"]["changes"],
+        "changes": training.config.model_dump(mode="json")["train"]["changes"],
     }
 
 

@@ -1,7 +1,10 @@
-"""The real S3 server that tests of several folders use."""
+"""The real S3 server and the real SLURM that tests of several folders use."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,3 +56,26 @@ def no_aws_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def slurm_folder() -> Iterator[Path]:
+    """SLURM on this machine, started once per test session (5 s, and a minute more where it is to be installed)."""
+    scripts = Path(__file__).parents[1] / "infra" / "slurm"
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 108 characters at most
+    started = subprocess.run([scripts / "up", folder], capture_output=True, text=True, check=False, timeout=400)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip())
+    try:
+        assert started.returncode == 0, f"{started.stdout}\n{started.stderr}"
+        yield folder
+    finally:
+        subprocess.run([scripts / "down", folder], check=True, timeout=120)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(slurm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real SLURM of 4 nodes; its folder."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_folder / "etc" / "slurm.conf"))
+    return slurm_folder

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
-
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` on every rank with torchrun's environment variables; returns the results by rank."""
-    context = multiprocessing.get_context("spawn")
+    context = _process_context()
     queue = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = rendezvous_ports(1)
+    environment = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, as with torchrun
+    }
     processes = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, queue, args), daemon=True)
+        context.Process(target=_rank, args=(function, rank, environment, queue, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -39,19 +41,41 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
+def rendezvous_ports(count: int) -> list[int]:
+    """Ports of stores through which ranks find each other, one for each process group.
+
+    This process listens there until it ends, so that no other can take a port before the ranks come.
+    """
+    from torch.distributed import TCPStore
+
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(count)]
+    _STORES.extend(stores)
+    return [store.port for store in stores]
+
+
+_STORES: list[Any] = []
+"""A store ends with its object."""
+
+
+def _process_context() -> Any:
+    """Ranks are forks of one process that has imported torch and DeepSpeed, where imports do not touch a GPU."""
+    import torch
+
+    if torch.cuda.is_available():  # DeepSpeed looks for GPUs when it is imported, after which CUDA allows no fork
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rank_imports"])  # before the first process; later calls change nothing
+    return context
+
+
 def _rank(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, queue: Any, args: tuple[Any, ...]
+    function: Callable[..., Any], rank: int, environment: dict[str, str], queue: Any, args: tuple[Any, ...]
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.clear()  # a fork has the environment of the process that it comes from
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     try:
         # By value: torch would send tensors as handles of memory that is gone when this process ends.
         queue.put((rank, pickle.dumps(function(*args)), None))

@@ -20,8 +20,8 @@ from pathlib import Path
 import jinja2
 
 from infra.processes import ProcessRecord, end_processes
-from neox_core.artifact import write_atomically
 from neox_core.errors import StorageError
+from neox_core.storage.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 _FOLDER = re.compile(r"global_step(\d+)")
-_PARALLEL = 4  # files at a time; large ones are cut into parts besides
+_PARALLEL = 4  # files at a time; large ones are also cut into parts
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def download_checkpoint(
     manifest: Manifest,
     folder: Path,
     wanted: Callable[[str], bool],
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Path:
     """Bring the wanted files of a checkpoint to `folder`/global_stepN, in parallel, and verify each one's SHA-256.
 
@@ -163,7 +163,7 @@ def download_checkpoint(
 
     Args:
         wanted: called with a file's path relative to the checkpoint; True for those to bring.
-        alive: called as the download gets on.
+        heartbeat: called as the download makes progress.
 
     Returns:
         `folder`/global_stepN.
@@ -176,18 +176,18 @@ def download_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     records = [record for record in manifest.files if wanted(record.path)]
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        list(pool.map(partial(_download, store, prefix, manifest.step, target, alive), records))
+        list(pool.map(partial(_download, store, prefix, manifest.step, target, heartbeat), records))
     return target
 
 
 def _download(
-    store: ObjectStore, prefix: str, step: int, target: Path, alive: Callable[[], None], record: FileRecord
+    store: ObjectStore, prefix: str, step: int, target: Path, heartbeat: Callable[[], None], record: FileRecord
 ) -> None:
     path = target / record.path
     if path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256:
         return
     key = object_key(prefix, step, record.path)
-    store.get_file(key, path, lambda _: alive())
+    store.get_file(key, path, lambda _: heartbeat())
     found = sha256_of(path)
     if found != record.sha256:
         path.unlink()

@@ -1,8 +1,8 @@
-"""Saves and uploads checkpoints while training goes on.
+"""Saves and uploads checkpoints while training continues.
 
-DeepSpeed hands each rank's files to this engine, which copies them to host memory and returns. A thread then writes,
-hashes and uploads them; no rank waits for another. When all ranks have reported their files to the store, rank 0
-publishes the manifest, and only then does the checkpoint exist. A rank that fails tells rank 0, which ends the job.
+Each rank's files are copied to host memory, while training waits. A thread then writes, hashes and uploads them; no
+rank waits for another. When all ranks have reported their files to the store, rank 0 publishes the manifest, and only
+then does the checkpoint exist. A rank that fails reports that to rank 0, which ends the job.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from neox_core.artifact import FileRecord, sha256_of
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.atomic import atomic_file, remove_remains
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,12 @@ logger = logging.getLogger(__name__)
 _REPORT_TIMEOUT_SECONDS = 3600.0
 _KEPT_LOCALLY = 2
 
+TakeFile = Callable[[Any, Path], None]
+"""Takes one file's content, nested containers with tensors, and its path."""
 
-class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's checkpoint engine of one rank.
+
+class CheckpointWriter:
+    """Takes one rank's files of every checkpoint.
 
     Args:
         store: where checkpoints go.
@@ -43,7 +45,7 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         world_size: number of ranks whose reports make a checkpoint complete.
         attempt: an id that all ranks of this job share and no other job has; reports of a job that died are ignored.
         channel: a torch.distributed store of all ranks, for word of a failure: the object store may be what fails.
-        alive: called as an upload gets on.
+        heartbeat: called as an upload makes progress.
     """
 
     def __init__(
@@ -54,51 +56,41 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
         world_size: int,
         attempt: str,
         channel: Any,
-        alive: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__()
-        self._channel, self._alive = channel, alive
+        self._channel, self._heartbeat = channel, heartbeat
         self._store, self._prefix, self._attempt = store, prefix, attempt
         self._rank, self._world_size = rank, world_size
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._staged: list[tuple[Any, Path]] = []
         self._pending: Future[None] | None = None
         self._saved: list[list[Path]] = []
         self._stop = threading.Event()
 
-    def create(self, info: CheckpointCommitInfo) -> None:
-        """DeepSpeed starts a checkpoint: the one before must be through, so that host memory holds only one copy."""
-        self.wait()
+    def save(self, manifest: Manifest, hand_over: Callable[[TakeFile], None]) -> None:
+        """Copy this rank's files to host memory and start to upload them; then training may change the tensors.
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Take a copy of one file's content; training may change the tensors afterwards."""
-        self._staged.append((_to_host(state_dict), Path(path)))
+        Args:
+            manifest: of the checkpoint. Rank 0 fills in `files`, from all ranks' reports.
+            hand_over: gives each file to the function that it is called with.
 
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing: a checkpoint is complete when its manifest is published."""
-        return True
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file of a checkpoint that this software wrote and whose checksum was verified."""
-        return torch.load(path, map_location=map_location, weights_only=False)
-
-    def preserves_storage_sharing(self) -> bool:
-        """False: the staged copies share no storage, so DeepSpeed need not clone."""
-        return False
-
-    def upload(self, manifest: Manifest) -> None:
-        """Start to write and upload what was saved. `manifest.files` is filled in by rank 0 from all ranks' reports."""
-        staged, self._staged = self._staged, []
+        Raises:
+            StorageError, CheckpointError: the checkpoint before failed.
+        """
+        self.wait()  # host memory holds one copy of the state only
+        staged: list[tuple[Any, Path]] = []
+        hand_over(lambda content, path: staged.append((_to_host(content), path)))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # for the copies
         self._pending = self._executor.submit(self._write, staged, manifest)
 
-    def beside(self, copy: Callable[[], None]) -> None:
-        """Do this in the thread of the uploads. It is not missed if it fails: the next checkpoint brings another."""
+    def copy_in_background(self, copy: Callable[[], None]) -> None:
+        """Call it in the thread of the uploads. A failure is logged only: the next checkpoint brings another copy."""
 
         def attempt() -> None:
             try:
                 copy()
             except StorageError as error:
-                logger.warning("%s; the training goes on", error)
+                logger.warning("%s; the training continues", error)
 
         self._executor.submit(attempt)
 
@@ -133,7 +125,7 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
             records = [self._write_file(content, path, key) for content, path in staged]
             report = json.dumps([asdict(record) for record in records])
             self._store.put_text(f"{reports}rank_{self._rank}.json", report)
-        except Exception as error:  # passed on, and told rank 0, which would wait for this rank's report
+        except Exception as error:  # passed on, and reported to rank 0, which would wait for this rank
             with contextlib.suppress(RuntimeError):  # rank 0, which holds the channel, may be gone
                 self._channel.compare_set(reports, "", f"rank {self._rank}: {error}")
             raise
@@ -145,9 +137,9 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
 
     def _write_file(self, content: Any, path: Path, key: str) -> FileRecord:
         _save_atomically(content, path)
-        self._alive()
+        self._heartbeat()
         record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
-        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._alive())
+        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._heartbeat())
         return record
 
     def _collect_reports(self, prefix: str) -> tuple[FileRecord, ...]:
@@ -175,13 +167,10 @@ class CheckpointWriter(CheckpointEngine):  # type: ignore[misc]
 
 
 def _save_atomically(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    remove_remains(path)
+    # To a stream, as a name would be written into the file.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _to_host(value: Any) -> Any:
@@ -195,20 +184,3 @@ def _to_host(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_to_host(item) for item in value)
     return value
-
-
-def make_save(engine: Any, writer: CheckpointWriter, folder: Path) -> Callable[[Manifest], None]:
-    """A function that saves the engine's state and starts its upload. Collective over all ranks."""
-
-    def save(manifest: Manifest) -> None:
-        engine.save_checkpoint(
-            str(folder),
-            tag=checkpoint_key(manifest.step),
-            client_state={"sequences_consumed": manifest.sequences_consumed},
-            save_latest=False,
-        )
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()  # the copies to host memory must be done before training changes the tensors
-        writer.upload(manifest)
-
-    return save

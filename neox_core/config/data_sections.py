@@ -57,11 +57,12 @@ class WeightChange(Section):
 class TokenizeJobConfig(Section):
     """Tokenization as a SLURM job array: one task per file, or per group of files if there are over 1,000."""
 
+    executor: str = Field("slurm", description="the scheduler; its name in tasks/jobs/registry.py")
     parallelism: PositiveInt = Field(32, description="tasks that run at the same time")
-    time_limit_minutes: PositiveInt = 240
-    memory_gb: PositiveInt = 4
-    partition: str | None = None
-    account: str | None = None
+    time_limit_minutes: PositiveInt = Field(240, description="minutes of one task; files of several GB fit the default")
+    memory_gb: PositiveInt = Field(4, description="gigabytes of one task; a worker stays far below the default")
+    partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
+    account: str | None = Field(None, description="SLURM's account; None: yours")
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
 
 
@@ -69,7 +70,10 @@ class DataConfig(Section):
     """Raw text and its mixture."""
 
     input: Location = Field(description="folder or s3:// prefix that holds <source>/<split>/")
-    sources: dict[SourceName, SourceConfig] = Field(min_length=1)
+    sources: dict[SourceName, SourceConfig] = Field(
+        min_length=1,
+        description="the mixture: per source a name, which is its folder's, and how much of it the run takes",
+    )
     eval_sources: tuple[str, ...] = Field((), description="sources of validation and test; empty: all")
     workers: NonNegativeInt = Field(0, description="tokenizer processes; 0: one per CPU")
     max_epochs: PositiveFloat = Field(4.0, description="a source repeated more often is an error")
@@ -83,7 +87,9 @@ class DataConfig(Section):
     overlap_words: PositiveInt = Field(30, description="words in a row that make an overlap with an evaluation item")
     decontaminate: bool = Field(False, description="drop the training documents that overlap")
     slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
-    weight_changes: tuple[WeightChange, ...] = Field((), description="in order of their steps")
+    weight_changes: tuple[WeightChange, ...] = Field(
+        (), description="other mixtures from a step on, in order of their steps"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from neox_core.config.overrides import parse_overrides
 from neox_core.config.schema import RunConfig
 from neox_core.errors import ConfigError
 
@@ -61,16 +62,21 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def load_config(path: Path | str) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a run's configuration; the file may `include:` others (a name or a list), which it overrides.
 
     Relative paths are relative to the folder of `path`.
+
+    Args:
+        overrides: `key=value` texts that override the file; see `parse_overrides`.
 
     Raises:
         ConfigError: anything that keeps the configuration from being run, in one line.
     """
     path = Path(path)
-    return parse_config(_with_includes(path, seen=()), base=path.parent, origin=str(path))
+    content = merge(_with_includes(path, seen=()), parse_overrides(overrides))
+    origin = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+    return parse_config(content, base=path.parent, origin=origin)
 
 
 def parse_config(content: Mapping[str, Any], base: Path, origin: str = "config") -> RunConfig:

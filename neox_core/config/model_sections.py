@@ -31,8 +31,10 @@ class BaseModelConfig(Section):
 class RopeScalingConfig(Section):
     """Positions of a model that was extended to longer sequences, as Hugging Face names them (see model/rope.py)."""
 
-    rope_type: Literal["linear", "llama3"]
-    factor: PositiveFloat
+    rope_type: Literal["linear", "llama3"] = Field(
+        description="linear: all positions divided by `factor`; llama3: only long wavelengths"
+    )
+    factor: PositiveFloat = Field(description="how many times longer sequences are than those of the first training")
     low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only, like the next two; Llama 3.1: 1")
     high_freq_factor: PositiveFloat | None = Field(None, description="Llama 3.1: 4")
     original_max_position_embeddings: PositiveInt | None = Field(None, description="Llama 3.1: 8192")
@@ -55,18 +57,20 @@ class RopeScalingConfig(Section):
 class ModelConfig(Section):
     """Architecture of a Llama-family model."""
 
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    intermediate_size: PositiveInt
-    vocab_size: PositiveInt
+    num_layers: PositiveInt = Field(description="transformer blocks")
+    hidden_size: PositiveInt = Field(description="width of the residual stream")
+    num_attention_heads: PositiveInt = Field(description="query heads")
+    num_kv_heads: PositiveInt = Field(
+        description="key-value heads; as many as query heads: multi-head attention, fewer: grouped-query attention"
+    )
+    intermediate_size: PositiveInt = Field(description="width of the MLP")
+    vocab_size: PositiveInt = Field(description="rows of the embedding and of the output head")
     unpadded_vocab_size: PositiveInt | None = Field(
         None, description="tokens; the rows of vocab_size above it are padding, cut off on export. None: no padding"
     )
-    rope_theta: PositiveFloat
+    rope_theta: PositiveFloat = Field(description="base of the rotary embedding's wavelengths")
     rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
-    norm_eps: PositiveFloat = 1e-5
+    norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in RMSNorm; Llama's value")
 
     @property
     def head_dim(self) -> int:

@@ -22,15 +22,15 @@ from neox_core.config.train_sections import (
 class StorageConfig(Section):
     """The object store that holds the checkpoints. Credentials come from the environment, as boto3 reads them."""
 
-    url: S3Prefix = Field(description="s3://bucket/prefix")
+    url: S3Prefix = Field(description="s3://bucket/prefix of the checkpoints")
     endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
-    region: str = "us-east-1"
+    region: str = Field("us-east-1", description="AWS's region; other stores take any name, and most this one")
 
 
 class TokenizerConfig(Section):
     """The SentencePiece model and the id that ends a document."""
 
-    model: ConfigPath
+    model: ConfigPath = Field(description="SentencePiece's .model file of the base model")
     end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
     begin_of_document: bool = Field(False, description="put the tokenizer's <s> before every document")
     engine: Literal["auto", "sentencepiece"] = Field(
@@ -41,9 +41,11 @@ class TokenizerConfig(Section):
 class ParallelConfig(Section):
     """How the model is cut; data parallelism is what remains of the ranks."""
 
-    tensor: PositiveInt = 1
+    tensor: PositiveInt = Field(
+        1, description="ranks that share each matrix, at most those of one node, since they talk in every layer"
+    )
     sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
-    pipeline: PositiveInt = 1
+    pipeline: PositiveInt = Field(1, description="stages of layers, one after the other; 1: all layers on each rank")
     pipeline_layers: tuple[PositiveInt, ...] | None = Field(
         None, description="transformer layers of each stage; None: balanced, with the output head counted"
     )
@@ -52,15 +54,22 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """Where jobs run. One task is one rank."""
 
-    executor: Literal["auto", "slurm", "local"] = Field("auto", description="auto: slurm if sbatch is on the PATH")
-    nodes: PositiveInt = 1
-    ranks_per_node: PositiveInt = 8
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    cpus_per_rank: PositiveInt = 1
-    time_limit_minutes: PositiveInt = 1440
-    hang_timeout_minutes: PositiveFloat = Field(10.0, description="without a step on any rank; then the job ends")
-    partition: str | None = None
-    account: str | None = None
+    executor: str = Field(
+        "auto",
+        description="slurm, local or another scheduler's name; auto: slurm if its controller answers, else local",
+    )
+    nodes: PositiveInt = Field(1, description="computers; with `ranks_per_node`, the number of ranks")
+    ranks_per_node: PositiveInt = Field(8, description="ranks of a node, one for each of its GPUs")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: GPUs where there are some")
+    cpus_per_rank: PositiveInt = Field(1, description="CPU cores of a rank, and on CPUs its threads")
+    time_limit_minutes: PositiveInt = Field(
+        1440, description="minutes after which SLURM ends a job; run again, training goes on from its last checkpoint"
+    )
+    hang_timeout_minutes: PositiveFloat = Field(
+        10.0, description="minutes without a step on any rank, after which the job ends"
+    )
+    partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
+    account: str | None = Field(None, description="SLURM's account; None: yours")
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
 
     @property
@@ -72,25 +81,31 @@ class LaunchConfig(Section):
 class EvaluateConfig(Section):
     """Perplexity of every checkpoint that appears in the object store."""
 
-    poll_seconds: PositiveFloat = 60.0
-    micro_batch_size: PositiveInt = 8
-    max_sequences: PositiveInt | None = Field(None, description="per source; None: the whole validation split")
+    poll_seconds: PositiveFloat = Field(60.0, description="seconds between two looks for new checkpoints")
+    micro_batch_size: PositiveInt = Field(
+        8, description="sequences that a rank evaluates at a time; it changes speed and memory, not the result"
+    )
+    max_sequences: PositiveInt | None = Field(
+        None, description="sequences per source; None: the whole validation split"
+    )
 
 
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "llemma-pretrain"
-    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "offline", description="offline: written to disk, for `wandb sync` later, since nodes often have no network"
+    )
+    project: str = Field("llemma-pretrain", description="Weights & Biases' project")
+    entity: str | None = Field(None, description="team or user that the project belongs to; None: yours")
 
 
 class RunConfig(Section):
     """Everything that a run depends on."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, description="the run's name, in logs and in Weights & Biases")
     workdir: ConfigPath = Field(description="shared folder for artifacts, logs and jobs")
-    seed: int = 1234
+    seed: int = Field(1234, description="seed of the data's order and of what is drawn at random")
     storage: StorageConfig
     tokenizer: TokenizerConfig
     data: DataConfig

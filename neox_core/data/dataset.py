@@ -14,7 +14,7 @@ from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
 from neox_core.data.skipped import SkippedSequences
-from neox_core.data.mixture_weights import initial_weights, training_mixture
+from neox_core.data.mixture_weights import initial_mixture_weights, training_mixture
 from neox_core.errors import DataError
 
 PADDING_ID = -1
@@ -68,7 +68,7 @@ class SequenceDataset:
         return np.concatenate([self._tokens[place : place + length] for place, length in pieces], dtype=np.int64)
 
     def positions(self, index: int) -> Tokens:
-        """Position of each input id of a sequence within its document, int64 [S]; see `restarting_positions`."""
+        """Token position of each input id of a sequence within its document, int64 [S]; see `restarting_positions`."""
         lengths = self._spans(index, self.sequence_length).lengths
         return np.arange(self.sequence_length) - np.repeat(lengths.cumsum() - lengths, lengths)
 
@@ -129,7 +129,7 @@ class MixtureDataset:
         return output
 
     def positions(self, indices: Indices) -> Tokens:
-        """Positions within documents of the sequences' inputs: int64 [n, S]."""
+        """Token positions within documents of the sequences' inputs: int64 [n, S]."""
         output = np.empty((len(indices), self._length), dtype=np.int64)
         for row, (source, index) in enumerate(self._located(indices)):
             output[row] = source.positions(index)
@@ -191,7 +191,7 @@ def open_validation_data(folder: Path, config: RunConfig) -> MixtureDataset:
         DataError: files are missing or damaged, or a source is shorter than a sequence.
         ConfigError: the amounts that the configuration asks for do not add up.
     """
-    training = initial_weights(config, _train_tokens(folder))
+    training = initial_mixture_weights(config, _train_tokens(folder))
     weights = {name: training[name] for name in config.data.validation_sources}
     if not any(weights.values()):
         weights = dict.fromkeys(weights, 1.0)
@@ -217,7 +217,7 @@ def validation_windows(folder: Path, source: str, sequence_length: int, limit: i
 
 
 def validation_positions(folder: Path, source: str, sequence_length: int, limit: int | None = None) -> Tokens:
-    """Positions within documents of the inputs of `validation_windows`, int64 [n, S].
+    """Token positions within documents of the inputs of `validation_windows`, int64 [n, S].
 
     Raises:
         DataError: files are missing or damaged, or hold fewer than two tokens.

@@ -134,7 +134,7 @@ class _Epoch:
     def _block_at(self, place: int) -> tuple[int, _Block]:
         """The block that a place lies in, and its number.
 
-        The share of the bytes tells where to look next, unless documents are so uneven that it does not help.
+        The share of the bytes says where to look next, unless documents are so uneven that it does not help.
         """
         begins = self._begins  # another thread may put a longer list there meanwhile
         after = bisect_right(begins, (place, self._cut.blocks))

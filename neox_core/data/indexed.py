@@ -7,11 +7,10 @@ number). One sequence is one document here, as GPT-NeoX's preprocess_data writes
 
 from __future__ import annotations
 
-import os
 import struct
-import uuid
 from array import array
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from neox_core.errors import DataError
+from neox_core.storage.atomic import atomic_files
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,13 +51,13 @@ class IndexedWriter:
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         self._prefix, self._dtype = prefix, np.dtype(dtype)
         self._sizes = array("i")
-        # Names of their own, so that two runs on one folder by mistake cannot write into each other's file.
-        token = uuid.uuid4().hex[:12]
-        self._bin, self._idx = (path.with_name(f".{path.name}.{token}.tmp") for path in _paths(prefix))
 
     def __enter__(self) -> IndexedWriter:
-        self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = self._bin.open("wb")
+        with ExitStack() as stack:
+            temporary_bin, self._idx = stack.enter_context(atomic_files(dataset_paths(self._prefix), durable=False))
+            self._file: BinaryIO = temporary_bin.open("wb")
+            stack.push(self._close)
+            self._stack = stack.pop_all()
         return self
 
     def add_document(self, ids: Tokens | Sequence[int]) -> None:
@@ -79,19 +79,15 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._file.close()
-            self._bin.unlink(missing_ok=True)
-            self._idx.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
 
-    def _publish(self) -> None:
+    def _close(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
-        with self._idx.open("wb") as file:
-            _write_index(file, self._dtype, np.frombuffer(self._sizes, dtype=np.int32))
-        publish(self._bin, self._idx, self._prefix)
+        if kind is None:
+            with self._idx.open("wb") as file:
+                _write_index(file, self._dtype, np.frombuffer(self._sizes, dtype=np.int32))
 
 
 class IndexedDataset:
@@ -104,7 +100,7 @@ class IndexedDataset:
             DataError: a file is missing, is not in the format, or the two don't fit each other.
         """
         self.prefix = Path(prefix)
-        for path in _paths(self.prefix):
+        for path in dataset_paths(self.prefix):
             if not path.is_file():
                 raise DataError(f"token file {path} does not exist: run prepare-data")
         index = idx_path(self.prefix)
@@ -145,22 +141,9 @@ class IndexedDataset:
             )
 
 
-def _paths(prefix: Path) -> tuple[Path, Path]:
+def dataset_paths(prefix: Path) -> tuple[Path, Path]:
+    """A dataset's files, of which readers open the .idx, the last, first."""
     return bin_path(prefix), idx_path(prefix)
-
-
-def flush_to_disk(file: BinaryIO) -> None:
-    """Have what was written outlive a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def publish(temporary_bin: Path, temporary_idx: Path, prefix: Path) -> None:
-    """Move two finished files to a dataset's names. A reader opens the .idx first: an old one never meets a new .bin."""
-    final_bin, final_idx = _paths(prefix)
-    final_idx.unlink(missing_ok=True)
-    temporary_bin.replace(final_bin)
-    temporary_idx.replace(final_idx)
 
 
 def index_header(dtype: np.dtype[Any], count: int) -> bytes:

@@ -98,7 +98,7 @@ def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
     assert source.weight is not None, "SourceAmount has one of weight, tokens and epochs"
     others = sum(other.weight or 0.0 for other in config.data.sources.values()) - source.weight
     if not others:
-        return f"give other sources a weight beside {key}"
+        return f"give other sources a weight too, not only {key}"
     # A weight's part of all weights is w / (w + others).
     part = factor * source.weight / (source.weight + others)
     return f"lower {key}.weight ({source.weight:g}) to {part / (1 - part) * others:.4g}"

@@ -1,7 +1,7 @@
 """Which source each training sequence comes from: exact shares, random access, no state but a count.
 
 Shares are rounded to counts over a period, each source's draws are spread over it, and the period repeats. Where the
-weights change, another pattern begins, and every source goes on where it stopped.
+weights change, another pattern begins, and every source continues where it stopped.
 """
 
 from __future__ import annotations

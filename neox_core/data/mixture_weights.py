@@ -27,10 +27,10 @@ def training_mixture(config: RunConfig, tokens_of: TokensOf, skipped: Sequence[S
         )
         for change in config.data.weight_changes
     ]
-    return Mixture(initial_weights(config, tokens_of), changes)
+    return Mixture(initial_mixture_weights(config, tokens_of), changes)
 
 
-def initial_weights(config: RunConfig, tokens_of: TokensOf) -> dict[str, float]:
+def initial_mixture_weights(config: RunConfig, tokens_of: TokensOf) -> dict[str, float]:
     """Each source's weight from step 1, in some common unit.
 
     Raises:

@@ -26,7 +26,7 @@ def micro_batches(
 def micro_batch_positions(
     dataset: MixtureDataset, geometry: BatchGeometry, data_parallel_rank: int, sequences_consumed: int = 0
 ) -> Iterator[Tokens]:
-    """The positions within documents that belong to `micro_batches`, int64 [micro_batch, S]."""
+    """The token positions within documents that belong to `micro_batches`, int64 [micro_batch, S]."""
     return map(dataset.positions, micro_batch_indices(geometry, data_parallel_rank, sequences_consumed))
 
 

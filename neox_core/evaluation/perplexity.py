@@ -24,8 +24,8 @@ from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.precision import parameter_dtype
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.engine.pipeline_stage import parameter_dtype
 
 logger = logging.getLogger(__name__)
 

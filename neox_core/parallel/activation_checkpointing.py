@@ -38,7 +38,7 @@ def apply_recompute(block: TransformerBlock, mode: Recompute, gather: Gather | N
         gather: how the norms' results are gathered before attention and MLP, where ranks have a part of the tokens.
     """
     if mode == "full":
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     elif mode == "selective":
         results = _Results()
         for norm in (block.input_layernorm, block.post_attention_layernorm):

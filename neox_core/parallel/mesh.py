@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from neox_core.config.schema import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""As torchrun sets them. DeepSpeed would look for MPI if one were missing."""
+"""As torchrun sets them."""
+_TIMEOUT = timedelta(minutes=10)
+"""Of a collective in the group of all ranks."""
+
+Axis = Literal["tensor", "pipeline", "data"]
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the grid. Tensor-parallel ranks are neighbours, so that they share a node."""
+    """This rank's place in the grid. Tensor-parallel ranks are neighbours, so that they share a node.
 
-    topology: PipeModelDataParallelTopology
+    rank = (pipeline_rank x data_size + data_rank) x tensor_size + tensor_rank.
+    """
+
     rank: int
     local_rank: int
     """Index among the ranks of this node."""
@@ -41,6 +48,16 @@ class Mesh:
         """Degrees of parallelism, as checkpoints record them."""
         return {"tensor": self.tensor_size, "pipeline": self.pipeline_size, "data": self.data_size}
 
+    def peers(self, axis: Axis) -> range:
+        """The ranks that differ from this one along an axis only, itself included, in order."""
+        own, size, step = {
+            "tensor": (self.tensor_rank, self.tensor_size, 1),
+            "data": (self.data_rank, self.data_size, self.tensor_size),
+            "pipeline": (self.pipeline_rank, self.pipeline_size, self.tensor_size * self.data_size),
+        }[axis]
+        first = self.rank - own * step
+        return range(first, first + size * step, step)
+
 
 def init_distributed(launch: LaunchConfig) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
@@ -60,31 +77,25 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
     use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
     # Read when CUDA is first used: without it, a full card cannot give freed blocks to larger tensors.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    _init_deepspeed("nccl" if use_cuda else "gloo")
-    if not use_cuda:
+    if use_cuda:
+        # A launcher that shows each task only its own GPU leaves exactly one visible.
+        device = torch.device("cuda", _local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        # With a device, NCCL connects at once; a rank that is alone has nobody to connect to.
+        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device if os.environ["WORLD_SIZE"] != "1" else None)
+    else:
+        device = torch.device("cpu")
+        # Read when the engine is first imported; without a GPU it would otherwise probe for other accelerators.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
         # torch would give every rank as many threads as the machine has cores.
         torch.set_num_threads(launch.cpus_per_rank)
-        return torch.device("cpu")
-    # A launcher that shows each task only its own GPU leaves exactly one visible.
-    torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
-    return torch.device("cuda", torch.cuda.current_device())
+    dist.barrier()  # NCCL takes its memory at the first collective: now, while there is some
+    return device
 
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _init_deepspeed(backend: str) -> None:
-    if backend == "gloo":
-        # Read when deepspeed is imported; without a GPU it would otherwise probe for other accelerators.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    if backend == "gloo":
-        # Otherwise DeepSpeed compiles a C++ extension for a minute, and needs a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    dist.barrier()  # NCCL takes its memory at the first collective: now, while there is some
 
 
 def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
@@ -100,18 +111,17 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
             f"world size {world_size} is not divisible by parallel.tensor {parallel.tensor} x "
             f"parallel.pipeline {parallel.pipeline}"
         )
-    topology = PipeModelDataParallelTopology(num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size)
-    coordinates = topology.get_coord(rank)
+    replica, tensor_rank = divmod(rank, parallel.tensor)
+    pipeline_rank, data_rank = divmod(replica, data_size)
     return Mesh(
-        topology=topology,
         rank=rank,
         local_rank=_local_rank(),
         world_size=world_size,
-        tensor_rank=coordinates.model,
+        tensor_rank=tensor_rank,
         tensor_size=parallel.tensor,
-        pipeline_rank=coordinates.pipe,
+        pipeline_rank=pipeline_rank,
         pipeline_size=parallel.pipeline,
-        data_rank=coordinates.data,
+        data_rank=data_rank,
         data_size=data_size,
         tensor_group=neighbours_group(parallel.tensor),
         device=device,

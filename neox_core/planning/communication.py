@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from neox_core.config import BatchGeometry, RunConfig
+from neox_core.model.layer_groups import group_names
 from neox_core.planning.activations import DTYPE_BYTES, Mode, micro_batch_tokens
 from neox_core.planning.memory import rank_norms, rank_parameters
-from neox_core.train.engine.gradient_norms import group_names
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig
 from neox_core.model.dimensions import ModelDimensions
+from neox_core.optimizer import update_rule
+from neox_core.optimizer.rule import STATE_BYTES
 from neox_core.parallel.stages import pipeline_layers
 from neox_core.planning.activations import DTYPE_BYTES, Mode, block_bytes, in_flight, working_bytes
 
@@ -53,8 +55,8 @@ class Memory:
     """The fp32 buffer in which micro batches accumulate."""
     master: int
     """fp32 master weights, or their low half, split among the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054)."""
-    adam: int
-    """Two fp32 moments, split likewise."""
+    optimizer: int
+    """What the optimizer keeps, split likewise: two fp32 moments for AdamW."""
     tables: int
     """Cosines and sines of the rotary positions, fp32, in each layer."""
     activations: int
@@ -89,7 +91,7 @@ def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int, modes: 
         gradients=_FP32 * parameters,
         # In fp32 the parameters are their own master weights.
         master=0 if config.train.precision == "fp32" else _MASTER_BYTES[config.train.master_weights] * shard,
-        adam=2 * _FP32 * shard,
+        optimizer=len(update_rule(config.train.optimizer).state_names) * STATE_BYTES * shard,
         tables=layers * _FP32 * dims.head_dim * config.train.sequence_length,
         activations=in_flight(config, geometry, stage) * sum(block_bytes(config, dims, mode) for mode in modes),
         working=working_bytes(config, dims, geometry, stage, modes),

@@ -16,12 +16,11 @@ from torch import Tensor
 from neox_core.model import elementwise, llama, residual
 from neox_core.parallel import loss, weight_gradients
 from neox_core.simulate.recorder import Recorder
-from neox_core.train.engine import sharded_optimizer
 
 
 @contextmanager
 def gpu_kernels(recorder: Recorder) -> Iterator[None]:
-    """Within it, the model, the loss, the linear layers and the optimizer keep and allocate what they do on a GPU."""
+    """Within it, the model, the loss and the linear layers keep and allocate what they do on a GPU."""
 
     def compiled(function: Callable[..., Any], keeps: tuple[int, ...]) -> Callable[..., Any]:
         """One kernel forward and one backward, for which the arguments with these numbers are kept."""
@@ -36,7 +35,6 @@ def gpu_kernels(recorder: Recorder) -> Iterator[None]:
         *((residual, name, recorder.as_kernel(getattr(elementwise, name))) for name in _WITHOUT_GRAPH),
         (loss, "_whole_vocabulary_losses", compiled(loss._whole_vocabulary_losses, keeps=(0, 1))),
         (weight_gradients, "add_outer_product", _add_outer_product),
-        (sharded_optimizer, "adamw_update", lambda *_: None),
     ]
     with ExitStack() as stack:
         for module, name, stand_in in stand_ins:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_core.config import RunConfig, largest_batch
+from neox_core.optimizer import MasterWeights, UpdateStep, update_rule
+from neox_core.parallel.mesh import Axis, Mesh, build_mesh
 from neox_core.planning.communication import Collective
 from neox_core.simulate.recorder import Recorder
 
@@ -40,21 +42,17 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
     What is not real: tensors have no data, kernels of the GPU are replaced by stand-ins with the same needs, and a
     pipeline stage knows the shapes that its neighbours would tell it.
     """
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}  # read by deepspeed
-    import deepspeed
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}  # read when the engine is imported
     import torch.distributed._tools.fake_collectives  # tells tensors without data what collectives return
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     geometry = largest_batch(config, nodes)
     dist.init_process_group("fake", rank=rank, world_size=geometry.world_size, store=FakeStore())
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="fake", dist_init_required=False, verbose=False)
 
-    from neox_core.parallel.mesh import build_mesh
     from neox_core.simulate.kernels import gpu_kernels
-    from neox_core.simulate.pipeline import know_shapes
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
+    from neox_core.train.engine.simulated import state_shapes
 
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     recorder = Recorder(_group_names(mesh))
@@ -65,10 +63,11 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
         gpu_kernels(recorder),
         patch.object(nn.Module, "_apply", _stay),
     ):
-        engine = build_engine(config, mesh, geometry, _weights(config))
+        rule = _StateOnly(update_rule(config.train.optimizer).state_names)
+        engine = build_engine(config, mesh, geometry, _weights(config), rule)
         if config.train.precision == "bf16":
             accumulate_in_products(engine, geometry)
-        know_shapes(engine, config)
+        state_shapes(engine, config)
         state, start_peak = recorder.bytes, recorder.peak_bytes
         recorder.restart()
         engine.train_batch(_batches(config))
@@ -86,13 +85,21 @@ def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
-def _group_names(mesh: Any) -> dict[tuple[int, ...], str]:
-    topology, rank = mesh.topology, mesh.rank
-    names = {"tensor": "model", "data": "data", "pipeline": "pipe"}
-    groups = {tuple(range(mesh.world_size)): "all"}
-    for name, axis in names.items():
-        groups |= {tuple(ranks): name for ranks in topology.get_axis_comm_lists(axis) if rank in ranks}
-    return groups
+@dataclass(frozen=True)
+class _StateOnly:
+    """Stands for an update rule: one kernel, which allocates nothing."""
+
+    state_names: tuple[str, ...]
+
+    def update(
+        self, weights: MasterWeights, gradient: Tensor, state: Mapping[str, Tensor], scale: Tensor, step: UpdateStep
+    ) -> None:
+        """Nothing."""
+
+
+def _group_names(mesh: Mesh) -> dict[tuple[int, ...], str]:
+    axes: tuple[Axis, ...] = ("tensor", "data", "pipeline")
+    return {tuple(range(mesh.world_size)): "all", **{tuple(mesh.peers(axis)): axis for axis in axes}}
 
 
 def _weights(config: RunConfig) -> Any:

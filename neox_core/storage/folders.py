@@ -218,6 +218,6 @@ def small_files(location: Location) -> Iterator[Path]:
 
 
 def file_versions(folder: Folder) -> dict[str, str]:
-    """What tells the content of each file of a model in an object store, by name: its ETag and size, hashed."""
+    """What identifies the content of each file of a model in an object store, by name: its ETag and size, hashed."""
     names = [name for name in folder.names() if name.endswith(_MODEL_FILES)]
     return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in names}

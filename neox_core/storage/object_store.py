@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -19,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from neox_core.config import StorageConfig
 from neox_core.errors import StorageError
+from neox_core.storage.atomic import atomic_file
 from neox_core.storage.errors import error_code, explain
 
 if TYPE_CHECKING:
@@ -76,14 +76,8 @@ class ObjectStore:
 
     def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download an object; `path` appears when it is complete. `on_bytes` as for `put_file`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-        try:
-            with self._errors(key), temporary.open("wb") as file:
-                self._client.download_fileobj(self.bucket, self._full(key), file, Config=_TRANSFER, Callback=on_bytes)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path, durable=False) as temporary, self._errors(key), temporary.open("wb") as file:
+            self._client.download_fileobj(self.bucket, self._full(key), file, Config=_TRANSFER, Callback=on_bytes)
 
     def put_text(self, key: str, text: str) -> None:
         """Write a small object in one atomic request."""

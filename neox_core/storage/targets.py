@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Protocol
 
 from neox_core.artifact import sha256_of
-from neox_core.checkpoint.formats.description import write_file
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, storage_at
 from neox_core.storage.object_store import ObjectStore
 
 _LOCK_FILE = ".conversion.lock"
 _WRITE_BACK_BYTES = 1 << 25
-"""After so many the disk is told to begin, so that not all is left to the end."""
+"""After so many the disk is asked to begin, so that not all is left to the end."""
 _PART_BYTES, _MOST_PARTS = 1 << 24, 10_000
 """Of an upload, which is in memory part by part; S3 allows no more of them."""
 
@@ -57,7 +57,7 @@ class Target(Folder, Protocol):
         ...
 
     def mark(self, path: str) -> str:
-        """What tells a file's content apart later: SHA-256, or the store's own mark. Empty: there is none."""
+        """What identifies a file's content later: SHA-256, or the store's own mark. Empty: there is none."""
         ...
 
     def digest(self, path: str) -> tuple[int, str]:
@@ -81,21 +81,15 @@ class LocalTarget(LocalFolder):
     def create(self, path: str, size: int) -> Iterator[Put]:
         """A file that is on the disk when it appears."""
         final = self.path / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb", buffering=0) as file:
+            with atomic_file(final) as temporary, temporary.open("wb", buffering=0) as file:
                 yield partial(_append, file)
-                os.fsync(file.fileno())
-            temporary.replace(final)
         except OSError as error:
             raise StorageError(f"{final} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def write(self, path: str, content: bytes) -> None:
         """Write a small file."""
-        write_file(self.path / path, lambda temporary: temporary.write_bytes(content))
+        write_atomically(self.path / path, content)
 
     def remove(self, path: str) -> None:
         """Remove a file."""
@@ -103,9 +97,8 @@ class LocalTarget(LocalFolder):
 
     def remove_remains(self, paths: Sequence[str]) -> None:
         """Remove temporary files."""
-        for path in (self.path / path for path in paths):
-            for remains in path.parent.glob(f".{path.name}.*.tmp"):
-                remains.unlink(missing_ok=True)
+        for path in paths:
+            remove_remains(self.path / path)
 
     def check_space(self, needed: int) -> None:
         """Compare with what the disk has left."""

@@ -25,7 +25,7 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 23
 """Of one tensor, read at a time."""
 _CHUNKS_AHEAD = 4
-"""Of one file, in memory besides the two being written: reading, hashing and writing overlap."""
+"""Of one file, in memory in addition to the two that are being written: reading, hashing and writing overlap."""
 _ALIGNMENT = 64
 """torch's: of each storage in the archive."""
 _PADDING_ID = 0x4246

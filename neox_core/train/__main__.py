@@ -41,6 +41,9 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m neox_core.train", description=__doc__)
     parser.add_argument("config", type=Path, help="the run's YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file; repeatable"
+    )
     parser.add_argument("--data", type=Path, help="folder of prepare-data's artifact")
     parser.add_argument("--weights", type=Path, help="folder of convert's artifact")
     parser.add_argument("--output", type=Path, help="folder for metrics and local checkpoint files")
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, object]:
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.set)
     batch_geometry(config)
     if "RANK" not in os.environ:  # neither torchrun nor a scheduler started us
         os.environ.update(_SINGLE_RANK)

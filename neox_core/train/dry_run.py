@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ from neox_core.errors import LaunchError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.precision import parameter_dtype
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.memory import RESERVED_BYTES, stage_memory
-from neox_core.train.engine.pipeline_stage import parameter_dtype
-from neox_core.train.engine.verification import verify_master_weights
+from neox_core.train.engine.step_engine import Batches, StepEngine
 from neox_core.train.loop import pipeline_batches
 
 logger = logging.getLogger(__name__)
@@ -49,42 +48,20 @@ def zero_weights(config: RunConfig) -> LayerWeights:
     return weights
 
 
-def dry_run(engine: Any, config: RunConfig, geometry: BatchGeometry, mesh: Mesh) -> None:
+def dry_run(engine: StepEngine, config: RunConfig, geometry: BatchGeometry, mesh: Mesh) -> None:
     """Train and validate on zeros, with as many micro batches as fill the pipeline. Collective over all ranks."""
     started = time.perf_counter()
     count = min(geometry.accumulation_steps, 2 * mesh.pipeline_size)
     batches = _zero_batches(config)
     with torch.random.fork_rng(devices=[mesh.device] if mesh.device.type == "cuda" else []):
-        engine.micro_batches = count
+        engine.set_accumulation_steps(count)
         engine.train_batch(batches)
-        engine.micro_batches = geometry.accumulation_steps
+        engine.set_accumulation_steps(geometry.accumulation_steps)
         engine.eval_batch(batches, num_micro_batches=count)
     if mesh.device.type == "cuda":
         torch.cuda.synchronize()  # an error of the device belongs to this step
     seconds = time.perf_counter() - started
     logger.info("dry run: %d micro batches and their validation in %.1f s%s", count, seconds, _peak(mesh.device))
-
-
-def load_weights(engine: Any, weights: LayerWeights, mesh: Mesh) -> None:
-    """Put the real weights into an engine, and forget what it did before. Collective over all ranks.
-
-    Raises:
-        CheckpointError: the fp32 master weights are not the weights that were loaded.
-    """
-    for name, layer in engine.module.named_children():
-        if name.isdigit():  # beside DeepSpeed's own, empty one
-            layer.load_state_dict(weights(int(name), mesh.tensor_rank), strict=True)
-    optimizer = engine.optimizer
-    optimizer.refresh_fp32_params()  # the master weights
-    for state in optimizer.optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    optimizer.clear_hp_grads()
-    engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
-    engine.agg_train_loss = engine.total_loss = None
-    if mesh.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    verify_master_weights(engine, trained=False)
 
 
 @contextlib.contextmanager
@@ -132,7 +109,7 @@ def _peak(device: torch.device) -> str:
     )
 
 
-def _zero_batches(config: RunConfig) -> Iterator[Any]:
+def _zero_batches(config: RunConfig) -> Batches:
     shape = (config.train.micro_batch_size, config.train.sequence_length)
     positions = np.broadcast_to(np.arange(shape[1]), shape).copy() if config.train.mask_documents else None
     sequences = np.zeros((shape[0], shape[1] + 1), dtype=np.int64)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox_core.artifact import write_atomically
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, list_checkpoints, training_prefix
 from neox_core.config import RunConfig, TrainConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import CheckpointError
+from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
@@ -78,23 +78,29 @@ def _last_common_step(shorter: TrainConfig, longer: TrainConfig) -> int:
     return next(apart, shorter.steps + 1) - 1
 
 
-def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
-    """The newest complete checkpoint, the training's own or one that it shares with an ancestor.
+def lineage_checkpoints(
+    store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]
+) -> dict[int, tuple[str, Manifest]]:
+    """Complete checkpoints by step: the training's own, and those that it shares with an ancestor.
 
     The own one of two of the same step. A shared one can be newer where an ancestor was named after a first start.
 
     Returns:
-        The key below which it lies, and its manifest.
+        For each step the key below which its checkpoint lies, and its manifest.
     """
-    prefix = training_prefix(fingerprint)
-    found = [(prefix, manifest) for manifest in list_checkpoints(store, prefix)]
-    found += [
-        (training_prefix(ancestor.fingerprint), manifest)
-        for ancestor in lineage
-        for manifest in list_checkpoints(store, training_prefix(ancestor.fingerprint))
-        if manifest.step <= ancestor.last_step
-    ]
-    return max(found, key=lambda pair: pair[1].step, default=None)  # the first of several
+    own = training_prefix(fingerprint)
+    found = {manifest.step: (own, manifest) for manifest in list_checkpoints(store, own)}
+    for ancestor in lineage:
+        prefix = training_prefix(ancestor.fingerprint)
+        for manifest in list_checkpoints(store, prefix):
+            if manifest.step <= ancestor.last_step:
+                found.setdefault(manifest.step, (prefix, manifest))
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
+    """The last of `lineage_checkpoints`, if there is any."""
+    return next(reversed(lineage_checkpoints(store, fingerprint, lineage).values()), None)
 
 
 def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:

@@ -15,22 +15,20 @@ from neox_core.data.prefetch import Prefetcher
 from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.data.skipped import first_sequence
 from neox_core.errors import TrainingError
-from neox_core.train.engine.deepspeed_engine import TrainingEngine
+from neox_core.train.engine.outcome import gradient_norm_of
+from neox_core.train.engine.step_engine import Batches, StepEngine
 from neox_core.train.guards import Batch, Guard, Incident, RollBackError
 from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.resume import TrainingState
 from neox_core.train.schedule import learning_rate
 
-Batches = Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]
-"""Micro batches as the pipeline takes them: inputs [B,T] (with positions within documents [B,T]), targets [B,T]."""
-
 
 @dataclass(frozen=True)
 class Loop:
     """What the loop works with."""
 
-    engine: TrainingEngine
+    engine: StepEngine
     train: TrainConfig
     geometry: Callable[[int], BatchGeometry]
     """How a step's batch is cut."""
@@ -43,37 +41,37 @@ class Loop:
     """Loads the state to go on from after an incident."""
     telemetry: Telemetry
     heartbeat: Callable[[str], None]
-    """Told what begins, so that a hang is noticed."""
+    """Called with what begins, so that a hang is noticed."""
 
-    def run(self, position: TrainingState) -> None:
-        """Train from a position to `train.steps`.
+    def run(self, state: TrainingState) -> None:
+        """Train from a state to `train.steps`.
 
         Raises:
             TrainingError: the guard stops training; the state is not saved.
         """
-        if position.step == 0:
+        if state.step == 0:
             self._validate(0)
         try:
-            while position.step < self.train.steps:
-                position = self._train_or_go_back(position)
+            while state.step < self.train.steps:
+                state = self._train_or_go_back(state)
         except TrainingError:
             self.telemetry.flush()  # all ranks stop at the same step, so what is under way arrives
             raise
 
-    def _train_or_go_back(self, position: TrainingState) -> TrainingState:
-        self.guard.restore(position.guard, len(position.skipped))
+    def _train_or_go_back(self, state: TrainingState) -> TrainingState:
+        self.guard.restore(state.guard, len(state.skipped))
         try:
-            return self._train(position)
+            return self._train(state)
         except RollBackError as error:
             self.heartbeat(f"rollback after step {error.incident.outcome.step}")
             return self.go_back(error.incident)
 
-    def _train(self, position: TrainingState) -> TrainingState:
+    def _train(self, state: TrainingState) -> TrainingState:
         """Train as long as the batch keeps its size."""
-        begin, data = position.step + 1, position.data
+        begin, data = state.step + 1, state.data
         changes = [change.from_step for change in self.train.changes if change.from_step > begin]
         last = min([self.train.steps, *(step - 1 for step in changes)])
-        geometry, first = self.geometry(begin), first_sequence(self.train, begin, position.skipped)
+        geometry, first = self.geometry(begin), first_sequence(self.train, begin, state.skipped)
         self.engine.set_accumulation_steps(geometry.accumulation_steps)
         self.telemetry.use(geometry, data.mixture)
         with Prefetcher(self._batches(data, geometry, first)) as prefetched:
@@ -81,30 +79,29 @@ class Loop:
             for step in range(begin, last + 1):
                 self._step(step, batches, Batch(data, first, geometry.sequences))
                 first += geometry.sequences
-                position = replace(position, step=step)
-                self._between(position)
+                state = replace(state, step=step)
+                self._between(state)
         self.guard.drain()
-        return replace(position, guard=self.guard.state())
+        return replace(state, guard=self.guard.state())
 
     def _step(self, step: int, batches: Batches, batch: Batch) -> None:
         self.heartbeat(f"step {step}")
         self.telemetry.begin(step, batch.first)
         rate = learning_rate(step, self.train)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        self.engine.set_learning_rate(rate)
         self.guard.begin(step)
-        values = {
+        values: dict[str, float | Tensor] = {
             "train/loss": self.engine.train_batch(batches),
-            "train/gradient_norm": self.engine.get_global_grad_norm(),
+            "train/gradient_norm": gradient_norm_of(self.engine.outcome),
             "train/lr": rate,
             "train/sequences_consumed": batch.first + batch.count,
         }
         self.telemetry.end(step, values)
-        self.guard.end(step, self.engine.optimizer.outcome, batch)
+        self.guard.end(step, self.engine.outcome, batch)
 
-    def _between(self, position: TrainingState) -> None:
-        """What is due after a step, beside training."""
-        step, last = position.step, position.step == self.train.steps
+    def _between(self, state: TrainingState) -> None:
+        """Validate and save, where that is due after a step."""
+        step, last = state.step, state.step == self.train.steps
         validate, save = (
             last or step % n == 0 for n in (self.train.validation.interval, self.train.checkpoint_interval)
         )
@@ -114,7 +111,7 @@ class Loop:
             self._validate(step)
         if save:
             self.heartbeat(f"checkpoint of step {step}")
-            self.save(replace(position, guard=self.guard.state()))
+            self.save(replace(state, guard=self.guard.state()))
 
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""

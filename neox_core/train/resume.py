@@ -1,4 +1,4 @@
-"""Where training is, and how it comes back there: from the newest checkpoint, after a stop or after an incident."""
+"""The state of a training, and how it comes back: from the newest checkpoint, after a stop or after an incident."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from neox_core.artifact import software
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint
-from neox_core.checkpoint.writer import CheckpointWriter, make_save
+from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences, first_sequence
@@ -21,7 +22,7 @@ from neox_core.errors import CheckpointError, TrainingError
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.stages import pipeline_layers
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.engine.verification import verify_master_weights
+from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
@@ -29,7 +30,7 @@ from neox_core.train.lineage import check_consumed, inherit_records, newest_chec
 logger = logging.getLogger(__name__)
 
 _SKIPPED_FILE = "skipped.json"
-"""Beside the checkpoints: what a training that went back to one of them left out after it."""
+"""Lies with the checkpoints: what a training that went back to one of them left out after it."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,31 @@ class TrainCheckpoints:
     job: TrainJob
     store: ObjectStore
     mesh: Mesh
-    engine: Any
+    engine: StepEngine
     writer: CheckpointWriter
-    alive: Callable[[], None] = lambda: None
-    """Called as a download gets on."""
+    heartbeat: Callable[[], None] = lambda: None
+    """Called as a download makes progress."""
 
-    def save(self, position: TrainingState) -> None:
+    def save(self, state: TrainingState) -> None:
         """Save the state after a step, and start its upload."""
-        sequences = first_sequence(self.config.train, position.step + 1, position.skipped)
+        sequences = first_sequence(self.config.train, state.step + 1, state.skipped)
         manifest = Manifest(
-            step=position.step,
+            step=state.step,
             sequences_consumed=sequences,
             files=(),
             layout=self._layout(),
             fingerprint=self.job.fingerprint,
             config=self.config.model_dump(mode="json"),
-            consumed=position.data.consumed(sequences),
+            consumed=state.data.consumed(sequences),
             software=software(),
-            skipped=[asdict(window) for window in position.skipped],
-            guard=position.guard,
+            skipped=[asdict(window) for window in state.skipped],
+            guard=state.guard,
         )
-        make_save(self.engine, self.writer, self._folder)(manifest)
+        notes = {"sequences_consumed": sequences}
+        self.writer.save(manifest, partial(self.engine.save_state, self._folder, checkpoint_key(state.step), notes))
 
     def resume(self) -> TrainingState:
-        """Load the newest complete checkpoint, if there is one, and say where it is.
+        """Load the newest complete checkpoint, if there is one, and return its state.
 
         Raises:
             CheckpointError: it is of another layout or of other data, or is damaged; or there is none to extend.
@@ -84,14 +86,14 @@ class TrainCheckpoints:
             self._check_extends()
             return TrainingState(0, open_training_data(self.job.data, self.config))
         prefix, manifest = found
-        position = self._position(manifest)
-        self._check(prefix, manifest, position)
+        state = self._state(manifest)
+        self._check(prefix, manifest, state)
         self._load(prefix, manifest)
         if prefix != self.job.prefix and self.mesh.rank == 0:
             inherit_records(self.store, self.job.prefix, prefix, manifest.step, self.job.output)
-        consumed = first_sequence(self.config.train, position.step + 1, position.skipped)
+        consumed = first_sequence(self.config.train, state.step + 1, state.skipped)
         logger.info("resumed from step %d, the next sequence is %d", manifest.step, consumed)
-        return position
+        return state
 
     def go_back(self, incident: Incident) -> TrainingState:
         """Load the newest complete checkpoint, and leave out the sequences from there to the end of the incident's.
@@ -110,7 +112,7 @@ class TrainCheckpoints:
                 "train.checkpoint_interval, or set train.guard to skip"
             )
         manifest = found[1]
-        skipped = self._position(manifest).skipped
+        skipped = self._state(manifest).skipped
         first = first_sequence(self.config.train, manifest.step + 1, skipped)
         end = incident.batch.first + incident.batch.count
         skipped = (*skipped, SkippedSequences(manifest.step, first, end - first))
@@ -147,13 +149,13 @@ class TrainCheckpoints:
                 "or look for the checkpoints; without train.extends, training starts from step 0"
             )
 
-    def _position(self, manifest: Manifest) -> TrainingState:
+    def _state(self, manifest: Manifest) -> TrainingState:
         skipped = tuple(SkippedSequences(**window) for window in manifest.skipped)
         data = open_training_data(self.job.data, self.config, skipped)
         return TrainingState(manifest.step, data, skipped, manifest.guard)
 
-    def _check(self, prefix: str, manifest: Manifest, position: TrainingState) -> None:
-        before = [window for window in position.skipped if window.after_step < manifest.step]
+    def _check(self, prefix: str, manifest: Manifest, state: TrainingState) -> None:
+        before = [window for window in state.skipped if window.after_step < manifest.step]
         expected = first_sequence(self.config.train, manifest.step + 1, before)
         where = f"checkpoint {self.store.url(prefix)}/{checkpoint_key(manifest.step)}"
         if manifest.sequences_consumed != expected:
@@ -161,7 +163,7 @@ class TrainCheckpoints:
                 f"{where} had consumed {manifest.sequences_consumed} sequences, but this configuration takes "
                 f"{expected} up to there: change the batch with train.changes only, and only for steps to come"
             )
-        check_consumed(position.data, manifest)
+        check_consumed(state.data, manifest)
         if manifest.layout != (layout := self._layout()):
             raise CheckpointError(
                 f"{where} was written with layout {manifest.layout}, this job has {layout}: use the same "
@@ -176,20 +178,15 @@ class TrainCheckpoints:
         return layout
 
     def _load(self, prefix: str, manifest: Manifest) -> None:
-        mesh = self.mesh
-        # DeepSpeed's `mp_rank`: the index among ranks that share a data-parallel rank.
-        model_rank = mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
-        own_state = f"zero_pp_rank_{mesh.data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
         # Weights and metadata once per node, and this rank's own share of the optimizer state.
-        if mesh.local_rank == 0:
-            self._download(prefix, manifest, lambda name: "optim_states" not in name)
-        self._download(prefix, manifest, lambda name: name.endswith(own_state))
+        if self.mesh.local_rank == 0:
+            self._download(prefix, manifest, self.engine.shared_file)
+        self._download(prefix, manifest, self.engine.own_file)
         dist.barrier()
-        self.engine.load_checkpoint(str(self._folder), tag=checkpoint_key(manifest.step))
-        verify_master_weights(self.engine, trained=True)
+        self.engine.load_state(self._folder, checkpoint_key(manifest.step))
 
     def _download(self, prefix: str, manifest: Manifest, wanted: Callable[[str], bool]) -> None:
-        download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.alive)
+        download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.heartbeat)
 
     @property
     def _folder(self) -> Path:

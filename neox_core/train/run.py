@@ -18,11 +18,12 @@ from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_b
 from neox_core.data.dataset import open_validation_data
 from neox_core.errors import ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.shared_store import shared_store
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.dry_run import dry_run, load_weights, memory_explained, zero_weights
+from neox_core.train.dry_run import dry_run, memory_explained, zero_weights
 from neox_core.train.engine.deepspeed_engine import build_engine
-from neox_core.train.engine.pipeline_stage import parameter_dtype
+from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Guard
 from neox_core.train.job import TrainJob
 from neox_core.train.loop import Loop
@@ -88,11 +89,10 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     store = ObjectStore(config.storage)
     channel = shared_store("checkpoints")
     writer = CheckpointWriter(
-        store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id(), channel, watchdog.alive
+        store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id(), channel, watchdog.beat
     )
-    engine.checkpoint_engine = writer
     watchdog.beat("resuming")
-    checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.alive)
+    checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.beat)
     with memory_explained(config, geometry, mesh):
         start = checkpoints.resume()
 
@@ -115,10 +115,10 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             writer.check()
             watchdog.beat(place)
 
-        def save(position: TrainingState) -> None:
+        def save(state: TrainingState) -> None:
             telemetry.flush()
-            writer.beside(metrics.backup())
-            checkpoints.save(position)
+            writer.copy_in_background(metrics.backup())
+            checkpoints.save(state)
 
         loop = Loop(
             engine=engine,
@@ -127,7 +127,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             data_rank=mesh.data_rank,
             validation_data=open_validation_data(job.data, config),
             metrics=metrics,
-            guard=Guard(config.train.guard, engine.optimizer.loss_limit.fill_, incidents.record),
+            guard=Guard(config.train.guard, engine.set_loss_limit, incidents.record),
             save=save,
             go_back=checkpoints.go_back,
             telemetry=telemetry,
@@ -150,7 +150,7 @@ def _last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
     dist.barrier()
 
 
-def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> Any:
+def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> StepEngine:
     """The engine with the weights to start from, tried out before they are read."""
     weights = NeoxCheckpoint(job.weights).layer
     watchdog.beat("building the model")
@@ -161,7 +161,9 @@ def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometr
         watchdog.beat("dry run")
         dry_run(engine, config, geometry, mesh)
     watchdog.beat("weights")
-    load_weights(engine, weights, mesh)
+    engine.load_weights(weights)
+    if mesh.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     return engine
 
 

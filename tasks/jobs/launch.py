@@ -5,30 +5,69 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import shlex
-import shutil
-import socket
-import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import submitit
-
-from infra.processes import ProcessRecord
 from neox_core.config import LaunchConfig
-from neox_core.errors import LaunchError
-from tasks.jobs import local, slurm
-from tasks.jobs.job import Job, JobRecord
-from tasks.jobs.local_controller import ControllerReport
-from tasks.jobs.rank import RankTask
+from tasks.jobs.executor import Handle, Resources, Status, Submission
+from tasks.jobs.job import Job
+from tasks.jobs.rank import RankTask, read_result
+from tasks.jobs.record import LOST, JobRecord
+from tasks.jobs.registry import choose_executor, executor_named
 
-__all__ = ["Job", "check_launch", "find_job", "find_jobs", "submit_or_attach"]
+__all__ = ["Job", "JobPlan", "attach_or_submit", "check_launch", "find_job", "find_jobs", "submit_or_attach"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-_LEDGER = "job.json"
 _ATTEMPT = "attempt-"
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A job: one task, or several that are submitted as an array. Each calls its function in all its ranks."""
+
+    folder: Path
+    """On a disk that all nodes share; what is known of the job lies in `folder`/<key>."""
+    name: str
+    """What the job does, such as 'train'; part of its name in SLURM."""
+    key: str
+    """The fingerprint of the job's work."""
+    calls: Sequence[Call]
+    """By task."""
+    resources: Resources
+    executor: str = "auto"
+    is_still_good: Callable[[int, list[Any]], bool] = lambda index, results: True
+    """Whether what a completed task made elsewhere is still there; given its place and its ranks' results."""
+
+    @property
+    def home(self) -> Path:
+        """The job's own folder."""
+        return self.folder.resolve() / self.key
+
+
+def attach_or_submit(plan: JobPlan) -> Job:
+    """Find the job with this key, or submit it. Tasks that are pending, running or completed are kept, whoever
+    submitted them; those that ended without success are submitted again.
+
+    Raises:
+        LaunchError: the job cannot be submitted.
+        NoAnswer: the scheduler does not answer. If it has the job all the same, the next call finds that.
+    """
+    plan.home.mkdir(parents=True, exist_ok=True)
+    with _lock(plan.home):
+        kept = _kept(plan)
+        if kept and all(task.id != LOST for task in kept.tasks):
+            job = Job(kept)
+            _log.info("attached to %s", job)
+            return job
+        return _submit(plan, kept)
 
 
 def submit_or_attach(
@@ -43,37 +82,17 @@ def submit_or_attach(
     *,
     accept_completed: bool = True,
 ) -> Job:
-    """Find the job with this key, or submit it: `function(*args)` in every rank, with torchrun's variables set.
-
-    A job that is pending, running or completed is attached to, whoever submitted it; one that ended without success is
-    submitted again. What is known of it lies in `folder`/<key>.
+    """`attach_or_submit` a job of one task: `function(*args)` in every rank, with torchrun's variables set.
 
     Args:
-        folder: on a disk that all nodes share.
-        name: what the job does, such as 'train'; part of its name in SLURM.
-        key: the fingerprint of the job's work.
         accept_completed: False if what a completed job left elsewhere is gone, so that it must run again.
 
     Raises:
-        LaunchError: the job cannot be submitted.
-        NoAnswer: SLURM does not answer. If it has the job all the same, the next call finds that.
+        LaunchError, NoAnswer: as `attach_or_submit`.
     """
-    home = folder.resolve() / key
-    home.mkdir(parents=True, exist_ok=True)
-    job_name = _job_name(name, key)
-    attachable = ("pending", "running", "completed") if accept_completed else ("pending", "running")
-    with _lock(home):
-        if record := _find_record(home, job_name, nodes * ranks_per_node):
-            job = Job(record)
-            state = job.state()
-            if state in attachable:
-                logger.info("attached to job %s (%s), %s", record.job_id, job_name, state)
-                return job
-            logger.info("job %s (%s) %s: submitting it again", record.job_id, job_name, state)
-        record = _submit(launch, _next_attempt(home), job_name, function, args, nodes, ranks_per_node)
-        record.write(home / _LEDGER)
-        logger.info("submitted job %s (%s), logs in %s", record.job_id, job_name, record.folder)
-        return Job(record)
+    resources = _resources(launch, nodes, ranks_per_node)
+    accept = lambda index, results: accept_completed  # noqa: E731
+    return attach_or_submit(JobPlan(folder, name, key, [(function, args)], resources, launch.executor, accept))
 
 
 def check_launch(launch: LaunchConfig) -> None:
@@ -82,34 +101,29 @@ def check_launch(launch: LaunchConfig) -> None:
     Raises:
         LaunchError: SLURM is demanded and absent, or without it there are several nodes or too few GPUs.
     """
-    kind = _choose_executor(launch)
-    if kind == "local":
-        _check_one_node(launch.nodes)
-    _gpus_per_node(launch, kind, launch.ranks_per_node)
+    executor = executor_named(choose_executor(launch.executor))
+    executor.check(_resources(launch, launch.nodes, launch.ranks_per_node))
 
 
 def find_job(folder: Path, key: str) -> Job | None:
     """The job with this key as it was last submitted; None if it never was."""
-    record = JobRecord.read(folder.resolve() / key / _LEDGER)
-    return Job(record) if record else None
+    record = JobRecord.read(folder.resolve() / key)
+    return Job(record) if record and any(task.id != LOST for task in record.tasks) else None
 
 
-def find_jobs(folder: Path, name: str, key_prefix: str, ranks: int) -> list[Job]:
+def find_jobs(folder: Path, key_prefix: str) -> list[Job]:
     """All jobs whose keys begin so, also one whose submitter died before it could note the job down.
 
-    Args:
-        ranks: of each of the jobs.
+    Raises:
+        NoAnswer: the scheduler does not answer.
     """
     jobs = []
     for home in sorted(path.parent for path in folder.resolve().glob(f"{key_prefix}*/lock")):
         with _lock(home):
-            if record := _find_record(home, _job_name(name, home.name), ranks):
-                jobs.append(Job(record))
+            record = _recovered(home)
+        if record and any(task.id != LOST for task in record.tasks):
+            jobs.append(Job(record))
     return jobs
-
-
-def _job_name(name: str, key: str) -> str:
-    return f"llemma-{name}-{key[:12]}"
 
 
 @contextlib.contextmanager
@@ -120,126 +134,77 @@ def _lock(home: Path) -> Iterator[None]:
         yield
 
 
-def _submit(
-    launch: LaunchConfig,
-    folder: Path,
-    job_name: str,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    nodes: int,
-    ranks_per_node: int,
-) -> JobRecord:
-    kind = _choose_executor(launch)
-    gpus = _gpus_per_node(launch, kind, ranks_per_node)
-    task = RankTask(function, args, folder, local_port=_free_port() if kind == "local" else None)
-    try:
-        executor = _slurm_executor(launch, folder) if kind == "slurm" else _local_executor(folder, nodes)
-        executor.update_parameters(
-            nodes=nodes,
-            tasks_per_node=ranks_per_node,
-            gpus_per_node=gpus or None,  # a cluster without GPUs may refuse even 0
-            timeout_min=launch.time_limit_minutes,
-            stderr_to_stdout=True,
-            **(_slurm_parameters(launch, job_name, gpus) if kind == "slurm" else {}),
-        )
-        job_id = str(executor.submit(task).job_id)
-    except OSError as error:
-        raise LaunchError(f"{job_name} cannot be submitted: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:  # sbatch failed
-        raise slurm.failure(f"{job_name} cannot be submitted", str(error)) from error
-    controller = ProcessRecord.of(int(job_id)) if kind == "local" else None
-    return JobRecord(job_name, job_id, kind, nodes * ranks_per_node, folder, socket.gethostname(), controller)
-
-
-def _choose_executor(launch: LaunchConfig) -> Literal["slurm", "local"]:
-    has_slurm = shutil.which("sbatch") is not None
-    if launch.executor == "slurm" and not has_slurm:
-        raise LaunchError(
-            "launch.executor is slurm, but sbatch is not on the PATH: run on a login node, or set it to auto"
-        )
-    return "slurm" if has_slurm and launch.executor != "local" else "local"
-
-
-def _slurm_executor(launch: LaunchConfig, folder: Path) -> Any:
-    # SIGUSR2 announces preemption. Until submitit's handler is there it would kill Python, so it starts ignored.
-    python = f'sh -c \'trap "" USR2; exec "$@"\' _ {shlex.quote(sys.executable)}'
-    return submitit.AutoExecutor(folder, cluster="slurm", slurm_python=python)
-
-
-def _local_executor(folder: Path, nodes: int) -> Any:
-    _check_one_node(nodes)
-    return local.LocalExecutor(folder)
-
-
-def _check_one_node(nodes: int) -> None:
-    if nodes > 1:
-        raise LaunchError(
-            f"launch.nodes is {nodes}, but without SLURM there is one: set it to 1, or run where sbatch is"
-        )
-
-
-def _slurm_parameters(launch: LaunchConfig, job_name: str, gpus: int) -> dict[str, Any]:
-    return {
-        "name": job_name,
-        "cpus_per_task": launch.cpus_per_rank,
-        "slurm_partition": launch.partition,
-        "slurm_account": launch.account,
-        # srun does not take --cpus-per-task over from sbatch (since SLURM 22.05)
-        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={launch.cpus_per_rank}"],
-        "slurm_additional_parameters": launch.slurm_parameters,
-        # DeepSpeed looks for devices when it is imported, and would take a GPU that is not ours.
-        "slurm_setup": [] if gpus else [f"export {name}={value}" for name, value in local.CPU_ONLY.items()],
-    }
-
-
-def _gpus_per_node(launch: LaunchConfig, kind: str, ranks_per_node: int) -> int:
-    """One GPU per rank on SLURM unless the device is cpu; here if there are as many."""
-    if launch.device == "cpu":
-        return 0
-    if kind == "slurm":
-        return ranks_per_node
-    gpus = local.count_gpus()
-    if gpus < ranks_per_node and launch.device == "cuda":
-        raise LaunchError(
-            f"launch.device is cuda with {ranks_per_node} ranks, but this machine has {gpus} GPUs: "
-            f"lower launch.ranks_per_node, or set launch.device to cpu"
-        )
-    if 0 < gpus < ranks_per_node:
-        logger.warning("%d ranks but %d GPUs: the job runs on CPUs", ranks_per_node, gpus)
-    return ranks_per_node if gpus >= ranks_per_node else 0
-
-
-def _attempts(home: Path) -> list[Path]:
-    return sorted(home.glob(f"{_ATTEMPT}[0-9]*"))
-
-
-def _next_attempt(home: Path) -> Path:
-    folder = home / f"{_ATTEMPT}{len(_attempts(home)) + 1:04d}"
-    folder.mkdir()
-    return folder
-
-
-def _find_record(home: Path, job_name: str, ranks: int) -> JobRecord | None:
-    """The newest submission, also if its submitter died before it wrote the ledger, which is made up for here."""
-    record, attempts = JobRecord.read(home / _LEDGER), _attempts(home)
-    if not attempts or (record and record.folder == attempts[-1]):
-        return record
-    unrecorded, host = attempts[-1], socket.gethostname()
-    if report := ControllerReport.read(unrecorded):
-        job_id = str(report.controller.pid)
-        record = JobRecord(job_name, job_id, "local", ranks, unrecorded, host, report.controller)
-    elif shutil.which("squeue") and (found := slurm.find_by_name(job_name)):
-        earlier, record = record, JobRecord(job_name, found, "slurm", ranks, unrecorded, host, None)
-        if Job(record).is_without_work():
-            slurm.cancel(found)  # sbatch gave its submitter no answer, or the submitter was killed meanwhile
-            return earlier
-    else:
-        return record
-    record.write(home / _LEDGER)
+def _recovered(home: Path) -> JobRecord | None:
+    """What is noted down, with what a submitter that died did not come to note."""
+    record = JobRecord.read(home)
+    if record and not record.submitted:
+        record = record.recovered(executor_named(record.executor))
+        record.write(home)
     return record
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+def _kept(plan: JobPlan) -> JobRecord | None:
+    """The job's record, in which the tasks that are to be submitted again are LOST; None without a record."""
+    record = _recovered(plan.home)
+    if record is None:
+        return None
+    statuses = Job(record).statuses()
+
+    def is_kept(task: Handle, place: int, status: Status) -> bool:
+        if status.state != "completed":
+            return status.at_work
+        try:
+            results = [read_result(task.folder, task.index, rank) for rank in range(record.ranks)]
+        except FileNotFoundError:  # as the scheduler says; no result has come
+            return False
+        return plan.is_still_good(place, results)
+
+    with ThreadPoolExecutor() as pool:
+        keep = list(pool.map(is_kept, record.tasks, range(len(statuses)), statuses))
+    for task, status, kept in zip(record.tasks, statuses, keep, strict=True):
+        if not kept:
+            _log.info("task %s of job %s is %s: submitting it again", task.id, record.name, status)
+    return record.without([task for task, kept in zip(record.tasks, keep, strict=True) if not kept])
+
+
+def _planned(plan: JobPlan, kept: JobRecord | None, folder: Path) -> tuple[JobRecord, list[Call]]:
+    """The record of a new submission, with the calls of the tasks that are not kept."""
+    old = kept.tasks if kept else (Handle(LOST, folder, 0),) * len(plan.calls)
+    tasks, calls = list(old), list[Call]()
+    for place, task in enumerate(old):
+        if task.id == LOST:
+            tasks[place] = Handle(LOST, folder, len(calls))
+            calls.append(plan.calls[place])
+    # Those that are kept are at work elsewhere if the executor is another one by now.
+    executor = kept.executor if kept and len(calls) < len(old) else choose_executor(plan.executor)
+    name = f"llemma-{plan.name}-{plan.key[:12]}-{uuid.uuid4().hex[:8]}"
+    return JobRecord(name, executor, plan.resources.ranks, tuple(tasks), submitted=False), calls
+
+
+def _submit(plan: JobPlan, kept: JobRecord | None) -> Job:
+    folder = plan.home / f"{_ATTEMPT}{len(list(plan.home.glob(f'{_ATTEMPT}[0-9]*'))) + 1:04d}"
+    record, calls = _planned(plan, kept, folder)
+    executor = executor_named(record.executor)
+    executor.check(plan.resources)
+    folder.mkdir()
+    # Noted down first, so that the submission is found by its name if this process is killed meanwhile.
+    record.write(plan.home)
+    tasks = [RankTask(function, args, folder, index) for index, (function, args) in enumerate(calls)]
+    record = record.with_ids(executor.submit(Submission(record.name, folder, tasks, plan.resources)))
+    record.write(plan.home)
+    job = Job(record)
+    _log.info("submitted %s, %d of %d tasks, logs in %s", job, len(calls), len(record.tasks), folder)
+    return job
+
+
+def _resources(launch: LaunchConfig, nodes: int, ranks_per_node: int) -> Resources:
+    return Resources(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        cpus_per_rank=launch.cpus_per_rank,
+        gpus=launch.device,
+        time_limit_minutes=launch.time_limit_minutes,
+        partition=launch.partition,
+        account=launch.account,
+        parameters=launch.slurm_parameters,
+    )

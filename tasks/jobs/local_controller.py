@@ -18,7 +18,7 @@ from typing import Any
 from submitit.local.local import Controller, LocalJobEnvironment
 
 from infra.processes import ProcessRecord
-from neox_core.artifact import write_atomically
+from neox_core.storage.atomic import write_atomically
 
 _POLL_SECONDS = 0.05
 _FAILURE_GRACE_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""What one rank of a job runs: the rank's environment, the function, and a record of how it failed."""
+"""What one rank of a job runs: its environment, the function, and a record of what it returned or how it failed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import submitit
-from submitit.core.utils import UncompletedJobError
+from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
 
-from neox_core.artifact import write_atomically
 from neox_core.errors import LlemmaError
+from neox_core.storage.atomic import write_atomically
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class RankFailure:
     rank: int
     time: float
     message: str
+    cause: Literal["timeout", "preempted"] | None = None
+    """If it is what a signal of the scheduler announced."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +36,74 @@ class RankTask:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     folder: Path
-    """Where failures are recorded."""
-    local_port: int | None
-    """Where local ranks meet; None: on SLURM, where it follows from the job's id."""
+    """Of the submission, where results and failures are recorded."""
+    index: int = 0
+    """Among the submission's tasks."""
+    local_port: int | None = None
+    """Where the ranks of a job on this machine meet; None: on SLURM, where it follows from the job's id."""
 
-    def __call__(self) -> Any:
-        """Run the function in this rank.
-
-        Raises:
-            BaseException: whatever the function raised, after it was recorded.
-        """
+    def __call__(self) -> None:
+        """Run the function in this rank of a submitit job."""
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         if self.local_port is not None:
             # The host's name need not resolve on a laptop, and nobody else is to be reached.
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.local_port))
             _end_with_controller()
+        self.run(environment.rank)
+
+    def run(self, rank: int) -> None:
+        """Run the function in this rank, whose environment is there, and record what it returns.
+
+        Raises:
+            BaseException: whatever the function raised, after it was recorded.
+        """
+        _failure_file(self.folder, self.index, rank).unlink(missing_ok=True)  # of a time before a requeue
         try:
-            return self.function(*self.args)
+            result = self.function(*self.args)
         except BaseException as error:  # recorded, not handled: KeyboardInterrupt and SystemExit end a rank too
-            write_failure(self.folder, environment.rank, error)
+            _write_failure(self.folder, self.index, rank, error)
             raise
+        with temporary_save_path(result_file(self.folder, self.index, rank)) as temporary:
+            cloudpickle_dump(result, temporary)
 
 
-def write_failure(folder: Path, rank: int, error: BaseException) -> None:
-    """Record an exception in one line."""
-    message = " ".join(str(error).split())
-    if isinstance(error, UncompletedJobError):  # raised by submitit's signal handler
-        message = f"its time limit (launch.time_limit_minutes) is over, or it was preempted: {message}"
-    elif not isinstance(error, LlemmaError):
-        message = f"{type(error).__name__}: {message}"
-    write_atomically(_failure_file(folder, rank), json.dumps(asdict(RankFailure(rank, time.time(), message))))
+def result_file(folder: Path, index: int, rank: int) -> Path:
+    """Where what a rank returned is recorded."""
+    return folder / f"task_{index}_rank_{rank}_result.pkl"
 
 
-def read_failure(folder: Path, rank: int) -> RankFailure | None:
+def read_result(folder: Path, index: int, rank: int) -> Any:
+    """What a rank returned.
+
+    Raises:
+        FileNotFoundError: it has not returned.
+    """
+    return pickle_load(result_file(folder, index, rank))
+
+
+def read_failure(folder: Path, index: int, rank: int) -> RankFailure | None:
     """The rank's failure, if it recorded one."""
     try:
-        return RankFailure(**json.loads(_failure_file(folder, rank).read_text(encoding="utf-8")))
+        return RankFailure(**json.loads(_failure_file(folder, index, rank).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
 
-def _failure_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank}_failure.json"
+def _write_failure(folder: Path, index: int, rank: int, error: BaseException) -> None:
+    """Record an exception in one line."""
+    message = " ".join(str(error).split())
+    cause: Literal["timeout", "preempted"] | None = None
+    if isinstance(error, UncompletedJobError):  # raised by submitit's signal handler, which says which of the two it is
+        cause = "preempted" if "preempted" in message else "timeout"
+    elif not isinstance(error, LlemmaError):
+        message = f"{type(error).__name__}: {message}"
+    failure = RankFailure(rank, time.time(), message, cause)
+    write_atomically(_failure_file(folder, index, rank), json.dumps(asdict(failure)))
+
+
+def _failure_file(folder: Path, index: int, rank: int) -> Path:
+    return folder / f"task_{index}_rank_{rank}_failure.json"
 
 
 def _end_with_controller() -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import write_atomically
 from neox_core.errors import DataError
+from neox_core.storage.atomic import write_atomically
 from tasks.report.figures import (
     consumed_figure,
     evaluation_figure,

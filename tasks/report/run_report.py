@@ -8,10 +8,10 @@ from pathlib import Path
 
 from neox_core.artifact import software
 from neox_core.config import RunConfig
+from neox_core.train.observe.metrics import METRICS_FILE
 from tasks.prepare import ledger
 from tasks.report.page import ReportData, read_metrics, summary_rows, write_report
 from tasks.stage import StageResult
-from tasks.train import METRICS_FILE
 
 
 @dataclass(frozen=True)

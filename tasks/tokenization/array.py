@@ -1,33 +1,43 @@
-"""Parts made by a SLURM job array."""
+"""Parts made by a job array of a scheduler."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import submitit
-from submitit.core.utils import pickle_load
-
 from neox_core.config import TokenizeJobConfig
-from neox_core.data.tokenization.part import make_part
+from neox_core.data.tokenization.part import find_part, make_part
+from neox_core.data.tokenization.part_files import PARTS, PartPaths
 from neox_core.data.tokenization.part_settings import PartRecord, PartSettings
 from neox_core.data.tokenization.readers import InputFile
-from neox_core.errors import DataError, LaunchError, LlemmaError
-from tasks.jobs import slurm
+from neox_core.errors import DataError, LlemmaError
+from tasks.jobs.executor import Resources
+from tasks.jobs.launch import Job, JobPlan, attach_or_submit, find_jobs
+from tasks.jobs.retry import RetryPolicy
 from tasks.tokenization.pool import MadeParts
-from tasks.tokenization.record import Failure, Group, attach, home_of, key_of, note
 
 _log = logging.getLogger(__name__)
 
 _MAX_TASKS = 1000  # SLURM's default limit of an array is 1,001
-_POLL_SECONDS = 2.0
-_ASK_SECONDS = 60.0
-"""How often SLURM is asked about the tasks that have left no result."""
-_SHARED_DISK_SECONDS = 15.0
+_ENDING_SECONDS = 120.0
+"""For cancelled tasks: SLURM kills what has not ended half a minute after its signal, by default."""
+_POLL_SECONDS = 1.0
+
+Group = tuple[InputFile, ...]
+"""One task's files."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task could not make one of its parts, in our own words."""
+
+    message: str
 
 
 def made_in_jobs(
@@ -38,13 +48,21 @@ def made_in_jobs(
 
     Raises:
         DataError: the first failure that a task reports; finished parts are kept.
-        LaunchError: the array cannot be submitted, a task ended without a result, or SLURM does not answer for long.
+        LaunchError: the array cannot be submitted, a task ended without a result, or the scheduler does not answer for
+            long.
     """
     largest_first = sorted(files, key=lambda file: -file.size)
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
-    waiting = slurm.RetryPolicy().wait_for(lambda: _attach_or_submit(groups, settings, folder, jobs))
-    yield from _results({job: group for group, job in waiting.items()})
+    plan = _plan(groups, settings, folder, jobs)
+    retry_policy = RetryPolicy()
+    retry_policy.wait_for(lambda: _end_others(plan))
+    job = retry_policy.wait_for(lambda: attach_or_submit(plan))
+    for index, (records,) in job.as_completed():
+        for file, record in zip(groups[index], records, strict=True):
+            if isinstance(record, Failure):
+                raise DataError(record.message)
+            yield file, record
 
 
 def make_parts(files: Sequence[InputFile], settings: PartSettings, folder: Path) -> list[PartRecord | Failure]:
@@ -58,95 +76,67 @@ def make_parts(files: Sequence[InputFile], settings: PartSettings, folder: Path)
     return results
 
 
-def _attach_or_submit(
-    groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig
-) -> dict[Group, Any]:
-    """Each group's task.
+def job_arrays(folder: Path) -> list[Job]:
+    """The arrays that may be at work on the parts in this folder.
 
     Raises:
-        NoAnswer: SLURM does not answer. If it has the array all the same, the next call finds that.
+        NoAnswer: the scheduler does not answer.
     """
-    home, key = home_of(folder), key_of(groups, settings)
-    kept = attach(home, groups, key, folder)
-    missing = [group for group in groups if group not in kept]
-    if not missing:
-        return kept
-    # Unlike an earlier array's, which may be at work still. Noted down first, so that the array is found by it if this
-    # process is killed before it has noted down the array's id.
-    name = f"llemma-tokenize-{key[:12]}-{uuid.uuid4().hex[:8]}"
-    note(home, key, [kept[group].job_id if group in kept else None for group in groups], name)
-    tasks = kept | _submit(_executor(home, jobs, name), home, missing, settings, folder)
-    note(home, key, [tasks[group].job_id for group in groups], name)
-    return tasks
+    return find_jobs(jobs_folder(folder), "")
 
 
-def _results(waiting: dict[Any, Group]) -> MadeParts:
-    asked, retry_policy = time.monotonic(), slurm.RetryPolicy()
-    while waiting:
-        states: Mapping[str, slurm.SlurmState] = {}
-        if time.monotonic() - asked > _ASK_SECONDS:
-            states = retry_policy.ask(lambda: slurm.task_states([job.job_id for job in waiting])) or {}
-            asked = time.monotonic()
-        for job in list(waiting):
-            if Path(job.paths.result_pickle).exists():
-                for file, record in zip(waiting.pop(job), _result(job), strict=True):
-                    if isinstance(record, Failure):
-                        raise DataError(record.message)
-                    yield file, record
-            elif (state := states.get(job.job_id, "running")) not in slurm.AT_WORK:
-                _await_result(job, state)
-        if waiting:
-            time.sleep(_POLL_SECONDS)
+def jobs_folder(folder: Path) -> Path:
+    """Where the tasks' logs and results lie, and the record of them."""
+    return folder.resolve() / PARTS / "jobs"
 
 
-def _submit(
-    executor: Any, home: Path, groups: Sequence[Group], settings: PartSettings, folder: Path
-) -> dict[Group, Any]:
-    try:
-        with executor.batch():
-            submitted = [executor.submit(make_parts, group, settings, folder.resolve()) for group in groups]
-    except OSError as error:
-        raise LaunchError(f"the tokenization jobs cannot be submitted: {error}") from error
-    except RuntimeError as error:  # sbatch failed
-        raise slurm.failure("the array of tokenization jobs cannot be submitted", str(error)) from error
-    ids = [job.job_id for job in submitted]
-    _log.info("submitted %d tokenization tasks (%s to %s), logs in %s", len(ids), ids[0], ids[-1], home)
-    return dict(zip(groups, submitted, strict=True))
+def _plan(groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig) -> JobPlan:
+    def has_made(index: int, results: list[Any]) -> bool:
+        """Whether the task's parts are whole: a disk or a power cut may have damaged them since."""
+        (made,) = results
+        if any(isinstance(record, Failure) for record in made):
+            return False
+        paths = [PartPaths.of(file, folder) for file in groups[index]]
+        return all(find_part(path, record.made_from) == record for path, record in zip(paths, made, strict=True))
 
-
-def _executor(home: Path, jobs: TokenizeJobConfig, name: str) -> Any:
-    executor = submitit.AutoExecutor(home, cluster="slurm")
-    executor.update_parameters(
-        name=name,
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=1,
-        mem_gb=jobs.memory_gb,
-        timeout_min=jobs.time_limit_minutes,
-        stderr_to_stdout=True,
-        slurm_array_parallelism=jobs.parallelism,
-        slurm_partition=jobs.partition,
-        slurm_account=jobs.account,
-        slurm_additional_parameters=jobs.slurm_parameters,
+    resources = Resources(
+        memory_gb=jobs.memory_gb,
+        time_limit_minutes=jobs.time_limit_minutes,
+        partition=jobs.partition,
+        account=jobs.account,
+        parallelism=jobs.parallelism,
+        parameters=jobs.slurm_parameters,
     )
-    return executor
+    calls = [(make_parts, (group, settings, folder.resolve())) for group in groups]
+    key = _key_of(groups, settings)
+    return JobPlan(jobs_folder(folder), "tokenize", key, calls, resources, jobs.executor, has_made)
 
 
-def _result(job: Any) -> list[PartRecord | Failure]:
-    outcome, result = pickle_load(job.paths.result_pickle)
-    if outcome != "success":
-        reason = " ".join(str(result).split()[-40:])
-        raise LaunchError(f"tokenization task {job.job_id} failed: {reason} (log: {job.paths.stdout})")
-    return list(result)
+def _key_of(groups: Sequence[Group], settings: PartSettings) -> str:
+    """What tasks are given: another run's, or this one's of before a correction, lie in the same folder."""
+    files = [[(file.logical_name, file.location, file.size, _version(file)) for file in group] for group in groups]
+    content = json.dumps([files, settings.logical(), settings.skip_damaged_files, settings.tokenizer.engine])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _await_result(job: Any, state: slurm.SlurmState) -> None:
-    """Wait for the result of a task that has ended; raise if it does not appear."""
-    deadline = time.monotonic() + _SHARED_DISK_SECONDS
-    while not Path(job.paths.result_pickle).exists():
-        if time.monotonic() > deadline:
-            raise LaunchError(
-                f"tokenization task {job.job_id} ended ({state}) without a result: see {job.paths.stdout}, then run "
-                "again; finished files are kept"
-            )
-        time.sleep(0.5)
+def _version(file: InputFile) -> str | int:
+    return file.etag if file.location.startswith("s3://") else Path(file.location).stat().st_mtime_ns
+
+
+def _end_others(plan: JobPlan) -> int:
+    """Cancel arrays for other files or settings, and wait until their tasks have ended: one that is still at work
+    could put its files into another's place. Returns how many there were.
+
+    Raises:
+        NoAnswer: the scheduler does not answer.
+    """
+    others = [job for job in find_jobs(plan.folder, "") if job.home != plan.home and not job.done()]
+    for job in others:
+        job.cancel()
+    begun = time.monotonic()
+    while remaining := [str(job) for job in others if not job.done()]:
+        if time.monotonic() - begun > _ENDING_SECONDS:
+            _log.warning("cancelled tasks of %s have not ended after %.0f s", ", ".join(remaining), _ENDING_SECONDS)
+            break
+        time.sleep(_POLL_SECONDS)
+    return len(others)

@@ -27,7 +27,7 @@ from neox_core.data.tokenization.part_settings import Done, PartRecord, PartSett
 from neox_core.data.tokenization.readers import InputFile
 from tasks.tokenization.pool import Order, killed
 
-_TELL_SECONDS = 0.25
+_PROGRESS_SECONDS = 0.25
 _Progress = np.ndarray[Any, np.dtype[np.int64]]
 """A Done per file, [files, 3], in memory that the forks share: each worker writes the rows of its files."""
 
@@ -45,7 +45,7 @@ def main(descriptor: int) -> None:
         try:
             for answer in made_in_forks(parent.recv(), parent):
                 send(answer)
-        except Exception as error:  # all go to the parent, which knows what to tell
+        except Exception as error:  # all go to the parent, which reports it
             send(error)
     os._exit(0)  # nothing is left to do, and taking Python down piece by piece takes longer
 
@@ -84,7 +84,7 @@ def made_in_forks(order: Order, parent: Connection | None = None) -> Iterator[tu
             except Exception as error:
                 if failure is None:
                     failure = killed(order.workers) if isinstance(error, BrokenProcessPool) else error
-                    for pending in places:  # not by shutdown, which tells nobody who waits for them
+                    for pending in places:  # not by shutdown, which informs nobody who waits for them
                         pending.cancel()
             else:
                 yield places[future], record
@@ -93,10 +93,10 @@ def made_in_forks(order: Order, parent: Connection | None = None) -> Iterator[tu
 
 
 def _next(finished: SimpleQueue[Future[PartRecord]], progress: _Progress) -> Generator[Done, None, Future[PartRecord]]:
-    """The next part that is finished; meanwhile, tell what has been done."""
+    """The next part that is finished; meanwhile, what has been done by now."""
     while True:
         try:
-            return finished.get(timeout=_TELL_SECONDS)
+            return finished.get(timeout=_PROGRESS_SECONDS)
         except Empty:
             yield Done(*progress.sum(axis=0).tolist())
 
@@ -122,7 +122,7 @@ def _begin(progress: _Progress, parent: Connection | None) -> None:
 
 
 def _make(place: int, file: InputFile, settings: PartSettings, folder: Path) -> PartRecord:
-    def tell(done: Done) -> None:
+    def on_progress(done: Done) -> None:
         _progress.get()[place] = done
 
-    return make_part(file, settings, folder, tell)
+    return make_part(file, settings, folder, on_progress)

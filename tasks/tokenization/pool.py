@@ -35,12 +35,12 @@ def made_in_processes(
     settings: PartSettings,
     folder: Path,
     workers: int,
-    tell: Callable[[Done], None] = lambda done: None,
+    on_progress: Callable[[Done], None] = lambda done: None,
 ) -> MadeParts:
     """Make the files' parts, the largest first, in worker processes that end with this one.
 
     Args:
-        tell: called a few times per second with what the workers have done by now; parts that they found are not in it.
+        on_progress: called a few times per second with what the workers have made by now; parts found are not in it.
 
     Raises:
         DataError, ConfigError, StorageError: the first failure of a worker; finished parts are kept.
@@ -55,19 +55,19 @@ def made_in_processes(
                 if isinstance(answer, Exception):
                     raise answer
                 if isinstance(answer, Done):
-                    tell(answer)
+                    on_progress(answer)
                 else:
                     place, record = answer
                     made += 1
                     yield order.files[place], record
-        except (EOFError, ConnectionError):  # he has ended
+        except (EOFError, ConnectionError):  # it has ended
             pass
     if made < len(files):
         raise killed(order.workers)
 
 
 def killed(workers: int) -> DataError:
-    """What to tell of a process that has ended without a word."""
+    """The error for a process that has ended without a word."""
     return DataError(
         f"a tokenizer process was killed, perhaps for want of memory: lower data.workers ({workers}) and run again; "
         "finished files are kept"

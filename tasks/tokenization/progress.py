@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class PartsProgress:
-    """Tells files, MB of text and tokens per second, and the time left.
+    """Reports files, MB of text and tokens per second, and the time left.
 
     Parts of an earlier run that are found count as done, but neither in the rates nor, so, in the time left.
     """
@@ -30,10 +30,10 @@ class PartsProgress:
         self._finished = self._found = 0
         self._done = self._made = Done(0, 0, 0)
         self._started = time.monotonic()
-        self.tell(self._done)
+        self.update(self._done)
 
-    def tell(self, done: Done) -> None:
-        """Tell what this run has done, parts that are not finished included, where that is known."""
+    def update(self, done: Done) -> None:
+        """Report what this run has done, parts that are not finished included, where that is known."""
         self._done = Done(*map(max, done, self._made))
         text = f"{self._finished} of {self._files} files"
         if self._done.stored:
@@ -44,7 +44,7 @@ class PartsProgress:
         self._progress((self._found + self._done.stored) / self._size, text)
 
     def follow(self, made: MadeParts) -> MadeParts:
-        """Pass the parts on, and tell of each."""
+        """Pass the parts on, and report each."""
         for file, record in made:
             self._finished += 1
             if self._version(file) == self._earlier[file]:
@@ -52,7 +52,7 @@ class PartsProgress:
             else:
                 size, text, tokens = self._made
                 self._made = Done(size + file.size, text + record.bytes, tokens + record.tokens)
-            self.tell(self._done)
+            self.update(self._done)
             _log.info(
                 "%s: %d documents, %d tokens, %d rejected",
                 file.location,
@@ -63,7 +63,7 @@ class PartsProgress:
             yield file, record
 
     def _version(self, file: InputFile) -> tuple[int, int] | None:
-        """What tells the record of a file's part from one that is made anew; None if there is none."""
+        """What distinguishes the record of a file's part from one that is made anew; None if there is none."""
         try:
             status = PartPaths.of(file, self._folder).record.stat()
         except OSError:

@@ -37,7 +37,7 @@ _UNITS = ("documents_in", "documents", "rejected", "duplicates", "decontaminated
 
 
 def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
-    """What tells the content of every input file, by <source>/<split>/<name>, of the evaluation sets and, as
+    """What identifies the content of every input file, by <source>/<split>/<name>, of the evaluation sets and, as
     "tokenizer.model", of the tokenizer's model: SHA-256, or an S3 object's ETag and size, hashed.
 
     Raises:
@@ -122,12 +122,12 @@ def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Prog
 def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[MadePart]:
     """Parts of all files, in their order."""
     settings = PartSettings.of(config)
-    told = PartsProgress(files, folder, lambda share, text: progress(0.95 * share, text))
+    parts_progress = PartsProgress(files, folder, lambda share, text: progress(0.95 * share, text))
     if config.data.slurm:
         made = made_in_jobs(files, settings, folder, config.data.slurm)
     else:
-        made = made_in_processes(files, settings, folder, _workers(config), told.tell)
-    records = dict(told.follow(made))
+        made = made_in_processes(files, settings, folder, _workers(config), parts_progress.update)
+    records = dict(parts_progress.follow(made))
     return [MadePart(file, records[file], PartPaths.of(file, folder)) for file in files]
 
 

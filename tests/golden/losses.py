@@ -1,8 +1,8 @@
 """Golden losses: 20 steps of a small training, by layout and precision, as they were recorded once.
 
 `python -m tests.golden.losses` compares bit for bit, on the machine where they were recorded; `--record` writes them
-anew, which is a decision to explain in the commit. The tests compare with a tolerance, since processors round
-differently.
+anew, which is a decision to explain in the commit. The tests of layouts (test_layouts.py) compare their own trainings
+with the record, with a tolerance, since processors round differently.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.storage.object_store import ObjectInfo
 from neox_core.train.job import TrainJob
-from tests.distributed import run_ranks
-from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
+from tests.distributed import rendezvous_ports, run_ranks
+from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
 from tests.neox_core.train.small_training import MODELS, config_for
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_a_killed_job_goes_on_with_the_same_losses_in_the_same_memory(tmp_path: 
     whole = TrainJob(data, weights, tmp_path / "whole", "a" * 64)
     killed = TrainJob(data, weights, tmp_path / "killed", "b" * 64)
     steps = list(range(1, STEPS + 1))
-    ports = free_ports(3)
+    ports = rendezvous_ports(3)
     jobs = [(whole, None), (killed, 7), (killed, None)]
     # A process each, as in a cluster: nothing of the killed job is left on the device.
     found = [run_ranks(run_job, 1, run, job, at, port)[0] for (job, at), port in zip(jobs, ports, strict=True)]

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from neox_core.artifact import (
     publish,
     read_artifact,
     sha256_of,
-    write_atomically,
 )
 from neox_core.errors import CheckpointError
 from tests.paths import ROOT
@@ -236,37 +234,3 @@ def test_large_files_are_hashed_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(artifact_module, "_READ_SIZE", 7)
     (tmp_path / "data").write_bytes(bytes(range(100)))
     assert sha256_of(tmp_path / "data") == hashlib.sha256(bytes(range(100))).hexdigest()
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "file.json"
-    write_atomically(path, "old")
-
-    def full_disk(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            write_atomically(path, "new content")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
-
-
-def test_threads_may_write_the_same_file(tmp_path: Path) -> None:
-    """Stages that run side by side share the memory of digests."""
-    path = tmp_path / "file"
-    texts = [letter * 100_000 for letter in "abcdefgh"]
-
-    def write_and_read(text: str) -> set[str]:
-        found = set()
-        for _ in range(20):
-            write_atomically(path, text)
-            found.add(path.read_text())
-        return found
-
-    with ThreadPoolExecutor(len(texts)) as pool:
-        assert set().union(*pool.map(write_and_read, texts)) <= set(texts)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -15,7 +15,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     folder = tmp_path / "slurm"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr("tasks.jobs.job._SLURM_ANSWER_SECONDS", -1.0)
+    monkeypatch.setattr("tasks.jobs.slurm.SlurmExecutor.poll_seconds", -1.0)
     for name in ("_SILENCE_SECONDS", "_MEANWHILE_SECONDS"):
-        monkeypatch.setattr(f"tasks.jobs.slurm.{name}", 0.0)
+        monkeypatch.setattr(f"tasks.jobs.retry.{name}", 0.0)
     return FakeSlurm(folder)

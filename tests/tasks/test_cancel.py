@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +17,19 @@ from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
 from tasks.evaluate import _key_prefix
-from tasks.jobs import slurm
+from tasks.jobs.executor import Resources
 from tasks.jobs.job import Job
-from tasks.jobs.launch import submit_or_attach
+from tasks.jobs.launch import JobPlan, attach_or_submit, submit_or_attach
+from tasks.jobs.record import JobRecord
+from tasks.jobs.registry import register_executor
 from tasks.prepare import PARTS_CLAIM
 from tasks.specs import evaluate_spec, train_spec
 from tasks.stage import StageSpec, try_claim, try_claim_name
+from tasks.tokenization.array import jobs_folder
 from tests.e2e.runs import Run, copy_text, write_run
+from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "jobs"))
 import rank_functions
 
 
@@ -88,14 +92,19 @@ def test_what_another_run_follows_goes_on(config: RunConfig, spec_of: Any, expec
     assert states(jobs) == expected
 
 
-def test_a_job_whose_submitter_died_before_it_noted_it_down_is_found(config: RunConfig) -> None:
-    key = train_spec(config).fingerprint
-    job = submit(config, "train", key)
-    while not (job.record.folder / "controller.json").exists():
-        assert not job.done()
-    (config.workdir / "jobs" / key / "job.json").unlink()
-    assert [found.job_id for found in cancel_jobs(config)] == [job.job_id]
-    assert not job.record.controller or not job.record.controller.is_alive()
+def test_a_job_whose_submitter_died_before_it_noted_it_down_is_found(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRecord, "with_ids", kill)
+        with pytest.raises(KeyboardInterrupt):
+            submit(config, "train", train_spec(config).fingerprint)
+    (job,) = cancel_jobs(config)
+    assert job.state() == "cancelled"
+    assert cancel_jobs(config) == []
 
 
 def test_the_hook_cancels_the_jobs_of_the_flow_runs_config(config: RunConfig, tmp_path: Path) -> None:
@@ -106,54 +115,56 @@ def test_the_hook_cancels_the_jobs_of_the_flow_runs_config(config: RunConfig, tm
 
 
 @pytest.fixture
-def array(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """States of the tasks of a tokenization array; scancel cancels them."""
-    tasks = {"12_0": "completed", "12_1": "running", "12_2": "pending", "9_0": "failed"}
-    home = config.workdir / ".parts" / "jobs"
-    home.mkdir(parents=True)
-    (home / "array.json").write_text(json.dumps({"groups": "x", "jobs": list(tasks), "name": "llemma-tokenize-x"}))
-    (home / "12_0_0_result.pkl").touch()
-
-    def cancel(job_id: str) -> None:
-        tasks.update({task: "cancelled" for task in tasks if task.startswith(f"{job_id}_")})
-
-    monkeypatch.setattr(slurm, "task_states", lambda asked: {task: tasks[task] for task in asked})
-    monkeypatch.setattr(slurm, "cancel", cancel)
-    return tasks
+def array(config: RunConfig) -> ScriptedExecutor:
+    """A tokenization array, 1, of which one task has returned and one runs."""
+    scheduler = ScriptedExecutor()
+    register_executor("scripted", lambda: scheduler)
+    submit_array(config, "key")
+    scheduler.run("1_0")
+    scheduler.end("running", "1_1")
+    return scheduler
 
 
-def test_tokenization_arrays_are_cancelled(config: RunConfig, array: dict[str, str]) -> None:
+def submit_array(config: RunConfig, key: str) -> None:
+    calls = [(os.getpid, ())] * 3
+    attach_or_submit(JobPlan(jobs_folder(config.workdir), "tokenize", key, calls, Resources(), "scripted"))
+
+
+def test_tokenization_arrays_are_cancelled(config: RunConfig, array: ScriptedExecutor) -> None:
     with try_claim_name(config.workdir, PARTS_CLAIM):
         assert cancel_jobs(config) == []
-    assert array["12_1"] == "running"
-    assert [str(job) for job in cancel_jobs(config)] == ["job array 12 (tokenize)"]
-    assert (array["12_1"], array["12_2"], array["9_0"]) == ("cancelled", "cancelled", "failed")
+    assert array.cancelled == []
+    (job,) = cancel_jobs(config)
+    assert str(job).startswith("job array 1 (llemma-tokenize-key-")
+    assert array.cancelled == ["1_1", "1_2"]
+    assert [status.state for status in job.statuses()] != ["completed"] * 3
+    assert job.state() == "cancelled"
     assert cancel_jobs(config) == []
 
 
-def test_what_slurm_does_not_answer_about_does_not_keep_other_jobs(
-    config: RunConfig, array: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_what_the_scheduler_does_not_answer_about_does_not_keep_other_jobs(
+    config: RunConfig, array: ScriptedExecutor
 ) -> None:
-    def be_silent(tasks: object) -> None:
-        raise slurm.NoAnswer("squeue does not answer about jobs 9, 12: Socket timed out: try again")
-
-    monkeypatch.setattr(slurm, "task_states", be_silent)
+    array.silent = 99
     jobs = submit_all(config)
-    with pytest.raises(LaunchError, match=r"only \['job .*evaluate-.*\)'\]: squeue does not answer about jobs 9"):
+    with pytest.raises(LaunchError, match=r"only \['job .*evaluate-.*\)'\]: the scheduler does not answer"):
         cancel_jobs(config)
     assert states(jobs) == ["cancelled", "cancelled"]
 
 
 def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(
-    config: RunConfig, array: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, array: ScriptedExecutor
 ) -> None:
-    home = config.workdir / ".parts" / "jobs"
-    record = {"groups": "x", "jobs": ["9_0", None, None], "name": "llemma-tokenize-x"}
-    (home / "array.json").write_text(json.dumps(record))
-    array |= {"13_0": "pending", "13_1": "pending"}
-    monkeypatch.setattr(slurm, "find_by_name", {"llemma-tokenize-x": "13"}.get)
-    assert [job.job_id for job in cancel_jobs(config)] == ["13"]
-    assert array["13_1"] == "cancelled"
+    array.end("failed", "1_0", "1_1", "1_2")
+
+    def kill(ids: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    array.on_submit = kill
+    with pytest.raises(KeyboardInterrupt):
+        submit_array(config, "other")
+    assert [job.job_id for job in cancel_jobs(config)] == ["2"]
+    assert array.cancelled == ["2_0", "2_1", "2_2"]
 
 
 def test_a_run_that_never_submitted_a_job_has_nothing_to_cancel(config: RunConfig) -> None:

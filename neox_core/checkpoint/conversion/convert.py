@@ -56,14 +56,14 @@ def convert(
 ) -> dict[str, Any]:
     """Convert to NeoX's layout in `target`, bf16; values that are bf16 in the source are kept bit for bit.
 
-    An interrupted conversion goes on at the next file. Memory: some 60 MiB per file that is being written.
+    An interrupted conversion continues with the next file. Memory: some 60 MiB per file that is being written.
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
         target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
-        progress: told how far it is: bytes, bytes/s, time left.
+        progress: called with how far it is: bytes, bytes/s, time left.
         base_rope_theta: RoPE base of the source, where the run changes it on purpose (Llemma 7B: 1e6 to 1e4).
         base_vocab_size: vocabulary of the source, where the run adds tokens or padding on purpose.
         new_tokens: how their rows are made.
@@ -110,6 +110,17 @@ def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds
     return {"files": len(records), "bytes": size, "write_seconds": round(seconds, 2), **rate}
 
 
+def base_architecture(model: ModelConfig, rope_theta: float | None, vocab_size: int | None) -> ModelConfig:
+    """The base of a run's model; its RoPE base and its vocabulary are given where the run changes them on purpose."""
+    return model.model_copy(
+        update={
+            "rope_theta": rope_theta or model.rope_theta,
+            "vocab_size": vocab_size or model.num_tokens,
+            "unpadded_vocab_size": None,
+        }
+    )
+
+
 def check_architecture(
     checkpoint: SourceCheckpoint,
     model: ModelConfig,
@@ -121,13 +132,7 @@ def check_architecture(
     Raises:
         ConfigError: naming every field that differs, with both values.
     """
-    expected = model.model_copy(
-        update={
-            "rope_theta": base_rope_theta or model.rope_theta,
-            "vocab_size": base_vocab_size or model.num_tokens,
-            "unpadded_vocab_size": None,
-        }
-    )
+    expected = base_architecture(model, base_rope_theta, base_vocab_size)
     found = checkpoint.model
     differences = [
         f"{name} {getattr(expected, name)} (source: {getattr(found, name)})"

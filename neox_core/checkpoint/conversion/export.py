@@ -27,9 +27,9 @@ from neox_core.checkpoint.formats.huggingface_tokenizer import (
     tokenizer_files,
 )
 from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_files, meta_params
+from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
-from neox_core.checkpoint.formats.weights import Weights
 from neox_core.config import ModelConfig
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, small_files
@@ -60,7 +60,7 @@ def export_huggingface(
 ) -> dict[str, Any]:
     """Write `target`: safetensors (several with an index above `max_file_bytes`), tokenizer, and config.json last.
 
-    Padding of the vocabulary is cut off. An interrupted export goes on at the next file. Yields a summary.
+    Padding of the vocabulary is cut off. An interrupted export continues with the next file. Yields a summary.
 
     Args:
         source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
@@ -68,7 +68,7 @@ def export_huggingface(
         model: the checkpoint's architecture.
         tokenizer: SentencePiece model; None: the folder gets none.
         sequence_length: longest sequence that the model was trained on.
-        progress: told how far it is.
+        progress: called with how far it is.
         max_file_bytes: size that a file of weights is kept under where one layer allows it.
 
     Raises:
@@ -100,14 +100,14 @@ def export_meta(
 ) -> dict[str, Any]:
     """Write `target` in Meta's format: consolidated.NN.pth, and params.json last. Yields a summary.
 
-    Padding of the vocabulary is cut off. An interrupted export goes on at the next file.
+    Padding of the vocabulary is cut off. An interrupted export continues with the next file.
 
     Args:
         source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
         target: folder to write; an export of something else in it is replaced.
         model: the checkpoint's architecture.
         shards: number of files; Meta has 1 for 7B, 2 for 13B, 4 for 34B, 8 for 70B.
-        progress: told how far it is.
+        progress: called with how far it is.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
@@ -127,7 +127,7 @@ def without_padding(model: ModelConfig) -> ModelConfig:
 
 
 def _write(
-    output: Target, weights: Weights, files: list[OutputFile], others: Mapping[str, bytes], progress: Progress
+    output: Target, weights: ModelWeights, files: list[OutputFile], others: Mapping[str, bytes], progress: Progress
 ) -> dict[str, Any]:
     """Write the weights and then the others; the last one makes the folder a model, so it goes if anything changes."""
     started = time.monotonic()
@@ -147,7 +147,7 @@ def _write(
     return sizes(records, finished, time.monotonic() - started)
 
 
-def _identity(weights: Weights, files: list[OutputFile]) -> str:
+def _identity(weights: ModelWeights, files: list[OutputFile]) -> str:
     """What a half-finished attempt must have been about to be continued."""
     contents = {place.stored.content for places in weights.places.values() for place in places}
     logical = {
@@ -167,7 +167,7 @@ def prove_export(
 ) -> dict[str, Any]:
     """Compare an export with the checkpoint: every layer, small models' logits, and token ids; yields a summary.
 
-    `texts` are encoded beside some that are known to be hard.
+    `texts` are encoded, and some that are known to be hard.
 
     Raises:
         CheckpointError: they differ (see `prove`), or a text's ids are not SentencePiece's.

@@ -12,8 +12,8 @@ from neox_core.checkpoint.conversion.convert import open_source
 from neox_core.checkpoint.formats.description import described_by
 from neox_core.checkpoint.formats.huggingface import CONFIG_FILE
 from neox_core.checkpoint.formats.meta import PARAMS_FILE
+from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-from neox_core.checkpoint.formats.weights import Weights
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -78,12 +78,12 @@ def recorded_model(folder: Folder) -> ModelConfig:
         return ModelConfig.model_validate(parse_artifact(text, Path(str(folder))).config["model"])
 
 
-def _described(form: str, weights: Weights) -> Description:
+def _described(form: str, weights: ModelWeights) -> Description:
     parameters = sum(prod(weights.shape(name)) for name in weights.places)
     return Description(form, weights.model, parameters, tuple(_entries(weights)))
 
 
-def _entries(weights: Weights) -> Iterator[Entry]:
+def _entries(weights: ModelWeights) -> Iterator[Entry]:
     """Each file's tensors, with the whole tensors that they belong to."""
     belongs: dict[tuple[str, int, str], Entry] = {}
     for whole, places in weights.places.items():

@@ -1,6 +1,6 @@
 """Proof that weights mean the same model in two layouts: they compute the same.
 
-Only results tell: a conversion of grouped queries can be right in every shape and wrong in every head. Ours
+Only results show it: a conversion of grouped queries can be right in every shape and wrong in every head. Ours
 are computed from the tensor-parallel shards as they are, in one process: each rank's narrow model on the same hidden
 state, the partial results added, as the ranks' all-reduce would. The other side is transformers' Llama
 from the other layout's files.

@@ -6,17 +6,15 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from neox_core.artifact import write_atomically
-from neox_core.checkpoint.formats.description import write_file
 from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_params, shard_name
 from neox_core.checkpoint.formats.tensor_map import Form, TensorLayout, check_divides, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig
+from neox_core.storage.atomic import atomic_file, write_atomically
 from neox_core.storage.tensor_writer import StreamedTensor, write_torch
 
 _STD = 0.02
@@ -38,7 +36,8 @@ def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = 
     shards = math.gcd(shards, model.num_kv_heads)  # Meta's shards never have a KV head in common
     for shard in range(shards):
         tensors = list(_shard(model, seed, shards, shard))
-        write_file(folder / shard_name(shard), partial(_save, tensors))
+        with atomic_file(folder / shard_name(shard)) as temporary:
+            _save(tensors, temporary)
     write_atomically(folder / PARAMS_FILE, json.dumps(meta_params(model), indent=1))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neox_core.checkpoint.formats.huggingface_tokenizer import load_sentencepiece
-from neox_core.checkpoint.formats.weights import NewRows, Weights
+from neox_core.checkpoint.formats.model_weights import ModelWeights, NewRows
 from neox_core.config import ModelConfig
 from neox_core.errors import ConfigError
 
@@ -19,7 +19,7 @@ _STD = 0.02
 _CHUNK_ROWS = 1024
 
 
-def new_rows(method: NewTokens, weights: Weights) -> NewRows:
+def new_rows(method: NewTokens, weights: ModelWeights) -> NewRows:
     """How rows of the embedding and of the output are made that the base model lacks; the same for equal weights.
 
     mean: the mean of the base's rows, with which a new token is as likely as the average one (Hewitt 2021); normal:
@@ -40,7 +40,7 @@ def new_rows(method: NewTokens, weights: Weights) -> NewRows:
     return fill
 
 
-def _mean_row(weights: Weights, whole: str) -> Tensor:
+def _mean_row(weights: ModelWeights, whole: str) -> Tensor:
     """Mean over a whole tensor's rows, summed in float64."""
     height, width = weights.shape(whole)
     total = torch.zeros(width, dtype=torch.float64)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from neox_core.checkpoint.formats.description import described_by
+from neox_core.checkpoint.formats.model_weights import Locator, ModelWeights
 from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, Layer, iterate_layers, stored_tensors
-from neox_core.checkpoint.formats.weights import Locator, Weights
 from neox_core.config import ModelConfig, RopeScalingConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -44,7 +44,7 @@ class HuggingFaceCheckpoint:
             tensors[_OUTPUT] = tensors.get(_EMBEDDING)
         locator = Locator(str(folder), self.model, Form.HUGGINGFACE, 1)
         locator.add(0, lambda _, name: tensors.get(name))
-        self.weights: Weights = locator.weights()
+        self.weights: ModelWeights = locator.weights()
         if unknown := sorted(tensors.keys() - self.weights.places.keys()):
             raise CheckpointError(
                 f"{folder} holds {', '.join(unknown[:3])} ({len(unknown)} in all), unknown in a Llama of "
@@ -155,7 +155,7 @@ def _rope_scaling(path: str, config: Mapping[str, Any]) -> RopeScalingConfig | N
     return found[0] if found else None
 
 
-def huggingface_files(weights: Weights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
+def huggingface_files(weights: ModelWeights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
     """The files of weights: one, or several of whole layers that stay under `limit` bytes where one layer does."""
     groups = list(_group(list(iterate_layers(model.num_layers)), model, dtype.itemsize, limit))
     names = (

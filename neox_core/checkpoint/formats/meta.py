@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from neox_core.checkpoint.formats.description import described_by
+from neox_core.checkpoint.formats.model_weights import Locator, ModelWeights, layouts_of
 from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, check_divides
-from neox_core.checkpoint.formats.weights import Locator, Weights, layouts_of
 from neox_core.config import ModelConfig, RopeScalingConfig
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -67,7 +67,7 @@ class MetaCheckpoint:
         locator = Locator(str(folder), self.model, Form.META, self.num_shards)
         for number, shard in enumerate(shards):
             locator.add(number, partial(_find, shard))
-        self.weights: Weights = locator.weights()
+        self.weights: ModelWeights = locator.weights()
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor by Meta's name, merged over the shards; rows of wq and wk are in Meta's order."""
@@ -112,7 +112,7 @@ def _fits(shard: tuple[int, ...], whole: tuple[int, ...], shards: int) -> bool:
     return any(shard == tuple(n // shards if d == dim else n for d, n in enumerate(whole)) for dim in (0, 1))
 
 
-def meta_files(weights: Weights, model: ModelConfig, shards: int, dtype: torch.dtype) -> list[OutputFile]:
+def meta_files(weights: ModelWeights, model: ModelConfig, shards: int, dtype: torch.dtype) -> list[OutputFile]:
     """The files of a checkpoint in Meta's format, but for params.json.
 
     Raises:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neox_core.checkpoint.formats.model_weights import Locator, ModelWeights, NewRows, layouts_of
 from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, iterate_layers, stored_tensors
-from neox_core.checkpoint.formats.weights import Locator, NewRows, Weights, layouts_of
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
@@ -43,7 +43,7 @@ def rank_file(rank: int) -> str:
 
 
 def neox_files(
-    weights: Weights,
+    weights: ModelWeights,
     model: ModelConfig,
     parallel: ParallelConfig,
     dtype: torch.dtype,
@@ -71,7 +71,7 @@ def neox_files(
 
 
 def _rank_file(
-    weights: Weights, model: ModelConfig, ranks: int, rank: int, dtype: torch.dtype, new_rows: NewRows | None
+    weights: ModelWeights, model: ModelConfig, ranks: int, rank: int, dtype: torch.dtype, new_rows: NewRows | None
 ) -> OutputFile:
     tensors = [
         weights.as_stored(layout, dtype, new_rows, prefix=f"sequential.{index}.")
@@ -137,7 +137,7 @@ class NeoxCheckpoint:
             raise CheckpointError(f"{self.folder} has no layer {index} for tensor-parallel rank {tensor_rank}")
         return {name: value for name, value in tensors.items() if isinstance(value, StoredTensor)}
 
-    def weights(self, model: ModelConfig) -> Weights:
+    def weights(self, model: ModelConfig) -> ModelWeights:
         """The whole model, merged over the ranks.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A checkpoint's files written side by side, each whole or not at all; an interrupted attempt goes on."""
+"""A checkpoint's files written side by side, each whole or not at all; an interrupted attempt is continued."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ counts as one row.
 
 The table speaks of whole tensors, under Hugging Face's full names and in its order of rows. `stored_tensors` says what
 a file of a layout holds: each of its tensors as blocks, rectangles of a whole tensor with the rows and columns where
-the file has them. Two things differ between the layouts beside names and cuts:
+the file has them. Two things differ between the layouts apart from names and cuts:
 
 * RoPE pairs. Meta rotates rows (2i, 2i+1) of a head (interleaved), NeoX and Hugging Face rows (i, i + head_dim/2)
   (halves), so the rows of wq and wk are permuted within each head.

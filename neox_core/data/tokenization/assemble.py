@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from neox_core.artifact import write_atomically
 from neox_core.config import DataConfig
 from neox_core.data.tokenization.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
@@ -22,6 +21,7 @@ from neox_core.data.tokenization.part_files import PartPaths, load_table
 from neox_core.data.tokenization.part_settings import PartRecord
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import DataError
+from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 
 REJECTED_FILE = "rejected.jsonl"
 OVERLAP_FILE = "overlap.json"
@@ -127,16 +127,14 @@ def check_unchanged(parts: Iterable[MadePart]) -> None:
 def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:
     """List every rejected record and left-out file, or have no list if there is none."""
     path = folder / REJECTED_FILE
-    temporary = folder / f".{REJECTED_FILE}.tmp"
-    with temporary.open("w", encoding="utf-8") as output:
+    remove_remains(path)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as output:
         for part in parts:
             with part.paths.rejected.open(encoding="utf-8") as lines:
                 for line in map(json.loads, lines):
                     output.write(json.dumps({"file": part.file.logical_name, **line}) + "\n")
-        empty = output.tell() == 0
-    temporary.unlink() if empty else temporary.replace(path)
-    if empty:
-        path.unlink(missing_ok=True)
+    if path.stat().st_size == 0:
+        path.unlink()
 
 
 def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from neox_core.data.tokenization.merge import Mask
 
 DOCUMENT = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8"), ("bytes", "<u8"), ("line", "<u8")])
-"""What is kept of each document of a part, beside its ids."""
+"""What is kept of each document of a part, apart from its ids."""
 _BUCKET = 1 << 21
 """Documents compared at a time, some 100 bytes each."""
 

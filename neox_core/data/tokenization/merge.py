@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from neox_core.data.indexed import (
     IndexedDataset,
     Tokens,
     bin_path,
-    flush_to_disk,
-    idx_path,
+    dataset_paths,
     index_header,
-    publish,
 )
 from neox_core.errors import DataError
+from neox_core.storage.atomic import atomic_files
 
 _COPY_SIZE = 1 << 20
 _INDEX_ROWS = 1 << 20
@@ -64,26 +62,20 @@ def merge(parts: Sequence[Part | Path], prefix: Path, workers: int = 4) -> None:
     placed = _place([part if isinstance(part, Part) else Part(part) for part in parts], prefix)
     last = placed[-1]
     total, size = last.first_document + last.documents, last.first_byte + last.bytes
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:12]
-    temporary_bin, temporary_idx = (p.with_name(f".{p.name}.{token}.tmp") for p in (bin_path(prefix), idx_path(prefix)))
-    try:
-        with temporary_bin.open("wb") as ids, temporary_idx.open("wb") as index:
-            ids.truncate(size)
-            index.write(index_header(last.dtype, total))
-            index.truncate(HEADER.size + 20 * total + 8)
-            with ThreadPoolExecutor(workers) as pool:
-                jobs = [pool.submit(_copy_ids, part, ids.fileno()) for part in placed]
-                jobs += [pool.submit(_copy_index, part, index.fileno(), total) for part in placed]
-                jobs.append(pool.submit(_number_documents, index.fileno(), total))
-                for job in jobs:
-                    job.result()
-            flush_to_disk(ids)
-            flush_to_disk(index)
-        publish(temporary_bin, temporary_idx, prefix)
-    finally:
-        temporary_bin.unlink(missing_ok=True)
-        temporary_idx.unlink(missing_ok=True)
+    with (
+        atomic_files(dataset_paths(prefix)) as (temporary_bin, temporary_idx),
+        temporary_bin.open("wb") as ids,
+        temporary_idx.open("wb") as index,
+    ):
+        ids.truncate(size)
+        index.write(index_header(last.dtype, total))
+        index.truncate(HEADER.size + 20 * total + 8)
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(_copy_ids, part, ids.fileno()) for part in placed]
+            jobs += [pool.submit(_copy_index, part, index.fileno(), total) for part in placed]
+            jobs.append(pool.submit(_number_documents, index.fileno(), total))
+            for job in jobs:
+                job.result()
 
 
 def _place(parts: Sequence[Part], prefix: Path) -> list[_Placed]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from neox_core.artifact import write_atomically
+from neox_core.storage.atomic import write_atomically
 from neox_core.data.tokenization.overlap import EvaluationItems, load_items
 from neox_core.data.tokenization.part_files import PARTS, PartPaths, PartWriter
 from neox_core.data.tokenization.part_settings import Done, PartRecord, PartSettings, TokenizerSettings
@@ -22,25 +22,26 @@ if TYPE_CHECKING:
 
 
 def make_part(
-    file: InputFile, settings: PartSettings, folder: Path, tell: Callable[[Done], None] = lambda done: None
+    file: InputFile, settings: PartSettings, folder: Path, on_progress: Callable[[Done], None] = lambda done: None
 ) -> PartRecord:
     """Make one file's part, or find it made. Memory is bounded whatever the file's size.
 
     Args:
-        tell: called now and then with what is done of the file, and with all of it at last; never if the part is found.
+        on_progress: called now and then with what is done of the file, and with all of it at last; never if the part is
+            found.
 
     Raises:
         DataError: the file is damaged (and is not to be skipped) or cannot be read, or an id is not SentencePiece's.
         ConfigError, StorageError: the tokenizer, an evaluation set or an object cannot be read.
     """
     try:
-        return _found_or_made(file, settings, folder, tell)
+        return _found_or_made(file, settings, folder, on_progress)
     except OSError as error:
         raise DataError(f"{file.location} cannot be made a part of: {error}: look at the disks and run again") from error
 
 
 def _found_or_made(
-    file: InputFile, settings: PartSettings, folder: Path, tell: Callable[[Done], None]
+    file: InputFile, settings: PartSettings, folder: Path, on_progress: Callable[[Done], None]
 ) -> PartRecord:
     paths = PartPaths.of(file, folder)
     made_from = {"text": content_digest(file), **settings.logical()}
@@ -49,7 +50,7 @@ def _found_or_made(
         return found
     tokenizer, damaged = _tokenizer(settings.tokenizer, made_from["tokenizer"]), ""
     try:
-        writer = _written(file, settings, paths, tokenizer, folder / PARTS, tell)
+        writer = _written(file, settings, paths, tokenizer, folder / PARTS, on_progress)
     except WrongColumnError as error:
         raise WrongColumnError(file.location, error.reason) from None
     except DamagedFileError as error:
@@ -70,7 +71,7 @@ def _found_or_made(
         made_from=made_from,
     )
     write_atomically(paths.record, json.dumps(asdict(record)))
-    tell(Done(file.size, record.bytes, record.tokens))
+    on_progress(Done(file.size, record.bytes, record.tokens))
     return record
 
 
@@ -85,7 +86,7 @@ def _written(
     paths: PartPaths,
     tokenizer: Tokenizer,
     scratch: Path,
-    tell: Callable[[Done], None],
+    on_progress: Callable[[Done], None],
 ) -> PartWriter:
     items = _items(settings) if file.split == "train" else None
     with (
@@ -93,7 +94,10 @@ def _written(
         PartWriter(file, paths, tokenizer, items, settings.deduplicate) as writer,
     ):
         for record in read_records(
-            path, settings.text_key, lambda read: tell(Done(read, writer.bytes, writer.tokens))
+            path,
+            settings.text_key,
+            lambda read: on_progress(Done(read, writer.bytes, writer.tokens)),
+            settings.formats,
         ):
             writer.add(record)
     return writer

@@ -1,11 +1,10 @@
-"""The files of a part: ids, and beside them what was rejected, what overlaps, and a row per document."""
+"""The files of a part: ids, what was rejected, what overlaps, and a row per document."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import struct
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from neox_core.data.tokenization.overlap import EvaluationItems
 from neox_core.data.tokenization.readers import Document, InputFile, Rejection
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
+from neox_core.storage.atomic import atomic_file
 
 PARTS = ".parts"
 """Folder of the parts, until they are merged and the result is safe."""
@@ -160,14 +160,9 @@ class PartWriter:
 
 @contextmanager
 def _renamed(path: Path, mode: str) -> Iterator[Any]:
-    """A file that gets its name when it is complete."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with temporary.open(mode) as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A file that gets its name when it is complete. It may be lost in a power cut: see PartRecord.sha256."""
+    with atomic_file(path, durable=False) as temporary, temporary.open(mode) as file:
+        yield file
 
 
 def _write_line(file: TextIO, content: dict[str, Any]) -> None:

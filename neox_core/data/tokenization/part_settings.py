@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from neox_core.artifact import sha256_of
+from neox_core.data.tokenization.readers.formats import SourceFormat, source_formats
 
 if TYPE_CHECKING:
     from neox_core.config import DataConfig, RunConfig, StorageConfig, TokenizerConfig
@@ -29,7 +30,7 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class PartSettings:
-    """What a part depends on beside its text, and how to reach that."""
+    """What a part depends on apart from its text, and how to reach that."""
 
     tokenizer: TokenizerSettings
     storage: StorageConfig | None
@@ -39,6 +40,8 @@ class PartSettings:
     deduplicate: bool = False
     evaluation_sets: tuple[Path, ...] = ()
     overlap_words: int = 30
+    formats: tuple[SourceFormat, ...] = field(default_factory=source_formats)
+    """Readers that are registered where the settings are made, and so not where a worker uses them."""
 
     @classmethod
     def of(cls, config: RunConfig) -> PartSettings:

@@ -10,25 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_core.config import ModelConfig
+from neox_core.model.layer_groups import NORMS, group_names, layer_group
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import shared_elements
-
-EMBEDDING, HEAD, NORMS = "embedding", "head", "norms"
-_BLOCK_GROUPS = 8
-"""At most, so that a chart of them can be read."""
-
-
-def group_names(num_layers: int) -> tuple[str, ...]:
-    """The groups of a model, the same on all ranks: embedding, blocks_00-03, ..., head (matrices), and all norms."""
-    blocks = dict.fromkeys(_block_group(layer, num_layers) for layer in range(num_layers))
-    return (EMBEDDING, *blocks, HEAD, NORMS)
-
-
-def _block_group(layer: int, num_layers: int) -> str:
-    size = -(-num_layers // _BLOCK_GROUPS)
-    first = layer // size * size
-    last = min(first + size, num_layers) - 1
-    return f"blocks_{first:02d}-{last:02d}" if last > first else f"blocks_{first:02d}"
 
 
 class GradientNorms:
@@ -47,7 +31,7 @@ class GradientNorms:
         gradient, norm_gradient = optimizer.fp32_groups_gradient_flat_partition
         first = dist.get_rank(optimizer.real_dp_process_group[0]) * gradient.numel()
         indices = {id(p): int(name.split(".")[0]) for name, p in module.named_parameters()}
-        spans = _spans(matrices, [_layer_group(indices[id(p)], model.num_layers) for p in matrices])
+        spans = _spans(matrices, [layer_group(indices[id(p)], model.num_layers) for p in matrices])
         self._pieces = {name: _pieces(gradient, first, [span]) for name, span in spans.items()}
         if mesh.tensor_rank == 0 and norms:  # the tensor-parallel ranks have the same norms
             self._pieces[NORMS] = [norm_gradient]
@@ -71,13 +55,6 @@ def _pieces(partition: Tensor, first: int, ranges: Sequence[range]) -> list[Tens
     """What a partition that begins at `first` of the flat gradient has of these ranges."""
     pieces = [partition[max(r.start - first, 0) : max(r.stop - first, 0)] for r in ranges]
     return [piece for piece in pieces if piece.numel()]
-
-
-def _layer_group(index: int, num_layers: int) -> str:
-    """Group of the matrices of a NeoX layer: embedding 0, transformer layer l at l + 2, output at L + 4."""
-    if index == 0:
-        return EMBEDDING
-    return _block_group(index - 2, num_layers) if index - 2 < num_layers else HEAD
 
 
 def _spans(parameters: Sequence[Tensor], groups: Sequence[str]) -> dict[str, range]:

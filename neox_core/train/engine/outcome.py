@@ -34,6 +34,11 @@ def loss_of(outcome: Tensor) -> Tensor:
     return outcome[_HEAD]
 
 
+def gradient_norm_of(outcome: Tensor) -> Tensor:
+    """The whole model's gradient norm before clipping, of a packed outcome, on its device."""
+    return outcome[_HEAD + 1].sqrt()
+
+
 def group_norms_of(outcome: Tensor) -> Tensor:
     """The norms of groups of layers of a packed outcome, on its device."""
     width = (len(outcome) - _HEAD) // 2

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from neox_core.config import BatchGeometry, RunConfig
@@ -18,6 +19,7 @@ from neox_core.model.attention_kernel import attention_kernel
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.stages import pipeline_layers, stage_bounds
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.activations import Mode
@@ -55,11 +57,6 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
-def parameter_dtype(config: RunConfig) -> torch.dtype:
-    """dtype of the parameters in forward and backward."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
 def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineModule:
     """Build the layers of this rank's stage. Collective over all ranks.
 
@@ -92,7 +89,7 @@ def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights:
     return _Pipeline(
         stage_bounds(config),
         layers=[spec(index, layer_type) for index, layer_type in enumerate(layer_types(config.model.num_layers))],
-        topology=mesh.topology,
+        topology=PipeModelDataParallelTopology(mesh.pipeline_size, mesh.tensor_size, mesh.data_size),
         loss_fn=loss,
     )
 

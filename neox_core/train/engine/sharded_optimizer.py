@@ -11,12 +11,11 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
-from neox_core.train.engine.adamw import AdamWStep, adamw_update
-from neox_core.train.engine.master_weights import MasterWeights
 from neox_core.train.engine.outcome import pack_outcome
 
 MATRICES, NORMS = 0, 1
@@ -31,6 +30,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     saves. DeepSpeed calls the parameters bf16; here they may also be fp32, which are their own master weights.
 
     Args:
+        rule: how a partition is updated.
         mesh: the grid of ranks.
         kv_group: the tensor-parallel ranks that have the same KV heads; None where each has its own.
         packed: keep the low half of the master weights only (see master_weights.py).
@@ -38,10 +38,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *others: Any, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+        self,
+        *others: Any,
+        rule: UpdateRule,
+        mesh: Mesh,
+        kv_group: dist.ProcessGroup | None,
+        packed: bool,
+        **named: Any,
     ) -> None:
         super().__init__(*others, **named)
-        self._mesh = mesh
+        self._rule, self._mesh = rule, mesh
         own = [dist.get_rank(group) for group in self.real_dp_process_group]
         self.masters = [
             MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
@@ -55,7 +61,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             gradient = self.fp32_groups_gradient_flat_partition[group]
             # On the device, which alone knows in time of updates that are not done.
             state["step"] = torch.zeros((), dtype=torch.float32, device=gradient.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state |= {name: torch.zeros_like(gradient) for name in rule.state_names}
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
         same. After it: the share of the global batch's."""
@@ -111,11 +117,10 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             self.reduction.begin()
 
     @torch.no_grad()
-    def reduce_gradients(self, reduced: bool = False) -> None:
+    def reduce_gradients(self) -> None:
         """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
         if self._mesh.data_size > 1:
-            if not reduced:
-                self.reduction.finish()
+            self.reduction.finish()
             norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
             own = self.fp32_groups_gradient_flat_partition[NORMS]
             dist.reduce_scatter_tensor(own, norms, average(norms, group), group)
@@ -166,10 +171,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def _update(self, scale: Tensor, applied: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
             state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
-            beta1, beta2 = group["betas"]
-            step = AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"] + 1)
-            gradient = self.fp32_groups_gradient_flat_partition[index]
-            adamw_update(self.masters[index], gradient, state["exp_avg"], state["exp_avg_sq"], scale, step)
+            step = UpdateStep(group["lr"], group["weight_decay"], state["step"] + 1)
+            self._rule.update(self.masters[index], self.fp32_groups_gradient_flat_partition[index], state, scale, step)
             state["step"] += applied
 
     def _gather(self) -> None:
@@ -178,6 +181,14 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             return
         for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
             dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+
+    def forget(self) -> None:
+        """Take the parameters as the master weights, and be as before the first step."""
+        self._restore_from_bit16_weights()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.clear_hp_grads()
 
     def count_master_differences(self, trained: bool) -> int:
         """Elements of this rank's master weights that are not the model's parameters; or, `trained`, do not round to
@@ -204,12 +215,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
     def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
         own = states[dist.get_rank(self.dp_process_group)]
         if load_optimizer_states:
-            self._load_moments(own["base_optimizer_state"]["state"])
+            self._load_rule_state(own["base_optimizer_state"]["state"])
         for master, saved in zip(self.masters, own["single_partition_of_fp32_groups"], strict=True):
             master.load(saved)
 
-    def _load_moments(self, saved: dict[int, dict[str, Tensor]]) -> None:
-        """In place: torch's own way has the old and the new moments at the same time, which need not fit."""
+    def _load_rule_state(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        """In place: torch's own way has the old and the new tensors at the same time, which need not fit."""
         handles = [handle for group in self.optimizer.param_groups for handle in group["params"]]
         for index, values in saved.items():
             for name, value in values.items():

@@ -1,4 +1,4 @@
-"""A record of each step whose update was not done: incidents.jsonl beside the metrics, the log and W&B."""
+"""A record of each step whose update was not done: in incidents.jsonl next to the metrics, the log and W&B."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class IncidentLog:
     Args:
         folder: the metrics' folder.
         store, prefix: where the training's checkpoints lie.
-        metrics: is told too, for charts.
+        metrics: gets them too, for charts.
         groups: names of the groups of layers in an outcome.
         mesh: the grid of ranks.
     """

@@ -31,7 +31,7 @@ class MetricsLog:
     """Writes one row per call, on rank 0 only; on other ranks it does nothing.
 
     A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint. `backup` puts the
-    file beside the checkpoints in the store, from where it comes back if the folder is lost.
+    file next to the checkpoints in the store, from where it comes back if the folder is lost.
     """
 
     def __init__(

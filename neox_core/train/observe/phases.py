@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads
 
 
 class Event(Protocol):
@@ -92,20 +91,3 @@ class Phases:
             if phase is not None:
                 found[phase] += begin.elapsed_time(end) / 1e3
         return found
-
-
-def hook_phases(engine: Any, mark: Callable[[str], None]) -> None:
-    """Mark the phases "reduce" and "optimizer" as a DeepSpeed pipeline engine comes to them in its schedule."""
-    instructions = engine._INSTRUCTION_MAP
-
-    def marked(phase: str, execute: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any, **named: Any) -> None:
-            mark(phase)
-            execute(*args, **named)
-
-        return run
-
-    engine._INSTRUCTION_MAP = instructions | {
-        ReduceGrads: marked("reduce", instructions[ReduceGrads]),
-        OptimizerStep: marked("optimizer", instructions[OptimizerStep]),
-    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,10 @@ from neox_core.data.mixture import Mixture
 from neox_core.parallel.mesh import Mesh
 from neox_core.planning.plan import flops_per_token
 from neox_core.train.engine.outcome import applied_of, group_norms_of
+from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.observe.figures import Figures, peak_memory
 from neox_core.train.observe.metrics import MetricsLog
-from neox_core.train.observe.phases import PhaseTimer, hook_phases
+from neox_core.train.observe.phases import PhaseTimer
 from neox_core.train.observe.profiler import StepProfiler
 from neox_core.train.observe.source_losses import SourceLosses
 
@@ -37,10 +38,10 @@ class Telemetry:
         config: sizes, for FLOPs, and which steps are logged.
         mesh: the grid of ranks.
         geometry: how a global batch is cut.
-        engine: DeepSpeed's pipeline engine, which is hooked.
+        engine: what is observed.
         mixture: says which source a sequence comes from.
         metrics: where rows go, on rank 0.
-        profiler: told of each step.
+        profiler: begins and ends with each step.
         peak_flops: FLOP/s of all ranks together.
     """
 
@@ -49,7 +50,7 @@ class Telemetry:
         config: RunConfig,
         mesh: Mesh,
         geometry: BatchGeometry,
-        engine: Any,
+        engine: StepEngine,
         mixture: Mixture,
         metrics: MetricsLog,
         profiler: StepProfiler,
@@ -60,9 +61,7 @@ class Telemetry:
         self._phases = PhaseTimer(mesh.device)
         self._engine = engine
         self._sources = SourceLosses(mixture, geometry, mesh.data_rank, mesh.device)
-        if engine.is_last_stage() and mesh.tensor_rank == 0:
-            engine.module.loss_fn.on_token_losses = self._sources.add
-        hook_phases(engine, self._phases.mark)
+        self.attach()
         self._logged = False
         self._steps = self._tokens_done = 0
         self._host_seconds = self._waited = 0.0
@@ -79,6 +78,10 @@ class Telemetry:
             self.flush()
         else:
             self._write_arrived()
+
+    def attach(self) -> None:
+        """Observe the engine's steps from now on, as at first, instead of whoever does."""
+        self._engine.observe(self._phases.mark, self._sources.add)
 
     def use(self, geometry: BatchGeometry, mixture: Mixture) -> None:
         """The steps to come cut their batches like this, from this mixture."""
@@ -112,7 +115,7 @@ class Telemetry:
         self._steps += 1
         self._tokens_done += self._tokens
         with torch.no_grad():
-            self._sources.end(applied_of(self._engine.optimizer.outcome))
+            self._sources.end(applied_of(self._engine.outcome))
             self._send()
             if self._logged:
                 self._gathering = self._gather(step, values)
@@ -139,7 +142,7 @@ class Telemetry:
         gathered = figures.new_empty(self._mesh.world_size * figures.numel())
         on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         groups = [f"gradient_norm/{name}" for name in self._engine.gradient_groups]
-        on_device |= zip(groups, group_norms_of(self._engine.optimizer.outcome).unbind(), strict=True)
+        on_device |= zip(groups, group_norms_of(self._engine.outcome).unbind(), strict=True)
         return Figures(
             step=step,
             steps=self._steps,

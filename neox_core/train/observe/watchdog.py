@@ -1,4 +1,4 @@
-"""Ends a job in which no rank gets on any more, with every rank's stack in its log.
+"""Ends a job in which no rank makes progress any more, with every rank's stack in its log.
 
 A rank that waits for ever in a collective, a read or a lock raises nothing, and neither do those that wait for it.
 """
@@ -35,7 +35,7 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class Watchdog:
-    """A thread of each rank that looks whether any rank still gets on. A context manager within a process group.
+    """A thread of each rank that looks whether any rank still makes progress. A context manager within a process group.
 
     What counts is the job's last heartbeat, not this rank's: one rank may well wait while another finishes an upload.
     The ranks share a counter in the process group's store, so that all of them find out at the same time. Should a
@@ -48,7 +48,7 @@ class Watchdog:
 
     def __init__(self, timeout: float, rank: int, world_size: int) -> None:
         self._timeout, self._rank, self._world_size = timeout, rank, world_size
-        self._place, self._patience, self._beats = "start", _FIRST_TIME, 0
+        self._place, self._allowance, self._beats = "start", _FIRST_TIME, 0
         self._kinds: set[str] = set()
         self._store: Any = None
         self._stop = threading.Event()
@@ -66,19 +66,17 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, place: str) -> None:
-        """Say that this rank gets on, which costs no more than some assignments.
+    def beat(self, place: str | None = None) -> None:
+        """Say that this rank makes progress, which costs no more than some assignments.
 
         Args:
             place: what begins now, such as 'step 7'. Its first word is its kind, of which the first may take longer.
+                None: nothing new, but something that others wait for makes progress, such as an upload.
         """
-        kind = place.split(" ", 1)[0]
-        self._place, self._patience = place, 1.0 if kind in self._kinds else _FIRST_TIME
-        self._kinds.add(kind)
-        self._beats += 1
-
-    def alive(self) -> None:
-        """Say that work beside the training gets on, such as an upload that others wait for."""
+        if place is not None:
+            kind = place.split(" ", 1)[0]
+            self._place, self._allowance = place, 1.0 if kind in self._kinds else _FIRST_TIME
+            self._kinds.add(kind)
         self._beats += 1
 
     def _watch(self) -> None:
@@ -86,12 +84,12 @@ class Watchdog:
         moved = time.monotonic()
         while not self._stop.wait(self._timeout / _LOOKS):
             now = time.monotonic()
-            faulthandler.dump_traceback_later(self._timeout * self._patience, file=_STDERR, exit=True)
+            faulthandler.dump_traceback_later(self._timeout * self._allowance, file=_STDERR, exit=True)
             beats = self._beats
             new_total = self._exchange(beats - own)
             if beats != own or new_total != total:
                 own, total, moved = beats, new_total, now
-            elif now - moved > self._timeout * self._patience:
+            elif now - moved > self._timeout * self._allowance:
                 self._end(now - moved)
 
     def _exchange(self, beats: int) -> int:
@@ -110,8 +108,8 @@ class Watchdog:
             self._store.set(str(self._rank), self._place)
         time.sleep(grace)
         logger.error(
-            "rank %d: no rank got on for %.0f s (launch.hang_timeout_minutes); they were at: %s. The stacks are in the "
-            "ranks' logs. Run again to resume from the last checkpoint",
+            "rank %d: no rank made progress for %.0f s (launch.hang_timeout_minutes); they were at: %s. The stacks "
+            "are in the ranks' logs. Run again to resume from the last checkpoint",
             self._rank,
             seconds,
             self._places(),

@@ -122,9 +122,9 @@ def test_download_brings_only_what_is_wanted_and_missing(
     monkeypatch.setattr(
         ObjectStore, "get_file", lambda self, key, *others: (fetched.append(key), get_file(self, key, *others))[1]
     )
-    alive: list[int] = []
-    download_checkpoint(store, "run", manifest, tmp_path, lambda path: True, lambda: alive.append(1))
-    assert alive
+    beats: list[int] = []
+    download_checkpoint(store, "run", manifest, tmp_path, lambda path: True, lambda: beats.append(1))
+    assert beats
     assert {path: (folder / path).read_bytes() for path in CONTENTS} == CONTENTS
     assert sorted(fetched) == ["run/global_step5/empty", "run/global_step5/rng/rank_0.bin"]
 

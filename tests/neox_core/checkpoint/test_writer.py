@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
 
 from neox_core.artifact import sha256_of
 from neox_core.checkpoint import writer as writer_module
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints
-from neox_core.checkpoint.writer import CheckpointWriter, make_save
+from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.object_store import ObjectStore
 
@@ -29,10 +26,6 @@ PATIENCE = 60.0
 
 def manifest(step: int) -> Manifest:
     return Manifest(step, 8 * step, files=(), layout={"tensor": 1}, fingerprint="0123", config={"name": "toy"})
-
-
-def info(step: int) -> CheckpointCommitInfo:
-    return CheckpointCommitInfo(tag=f"global_step{step}", save_dir="", save_latest=False)
 
 
 @pytest.fixture
@@ -52,12 +45,9 @@ def new_writer(store: ObjectStore) -> Iterator[Callable[..., CheckpointWriter]]:
 
 
 def save(writer: CheckpointWriter, folder: Path, step: int, name: str = "state.pt", value: float = 1.0) -> Path:
-    """Save one small file of a step, as DeepSpeed and make_save do it."""
+    """Save one small file of a step."""
     path = folder / f"global_step{step}" / name
-    writer.create(info(step))
-    writer.save({"weight": torch.full((3,), value)}, str(path))
-    writer.commit(info(step))
-    writer.upload(manifest(step))
+    writer.save(manifest(step), lambda take: take({"weight": torch.full((3,), value)}, path))
     return path
 
 
@@ -130,16 +120,14 @@ def test_a_checkpoint_arrives_whole(
         "text": "kept",
     }
     path = tmp_path / "global_step5" / "state.pt"
-    writer.create(info(5))
-    writer.save(state, str(path))
-    writer.upload(manifest(5))
+    writer.save(manifest(5), lambda take: take(state, path))
     writer.close()
 
     (found,) = list_checkpoints(store, PREFIX)
     assert (found.step, found.sequences_consumed, found.config) == (5, 40, {"name": "toy"})
     assert [(record.path, record.sha256) for record in found.files] == [("state.pt", sha256_of(path))]
     store.get_file(f"{PREFIX}/global_step5/state.pt", tmp_path / "fetched.pt")
-    loaded = writer.load(str(tmp_path / "fetched.pt"))
+    loaded = torch.load(tmp_path / "fetched.pt", weights_only=False)
     assert type(loaded["module"]) is OrderedDict
     assert torch.equal(loaded["module"]["a"], torch.arange(4.0))
     assert loaded["module"]["b"].dtype == torch.bfloat16
@@ -159,16 +147,18 @@ def test_what_training_changes_afterwards_is_not_saved(
     state = {"flat": {"part": flat[10:20]}, "list": [weight], "pair": (flat.view(1000, 1000)[:2, 0], 1)}
     writer = new_writer()
     gate = Gate(store, "put_file")
-    writer.create(info(1))
-    writer.save(state, str(tmp_path / "global_step1" / "state.pt"))
-    flat.fill_(7.0)  # before the upload starts ...
-    writer.upload(manifest(1))
+
+    def hand_over(take: Callable[[Any, Path], None]) -> None:
+        take(state, tmp_path / "global_step1" / "state.pt")
+        flat.fill_(7.0)  # before the upload starts ...
+
+    writer.save(manifest(1), hand_over)
     assert gate.reached.wait(PATIENCE)
     with torch.no_grad():
         weight.fill_(7.0)  # ... and while it runs
     gate.open()
     writer.close()
-    loaded = writer.load(str(tmp_path / "global_step1" / "state.pt"))
+    loaded = torch.load(tmp_path / "global_step1" / "state.pt", weights_only=False)
     assert torch.equal(loaded["flat"]["part"], torch.zeros(10))
     assert torch.equal(loaded["list"][0], torch.ones(5))
     assert torch.equal(loaded["pair"][0], torch.zeros(2))
@@ -216,7 +206,7 @@ def test_reports_of_a_dead_attempt_do_not_count(
     assert sha256_of(tmp_path / "fetched.pt") == sha256_of(path)
 
 
-@pytest.mark.parametrize("surface", ["create", "wait", "close"])
+@pytest.mark.parametrize("surface", ["save", "wait", "close"])
 def test_a_failed_upload_surfaces_and_the_checkpoint_does_not_exist(
     new_writer: Callable[..., CheckpointWriter],
     store: ObjectStore,
@@ -227,7 +217,7 @@ def test_a_failed_upload_surfaces_and_the_checkpoint_does_not_exist(
     fail_upload(store, "bad.pt", monkeypatch)
     writer = new_writer()
     path = save(writer, tmp_path, 1, "bad.pt")
-    action = {"create": lambda: writer.create(info(2)), "wait": writer.wait, "close": writer.close}[surface]
+    action = {"save": lambda: save(writer, tmp_path, 2), "wait": writer.wait, "close": writer.close}[surface]
     with pytest.raises(StorageError, match=r"no space for train-0123/global_step1/bad.pt"):
         action()
     assert steps(store) == []
@@ -273,7 +263,7 @@ def test_rank_0_hears_of_another_ranks_failure_at_once(
     first.check()  # says it once
 
 
-def test_an_upload_that_gets_on_says_so(store: ObjectStore, tmp_path: Path) -> None:
+def test_an_upload_that_makes_progress_says_so(store: ObjectStore, tmp_path: Path) -> None:
     beats: list[int] = []
     writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore(), lambda: beats.append(1))
     save(writer, tmp_path, 1)
@@ -339,49 +329,29 @@ def test_a_checkpoint_waits_for_the_one_before(
     """Host memory holds one copy of the state, not one for every upload that is late."""
     writer = new_writer()
     gate = Gate(store, "put_file")
+    taken: list[Any] = []
     save(writer, tmp_path, 1)
     assert gate.reached.wait(PATIENCE)
-    next_one = threading.Thread(target=writer.create, args=(info(2),), daemon=True)
+    next_one = threading.Thread(target=writer.save, args=(manifest(2), taken.append), daemon=True)
     next_one.start()
     next_one.join(0.3)
-    assert next_one.is_alive()
+    assert (next_one.is_alive(), taken) == (True, [])
     gate.open()
     next_one.join(PATIENCE)
-    assert not next_one.is_alive()
-    assert steps(store) == [1]
+    assert (next_one.is_alive(), len(taken)) == (False, 1)
+    assert 1 in steps(store)
 
 
-def test_make_save_hands_the_engines_files_over(
-    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
-) -> None:
-    writer = new_writer()
-    calls: list[dict[str, Any]] = []
-
-    def save_checkpoint(folder: str, **settings: Any) -> None:
-        calls.append(settings)
-        writer.create(info(4))
-        writer.save({"w": torch.ones(1)}, f"{folder}/{settings['tag']}/layer.pt")
-
-    engine = SimpleNamespace(save_checkpoint=save_checkpoint, device=torch.device("cpu"))
-    make_save(engine, writer, tmp_path)(manifest(4))
-    writer.close()
-    # `latest` would point at a checkpoint before it is complete: the manifest alone counts.
-    assert calls == [{"tag": "global_step4", "client_state": {"sequences_consumed": 32}, "save_latest": False}]
-    text = store.get_text(f"{PREFIX}/global_step4/manifest.json")
-    assert text is not None
-    assert [record["path"] for record in json.loads(text)["files"]] == ["layer.pt"]
-
-
-def test_a_copy_is_made_beside_the_training_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_is_made_in_the_background_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
     writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore())
     threads: list[threading.Thread] = []
 
     def fails() -> None:
         raise StorageError("the store is away")
 
-    writer.beside(fails)
-    writer.beside(lambda: threads.append(threading.current_thread()))
+    writer.copy_in_background(fails)
+    writer.copy_in_background(lambda: threads.append(threading.current_thread()))
     writer.close()
     assert threads
     assert threading.main_thread() not in threads
-    assert "the store is away; the training goes on" in caplog.text
+    assert "the store is away; the training continues" in caplog.text

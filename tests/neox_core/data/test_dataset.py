@@ -136,7 +136,7 @@ def test_epochs_and_keys_have_orders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_nothing_depends_on_what_was_read_before(tmp_path: Path) -> None:
-    """And `places` tells where each id of a mixture's sequence lies."""
+    """And `places` says where each id of a mixture's sequence lies."""
     write_sources(tmp_path, "train")
     data = open_training_data(tmp_path, toy({"arxiv": 1, "code": 1}))
     indices = np.random.default_rng(0).permutation(400)

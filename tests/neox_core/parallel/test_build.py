@@ -20,7 +20,7 @@ DIMS = ModelDimensions(
     rope_theta=1e4, norm_eps=1e-5, sequence_length=16,
 )  # fmt: skip
 ONE_RANK = Mesh(
-    topology=cast(Any, None), rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
+    rank=0, local_rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0,
     pipeline_size=1, data_rank=0, data_size=1, tensor_group=cast(Any, None), device=torch.device("cpu"),
 )  # fmt: skip
 

@@ -74,7 +74,7 @@ def test_weights_of_a_stage_equal_the_modules_it_holds(tensor: int, pipeline: in
         assert memory.weights == 2 * held
         assert memory.gradients == 4 * held
         assert memory.master == 4 * -(-held // 3)
-        assert memory.adam == 2 * memory.master
+        assert memory.optimizer == 2 * memory.master
 
 
 def geometry_of(data_parallel: int, accumulation_steps: int) -> BatchGeometry:
@@ -158,8 +158,8 @@ def test_fp32_parameters_are_their_own_master_weights() -> None:
     config, geometry = load("toy", tensor=1), geometry_of(1, 4)
     fp32, bf16 = (memory_of(with_train(config, precision=name), geometry, 0) for name in ("fp32", "bf16"))
     count = parameter_count(config.model)
-    assert (fp32.weights, fp32.gradients, fp32.master, fp32.adam) == (4 * count, 4 * count, 0, 8 * count)
-    assert (bf16.weights, bf16.gradients, bf16.master, bf16.adam) == (2 * count, 4 * count, 4 * count, 8 * count)
+    assert (fp32.weights, fp32.gradients, fp32.master, fp32.optimizer) == (4 * count, 4 * count, 0, 8 * count)
+    assert (bf16.weights, bf16.gradients, bf16.master, bf16.optimizer) == (2 * count, 4 * count, 4 * count, 8 * count)
 
 
 def test_llemma_fits_its_gpus() -> None:

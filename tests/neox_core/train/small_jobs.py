@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -66,17 +65,6 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
         if dist.is_initialized():
             dist.destroy_process_group()
         deepspeed.comm.comm.cdb = None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports: list[int] = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def rows(job: TrainJob) -> dict[int, dict[str, float]]:

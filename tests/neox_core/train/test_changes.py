@@ -56,8 +56,7 @@ def train_rank(shards: dict[tuple[int, ...], Path]) -> dict[tuple[int, ...], lis
         for step in range(1, STEPS + 1):
             geometry, first = batch_geometry(run, step=step), first_sequence(run.train, step)
             engine.set_accumulation_steps(geometry.accumulation_steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(step, run.train)
+            engine.set_learning_rate(learning_rate(step, run.train))
             loss = engine.train_batch(pipeline_batches(micro_batches(data, geometry, mesh.data_rank, first)))
             rows.append((float(loss), float(engine.get_global_grad_norm())))
         found[layout] = rows

@@ -29,7 +29,7 @@ def config(precision: str) -> RunConfig:
 def train_once(config: RunConfig, mesh: Any, shards: Path, rehearsed: bool) -> dict[str, Any]:
     """Losses and gradient norms of some steps, and the weights after them."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-    from neox_core.train.dry_run import dry_run, load_weights, zero_weights
+    from neox_core.train.dry_run import dry_run, zero_weights
     from neox_core.train.engine.deepspeed_engine import build_engine
 
     weights, geometry = NeoxCheckpoint(shards).layer, batch_geometry(config)
@@ -39,7 +39,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path, rehearsed: bool) -> d
         dry_run(engine, config, geometry, mesh)
         assert torch.equal(torch.get_rng_state(), before)
         assert engine.micro_batches == geometry.accumulation_steps
-        load_weights(engine, weights, mesh)
+        engine.load_weights(weights)
     batches = rank_batches(config, mesh.data_rank)
     losses, norms = [], []
     for _ in range(STEPS):

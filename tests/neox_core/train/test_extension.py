@@ -14,8 +14,8 @@ from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import ancestors
-from tests.distributed import run_ranks
-from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
+from tests.distributed import rendezvous_ports, run_ranks
+from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
 from tests.neox_core.train.small_training import config_for
 
 DECAY, INTERVAL = 3, 2
@@ -52,7 +52,7 @@ def test_an_extension_equals_the_longer_training(
         return TrainJob(data, weights, tmp_path / name, identity, ancestors(run, "d", "w"))
 
     jobs = [(short, job(short, "short")), (long, job(long, "long")), (whole, job(whole, "whole"))]
-    ports = free_ports(len(jobs))
+    ports = rendezvous_ports(len(jobs))
     (found,) = run_ranks(train_jobs, 1, [(run, made, port) for (run, made), port in zip(jobs, ports, strict=True)])
     # The shorter one decays after step 5, so that its checkpoint of step 4 is the last that both share.
     assert found == [(0, [*range(1, 9)]), (4, [*range(5, 13)]), (0, [*range(1, 13)])]
@@ -75,4 +75,4 @@ def test_what_cannot_be_extended_does_not_start_again(storage_config: StorageCon
     identity = training_fingerprint(run, "d", "w")
     job = TrainJob(tmp_path / "data", tmp_path / "weights", tmp_path, identity, ancestors(run, "d", "w"))
     with pytest.raises(AssertionError, match=r"train.extends is \[8\], but s3://.* has no checkpoint of such"):
-        run_ranks(train_jobs, 1, [(run, job, *free_ports(1))])
+        run_ranks(train_jobs, 1, [(run, job, *rendezvous_ports(1))])

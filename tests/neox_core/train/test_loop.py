@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -50,16 +49,14 @@ class CountingData:
 
 
 class FakeEngine:
-    """Takes batches as DeepSpeed's engine does; the losses and norms of the steps are given."""
+    """Takes batches as a StepEngine does; the losses and norms of the steps are given."""
 
     def __init__(self, losses: Callable[[int], float], norms: Callable[[int], float]) -> None:
-        self.optimizer = SimpleNamespace(
-            param_groups=[{"lr": 0.0}, {"lr": 0.0}], loss_limit=torch.tensor(math.inf), outcome=torch.zeros(0)
-        )
-        self.accumulation_steps = 0
+        self.outcome = torch.zeros(0)
+        self.rate, self.loss_limit, self.accumulation_steps = 0.0, math.inf, 0
         self.losses, self.norms = losses, norms
         self.trained: list[list[int]] = []
-        self.rates: list[tuple[float, ...]] = []
+        self.rates: list[float] = []
         self.validated: list[list[int]] = []
 
     def _take(self, batches: Any, first_id: int, micro_batches: int) -> list[int]:
@@ -77,15 +74,18 @@ class FakeEngine:
 
     def train_batch(self, batches: Any) -> torch.Tensor:
         self.trained.append(self._take(batches, TRAINING, self.accumulation_steps))
-        self.rates.append(tuple(group["lr"] for group in self.optimizer.param_groups))
+        self.rates.append(self.rate)
         loss, norm = (torch.tensor(values(len(self.trained))) for values in (self.losses, self.norms))
-        applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.optimizer.loss_limit)
+        applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
         numbers = torch.stack([loss, norm.square()])
-        self.optimizer.outcome = pack_outcome(applied, numbers, numbers)
+        self.outcome = pack_outcome(applied, numbers, numbers)
         return loss
 
-    def get_global_grad_norm(self) -> float:
-        return self.norms(len(self.trained))
+    def set_learning_rate(self, rate: float) -> None:
+        self.rate = rate
+
+    def set_loss_limit(self, limit: float) -> None:
+        self.loss_limit = limit
 
     def eval_batch(self, batches: Any, num_micro_batches: int) -> torch.Tensor:
         self.validated.append(self._take(batches, VALIDATION, num_micro_batches))
@@ -96,7 +96,7 @@ class Recorder:
     """What the loop logs and saves, in order. It goes back to what was saved."""
 
     def __init__(self, start: TrainingState) -> None:
-        self.positions = [start]
+        self.states = [start]
         self.incidents: list[Incident] = []
         self.rows: list[dict[str, float]] = []
         self.saved: list[int] = []
@@ -106,16 +106,16 @@ class Recorder:
     def log(self, step: int, **values: float) -> None:
         self.rows.append({"step": step, **values})
 
-    def save(self, position: TrainingState) -> None:
-        self.saved.append(position.step)
-        self.positions.append(position)
+    def save(self, state: TrainingState) -> None:
+        self.saved.append(state.step)
+        self.states.append(state)
 
     def go_back(self, incident: Incident) -> TrainingState:
-        last = self.positions[-1]
+        last = self.states[-1]
         first = (last.step * 12) + sum(window.count for window in last.skipped)
         window = SkippedSequences(last.step, first, incident.batch.first + incident.batch.count - first)
-        self.positions[-1] = replace(last, skipped=(*last.skipped, window))
-        return self.positions[-1]
+        self.states[-1] = replace(last, skipped=(*last.skipped, window))
+        return self.states[-1]
 
     def use(self, geometry: Any, mixture: Any) -> None:
         pass
@@ -162,7 +162,7 @@ def run(
         data_rank=data_rank,
         validation_data=cast(Any, CountingData(VALIDATION)),
         metrics=cast(Any, recorder),
-        guard=Guard(train.guard, engine.optimizer.loss_limit.fill_, recorder.incidents.append),
+        guard=Guard(train.guard, engine.set_loss_limit, recorder.incidents.append),
         save=recorder.save,
         go_back=recorder.go_back,
         telemetry=cast(Any, recorder),
@@ -199,7 +199,7 @@ def test_rows() -> None:
     train = train_config()
     engine, recorder, _ = run(train, norms=lambda step: step / 2)
     rates = [learning_rate(step, train) for step in range(1, 8)]
-    assert engine.rates == [(rate, rate) for rate in rates]
+    assert engine.rates == rates
     for step, row in enumerate((row for row in recorder.rows if "train__loss" in row), start=1):
         assert row["train__loss"] == pytest.approx(5.0 - step / 10)
         assert row["train__lr"] == rates[step - 1]
@@ -312,7 +312,7 @@ def test_too_many_skips_in_a_row_stop() -> None:
     assert [incident.action for incident in recorder.incidents] == ["skip", "skip", "stop"]
     assert recorder.saved == []
     # The count goes on where a checkpoint was: step 4 is saved after one skip.
-    state = run(train, losses=nan_at(4))[1].positions[1]
+    state = run(train, losses=nan_at(4))[1].states[1]
     assert (state.step, state.guard["skips"]) == (4, 1)
     _, resumed, error = run(train, start=state, losses=nan_at(1, 2))
     assert str(error).startswith("step 6:")
@@ -326,8 +326,8 @@ def test_rollback_goes_on_after_the_offending_batch_and_repeats_nothing() -> Non
     # 5 is found bad when 6 is under way; back at 4, training goes on with 6. 7 is found bad before its validation.
     assert steps_taken(engine) == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12]
     rates = [learning_rate(step, train) for step in (1, 2, 3, 4, 5, 6, 5, 6, 5, 6, 7, 8, 9)]
-    assert [rate for rate, _ in engine.rates] == rates
-    assert recorder.positions[-1].skipped == (SkippedSequences(4, 48, 12), SkippedSequences(4, 60, 24))
+    assert engine.rates == rates
+    assert recorder.states[-1].skipped == (SkippedSequences(4, 48, 12), SkippedSequences(4, 60, 24))
     assert recorder.saved == [4, 8, 9]
     assert [row["train__sequences_consumed"] for row in recorder.rows if row.get("train__loss")][-1] == 12 * 12
 
@@ -356,7 +356,7 @@ def test_spikes(action: Any) -> None:
     losses = [wave()(batch) for batch in (3, 4, 5)]  # what is known when step 7 begins
     assert incident.limit == pytest.approx(np.mean(losses) + 4 * np.std(losses))
     assert (error is not None) is (action == "stop")
-    assert engine.optimizer.loss_limit.isfinite()
+    assert math.isfinite(engine.loss_limit)
     assert ("a spike (limit 2.427)" in str(error)) is (action == "stop")
 
 
@@ -364,7 +364,7 @@ def test_no_spike_before_the_window_is_full_or_without_sigma() -> None:
     assert run(train_config(guard=SPIKES), losses=wave(2, 4))[1].incidents == []
     engine, recorder, _ = run(train_config(steps=12), losses=wave(7))
     assert recorder.incidents == []
-    assert engine.optimizer.loss_limit == math.inf
+    assert engine.loss_limit == math.inf
 
 
 def test_a_resumed_training_decides_the_same() -> None:
@@ -377,10 +377,10 @@ def test_a_resumed_training_decides_the_same() -> None:
 
     _, recorder, _ = run(train, losses=losses(0))
     assert len(recorder.incidents) > 3
-    for position in recorder.positions[1:]:
-        stored = replace(position, guard=json.loads(json.dumps(position.guard)))
-        _, again, _ = run(train, start=stored, losses=losses(position.step))
-        later = [(i.outcome, i.limit) for i in recorder.incidents if i.outcome.step > position.step]
+    for state in recorder.states[1:]:
+        stored = replace(state, guard=json.loads(json.dumps(state.guard)))
+        _, again, _ = run(train, start=stored, losses=losses(state.step))
+        later = [(i.outcome, i.limit) for i in recorder.incidents if i.outcome.step > state.step]
         assert [(i.outcome, i.limit) for i in again.incidents] == later
 
 
@@ -397,7 +397,7 @@ def test_changes_of_learning_rate_and_batch() -> None:
     assert [len(taken) for taken in engine.trained] == [6, 6, 6, 12, 12, 2, 2]
     base, peak = train.model_copy(update={"changes": ()}), train.optimizer.lr
     factors = [1, 1, 1e-4 / peak, 1e-4 / peak, 1e-4 / peak, 5e-4 / peak, 5e-4 / peak]
-    for step, (factor, (rate, _)) in enumerate(zip(factors, engine.rates, strict=True), start=1):
+    for step, (factor, rate) in enumerate(zip(factors, engine.rates, strict=True), start=1):
         assert rate == pytest.approx(factor * learning_rate(step, base), rel=1e-12)
     assert [row["train__sequences_consumed"] for row in recorder.rows if "train__loss" in row] == [
         12, 24, 36, 60, 84, 88, 92,

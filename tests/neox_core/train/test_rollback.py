@@ -23,8 +23,8 @@ from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.job import TrainJob
-from tests.distributed import run_ranks
-from tests.neox_core.train.small_jobs import SOURCES, free_ports, rows, train_job, write_data
+from tests.distributed import rendezvous_ports, run_ranks
+from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
 from tests.neox_core.train.small_training import BATCH, config_for
 
 POISON = 127
@@ -109,7 +109,7 @@ def test_rollback(storage_config: StorageConfig, store: ObjectStore, tmp_path: P
     # Steps 1 to 5 and, before 5 is known to be bad, 6; then 4 again and so on: the ninth is 6 the second time.
     # The last job starts from a checkpoint after the rollback, in a new folder.
     jobs = [(whole, None), (killed, 9), (killed, None), (lost, None)]
-    for found in run_ranks(train_jobs, 2, run, jobs, free_ports(len(jobs))):
+    for found in run_ranks(train_jobs, 2, run, jobs, rendezvous_ports(len(jobs))):
         assert found == [
             (0, [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]),
             ("", [1, 2, 3, 4, 5, 6, 4, 5, 6]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -66,8 +67,26 @@ def sleep_for_ever(folder: str) -> None:
     time.sleep(3600)
 
 
+def describe() -> tuple[str, str, str]:
+    """The rank, its host, and the GPUs that it sees."""
+    return os.environ["RANK"], socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def use_memory(megabytes: int) -> None:
+    """Take memory, and stay."""
+    taken = bytearray(os.urandom(1_000_000) * megabytes)
+    time.sleep(3600)
+    del taken
+
+
+def ignore_preemption(folder: str) -> None:
+    """Do not heed the signal that announces the end."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    sleep_for_ever(folder)
+
+
 def rank_1_hangs(folder: str, timeout: float) -> None:
-    """First rank 0 waits for a rank 1 that gets on, for longer than the timeout; then for one that does not."""
+    """First rank 0 waits for a rank 1 that makes progress, for longer than the timeout; then for one that does not."""
     import torch
     import torch.distributed as dist
 
@@ -80,7 +99,7 @@ def rank_1_hangs(folder: str, timeout: float) -> None:
         watchdog.beat("step 2")
         for _ in range(8 if rank == 1 else 0):
             time.sleep(timeout / 4)
-            watchdog.alive()
+            watchdog.beat()
         dist.barrier()
         (Path(folder) / f"waited-{rank}").touch()
         watchdog.beat("step 3")

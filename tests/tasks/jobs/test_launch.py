@@ -16,9 +16,10 @@ import pytest
 
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
-from tasks.jobs import local, slurm
-from tasks.jobs.job import Job, JobRecord
-from tasks.jobs.launch import find_job, submit_or_attach
+from tasks.jobs import local
+from tasks.jobs.job import Job
+from tasks.jobs.launch import find_job, find_jobs, submit_or_attach
+from tasks.jobs.retry import NoAnswer
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,10 +36,9 @@ def _jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cloudpickle.register_pickle_by_value(rank_functions)
     yield
     cloudpickle.unregister_pickle_by_value(rank_functions)
-    for ledger in tmp_path.rglob("job.json"):
-        record = JobRecord.read(ledger)
-        if record and record.controller:
-            local.cancel(record.folder, record.controller)
+    for job in find_jobs(tmp_path / "jobs", ""):
+        if job.record.executor == "local":
+            job.cancel()
 
 
 def submit(folder: Path, function: Callable[..., Any], *args: Any, ranks: int = 2, **options: Any) -> Job:
@@ -118,7 +118,7 @@ def test_the_time_limit_ends_a_job(tmp_path: Path) -> None:
     launch = LAUNCH.model_copy(update={"time_limit_minutes": 0.1})
     args = (str(tmp_path),)
     job = submit_or_attach(launch, tmp_path / "jobs", "test", KEY, rank_functions.sleep_for_ever, args, 1, 2)
-    with pytest.raises(LaunchError, match=r"time limit \(launch\.time_limit_minutes\) is over"):
+    with pytest.raises(LaunchError, match=r"its time limit is over: run again to go on .*raise time_limit_minutes"):
         job.results()
     assert not any(is_running(int(path.read_text())) for path in tmp_path.glob("pid-*"))
 
@@ -162,9 +162,9 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("before", ["", "launch.JobRecord.write = lambda *_: os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("before", ["", "launch.JobRecord.with_ids = lambda *_: os.kill(os.getpid(), 9)"])
 def test_a_job_outlives_its_submitter_and_is_found_again(tmp_path: Path, before: str) -> None:
-    """Killed after the submission, or between the submission and the ledger."""
+    """Killed after the submission, or between the submission and the record of it."""
     code = SUBMITTER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), key=KEY, before=before)
     submitter = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert submitter.returncode == -signal.SIGKILL, submitter.stderr
@@ -209,9 +209,10 @@ def test_what_cannot_be_launched(
 def test_a_local_job_of_another_host_is_not_guessed_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submit(tmp_path, rank_functions.fail_once, str(tmp_path), ranks=1)
     wait_for(job.done)
-    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    with pytest.raises(LaunchError, match=r"started on host .* cannot be watched from elsewhere.*job\.json"):
-        submit(tmp_path, rank_functions.fail_once, str(tmp_path), ranks=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        with pytest.raises(LaunchError, match=r"started on host .* cannot be watched from elsewhere.*job\.json"):
+            submit(tmp_path, rank_functions.fail_once, str(tmp_path), ranks=1)
 
 
 def is_running(pid: int) -> bool:
@@ -230,9 +231,10 @@ def test_what_slurm_is_asked_for(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     script = (fake_slurm.folder / "submission.sh").read_text()
     for flag in (
         "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "time=1440", "partition=big",
-        "qos=high", f"job-name=llemma-train-{KEY[:12]}",
+        "qos=high",
     ):  # fmt: skip
         assert f"#SBATCH --{flag}\n" in script
+    assert f"#SBATCH --job-name=llemma-train-{KEY[:12]}-" in script
     command = next(line for line in script.splitlines() if line.startswith("srun"))
     assert '--kill-on-bad-exit=1 --cpus-per-task=12 sh -c \'trap "" USR2; exec "$@"\' _ ' in command
     assert f"{sys.executable} -u -m submitit.core._submit" in command
@@ -246,53 +248,89 @@ def test_no_gpus_are_asked_for_on_cpus(tmp_path: Path, fake_slurm: FakeSlurm) ->
 
 
 @pytest.mark.parametrize(
-    ("sacct", "state"),
+    ("answer", "state", "words"),
     [
-        ("COMPLETED", "completed"),
-        ("CANCELLED by 0", "cancelled"),
-        ("FAILED", "failed"),
-        ("TIMEOUT", "failed"),
-        ("NODE_FAIL", "failed"),
-        ("OUT_OF_MEMORY", "failed"),
+        (("COMPLETED",), "completed", "it has completed, but left no result"),
+        (("CANCELLED by 0",), "cancelled", "was cancelled: run again to go on .*CANCELLED by 0"),
+        (("FAILED", "3:0", "3:0"), "failed", r"without a word from any rank.*\(SLURM: FAILED, exit code 3:0\)"),
+        (("TIMEOUT",), "failed", r"its time limit is over: .*raise time_limit_minutes \(SLURM: TIMEOUT\)"),
+        (("NODE_FAIL", "0:0", "0:0", "node7 down"), "failed", r"a node failed: .*\(SLURM: NODE_FAIL, node7 down\)"),
+        (("OUT_OF_MEMORY", "0:125"), "failed", r"more main memory than it may: .*OUT_OF_MEMORY, exit code 0:125"),
+        (("PREEMPTED",), "failed", "a job of higher priority took its place: run again"),
     ],
 )
-def test_slurm_answers_decide_the_state(tmp_path: Path, fake_slurm: FakeSlurm, sacct: str, state: str) -> None:
+def test_slurm_answers_decide_the_state(
+    tmp_path: Path,
+    fake_slurm: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: tuple[str, ...],
+    state: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr("tasks.jobs.job._SHARED_DISK_SECONDS", 0.0)
     job = submit_to_slurm(tmp_path)
-    fake_slurm.answer("squeue", "PENDING\n")
-    assert job.state() == "pending"
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("PENDING", "Resources")
+    assert (job.state(), str(job.status())) == ("pending", "pending (Resources)")
+    fake_slurm.squeue("RUNNING")
     assert job.state() == "running"
     fake_slurm.sacct("NODE_FAIL")
     assert job.state() == "failed"
-    fake_slurm.answer("squeue", "RUNNING\n")  # SLURM has requeued it
+    fake_slurm.squeue("RUNNING")  # SLURM has requeued it
     assert job.state() == "running"
-    fake_slurm.sacct(sacct)
+    fake_slurm.sacct(*answer)
     assert job.state() == state
-    assert job.state() == state
-    if state != "completed":
-        with pytest.raises(LaunchError, match=r"job 42 \(llemma-train-0123456789ab\) (failed|was cancelled)"):
-            job.results()
+    with pytest.raises(LaunchError, match=rf"job 42 \(llemma-train-0123456789ab-\w+\) .*{words}"):
+        job.results()
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "x\nsrun: error: node1: task 1: Killed\nsrun: error: node2: tasks 0,2-3: Terminated\n",
+            "rank 1 first: killed",
+        ),
+        ("slurmstepd-node1: error: Exceeded job memory limit\n", "more main memory than it may"),
+        ("srun: error: Node failure on node4\n", "a node failed"),
+        ("nothing", "without a word"),
+    ],
+)
+def test_the_log_decides_where_accounting_says_failed_only(
+    tmp_path: Path, fake_slurm: FakeSlurm, log: str, words: str
+) -> None:
+    job = submit_to_slurm(tmp_path)
+    job.log_paths()[0].write_text(log)
+    fake_slurm.sacct("FAILED", "15:0", "0:15")
+    with pytest.raises(LaunchError, match=rf"{words}.*\(SLURM: FAILED, exit code 0:15\)"):
+        job.results()
 
 
 def test_when_slurm_does_not_answer_nothing_is_submitted(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     job = submit_to_slurm(tmp_path)
     fake_slurm.answer("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller", 1)
-    with pytest.raises(LaunchError, match=r"squeue does not answer about job 42: .*Unable to contact"):
+    with pytest.raises(LaunchError, match=r"squeue does not answer about jobs 42: .*Unable to contact"):
         job.state()
     with pytest.raises(LaunchError, match="squeue does not answer"):
         submit_to_slurm(tmp_path)
-    fake_slurm.answer("squeue", "PENDING\n")
+    fake_slurm.squeue("PENDING")
     assert submit_to_slurm(tmp_path).job_id == "42"
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"
 
 
-def test_a_slurm_job_without_a_ledger_is_found_by_its_name(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
-    submit_to_slurm(tmp_path)
-    (tmp_path / "jobs" / KEY / "job.json").unlink()
-    fake_slurm.answer("squeue", "42\n")
-    (fake_slurm.folder / "squeue").write_text(
-        '#!/bin/sh\ncase "$*" in *--name=llemma-train-0123456789ab*) echo 42;; *--jobs=42*) echo RUNNING;; esac\n'
-    )
+def test_a_slurm_job_whose_submitter_died_is_found_by_its_name(
+    tmp_path: Path, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after sbatch, before the id was noted down."""
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.jobs.launch.JobRecord.with_ids", kill)
+        with pytest.raises(KeyboardInterrupt):
+            submit_to_slurm(tmp_path)
+    fake_slurm.squeue_finds("42")
+    fake_slurm.squeue("RUNNING")
     job = submit_to_slurm(tmp_path)
     assert (job.job_id, job.state()) == ("42", "running")
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"
@@ -300,22 +338,24 @@ def test_a_slurm_job_without_a_ledger_is_found_by_its_name(tmp_path: Path, fake_
 
 def test_cancel_asks_slurm(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     job = submit_to_slurm(tmp_path)
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     job.cancel()
     assert (fake_slurm.folder / "scancel.args").read_text() == "42\n"
 
 
 def test_a_refused_submission_says_why(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     (fake_slurm.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: big' >&2; exit 1\n")
-    with pytest.raises(LaunchError, match=r"llemma-train-0123456789ab cannot be submitted: .*invalid partition"):
+    with pytest.raises(LaunchError, match=r"llemma-train-0123456789ab-\w+ cannot be submitted: .*invalid partition"):
         submit_to_slurm(tmp_path)
 
 
 def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
     job = submit(tmp_path, rank_functions.rank_1_hangs, str(tmp_path), 2.0)
-    with pytest.raises(LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank got on for"):
+    with pytest.raises(
+        LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank made progress for"
+    ):
         job.results()
-    # A rank that waits for one that gets on is no hang.
+    # A rank that waits for one that makes progress is no hang.
     assert {path.name for path in tmp_path.glob("waited-*")} == {"waited-0", "waited-1"}
     logs = [path.read_text() for path in job.log_paths()]
     for log in logs:
@@ -327,7 +367,7 @@ def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
 
 def test_who_follows_a_job_bears_silence(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     job = submit_to_slurm(tmp_path)
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 2)
     states = job.while_at_work()
     assert [next(states) for _ in range(3)] == [None, None, "running"]
@@ -335,7 +375,7 @@ def test_who_follows_a_job_bears_silence(tmp_path: Path, fake_slurm: FakeSlurm) 
     fake_slurm.be_silent("sacct", 1)
     assert list(states) == [None]
     fake_slurm.be_silent("squeue", 2)
-    with pytest.raises(LaunchError, match=r"job 42 \(llemma-train-0123456789ab\) failed"):
+    with pytest.raises(LaunchError, match=r"job 42 \(llemma-train-0123456789ab-\w+\) failed"):
         job.results()
 
 
@@ -346,12 +386,12 @@ def test_a_submission_that_got_no_answer_is_made_again(tmp_path: Path, fake_slur
         "#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2\n"
         "exit 1\n"
     )
-    with pytest.raises(slurm.NoAnswer, match=r"llemma-train-0123456789ab cannot be submitted, SLURM does not .*Socket"):
+    with pytest.raises(NoAnswer, match=r"llemma-train-0123456789ab-\w+ cannot be submitted, SLURM does not .*Socket"):
         submit_to_slurm(tmp_path)
     (fake_slurm.folder / "sbatch").write_text(sbatch)
-    fake_slurm.answer("squeue", "41\n")
+    fake_slurm.squeue_finds("41")
     assert submit_to_slurm(tmp_path).job_id == "42"
     assert (fake_slurm.folder / "scancel.args").read_text() == "41\n"
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     assert submit_to_slurm(tmp_path).job_id == "42"
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"

@@ -11,7 +11,8 @@ from submitit.core.utils import cloudpickle_dump
 
 from neox_core.config import RunConfig
 from tasks import evaluate, train
-from tasks.jobs import slurm
+from tasks.jobs.rank import result_file
+from tasks.jobs.retry import RetryPolicy
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
@@ -37,7 +38,7 @@ def complete(config: RunConfig, fake_slurm: FakeSlurm, result: Any) -> None:
     """The job ends well."""
     (attempt,) = config.workdir.glob("jobs/*/attempt-0001")
     for rank in range(config.parallel.tensor):
-        cloudpickle_dump(("success", result), attempt / f"42_{rank}_result.pkl")
+        cloudpickle_dump(result, result_file(attempt, 0, rank))
     fake_slurm.sacct("COMPLETED")
 
 
@@ -49,7 +50,7 @@ def test_train_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: Fake
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 2)
     with pytest.raises(KeyboardInterrupt):
         train.train(config, interrupt)
@@ -59,12 +60,12 @@ def test_train_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: Fake
         seen.append(text)
         if len(seen) == 3:
             complete(config, fake_slurm, {"done": True})
-            fake_slurm.be_silent("sacct", 1)
+            fake_slurm.be_silent("sacct", 99)  # the results say enough
 
     seen.clear()
     fake_slurm.be_silent("squeue", 2)  # a later run attaches when it has an answer
     assert train.train(config, end_in_a_silence).artifact.summary["done"]
-    assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running", SILENT]
+    assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running"]
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"
     assert not (train.scratch_folder(config) / train.FAILURE_FILE).exists()
 
@@ -77,7 +78,7 @@ def test_evaluate_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: F
         if len(reports) == 4:
             complete(config, fake_slurm, [{"step": 0}])
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 3)
     artifact = evaluate.require(train.train_spec(config))
     assert evaluate._run_job(config, artifact, artifact, "p", [0], report) == [{"step": 0}]
@@ -90,11 +91,11 @@ def test_silence_is_no_failed_training(config: RunConfig, fake_slurm: FakeSlurm)
     def interrupt(share: float, text: str) -> None:
         raise KeyboardInterrupt
 
-    fake_slurm.answer("squeue", "RUNNING\n")
+    fake_slurm.squeue("RUNNING")
     with pytest.raises(KeyboardInterrupt):
         train.train(config, interrupt)
     (train.scratch_folder(config) / train.FAILURE_FILE).unlink()
-    retry_policy = slurm.RetryPolicy()
+    retry_policy = RetryPolicy()
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
     assert [evaluate._training_failed(config, 0.0, retry_policy) for _ in range(2)] == [False, True]

@@ -30,12 +30,13 @@ from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part import make_part
 from neox_core.data.tokenization.part_files import PARTS, PartPaths
 from neox_core.data.tokenization.part_settings import Done, PartSettings, TokenizerSettings
-from neox_core.data.tokenization.readers import InputFile
+from neox_core.data.tokenization.readers import InputFile, register_source_format
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
 from tasks.prepare import prepare
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.tokenize import checked_inputs, input_digests, prepare_data
+from tests.neox_core.data.tokenization.readers.stories import STORIES
 
 INPUT = Path("data/tiny-proof-pile")
 MODEL = Path("data/tokenizers/demo-2048.model").resolve()
@@ -100,6 +101,25 @@ def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> No
         }
     assert ledger["encoder"]["documents_verified"] >= 7  # the first of each file
     assert "gigatoken" in ledger["encoder"]["engine"]
+
+
+def test_a_registered_format_is_read_in_worker_processes(tmp_path: Path) -> None:
+    """They are started anew, and know of it by the settings that they are sent."""
+    register_source_format(STORIES)
+    folder = tmp_path / "text" / "tales" / "train"
+    folder.mkdir(parents=True)
+    (folder / "1.story").write_text("Once upon a time.")
+    (folder / "2.jsonl").write_text(json.dumps({"text": "The end."}))
+    config = toy(tmp_path / "text", sources={"tales": {"weight": 1}}, eval_sources=["tales"])
+    for split in ("validation", "test"):
+        shutil.copytree(folder, folder.with_name(split))
+    ledger = prepare_data(config, tmp_path / "out", tmp_path / "out")
+    assert ledger["sources"]["tales"]["train"]["documents"] == 2
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+    texts = ["text: Once upon a time.", "The end."]
+    assert documents_of(tmp_path / "out" / "tales" / "train") == [
+        [*reference.encode(x), reference.eos_id()] for x in texts
+    ]
 
 
 def test_ledger_of_the_run(prepared: tuple[Path, dict[str, Any]]) -> None:
@@ -273,7 +293,7 @@ import sys, time
 from pathlib import Path
 from tasks.tokenization.tokenize import made_in_processes
 from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
-from neox_core.data.tokenization.readers import InputFile
+from neox_core.data.tokenization.readers import InputFile, register_source_format
 settings = PartSettings(TokenizerSettings(Path("data/tokenizers/demo-2048.model").resolve()), None)
 files = [InputFile("a", "train", f"{n}", path, n) for n, path in enumerate(sys.argv[2:])]
 for file, record in made_in_processes(files, settings, Path(sys.argv[1]), 2):
@@ -309,7 +329,7 @@ def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers
         prepare_data(small(folder, workers=workers), tmp_path / "out", tmp_path / "out")
 
 
-def test_a_fork_server_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_server_that_cannot_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small_input(tmp_path / "in", {"a.jsonl": ["text"]})
     file = InputFile("a", "train", "a.jsonl", str(folder / "a.jsonl"), 9)
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -317,7 +337,7 @@ def test_a_fork_server_that_cannot_start_is_told(tmp_path: Path, monkeypatch: py
         list(made_in_processes([file] * 5000, PartSettings(TokenizerSettings(MODEL), None), tmp_path / "out", 1))
 
 
-def test_killed_workers_are_told(tmp_path: Path) -> None:
+def test_killed_workers_are_reported(tmp_path: Path) -> None:
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)
     files = [InputFile("a", "train", "0.jsonl", str(endless), 1)]
@@ -336,21 +356,21 @@ def test_killed_workers_are_told(tmp_path: Path) -> None:
         killer.join()
 
 
-def test_told_within_a_file_and_all_ends_if_the_telling_fails(tmp_path: Path) -> None:
+def test_progress_within_a_file_and_all_ends_if_the_callback_fails(tmp_path: Path) -> None:
     """As an interrupt makes it fail."""
     small_input(tmp_path, {"x.jsonl": ["some words and more of them " * 40_000] * 9})
     file = InputFile("a", "train", "x", str(tmp_path / "x.jsonl"), (tmp_path / "x.jsonl").stat().st_size)
     slowly = PartSettings(TokenizerSettings(MODEL, engine="sentencepiece"), None)
-    told: list[Done] = []
+    reported: list[Done] = []
 
-    def tell(done: Done) -> None:
-        told.append(done)
+    def on_progress(done: Done) -> None:
+        reported.append(done)
         if done.stored:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        next(made_in_processes([file], slowly, tmp_path / "out", 1, tell))
-    assert 0 < told[-1].stored < file.size
+        next(made_in_processes([file], slowly, tmp_path / "out", 1, on_progress))
+    assert 0 < reported[-1].stored < file.size
     assert fork_servers() == []
     assert list((tmp_path / "out").rglob("*.json")) == []
 
@@ -367,7 +387,7 @@ import resource, sys
 from pathlib import Path
 from tasks.tokenization.pool import made_in_processes
 from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
-from neox_core.data.tokenization.readers import InputFile
+from neox_core.data.tokenization.readers import InputFile, register_source_format
 settings = PartSettings(TokenizerSettings(Path("data/tokenizers/demo-2048.model").resolve()), None)
 (_, made), = made_in_processes([InputFile("a", "train", "x", sys.argv[2], 1)], settings, Path(sys.argv[1]), 1)
 print(made.documents, made.rejected, made.verified, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)

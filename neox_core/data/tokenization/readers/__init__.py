@@ -1,19 +1,22 @@
 """Raw text: which files there are, and every record of a file as a document or a named rejection."""
 
 from neox_core.data.tokenization.readers.documents import documents, read_records
-from neox_core.data.tokenization.readers.inputs import SPLITS, SUFFIXES, InputFile, open_input, source_files
+from neox_core.data.tokenization.readers.formats import SourceFormat, register_source_format, source_formats
+from neox_core.data.tokenization.readers.inputs import SPLITS, InputFile, open_input, source_files
 from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection, WrongColumnError
 
 __all__ = [
     "SPLITS",
-    "SUFFIXES",
     "DamagedFileError",
     "Document",
     "InputFile",
     "Rejection",
+    "SourceFormat",
     "WrongColumnError",
     "documents",
     "open_input",
     "read_records",
+    "register_source_format",
+    "source_formats",
     "source_files",
 ]

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from neox_core.data.tokenization.readers.lines import MAX_LINE, lines
-from neox_core.data.tokenization.readers.parquet import parquet_records
-from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection, parse_record
+from neox_core.data.tokenization.readers.formats import SourceFormat, format_of, source_formats
+from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection
 from neox_core.errors import DataError
 
 
 def read_records(
-    path: Path, key: str = "text", on_read: Callable[[int], None] = lambda read: None
+    path: Path,
+    key: str = "text",
+    on_read: Callable[[int], None] = lambda read: None,
+    formats: Sequence[SourceFormat] = (),
 ) -> Iterator[Document | Rejection]:
-    """Stream the records of one file. Lines of white space alone hold no record.
+    """Stream the records of one file.
 
     Args:
-        on_read: told now and then how many of the file's bytes, as stored, have been read.
+        on_read: called now and then with the number of the file's bytes, as stored, that have been read.
+        formats: those to choose the reader from, by the file's name; empty: all that are registered.
 
     Raises:
         DamagedFileError: the file cannot be read to its end, or holds no record; records before that point have been
             yielded by then.
-        DataError: a parquet file without that column.
+        DataError: there is no such column, or no such format.
     """
     found = False
-    reader = parquet_records if path.name.endswith(".parquet") else _json_records
-    for record in reader(path, key, on_read):
+    source_format = format_of(path.name, formats or source_formats())
+    if source_format is None:
+        raise DataError(f"{path} is of no format that can be read: convert it or register its format")
+    for record in source_format.read(path, key, on_read):
         found = True
         yield record
     if not found:
@@ -43,11 +48,3 @@ def documents(path: Path, key: str = "text") -> Iterator[Document]:
         if isinstance(record, Rejection):
             raise DataError(f"{path}, line {record.line}: bad record, {record.reason}: correct or remove it")
         yield record
-
-
-def _json_records(path: Path, key: str, on_read: Callable[[int], None]) -> Iterator[Document | Rejection]:
-    for number, line in lines(path, on_read):
-        if line is None:
-            yield Rejection(number, f"its line is longer than {MAX_LINE} bytes")
-        elif line and not line.isspace():
-            yield parse_record(line, number, key)

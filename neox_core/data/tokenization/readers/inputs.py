@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from neox_core.artifact import sha256_of
+from neox_core.data.tokenization.readers.formats import format_of, source_formats
+from neox_core.data.tokenization.readers.lines import COMPRESSIONS
 from neox_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
     from neox_core.storage.object_store import ObjectStore
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
-_KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+_ABOUT = ("README", "LICENSE", "LICENCE")
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,15 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     optional = split != "train" and source not in config.validation_sources
     if not found and not (optional and given is None):
         missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
-        lack = "does not exist" if missing else f"holds no {_KINDS} file"
+        lack = "does not exist" if missing else f"holds no {_kinds()} file"
         hint = "" if split == "train" else ", or name the sources that have it in data.eval_sources"
         raise DataError(
             f"source {source!r} has no {split} text: {location} {lack}; correct data.input or data.sources{hint}"
         )
+    formats = source_formats()
     for name, where, size, _ in found:
-        if not name.endswith(SUFFIXES):
-            raise DataError(f"{where} is not a {_KINDS} file: convert it or move it away")
+        if format_of(name, formats) is None:
+            raise DataError(f"{where} is not a {_kinds()} file: convert it or move it away")
         if size == 0 and not config.skip_damaged_files:
             raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")
     return [InputFile(source, split, *file) for file in sorted(found)]
@@ -100,8 +102,15 @@ def open_input(file: InputFile, storage: StorageConfig | None, scratch: Path) ->
         yield path
 
 
+def _kinds() -> str:
+    """The kinds of files that can be read, by the ends of their names."""
+    suffixes = [suffix for kind in source_formats() for suffix in kind.suffixes]
+    plain = [suffix for suffix in suffixes if not suffix.endswith(COMPRESSIONS)]
+    return f"{', '.join(plain[:-1])} or {plain[-1]}"
+
+
 def content_digest(file: InputFile) -> str:
-    """What tells the file's content: SHA-256, or, of an S3 object, its ETag and size."""
+    """What identifies the file's content: SHA-256, or, of an S3 object, its ETag and size."""
     if file.location.startswith("s3://"):
         return hashlib.sha256(f"{file.etag} {file.size}".encode()).hexdigest()
     return sha256_of(Path(file.location))
@@ -123,7 +132,7 @@ def _found_locally(location: str, *, is_pattern: bool) -> _Found:
 def _in_folder(folder: Path) -> _Found:
     if not folder.is_dir():
         return []
-    return [_local(path, folder) for path in folder.iterdir() if not path.name.startswith(".")]
+    return [_local(path, folder) for path in folder.iterdir() if not _is_ignored(path.name)]
 
 
 def _matching(pattern: str) -> _Found:
@@ -132,7 +141,7 @@ def _matching(pattern: str) -> _Found:
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     root = Path(*parts[:fixed])
     paths = {Path(match) for match in glob.glob(pattern, recursive=True)}  # **/** finds a file more than once
-    return [_local(path, root) for path in paths if not path.is_dir()]
+    return [_local(path, root) for path in paths if not path.is_dir() and not _is_ignored(path.name)]
 
 
 def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
@@ -140,7 +149,7 @@ def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise DataError(f"{path} is {kind}, not a {_KINDS} file: move it away, or give a pattern of the files' names")
+        raise DataError(f"{path} is {kind}, not a {_kinds()} file: move it away, or give a pattern of the files' names")
     with path.open("rb"):
         return path.relative_to(root).as_posix(), str(path), status.st_size, ""
 
@@ -162,9 +171,17 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
 
 
 def _is_file(key: str) -> bool:
-    """Neither hidden nor the mark of a folder, which some tools leave."""
+    """Neither ignored nor the mark of a folder, which some tools leave."""
     name = key.rpartition("/")[2]  # empty if the key is the prefix itself, too
-    return bool(name) and not name.startswith(".")
+    return bool(name) and not _is_ignored(name)
+
+
+def _is_ignored(name: str) -> bool:
+    """Hidden, or of what tools and people leave with text: README.md, LICENSE, _SUCCESS."""
+    if name.startswith("."):
+        return True
+    about = name.startswith("_") or name.partition(".")[0].upper() in _ABOUT
+    return about and format_of(name, source_formats()) is None
 
 
 def _key_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

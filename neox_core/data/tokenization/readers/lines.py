@@ -12,6 +12,7 @@ from backports import zstd
 
 from neox_core.data.tokenization.readers.record import DamagedFileError
 
+COMPRESSIONS = (".zst", ".zstd", ".gz")
 MAX_LINE = 16 << 20
 """Bytes. A longer line is passed over: it is a decompression bomb or has lost its line feeds."""
 _READ_SIZE = 1 << 18
@@ -29,7 +30,7 @@ def lines(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[int, byt
     Cut at line feeds only: U+2028 and the like are text. A UTF-8 byte order mark at the start is passed over.
 
     Args:
-        on_read: told now and then how many bytes, as stored, have been read.
+        on_read: called now and then with the number of bytes, as stored, that have been read.
 
     Raises:
         DamagedFileError: the file is truncated, corrupt, of another kind than its name says, or in another encoding.
@@ -77,7 +78,7 @@ def _chunks(path: Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:
-    if name.endswith(".zst"):
+    if name.endswith((".zst", ".zstd")):
         return cast("BinaryIO", zstd.ZstdFile(stored, options=_MAX_WINDOW))
     if name.endswith(".gz"):
         return cast("BinaryIO", gzip.open(stored))  # noqa: SIM115

@@ -18,7 +18,7 @@ def parquet_records(path: Path, key: str, on_read: Callable[[int], None]) -> Ite
     """Each row's text or why it has none. Holds a row, and of the file a page, which pyarrow decompresses whole.
 
     Args:
-        on_read: told now and then the share of the file's bytes that the rows so far make up.
+        on_read: called now and then with the share of the file's bytes that the rows so far make up.
 
     Raises:
         DamagedFileError: the file is truncated or corrupt.

@@ -36,7 +36,7 @@ class Rejection(NamedTuple):
 
 
 class _FileError(DataError):
-    """An error of a file, whose reason may be told again of the place that the file was fetched from."""
+    """An error of a file, whose reason also holds for the place that the file was fetched from."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ def parse_record(line: bytes, number: int, key: str) -> Document | Rejection:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            # orjson takes no NaN, and no number or depth past its limits, though the text beside it may be fine.
+            # orjson takes no NaN, and no number or depth past its limits, though the text may be fine.
             record = json.loads(line.decode("utf-8"), parse_int=float)
         except UnicodeDecodeError as error:
             return Rejection(number, f"it is not UTF-8 ({error.reason} at byte {error.start})")

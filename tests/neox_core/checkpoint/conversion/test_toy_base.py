@@ -10,10 +10,10 @@ import torch
 
 from neox_core.checkpoint.conversion import toy_base
 from neox_core.checkpoint.conversion.toy_base import make_random_base
-from neox_core.checkpoint.formats.description import write_file
 from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.config import ModelConfig, load_config
 from neox_core.errors import ConfigError
+from neox_core.storage.tensor_writer import StreamedTensor
 from tests.paths import CONFIGS
 
 ModelOf = Callable[..., ModelConfig]
@@ -62,13 +62,14 @@ def test_shards_that_do_not_divide(tmp_path: Path, model_of: ModelOf) -> None:
 
 
 def test_no_params_before_all_shards(tmp_path: Path, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(path: Path, write: Callable[[Path], object]) -> None:
-        write_file(path, write)
+    save = toy_base._save
+
+    def failing(tensors: list[StreamedTensor], path: Path) -> None:
+        save(tensors, path)
         if "01" in path.name:
-            path.unlink()
             raise OSError("disk full")
 
-    monkeypatch.setattr(toy_base, "write_file", failing)
+    monkeypatch.setattr(toy_base, "_save", failing)
     with pytest.raises(OSError, match="disk full"):
         make_random_base(model_of(), tmp_path, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["consolidated.00.pth"]

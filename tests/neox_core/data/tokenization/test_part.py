@@ -95,17 +95,17 @@ def test_switching_skip_damaged_files_keeps_good_parts(tmp_path: Path) -> None:
     assert len(set(kept)) == 1
 
 
-def test_told_how_far_a_part_is_but_not_of_one_that_is_found(tmp_path: Path) -> None:
+def test_progress_of_a_part_but_not_of_one_that_is_found(tmp_path: Path) -> None:
     file = input_file(tmp_path / "x.jsonl", [record("some words " * 100)] * 1000)
-    told: list[Done] = []
-    made = make_part(file, settings(), tmp_path, told.append)
-    assert told == sorted(told)
-    assert 0 < told[1].stored < file.size
-    assert 0 < told[1].bytes < made.bytes
-    assert told[-1] == (file.size, made.bytes, made.tokens)
-    told.clear()
-    assert make_part(file, settings(), tmp_path, told.append) == made
-    assert told == []
+    reported: list[Done] = []
+    made = make_part(file, settings(), tmp_path, reported.append)
+    assert reported == sorted(reported)
+    assert 0 < reported[1].stored < file.size
+    assert 0 < reported[1].bytes < made.bytes
+    assert reported[-1] == (file.size, made.bytes, made.tokens)
+    reported.clear()
+    assert make_part(file, settings(), tmp_path, reported.append) == made
+    assert reported == []
 
 
 def test_who_demands_sentencepiece_gets_no_part_of_another_engine(tmp_path: Path) -> None:

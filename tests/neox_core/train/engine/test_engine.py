@@ -12,8 +12,9 @@ from torch import nn
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
-from neox_core.config import ParallelConfig, RunConfig, batch_geometry
-from neox_core.train.engine.deepspeed_engine import _parameter_groups, deepspeed_config
+from neox_core.config import OptimizerConfig, ParallelConfig, RunConfig, batch_geometry
+from neox_core.train.engine.deepspeed_engine import ParameterGroups
+from neox_core.train.engine.setup import deepspeed_config
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import MODELS, config_for, rank_batches
 
@@ -106,16 +107,22 @@ def moments(engine: Any) -> list[int]:
     return [value.data_ptr() for state in states for value in state.values()]
 
 
+def write(content: Any, path: Path) -> None:
+    """Save a file of the state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
 def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]:
     """What follows a saved step in the engine that saved it, and in a new one that loads it."""
     mesh, engine = build(config, shards)
     batches = rank_batches(config, mesh.data_rank)
     steps(engine, batches, 2)
-    engine.save_checkpoint(str(folder), tag="global_step2")
+    engine.save_state(folder, "global_step2", {"sequences_consumed": 16}, write)
     went_on = steps(engine, batches, 2)
     _, resumed = build(config, shards)
     places = moments(resumed)
-    resumed.load_checkpoint(str(folder), tag="global_step2")
+    resumed.load_state(folder, "global_step2")
     assert moments(resumed) == places, "read in place, since two sets of them need not fit"
     assert verdict(resumed, trained=True) == "equal"
     if config.train.precision == "bf16":
@@ -243,9 +250,9 @@ def test_settings_of_bf16() -> None:
 
 def test_matrices_decay_and_norms_do_not() -> None:
     module = nn.ModuleDict({"linear": nn.Linear(3, 2, bias=False), "norm": nn.RMSNorm(3)})
-    matrices, norms = _parameter_groups(module, 0.1)
+    matrices, norms = ParameterGroups(module, OptimizerConfig(lr=1.0)).param_groups
     assert [p.shape for p in matrices["params"]] == [(2, 3)]
     assert matrices["weight_decay"] == 0.1
     assert [p.shape for p in norms["params"]] == [(3,)]
     assert norms["weight_decay"] == 0.0
-    assert len(_parameter_groups(nn.Linear(3, 2, bias=False), 0.1)) == 2
+    assert len(ParameterGroups(nn.Linear(3, 2, bias=False), OptimizerConfig(lr=1.0)).param_groups) == 2

@@ -32,10 +32,10 @@ def said(start: Any) -> str:
 def broken_starts(shards: Path, kind: str) -> dict[str, str]:
     """What is said when an engine is built, and when weights are loaded after a dry run, with broken master weights."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+    from neox_core.optimizer import MasterWeights
     from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.dry_run import dry_run, load_weights, zero_weights
+    from neox_core.train.dry_run import dry_run, zero_weights
     from neox_core.train.engine.deepspeed_engine import build_engine
-    from neox_core.train.engine.master_weights import MasterWeights
 
     config = config_for("gqa", 1, 1, 1, precision="bf16", master_weights=kind)
     mesh, geometry = build_mesh(config.parallel, init_distributed(config.launch)), batch_geometry(config)
@@ -53,9 +53,9 @@ def broken_starts(shards: Path, kind: str) -> dict[str, str]:
         built = said(lambda: build_engine(config, mesh, geometry, weights))
     engine = build_engine(config, mesh, geometry, zero_weights(config))
     dry_run(engine, config, geometry, mesh)
-    sound = said(lambda: load_weights(engine, weights, mesh))
+    sound = said(lambda: engine.load_weights(weights))
     with patch.object(MasterWeights, "reset", shift):
-        loaded = said(lambda: load_weights(engine, weights, mesh))
+        loaded = said(lambda: engine.load_weights(weights))
     return {"built": built, "sound": sound, "loaded": loaded}
 
 

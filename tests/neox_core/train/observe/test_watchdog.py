@@ -44,7 +44,7 @@ def test_a_thread_that_holds_a_lock_is_ended_too(tmp_path: Path, code: str) -> N
 
 
 def test_ending_well_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Watchdog, "_end", lambda *args: pytest.fail("ended a job that gets on"))
+    monkeypatch.setattr(Watchdog, "_end", lambda *args: pytest.fail("ended a job that makes progress"))
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "world"), 1), rank=0, world_size=1)
     try:
         with Watchdog(0.2, 0, 1) as watchdog:

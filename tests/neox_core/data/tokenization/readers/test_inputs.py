@@ -40,6 +40,15 @@ def test_folder_is_sorted_by_name(tmp_path: Path) -> None:
     assert names(data_config(tmp_path)) == ["1.jsonl.gz", "10.jsonl.zst", "2.jsonl", "3.parquet"]
 
 
+def test_what_tools_and_people_leave_with_text_is_ignored(tmp_path: Path) -> None:
+    left = ("README.md", "README", "readme.txt", "LICENSE", "_SUCCESS", "_committed_1", ".1.jsonl.crc", ".DS_Store")
+    text = ("_1.jsonl", "README.jsonl", "2.json.gz", "3.ndjson", "4.jsonl.zstd")
+    for name in left + text:
+        write(tmp_path / "a" / "train" / name)
+    assert names(data_config(tmp_path)) == sorted(text)
+    assert names(data_config(tmp_path, files={"train": f"{tmp_path}/a/train/*"})) == sorted(text)
+
+
 def test_glob_names_files_below_its_fixed_part(tmp_path: Path) -> None:
     for name in ("y/2.jsonl", "x/1.jsonl", "x/deep/3.jsonl", "x/notes.txt"):
         write(tmp_path / "raw" / name)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's pipeline stages tell each other in numbers, which tensors without data can't carry."""
+"""An engine on tensors without data: they can't carry what pipeline stages tell each other in numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from deepspeed.runtime.utils import PartitionedTensor
 from torch import Tensor
 
 from neox_core.config import RunConfig
+from neox_core.parallel.precision import parameter_dtype
+from neox_core.train.engine.training_engine import TrainingEngine
 
 _META = 16
 """Numbers that describe a partitioned tensor: its shape, the number of parts and where they begin; about."""
 
 
-def know_shapes(engine: Any, config: RunConfig) -> None:
-    """Let a stage know the shapes that it would receive: hidden states, whole or a part per tensor-parallel rank."""
+def state_shapes(engine: TrainingEngine, config: RunConfig) -> None:
+    """Give a stage the shapes that it would receive: hidden states, whole or a part per tensor-parallel rank."""
     train = config.train
     split = config.parallel.tensor if config.parallel.sequence else 1
     shape = torch.Size((train.micro_batch_size, train.sequence_length // split, config.model.hidden_size))
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = parameter_dtype(config)
     partitioned, parts = engine.is_pipe_partitioned, config.parallel.tensor
 
     def receive(_stage: int) -> Any:

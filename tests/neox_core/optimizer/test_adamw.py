@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox_core.train.engine.adamw import AdamWStep, adamw_update
-from neox_core.train.engine.master_weights import MasterWeights, pack, unpack
+from neox_core.optimizer.adamw import AdamW
+from neox_core.optimizer.master_weights import MasterWeights, pack, unpack
+from neox_core.optimizer.rule import UpdateStep
 
 SIZE = 5000
 STEPS = 20
@@ -26,9 +27,13 @@ def numbers(device: str) -> Tensor:
     return torch.randn(SIZE, generator=generator).to(device).bfloat16()
 
 
-def adam_step(number: int, device: str) -> AdamWStep:
-    on_device = torch.tensor(float(number), device=device)
-    return AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, number=on_device)
+def update(
+    weights: MasterWeights, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: float, number: int
+) -> None:
+    device = gradient.device
+    step = UpdateStep(lr=1e-2, weight_decay=0.1, number=torch.tensor(float(number), device=device))
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    AdamW(0.9, 0.95, 1e-8).update(weights, gradient, state, torch.tensor(scale, device=device), step)
 
 
 def run(
@@ -38,8 +43,7 @@ def run(
     weights = MasterWeights(numbers(device).to(dtype), packed)
     exp_avg, exp_avg_sq = torch.zeros(SIZE, device=device), torch.zeros(SIZE, device=device)
     for number, gradient in enumerate(gradients(device), start=1):
-        step = adam_step(number, device)
-        adamw_update(weights, gradient, exp_avg, exp_avg_sq, torch.tensor(scale, device=device), step)
+        update(weights, gradient, exp_avg, exp_avg_sq, scale, number)
         assert not gradient.any(), "the gradient is cleared"
     return weights, exp_avg, exp_avg_sq
 
@@ -78,7 +82,7 @@ def test_without_a_positive_scale_only_the_gradient_changes(device: str, packed:
     before = [tensor.clone() for tensor in tensors]
     gradient = gradients(device)[0]
     gradient[7], gradient[8], gradient[-1] = math.nan, math.inf, -math.inf
-    adamw_update(weights, gradient, exp_avg, exp_avg_sq, torch.tensor(scale, device=device), adam_step(21, device))
+    update(weights, gradient, exp_avg, exp_avg_sq, scale, 21)
     assert not gradient.any()
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flows.checkpoint_table import checkpoint_rows
+from flows.tables import checkpoint_rows
 from neox_core.artifact import Artifact, FileRecord
 
 SUMMARY = {

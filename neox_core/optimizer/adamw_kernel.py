@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neox_core.train.engine.master_weights import MasterWeights
+from neox_core.optimizer.master_weights import MasterWeights
+from neox_core.optimizer.rule import UpdateStep
 
 if TYPE_CHECKING:
-    from neox_core.train.engine.adamw import AdamWStep
+    from neox_core.optimizer.adamw import AdamW
 
 _BLOCK = 2048
 
@@ -22,10 +23,15 @@ def launch(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    scale: Tensor,
-    step: "AdamWStep",
+    factors: Tensor,
+    rule: "AdamW",
+    step: UpdateStep,
 ) -> None:
-    """Run the kernel over a partition."""
+    """Run the kernel over a partition.
+
+    Args:
+        factors: gradient factor, lr / (1 - beta1^number), sqrt(1 - beta2^number), fp32 [3].
+    """
     size = gradient.numel()
     _adamw[(triton.cdiv(size, _BLOCK),)](
         weights.low_precision,
@@ -33,12 +39,12 @@ def launch(
         gradient,
         exp_avg,
         exp_avg_sq,
-        step.factors(scale).float(),
+        factors,
         size,
         1 - step.lr * step.weight_decay,
-        step.beta1,
-        step.beta2,
-        step.eps,
+        rule.beta1,
+        rule.beta2,
+        rule.eps,
         PACKED=weights.packed,
         BLOCK=_BLOCK,
         num_warps=8,

@@ -29,7 +29,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """All of a model's weights, found in files."""
 
     origin: str
@@ -162,7 +162,7 @@ class Locator:
                 for block in layout.blocks:
                     self.places.setdefault(block.whole, []).append(Place(block, tensor))
 
-    def weights(self) -> Weights:
+    def weights(self) -> ModelWeights:
         """What was found.
 
         Raises:
@@ -175,7 +175,7 @@ class Locator:
         first_copies_first = {
             name: tuple(sorted(places, key=lambda place: place.block.replica)) for name, places in self.places.items()
         }
-        return Weights(self.origin, self.model, next(iter(self.dtypes)), first_copies_first)
+        return ModelWeights(self.origin, self.model, next(iter(self.dtypes)), first_copies_first)
 
     def _checked(self, stored: object, layout: StoredLayout, index: int) -> StoredTensor:
         what = f"{self.origin}: layer {index}: {layout.name}"

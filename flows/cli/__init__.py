@@ -1,0 +1,36 @@
+"""The `llemma` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from flows.cli.checkpoints import convert, export, inspect, make_base
+from flows.cli.config import import_neox_files
+from flows.cli.plans import data_plan, plan
+from flows.cli.runs import run
+from neox_core.errors import LlemmaError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+config_app = typer.Typer(no_args_is_help=True, help="Read and translate configurations.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at the training data.")
+
+for command in (run, plan, make_base, convert, export, inspect):
+    app.command()(command)
+config_app.command("import")(import_neox_files)
+data_app.command("plan")(data_plan)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Run the command; errors that users can mend are one line on standard error."""
+    try:
+        app()
+    except LlemmaError as error:
+        message = escape(" ".join(str(error).split()))
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
+        sys.exit(1)

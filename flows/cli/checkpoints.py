@@ -1,0 +1,81 @@
+"""Weights between formats: `llemma make-base`, `convert`, `export` and `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.cli.options import ConfigArgument, SetOption
+from flows.cli.printing import bar, print_artifact, print_rows
+from neox_core.config import load_config
+
+
+def make_base(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Make the toy base model that base_model.random_seed describes, in Meta's format, if it is not there."""
+    from tasks.base import check_base, make_toy_base
+
+    loaded = load_config(config, overrides or ())
+    make_toy_base(loaded)
+    check_base(loaded)
+    print_rows("base model", [("folder", str(loaded.base_model.path))])
+
+
+def convert(
+    source: Annotated[str, typer.Option("--from", help="Folder or s3:// prefix in Meta's or Hugging Face's format.")],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix for NeoX shards.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; above 1, one file per layer and rank.")] = 1,
+    vocab_multiple: Annotated[int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this.")] = 1,
+) -> None:
+    """Weights to NeoX shards for any TP x PP, refused unless every layer computes the same as in transformers."""
+    from neox_core.config import ParallelConfig
+    from tasks.checkpoints import convert_folder
+
+    with bar("convert") as progress:
+        artifact = convert_folder(source, target, ParallelConfig(tensor=tp, pipeline=pp), vocab_multiple, progress)
+    print_artifact(artifact)
+
+
+def export(
+    source: Annotated[
+        str, typer.Option("--from", help="Folder or s3:// prefix of a NeoX or training checkpoint, any TP x PP x DP.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="Folder or s3:// prefix to write.")],
+    form: Annotated[
+        Literal["huggingface", "meta"], typer.Option("--format", help="huggingface or meta.")
+    ] = "huggingface",
+    shards: Annotated[int, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B.")] = 1,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence that the model was trained on.")] = 4096,
+    config: Annotated[
+        Path | None, typer.Option(help="Run's YAML file with the architecture; default: --from's.")
+    ] = None,
+) -> None:
+    """A NeoX or training checkpoint to Hugging Face's or Meta's format, proven to compute the same."""
+    from tasks.checkpoints import export_folder
+
+    model = None if config is None else load_config(config).model
+    with bar("export") as progress:
+        artifact = export_folder(source, target, form, model, shards, tokenizer, sequence_length, progress)
+    print_artifact(artifact)
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Folder or s3:// prefix in Meta's, Hugging Face's or NeoX's layout.")],
+    config: Annotated[Path | None, typer.Option(help="Run's YAML file with the architecture, for NeoX.")] = None,
+) -> None:
+    """Layout, shapes, types, parameters, and where each tensor lives; reads no weights."""
+    from neox_core.checkpoint.conversion.inspect import inspect as describe
+
+    found = describe(folder, None if config is None else load_config(config).model)
+    rows = [("layout", found.form), ("parameters", f"{found.parameters:,}")]
+    rows += [(name, str(value)) for name, value in found.model.model_dump(exclude_none=True).items()]
+    print_rows(str(folder), rows)
+    table = Table("file", "tensor", "shape", "type", "belongs to")
+    for entry in found.entries:
+        table.add_row(entry.file, entry.name, " x ".join(map(str, entry.shape)), entry.dtype, entry.whole)
+    Console().print(table)

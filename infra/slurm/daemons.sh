@@ -1,0 +1,30 @@
+# Daemons by pid file, for up and down. `folder` is set by whoever reads this.
+export SLURM_CONF=$folder/etc/slurm.conf  # also marks our daemons: a pid may come again
+
+is_running() {  # NAME
+    local pid
+    pid=$(cat "$folder/run/$1.pid" 2>/dev/null) || return 1
+    tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$SLURM_CONF"
+}
+
+start() {  # NAME COMMAND...
+    local name=$1
+    shift
+    is_running "$name" && return
+    setsid "$@" </dev/null >>"$folder/log/$name.out" 2>&1 &
+    echo $! >"$folder/run/$name.pid"
+}
+
+stop() {  # NAME
+    local pid i
+    if is_running "$1"; then
+        pid=$(cat "$folder/run/$1.pid")
+        kill "$pid"
+        for i in $(seq 100); do
+            is_running "$1" || break
+            sleep 0.1
+        done
+        ! is_running "$1" || kill -9 "$pid"
+    fi
+    rm -f "$folder/run/$1.pid"
+}

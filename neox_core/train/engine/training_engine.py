@@ -1,0 +1,198 @@
+"""DeepSpeed's pipeline engine with our optimizer: ZeRO-1, fp32 master weights and gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor
+
+from neox_core.checkpoint.writer import TakeFile
+from neox_core.optimizer import UpdateRule
+from neox_core.parallel.build import LayerWeights
+from neox_core.parallel.mesh import Mesh
+from neox_core.train.engine.outcome import loss_of
+from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
+from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
+from neox_core.train.engine.step_engine import Batches
+from neox_core.train.engine.verification import verify_master_weights
+
+
+class TrainingEngine(PipelineEngine):  # type: ignore[misc]
+    """A StepEngine, which says what its methods do, in both precisions.
+
+    Args:
+        rule, mesh, kv_group, packed: what ShardedOptimizer takes.
+        named: what PipelineEngine takes.
+    """
+
+    def __init__(
+        self, rule: UpdateRule, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+    ) -> None:
+        self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
+        self._backward_passes = 0
+        self._on_phase: Callable[[str], None] = _nobody
+        super().__init__(**named)
+        self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
+        self.gradient_groups: tuple[str, ...] = ()
+        """Names of the groups of layers in an outcome."""
+
+    @property
+    def outcome(self) -> Tensor:
+        """Of the last step."""
+        outcome: Tensor = self.optimizer.outcome
+        return outcome
+
+    def eval_batch(self, batches: Batches, num_micro_batches: int | None = None, **named: Any) -> Any:
+        """As DeepSpeed's, but the mean over the positions that count."""
+        result = super().eval_batch(batches, num_micro_batches=num_micro_batches, **named)
+        share = self._own_counted_share()
+        dist.all_reduce(share)
+        share = (share / self._mesh.data_size).clamp(min=1e-9).float()
+        return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
+
+    def set_accumulation_steps(self, steps: int) -> None:
+        """Of the global batches from now on."""
+        self.set_train_batch_size(steps * self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        if self.module.loss_fn.early_gradient is not None:
+            self.module.loss_fn.early_gradient = 1 / steps
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Of all groups of parameters."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def set_loss_limit(self, limit: float) -> None:
+        """On the device, which alone looks at it."""
+        self.optimizer.loss_limit.fill_(limit)
+
+    def observe(
+        self, on_phase: Callable[[str], None] | None, on_token_losses: Callable[[Tensor, Tensor], None] | None
+    ) -> None:
+        """Token losses come from the last stage's first tensor-parallel rank."""
+        self._on_phase = on_phase or _nobody
+        if self.is_last_stage() and self._mesh.tensor_rank == 0:
+            self.module.loss_fn.on_token_losses = on_token_losses
+
+    def load_weights(self, weights: LayerWeights) -> None:
+        """Into the parameters where they are."""
+        for name, layer in self.module.named_children():
+            if name.isdigit():  # DeepSpeed has an empty one of its own
+                layer.load_state_dict(weights(int(name), self._mesh.tensor_rank), strict=True)
+        self.optimizer.forget()
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.agg_train_loss = self.total_loss = None
+        verify_master_weights(self, trained=False)
+
+    def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
+        """In DeepSpeed's files; none points at the newest."""
+        self.checkpoint_engine = StateFiles(take)
+        self.save_checkpoint(str(folder), tag=tag, client_state=dict(notes), save_latest=False)
+
+    def load_state(self, folder: Path, tag: str) -> None:
+        """From DeepSpeed's files."""
+        self.checkpoint_engine = StateFiles(_refuse)
+        self.load_checkpoint(str(folder), tag=tag)
+        verify_master_weights(self, trained=True)
+
+    def shared_file(self, name: str) -> bool:
+        """Weights and counters."""
+        return is_shared_file(name)
+
+    def own_file(self, name: str) -> bool:
+        """A share of the optimizer's state."""
+        return is_own_file(name, self._mesh)
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return self._configure_bf16_optimizer(optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+        return ShardedOptimizer(
+            optimizer,
+            self.param_names,
+            rule=self._rule,
+            mesh=self._mesh,
+            kv_group=self._kv_group,
+            packed=self._packed,
+            bfloat16_config=BF16Config(enabled=True, immediate_grad_update=True),
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            timers=NoopTimer(),
+            grad_acc_dtype=torch.float32,
+        )
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self._backward_passes += 1
+        if self._backward_passes == self.micro_batches:
+            self.optimizer.begin_reduction()
+        super()._exec_backward_pass(buffer_id)
+
+    def _exec_reduce_grads(self) -> None:
+        self._on_phase("reduce")
+        super()._exec_reduce_grads()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        self._on_phase("optimizer")
+        super()._exec_optimizer_step(lr_kwargs)
+
+    # DeepSpeed looks functions up here, not by name.
+    _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.ReduceGrads: _exec_reduce_grads,
+        schedule.OptimizerStep: _exec_optimizer_step,
+    }
+
+    def _bf16_reduce_grads(self) -> None:
+        self._backward_passes = 0
+        self.optimizer.reduce_gradients()
+        self.optimizer.counted_share = self._own_counted_share()
+
+    def _own_counted_share(self) -> Tensor:
+        """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
+        share = self.module.loss_fn.take_counted_share() if self.is_last_stage() else None
+        if share is None or self._mesh.tensor_rank:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return share
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self.is_last_stage():
+            # Tensor-parallel ranks have the same loss: it counts once, but what is not finite counts on each.
+            share = 1 / self._mesh.data_size if self._mesh.tensor_rank == 0 else 0.0
+            self.optimizer.loss_share = self._scale_loss_by_gas(self.total_loss.detach()) * share  # type: ignore[attr-defined]
+        super()._take_model_step(lr_kwargs)
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """The mean loss over the positions of the global batch that count.
+
+        It came with the gradient norm, so that DeepSpeed's own exchange of it is spared.
+        """
+        self.agg_additional_losses = None
+        return loss_of(self.optimizer.outcome).float()
+
+    def _next_batch(self) -> Any:
+        """Move a micro batch to the device without waiting for it, as DeepSpeed's own copy from the host would."""
+        batch = super()._next_batch()
+        return batch if batch is None or self.device.type != "cuda" else _to_device(batch, self.device)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch if batch.is_cuda else batch.pin_memory().to(device, non_blocking=True)
+    return tuple(_to_device(part, device) for part in batch)
+
+
+def _nobody(phase: str) -> None:
+    """Observes nothing."""
+
+
+def _refuse(content: Any, path: Path) -> None:
+    raise AssertionError(f"{path} is saved while a state is loaded")

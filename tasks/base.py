@@ -1,0 +1,82 @@
+"""The base weights' files: which they are, what tells their content, and a toy's, which are made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neox_core.config import RunConfig
+from neox_core.errors import ConfigError
+from tasks.stage import digest_cache
+
+_META, _HUGGINGFACE = "params.json", "config.json"
+
+
+def make_toy_base(config: RunConfig) -> bool:
+    """Make the random weights that `base_model.random_seed` describes, unless `base_model.path` holds weights.
+
+    Returns:
+        Whether they were made; never without a seed.
+    """
+    base = config.base_model
+    if base.random_seed is None or isinstance(base.path, str) or _described(base.path):
+        return False
+    from neox_core.checkpoint.conversion.convert import base_architecture
+    from neox_core.checkpoint.conversion.toy_base import make_random_base
+
+    make_random_base(base_architecture(config.model, base.rope_theta, base.vocab_size), base.path, base.random_seed)
+    return True
+
+
+def check_base(config: RunConfig) -> None:
+    """Check that the base weights' files are there, or can be made.
+
+    Raises:
+        ConfigError, StorageError: as `base_digests`.
+    """
+    base = config.base_model
+    if isinstance(base.path, str):
+        _remote_digests(base.path, config)
+    elif _described(base.path) or base.random_seed is None:
+        _files(base.path)
+
+
+def base_digests(config: RunConfig) -> dict[str, str]:
+    """What tells the content of each file of the base weights: SHA-256, or an S3 object's ETag and size, hashed.
+
+    Raises:
+        ConfigError: `base_model.path` holds no weights.
+        StorageError: the object store cannot be listed.
+    """
+    if isinstance(config.base_model.path, str):
+        return _remote_digests(config.base_model.path, config)
+    paths = _files(config.base_model.path)
+    digests = digest_cache(config.workdir).digests(paths)
+    return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _described(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_META, _HUGGINGFACE))
+
+
+def _files(folder: Path) -> list[Path]:
+    if not _described(folder):
+        raise ConfigError(
+            f"base_model.path {folder} holds no {_META}: give the folder of Meta's weights "
+            f"({_META} and consolidated.NN.pth) or Hugging Face's ({_HUGGINGFACE} and safetensors)"
+        )
+    is_meta = (folder / _META).is_file()
+    described, pattern = (_META, "consolidated.*.pth") if is_meta else (_HUGGINGFACE, "*.safetensors*")
+    paths = sorted([folder / described, *folder.glob(pattern)])
+    if len(paths) == 1:
+        wanted, owner = ("consolidated.NN.pth", "Meta's") if is_meta else ("safetensors", "the model's")
+        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy {owner} weights there")
+    return paths
+
+
+def _remote_digests(url: str, config: RunConfig) -> dict[str, str]:
+    from neox_core.storage.folders import file_versions, open_folder
+
+    folder = open_folder(url, config.storage)
+    if not (versions := file_versions(folder)):
+        raise ConfigError(f"base_model.path {url} holds no weights in Meta's or Hugging Face's format")
+    return versions

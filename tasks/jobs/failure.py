@@ -1,0 +1,53 @@
+"""Why a task ended without results, in words."""
+
+from __future__ import annotations
+
+from tasks.jobs.executor import Cause, Executor, Handle, Status
+from tasks.jobs.rank import RankFailure, read_failure
+
+
+def explain(executor: Executor, task: Handle, ranks: int, status: Status) -> str:
+    """What follows after the job's name: what the scheduler saw, or which rank failed first and how; and the log."""
+    logs = f"logs are in {task.folder}"
+    own_words = f" ({status.reason})" if status.reason else ""
+    if status.cause is Cause.CANCELLED:
+        return f"{status.cause.value.removeprefix('it ')}{own_words}; {logs}"
+    if status.cause not in (None, Cause.ERROR):
+        return f"failed: {status.cause.value}{own_words}; {logs}"
+    rank, reason = _first_failure(executor, task, ranks)
+    if rank is not None:
+        return f"failed, rank {rank} first: {reason}{own_words} (log: {executor.log_path(task, rank)})"
+    if status.state in ("completed", "unknown"):
+        known = "has completed" if status.state == "completed" else "is not known to the scheduler any more"
+        return f"failed: it {known}, but left no result; last words of rank 0: {_last_words(executor, task, 0)}; {logs}"
+    return f"failed: {reason}{own_words}; {logs}"
+
+
+def _first_failure(executor: Executor, task: Handle, ranks: int) -> tuple[int | None, str]:
+    """Rank and reason. A rank that was killed comes before those that noticed it and raised an error."""
+    failures = {rank: failure for rank in range(ranks) if (failure := read_failure(task.folder, task.index, rank))}
+    for rank, ending in executor.killed_ranks(task).items():
+        if rank not in failures:
+            last_words = _last_words(executor, task, rank)
+            return rank, f"{ending} without a Python error; last words: {last_words}"
+    if failures:
+        first = min(failures.values(), key=lambda failure: failure.time)
+        return first.rank, _words_of(first)
+    return None, (
+        "it ended without a word from any rank (killed, out of memory, hung, or over its time limit); "
+        f"last words of rank 0: {_last_words(executor, task, 0)}"
+    )
+
+
+def _words_of(failure: RankFailure) -> str:
+    if failure.cause is None:
+        return failure.message
+    return f"{Cause[failure.cause.upper()].value} ({failure.message.rstrip('.')})"
+
+
+def _last_words(executor: Executor, task: Handle, rank: int) -> str:
+    try:
+        lines = executor.log_path(task, rank).read_text(errors="replace").split("\n")
+    except FileNotFoundError:
+        return "none"
+    return " | ".join(line.strip() for line in lines if line.strip())[-500:] or "none"

@@ -1,0 +1,87 @@
+"""A training's identity, resolved once and passed on to all that ask about it: its job, evaluation, export, cancel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
+from neox_core.config import RunConfig
+from neox_core.storage.object_store import ObjectStore
+from neox_core.train.lineage import Ancestor, ancestors, lineage_checkpoints
+from tasks.current import current, find_current
+from tasks.specs import CONVERT, PREPARE_DATA, train_spec
+from tasks.stage import StageIdentity, StageSpec
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of a configuration on the artifacts that were current when it was resolved."""
+
+    spec: StageSpec
+    data: StageIdentity
+    """prepare-data's artifact."""
+    weights: StageIdentity
+    """convert's artifact."""
+    ancestors: tuple[Ancestor, ...]
+    """The trainings that begin like it."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self.spec.config
+
+    @property
+    def fingerprint(self) -> str:
+        """The training's identity."""
+        return self.spec.fingerprint
+
+    @property
+    def prefix(self) -> str:
+        """Key below which its checkpoints lie in the store."""
+        return training_prefix(self.fingerprint)
+
+    @property
+    def scratch(self) -> Path:
+        """Where the job writes while it runs: metrics, W&B's files, checkpoints on their way to the store."""
+        return self.config.workdir / "scratch" / self.spec.folder.name
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The object store that holds its checkpoints."""
+        return ObjectStore(self.config.storage)
+
+    def checkpoints(self) -> list[Manifest]:
+        """Its own complete checkpoints, by step."""
+        return list_checkpoints(self.store, self.prefix)
+
+    def lineage_checkpoints(self) -> dict[int, tuple[str, Manifest]]:
+        """See `neox_core.train.lineage.lineage_checkpoints`."""
+        return lineage_checkpoints(self.store, self.fingerprint, self.ancestors)
+
+    def consumed_history(self) -> list[dict[str, Any]]:
+        """What the checkpoints' ledgers say: {"step", "sources": {name: {"sequences", "tokens", "epochs"}}} by step."""
+        found = self.lineage_checkpoints().items()
+        return [{"step": step, "sources": manifest.consumed} for step, (_, manifest) in found]
+
+
+def resolve_training(config: RunConfig) -> Training:
+    """The training on the current artifacts of prepare-data and convert, which are not looked at.
+
+    Raises:
+        LlemmaError: one of the two was never finished with this configuration.
+    """
+    return _training(config, current(config, PREPARE_DATA), current(config, CONVERT))
+
+
+def find_training(config: RunConfig) -> Training | None:
+    """As `resolve_training`; None where that raises."""
+    data, weights = (find_current(config, stage) for stage in (PREPARE_DATA, CONVERT))
+    return _training(config, data, weights) if data and weights else None
+
+
+def _training(config: RunConfig, data: StageIdentity, weights: StageIdentity) -> Training:
+    spec = train_spec(config, data.fingerprint, weights.fingerprint)
+    return Training(spec, data, weights, ancestors(config, data.fingerprint, weights.fingerprint))

@@ -1,0 +1,16 @@
+"""What ranks import, once: the process that imports this module is forked for each of them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed  # noqa: F401
+import pytest  # noqa: F401
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import neox_core.train.run  # noqa: F401
+
+torch.set_num_threads(1)
