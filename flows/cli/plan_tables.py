@@ -29,7 +29,7 @@ def memory_table(plan: Plan, simulated: Sequence[RankSimulation] = ()) -> Table:
     """Memory of each rank of each pipeline stage, by part; beside the total, what was simulated."""
     table = _table("memory per GPU", plan)
     table.add_row("layers", *(str(stage.layers) for stage in plan.stages))
-    table.add_row("computed again", *(stage.recompute for stage in plan.stages))
+    table.add_row("computed again", *(stage.activation_checkpointing for stage in plan.stages))
     for part in fields(Memory):
         table.add_row(part.name, *(format_bytes(getattr(stage.memory, part.name)) for stage in plan.stages))
     table.add_row("total", *(format_bytes(stage.memory.total) for stage in plan.stages), style="bold")

@@ -14,6 +14,7 @@ from neox_core.config.schema import (
     WandbConfig,
 )
 from neox_core.config.train_sections import (
+    ActivationCheckpointing,
     GuardConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -24,6 +25,7 @@ from neox_core.config.train_sections import (
 )
 
 __all__ = [
+    "ActivationCheckpointing",
     "BaseModelConfig",
     "BatchGeometry",
     "DataConfig",

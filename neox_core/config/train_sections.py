@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -14,6 +15,10 @@ from pydantic import (
 )
 
 from neox_core.config.section import Section
+from neox_core.kernels.attention import AUTO, check_name, names
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+"""What a transformer layer computes again in the backward pass: nothing, all but matrix products, all."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -135,7 +140,7 @@ class TrainConfig(Section):
     gradient_clip: PositiveFloat = Field(
         1.0, description="largest norm of the whole gradient; a longer one is scaled down to it"
     )
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+    activation_checkpointing: ActivationCheckpointing | Literal["auto"] = Field(
         "full",
         description="computed again in the backward pass: nothing, all but matrix products, all, or per layer the "
         "least that memory allows",
@@ -144,8 +149,8 @@ class TrainConfig(Section):
         None, description="what a rank may fill with activation_checkpointing: auto; None: what is free at the start"
     )
     mask_documents: bool = Field(False, description="attention stays within a document, whose positions begin at 0")
-    attention: Literal["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"] = Field(
-        "auto", description="kernel; auto: the fastest that is installed"
+    attention: Annotated[str, AfterValidator(check_name)] = Field(
+        AUTO, description=f"kernel, one of {', '.join(names())}; auto: the fastest that is installed"
     )
     z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")

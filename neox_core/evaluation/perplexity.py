@@ -22,8 +22,10 @@ from neox_core.data.dataset import validation_positions, validation_windows
 from neox_core.errors import CheckpointError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
+from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.parallelize import Parallelism
 from neox_core.parallel.precision import parameter_dtype
 from neox_core.storage.object_store import ObjectStore
 
@@ -92,11 +94,11 @@ def _evaluate(config: RunConfig, job: EvaluateJob, weights: LayerWeights, mesh: 
 
 
 def _build_layers(config: RunConfig, weights: LayerWeights, mesh: Mesh) -> nn.Sequential:
-    dims = ModelDimensions.of(config.model, config.train.sequence_length)
+    place = Parallelism(mesh, ModelDimensions.of(config.model, config.train.sequence_length))
     dtype = parameter_dtype(config)
     return nn.Sequential(
         *(
-            build_layer(layer_type, index, dims, mesh, weights, dtype, "none", config.train.mask_documents)
+            build_layer(layer_type, index, place, weights, dtype)
             for index, layer_type in enumerate(layer_types(config.model.num_layers))
             if layer_type is not None
         )
@@ -111,8 +113,10 @@ def _evaluate_source(
     windows = validation_windows(job.data, source, length, limit)
     positions = validation_positions(job.data, source, length, limit) if config.train.mask_documents else None
     total, tokens = 0.0, 0
+    head = layers[-1]
+    assert isinstance(head, ChunkedHead)
     for inputs, targets in _batches(windows, positions, config.evaluate.micro_batch_size, mesh.device):
-        losses = token_losses(layers(inputs), targets, mesh.tensor_group, mesh.tensor_rank)
+        losses = token_losses(head.project(layers(inputs)), targets, mesh.tensor_group, mesh.tensor_rank)
         total += float(losses.double().sum())
         tokens += int((targets != IGNORE_INDEX).sum())
     loss = total / tokens

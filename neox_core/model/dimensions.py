@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neox_core.model.attention_kernel import AttentionBackend
+from neox_core.kernels.attention import AUTO
 from neox_core.model.rope import RopeScaling
 
 if TYPE_CHECKING:  # so that the model needs nothing but torch
@@ -26,12 +26,12 @@ class ModelDimensions:
     norm_eps: float
     sequence_length: int
     """Longest sequence; the size of the RoPE tables."""
-    attention: AttentionBackend = "auto"
-    """Kernel of the causal attention."""
+    attention: str = AUTO
+    """Name of the causal attention's kernel (kernels/attention.py)."""
     rope_scaling: RopeScaling | None = None
 
     @classmethod
-    def of(cls, model: ModelConfig, sequence_length: int, attention: AttentionBackend = "auto") -> ModelDimensions:
+    def of(cls, model: ModelConfig, sequence_length: int, attention: str = AUTO) -> ModelDimensions:
         """The whole model's dimensions."""
         return cls(
             hidden_size=model.hidden_size,

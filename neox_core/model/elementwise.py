@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neox_core.kernels.dispatch import Kernel
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fused_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
+def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
     """Compile a function of tensors when its first argument is on a GPU; elsewhere a compiler may be missing."""
     compiled = torch.compile(function, fullgraph=True)
 
-    @wraps(function)
     def choose(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
         return compiled(*args, **kwargs) if first.is_cuda else function(*args, **kwargs)
 
-    return choose
+    return Kernel(function, choose)
 
 
 def _normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -45,8 +45,9 @@ def add_and_normalize(x: Tensor, addend: Tensor, scale: Tensor, eps: float) -> t
     return total, _normalize(total, scale, eps)
 
 
+@Kernel
 def norm_gradients(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of an x that was handed on as it is and normalized, and of the norm's scale."""
+    """Gradients of an x that was passed on as it is and normalized, and of the norm's scale."""
     if x.is_cuda:
         from neox_core.model.norm_kernel import launch
 

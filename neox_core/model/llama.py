@@ -86,8 +86,8 @@ class TransformerBlock(nn.Module):
     """Attention and MLP, each with its norm before it and a residual around it.
 
     Where `positions` are given, each row of tokens is a pack of documents, in each of which they count from 0, and
-    attention stays within a document. Otherwise a row is one document. In training, residual.py joins the additions
-    with the norms after them, to the same result.
+    attention stays within a document. Otherwise a row is one document. What runs instead of this forward, to the same
+    result, is parallel/layers.py's FusedBlock.
     """
 
     def __init__(self, dims: ModelDimensions) -> None:

@@ -1,4 +1,4 @@
-"""Backward pass of RMSNorm beside a residual as one Triton kernel; see elementwise.py for what it computes.
+"""Backward pass of RMSNorm and of its residual as one Triton kernel; see elementwise.py for what it computes.
 
 A program takes every n-th row and keeps its part of the scale's gradient in registers, so that each tensor is read
 once. A compiler makes two passes of it, since one sum runs over columns and the other over rows.

@@ -1,4 +1,4 @@
-"""Activation checkpointing, applied to a transformer block from outside.
+"""Activation checkpointing of a transformer block (layers.py's FusedBlock, which calls what is here).
 
 full: only the block's input is kept, and all of it is computed again in the backward pass (arXiv 1604.06174).
 
@@ -13,42 +13,83 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from neox_core.model import TransformerBlock
-
-Recompute = Literal["none", "selective", "full"]
+from neox_core.config import ActivationCheckpointing
 
 
-Gather = Callable[[Tensor], Tensor]
-"""A rank's part of the tokens -> all of them."""
+class NoCheckpointing:
+    """All that autograd asks for is kept. The other classes keep less, to the same results and gradients."""
+
+    def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        """A block's forward pass, in which the other methods may be called."""
+        return forward(*args)
+
+    def recomputed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """The function's result. Of result and function, the arguments alone need to be kept."""
+        return function(*args)
+
+    def repeatable(self, result: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """A result that the function makes again from the arguments, which are kept anyhow or repeatable themselves."""
+        return result
 
 
-def apply_recompute(block: TransformerBlock, mode: Recompute, gather: Gather | None = None) -> None:
-    """Let a block whose residuals are joined keep less for its backward pass. Results and gradients stay the same.
+class FullCheckpointing(NoCheckpointing):
+    """The block's input is kept."""
 
-    Args:
-        gather: how the norms' results are gathered before attention and MLP, where ranks have a part of the tokens.
-    """
-    if mode == "full":
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    elif mode == "selective":
-        results = _Results()
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            norm.fork = results.normalized_again(norm)  # type: ignore[assignment]
-        if gather is not None:
-            block.attention.register_forward_pre_hook(results.gathered_again(gather))
-            block.mlp.register_forward_pre_hook(results.gathered_again(gather))
-        block.attention.attend = results.recomputed(block.attention.attend)  # type: ignore[method-assign]
-        block.mlp.activate = results.recomputed(block.mlp.activate)  # type: ignore[method-assign]
-        block.forward = results.replaced(block.forward)  # type: ignore[method-assign]
+    def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+        return result
+
+
+class SelectiveCheckpointing(NoCheckpointing):
+    """The outputs of matrix products are kept."""
+
+    def __init__(self) -> None:
+        self._recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
+        """How tensors of the forward pass that is under way can be made again, by their memory."""
+
+    def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                return forward(*args)
+        finally:
+            self._recipes.clear()
+
+    def recomputed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        call = _Call(function, args)
+        return self._add(call.run(args), call)
+
+    def repeatable(self, result: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        if result.untyped_storage()._cdata in self._recipes:
+            return result  # a view of one that is known
+        kept = tuple(self._pack(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        return self._add(result, _Recipe(function, kept))
+
+    def _add(self, result: Tensor, recipe: _Recipe) -> Tensor:
+        memory = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
+        self._recipes[memory.cdata] = memory, recipe  # the weak reference keeps the address from being used again
+        return result
+
+    def _pack(self, tensor: Tensor) -> Tensor | _ViewOfResult:
+        found = self._recipes.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return tensor
+        return _ViewOfResult(found[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def checkpointing_of(mode: ActivationCheckpointing) -> NoCheckpointing:
+    """What a block with this mode calls; one for each block."""
+    kinds = {"none": NoCheckpointing, "selective": SelectiveCheckpointing, "full": FullCheckpointing}
+    return kinds[mode]()
 
 
 class _Recipe:
@@ -69,7 +110,7 @@ class _Recipe:
 
     def _make(self) -> None:
         with torch.no_grad():
-            self._result = self._function(*self._kept)
+            self._result = self._function(*map(_unpack, self._kept))
 
 
 class _Call(_Recipe):
@@ -123,69 +164,5 @@ class _ViewOfResult:
         return self.recipe.result().as_strided(self.size, self.stride, self.offset)
 
 
-class _Results:
-    """Tensors of one forward pass of a block that can be made again, by their memory."""
-
-    def __init__(self) -> None:
-        self._recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
-        self._normed: _Recipe | None = None
-
-    def recomputed(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function whose arguments alone are kept."""
-
-        def run(*args: Any) -> Tensor:
-            if not torch.is_grad_enabled():
-                return function(*args)
-            call = _Call(function, args)
-            return self._add(call.run(args), call)
-
-        return run
-
-    def normalized_again(self, norm: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-        """A norm's `fork`, which keeps the sum for its own backward pass: the norm can be made from that."""
-        fork = norm.fork
-
-        def run(x: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            total, normed = fork(x, addend)
-            self._normed = _Recipe(norm.forward, (total,))
-            return total, self._add(normed, self._normed)
-
-        return run
-
-    def gathered_again(self, gather: Gather) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """A hook on a module that gets the last norm's result after it was gathered."""
-
-        def run(_: nn.Module, args: tuple[Any, ...]) -> None:
-            normed = self._normed
-            assert normed is not None
-            self._add(args[0], _Recipe(lambda: gather(normed.result()), ()))
-
-        return run
-
-    def _add(self, result: Tensor, recipe: _Recipe) -> Tensor:
-        memory = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]
-        self._recipes[memory.cdata] = memory, recipe  # the weak reference keeps the address from being used again
-        return result
-
-    def replaced(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The block's forward pass, whose saved tensors are replaced where they are known results."""
-
-        def run(*args: Any) -> Tensor:
-            try:
-                with saved_tensors_hooks(self._pack, _unpack):
-                    return forward(*args)
-            finally:
-                self._recipes.clear()
-                self._normed = None
-
-        return run
-
-    def _pack(self, tensor: Tensor) -> Tensor | _ViewOfResult:
-        found = self._recipes.get(tensor.untyped_storage()._cdata)
-        if found is None:
-            return tensor
-        return _ViewOfResult(found[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-
-
-def _unpack(kept: Tensor | _ViewOfResult) -> Tensor:
+def _unpack(kept: Any) -> Any:
     return kept.tensor() if isinstance(kept, _ViewOfResult) else kept

@@ -67,14 +67,15 @@ def token_losses(
         z_loss: coefficient of (log Z)^2.
     """
     if dist.get_world_size(group) == 1:
-        return _whole_vocabulary_losses(logits_BTV, targets_BT, z_loss)
+        return whole_vocabulary_losses(logits_BTV, targets_BT, z_loss)
     return _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits_BTV, targets_BT, group, rank, z_loss
     )
 
 
 @fused_on_cuda
-def _whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
+def whole_vocabulary_losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
+    """token_losses of one rank that has the whole vocabulary."""
     logits = logits_BTV.float().flatten(0, -2)
     losses = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(
         targets_BT
@@ -114,7 +115,7 @@ class ChunkedLoss:
         """Given the losses [B,T] and the targets [B,T] of each micro batch, for statistics."""
         self._token_losses: list[Tensor] | None = None
         self.early_gradient: float | None = None
-        """The gradient that the loss will be given. With it, a chunk's gradients are computed beside its loss, which
+        """The gradient that the loss will be given. With it, a chunk's gradients are computed with its loss, which
         saves a third of the head's products. Only for a head that adds its weight's gradient to a buffer of its own."""
 
     def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:

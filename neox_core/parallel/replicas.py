@@ -1,35 +1,43 @@
-"""Weights that several tensor-parallel ranks hold: their gradients are summed, and count once in the norm."""
+"""Weights that several tensor-parallel ranks hold: where they lie, their gradients' sum, and their part of the norm."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_core.model import ModelDimensions, TransformerBlock
-
-_SHARED_ROWS = "shared_rows"
+from neox_core.parallel.sharding import Sharding, sharding_of
 
 
-def mark_shared_rows(block: TransformerBlock, dims: ModelDimensions) -> None:
-    """Note which rows of a block's fused projection other ranks have too: its k and v, as NeoX orders them.
+def replicated_elements(parameters: Sequence[Tensor]) -> list[range]:
+    """Where parameters that each rank has lie when all are flattened one after the other; neighbours as one range."""
+    return _elements(parameters, lambda sharding: sharding.replicated)
 
-    Args:
-        dims: one rank's.
-    """
-    kv_rows = 2 * dims.head_dim * dims.num_kv_heads // dims.num_heads
-    stride = dims.head_dim + kv_rows
-    rows = [range(head * stride + dims.head_dim, (head + 1) * stride) for head in range(dims.num_heads)]
-    setattr(block.attention.query_key_value.weight, _SHARED_ROWS, rows)
+
+def partial_elements(parameters: Sequence[Tensor]) -> list[range]:
+    """Where those of them lie whose gradient is the sum over the ranks."""
+    return _elements(parameters, lambda sharding: sharding.replicated and sharding.partial_gradient)
+
+
+def _elements(parameters: Sequence[Tensor], wanted: Callable[[Sharding], bool]) -> list[range]:
+    ranges: list[range] = []
+    offset = 0
+    for parameter in parameters:
+        end = offset + parameter.numel()
+        if wanted(sharding_of(parameter)):
+            start = ranges.pop().start if ranges and ranges[-1].stop == offset else offset
+            ranges.append(range(start, end))
+        offset = end
+    return ranges
 
 
 def shared_elements(parameters: Sequence[Tensor]) -> list[range]:
-    """Where the shared rows lie when the parameters are flattened one after the other."""
+    """Where the rows lie that some of the ranks have in common."""
     ranges, offset = [], 0
     for parameter in parameters:
-        for rows in getattr(parameter, _SHARED_ROWS, []):
+        for rows in sharding_of(parameter).shared_rows:
             width = parameter.shape[1]
             ranges.append(range(offset + rows.start * width, offset + rows.stop * width))
         offset += parameter.numel()
@@ -37,7 +45,7 @@ def shared_elements(parameters: Sequence[Tensor]) -> list[range]:
 
 
 class ReplicatedGradients:
-    """Pieces of a flat gradient that the ranks of a group share; each rank has a part of the sum.
+    """Pieces of a flat gradient that the ranks of a group share.
 
     Args:
         gradient: this rank's partition of the flat gradient.
@@ -53,7 +61,7 @@ class ReplicatedGradients:
         self._group = group
 
     def sum(self) -> None:
-        """Give every rank the sum, the same bits on each."""
+        """Give every rank the sum of the ranks' parts, the same bits on each."""
         if not self._pieces:
             return  # the ranks of the group have the same partition, so none has any
         total = torch.cat(self._pieces)

@@ -1,4 +1,4 @@
-"""Tensor parallelism, applied to the model from outside (arXiv 1909.08053).
+"""Tensor parallelism (arXiv 1909.08053): how ranks exchange hidden states. layers.py says where.
 
 A rank's layers are the model's own layers in narrower dimensions, so attention and MLP yield partial sums. Two
 conjugate operators complete them: `copy_to_ranks` before a split region (identity forward, sum of gradients
@@ -13,13 +13,13 @@ whatever the sequence they belong to, so that nothing is copied; a rank's part h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from neox_core.model import OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.mesh import Mesh
 
 
@@ -105,44 +105,28 @@ def _scattered(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     return part
 
 
-def apply_tensor_parallel(layer: nn.Module, mesh: Mesh) -> None:
-    """Complete a layer that was built in one rank's dimensions."""
-    if mesh.tensor_size == 1:
-        return
-    if isinstance(layer, TransformerBlock):
-        _split_region(layer.attention, mesh)
-        _split_region(layer.mlp, mesh)
-    elif isinstance(layer, TokenEmbedding):
-        _split_vocabulary(layer, mesh)
-    elif isinstance(layer, OutputHead):
-        _complete_input(layer, mesh)
+@dataclass(frozen=True)
+class SplitRegion:
+    """How hidden states enter a region whose weights the ranks split, and how its partial sums leave it.
 
+    Each is a call of its own, so that a block can compute something else while the ranks exchange.
+    """
 
-def _complete_input(region: nn.Module, mesh: Mesh) -> None:
-    complete = gather_tokens if mesh.sequence_parallel else copy_to_ranks
-    region.register_forward_pre_hook(lambda _, args: (complete(args[0], mesh.tensor_group), *args[1:]))
+    group: dist.ProcessGroup
+    rank: int
+    """Index in the group."""
+    tokens_split: bool
+    """The ranks split the tokens outside of the region."""
 
+    @classmethod
+    def of(cls, mesh: Mesh) -> SplitRegion | None:
+        """The mesh's; None if one rank has all weights."""
+        return cls(mesh.tensor_group, mesh.tensor_rank, mesh.sequence_parallel) if mesh.tensor_size > 1 else None
 
-def _complete_sum(region: nn.Module, mesh: Mesh) -> None:
-    complete = scatter_sum if mesh.sequence_parallel else sum_over_ranks
-    region.register_forward_hook(lambda _module, _args, output: complete(output, mesh.tensor_group))
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        """What every rank's part of the region reads: the hidden states of all tokens."""
+        return gather_tokens(x_BTD, self.group) if self.tokens_split else copy_to_ranks(x_BTD, self.group)
 
-
-def _split_region(region: nn.Module, mesh: Mesh) -> None:
-    _complete_input(region, mesh)
-    _complete_sum(region, mesh)
-
-
-def _split_vocabulary(embedding: TokenEmbedding, mesh: Mesh) -> None:
-    """Each rank looks up the ids in its part of the vocabulary; others contribute zeros to the sum."""
-    size = embedding.word_embeddings.num_embeddings
-    first = size * mesh.tensor_rank
-    lookup = embedding.word_embeddings.forward
-
-    def look_up_own(ids_BT: Tensor) -> Tensor:
-        foreign = (ids_BT < first) | (ids_BT >= first + size)
-        vectors = lookup((ids_BT - first).masked_fill(foreign, 0))
-        return vectors.masked_fill(foreign.unsqueeze(-1), 0)
-
-    embedding.word_embeddings.forward = look_up_own  # type: ignore[method-assign, assignment]
-    _complete_sum(embedding.word_embeddings, mesh)
+    def leave(self, partial_BTD: Tensor) -> Tensor:
+        """The sum of the ranks' partial sums, or this rank's tokens of it."""
+        return scatter_sum(partial_BTD, self.group) if self.tokens_split else sum_over_ranks(partial_BTD, self.group)

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox_core.model.llama import MLP
-
-LinearFunction = Callable[[Tensor], tuple[Tensor, ...]]
+from neox_core.kernels.dispatch import Kernel
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,40 @@ class Accumulator:
     """fp32, in the weight's shape."""
     on_gradient: Callable[[], None]
     """Called after each addition."""
+
+
+class AccumulatingLinear(nn.Linear):
+    """A linear layer whose weight gradient goes to its accumulator, once that is set; until then, to `weight.grad`.
+
+    The buffers belong to the optimizer, which is made after the layers.
+    """
+
+    accumulator: Accumulator | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """The same layer with the same parameter."""
+        assert linear.bias is None, "a bias gradient would be lost"
+        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight = linear.weight
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return linear_outputs(x, self)[0]
+
+
+def linear_outputs(x: Tensor, *linears: AccumulatingLinear) -> tuple[Tensor, ...]:
+    """Outputs of linear layers of the same input, whose gradient is then summed by the products themselves."""
+    weights = [linear.weight for linear in linears]
+    accumulators = [linear.accumulator for linear in linears if linear.accumulator is not None]
+    if not accumulators or not torch.is_grad_enabled():
+        return tuple(F.linear(x, weight) for weight in weights)
+    outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for output, weight in zip(outputs, weights, strict=True):
+            torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
+    return outputs
 
 
 class _AccumulatingLinears(torch.autograd.Function):
@@ -55,6 +87,7 @@ class _AccumulatingLinears(torch.autograd.Function):
         return d_x, None, *[None] * len(weights)
 
 
+@Kernel
 def add_outer_product(accumulator: Tensor, gradient_MO: Tensor, x_MI: Tensor) -> None:
     """accumulator [O,I] += gradient^T x, with products and sums in fp32."""
     if accumulator.is_cuda and x_MI.dtype != torch.float32:
@@ -65,27 +98,12 @@ def add_outer_product(accumulator: Tensor, gradient_MO: Tensor, x_MI: Tensor) ->
         accumulator.addmm_(gradient_MO.t().float(), x_MI.float())
 
 
-def accumulating(linears: Sequence[nn.Linear], accumulators: Sequence[Accumulator]) -> LinearFunction:
-    """One function for linear layers of the same input, whose weight gradients go to the accumulators.
-
-    Each `weight.grad` stays None.
-
-    Returns:
-        input -> the layers' outputs
-    """
-    assert all(linear.bias is None for linear in linears), "a bias gradient would be lost"
-
-    def forward(x: Tensor) -> tuple[Tensor, ...]:
-        weights = [linear.weight for linear in linears]
-        if not torch.is_grad_enabled():
-            return tuple(F.linear(x, weight) for weight in weights)
-        outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for output, weight in zip(outputs, weights, strict=True):
-                torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
-        return outputs
-
-    return forward
+def accept_accumulators(module: nn.Module) -> None:
+    """Give all linear layers within a module, but not the module itself, a place for an accumulator."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, AccumulatingLinear.of(child))
 
 
 def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
@@ -95,23 +113,8 @@ def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
         optimizer: the ShardedOptimizer, which owns the accumulators.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
-
-    def accumulator(linear: nn.Linear) -> Accumulator:
-        group, index = places[id(linear.weight)]
-        buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
-        return Accumulator(buffer, partial(optimizer.on_gradient, group, index))
-
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.forward = partial(_first, accumulating([part], [accumulator(part)]))  # type: ignore[method-assign]
-        elif isinstance(part, MLP):
-            gate_and_up = accumulating([part.w1, part.w3], [accumulator(part.w1), accumulator(part.w3)])
-            part.forward = partial(_mlp, part, gate_and_up)  # type: ignore[method-assign]
-
-
-def _first(linear: LinearFunction, x: Tensor) -> Tensor:
-    return linear(x)[0]
-
-
-def _mlp(mlp: MLP, gate_and_up: LinearFunction, x_BTD: Tensor) -> Tensor:
-    return mlp.w2(mlp.activate(*gate_and_up(x_BTD)))
+    for linear in module.modules():
+        if isinstance(linear, AccumulatingLinear):
+            group, index = places[id(linear.weight)]
+            buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
+            linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index))

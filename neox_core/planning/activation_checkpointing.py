@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neox_core.config import BatchGeometry, RunConfig
-from neox_core.planning.activations import Mode
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.planning.memory import rank_dimensions, stage_layers, stage_memory
 
 
-def layer_modes(config: RunConfig, geometry: BatchGeometry, stage: int, available: float | None) -> tuple[Mode, ...]:
+def layer_modes(
+    config: RunConfig, geometry: BatchGeometry, stage: int, available: float | None
+) -> tuple[ActivationCheckpointing, ...]:
     """Activation checkpointing of each layer of a pipeline stage, first to last.
 
     With `auto`: none in the first layers, selective in the next, full in the rest, so that the work that is repeated is
@@ -29,22 +30,26 @@ def layer_modes(config: RunConfig, geometry: BatchGeometry, stage: int, availabl
     return min(fitting, key=lambda modes: sum(costs[mode] for mode in modes), default=_modes(0, 0, layers))
 
 
-def describe_modes(modes: Sequence[Mode]) -> str:
+def describe_modes(modes: Sequence[ActivationCheckpointing]) -> str:
     """Such as `none in 20, selective in 12 layers`."""
     counts = [(mode, modes.count(mode)) for mode in dict.fromkeys(modes)]
     return ", ".join(f"{mode} in {count}" for mode, count in counts) + " layers"
 
 
-def _modes(none: int, selective: int, layers: int) -> tuple[Mode, ...]:
-    counts: dict[Mode, int] = {"none": none, "selective": selective, "full": layers - none - selective}
+def _modes(none: int, selective: int, layers: int) -> tuple[ActivationCheckpointing, ...]:
+    counts: dict[ActivationCheckpointing, int] = {
+        "none": none,
+        "selective": selective,
+        "full": layers - none - selective,
+    }
     return tuple(mode for mode, count in counts.items() for _ in range(count))
 
 
-def _needed(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> int:
+def _needed(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[ActivationCheckpointing]) -> int:
     return stage_memory(config, geometry, stage, modes).total
 
 
-def _costs(config: RunConfig) -> dict[Mode, float]:
+def _costs(config: RunConfig) -> dict[ActivationCheckpointing, float]:
     """Work that a layer repeats, in FLOPs per token on one rank: attention, and all products but w2's.
 
     Elementwise functions are counted as a tenth of the attention.

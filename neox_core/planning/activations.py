@@ -6,19 +6,15 @@ Symbols as in memory.py; t is the tokens of a micro batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from neox_core.config import BatchGeometry, RunConfig
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.dimensions import ModelDimensions
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 _FP32 = 4
 
-Mode = Literal["none", "selective", "full"]
-"""Activation checkpointing of a layer."""
 
-
-def block_bytes(config: RunConfig, dims: ModelDimensions, mode: Mode, compiled: bool = True) -> int:
+def block_bytes(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing, compiled: bool = True) -> int:
     """Bytes that autograd keeps for one transformer block and one micro batch, on one rank.
 
     Per token (after arXiv 2205.05198, section 4.1, for this architecture; S is the number of ranks among which sequence
@@ -51,7 +47,11 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: Mode, compiled: 
 
 
 def working_bytes(
-    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]
+    config: RunConfig,
+    dims: ModelDimensions,
+    geometry: BatchGeometry,
+    stage: int,
+    modes: Sequence[ActivationCheckpointing],
 ) -> int:
     """The most that a step needs beside what is kept and the state.
 
@@ -66,7 +66,9 @@ def working_bytes(
     return max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
 
 
-def _working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, mode: Mode) -> int:
+def _working_bytes(
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, mode: ActivationCheckpointing
+) -> int:
     stages = config.parallel.pipeline
     hidden = _hidden(config, dims)
     puts_together = config.parallel.tensor > 1 and not config.parallel.sequence
@@ -84,7 +86,7 @@ def _working_bytes(config: RunConfig, dims: ModelDimensions, geometry: BatchGeom
 
 
 def _last_stage_working(
-    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, mode: Mode, receives: bool
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, mode: ActivationCheckpointing, receives: bool
 ) -> int:
     """DeepSpeed keeps the results of the last two micro batches, whose graphs hold their inputs and gradients of these.
 
@@ -99,7 +101,7 @@ def _last_stage_working(
     return max(old * result + _block_forward(config, dims, mode), backward)
 
 
-def _block_forward(config: RunConfig, dims: ModelDimensions, mode: Mode) -> int:
+def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
     """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
 
     Selective checkpointing has the norm's result then, and w2's input before. (Full has less than going backward.)
@@ -111,7 +113,7 @@ def _block_forward(config: RunConfig, dims: ModelDimensions, mode: Mode) -> int:
     return hidden + summed
 
 
-def _block_backward(config: RunConfig, dims: ModelDimensions, mode: Mode) -> int:
+def _block_backward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
     """The most that a block's backward pass needs beside its result's gradient, in the MLP.
 
     That is the gradients of gate, up and their product, when the product itself has gone unless it was computed again.

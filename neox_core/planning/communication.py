@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from neox_core.config import BatchGeometry, RunConfig
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.layer_groups import group_names
-from neox_core.planning.activations import DTYPE_BYTES, Mode, micro_batch_tokens
+from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.memory import rank_norms, rank_parameters
 
 Collective = tuple[str, str]
@@ -19,7 +19,9 @@ Collective = tuple[str, str]
 _FP32, _FP64 = 4, 8
 
 
-def step_traffic(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Counter[Collective]:
+def step_traffic(
+    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[ActivationCheckpointing]
+) -> Counter[Collective]:
     """Bytes of one step's collectives of each rank of a pipeline stage, by group and kind.
 
     Args:
@@ -47,7 +49,7 @@ def _hidden(config: RunConfig) -> int:
 
 
 def _tensor_parallel(
-    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]
+    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[ActivationCheckpointing]
 ) -> Counter[Collective]:
     """Hidden states are summed after attention and MLP, their gradients before (arXiv 1909.08053).
 

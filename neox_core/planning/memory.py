@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from neox_core.config import BatchGeometry, ModelConfig, RunConfig
+from neox_core.config import ActivationCheckpointing, BatchGeometry, ModelConfig, RunConfig
 from neox_core.model.dimensions import ModelDimensions
 from neox_core.optimizer import update_rule
 from neox_core.optimizer.rule import STATE_BYTES
 from neox_core.parallel.stages import pipeline_layers
-from neox_core.planning.activations import DTYPE_BYTES, Mode, block_bytes, in_flight, working_bytes
+from neox_core.planning.activations import DTYPE_BYTES, block_bytes, in_flight, working_bytes
 
 RESERVED_BYTES = 4 * 2**30
 """What is not counted: the CUDA context, code and workspaces of kernels (2.4 GiB on an H200), the allocator's fragments
@@ -75,7 +75,9 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def stage_memory(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[Mode]) -> Memory:
+def stage_memory(
+    config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[ActivationCheckpointing]
+) -> Memory:
     """Memory of each rank of one pipeline stage, in bytes.
 
     Args:

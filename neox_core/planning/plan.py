@@ -39,8 +39,8 @@ class StagePlan:
     """What each rank of one pipeline stage needs."""
 
     layers: int
-    recompute: str
-    """Activation checkpointing of its layers."""
+    activation_checkpointing: str
+    """What its layers compute again, in words."""
     cost: float
     """Time, in units of a transformer layer's."""
     memory: Memory

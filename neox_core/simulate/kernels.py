@@ -5,45 +5,42 @@ Simulated tensors say that they are on a CPU, since autograd asks for a GPU's dr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from neox_core.model import elementwise, llama, residual
-from neox_core.parallel import loss, weight_gradients
+from neox_core.kernels.dispatch import Kernel, stand_ins
+from neox_core.model import elementwise
+from neox_core.model.attention_kernel import causal_attention
+from neox_core.parallel.loss import whole_vocabulary_losses
+from neox_core.parallel.weight_gradients import add_outer_product
 from neox_core.simulate.recorder import Recorder
 
 
-@contextmanager
-def gpu_kernels(recorder: Recorder) -> Iterator[None]:
+def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
     """Within it, the model, the loss and the linear layers keep and allocate what they do on a GPU."""
 
-    def compiled(function: Callable[..., Any], keeps: tuple[int, ...]) -> Callable[..., Any]:
+    def compiled(kernel: Kernel[..., Any], keeps: tuple[int, ...]) -> Callable[..., Any]:
         """One kernel forward and one backward, for which the arguments with these numbers are kept."""
-        kernel = recorder.as_kernel(function)
-        return lambda *args: _Compiled.apply(kernel, keeps, *args)  # type: ignore[no-untyped-call]
+        function = recorder.as_kernel(kernel.function)
+        return lambda *args: _Compiled.apply(function, keeps, *args)  # type: ignore[no-untyped-call]
 
-    stand_ins: list[tuple[Any, str, Any]] = [
-        (llama, "rms_norm", compiled(elementwise.rms_norm, keeps=(0, 1))),
-        (llama, "swiglu", compiled(elementwise.swiglu, keeps=(0, 1))),
-        (llama, "split_and_rotate", compiled(elementwise.split_and_rotate, keeps=(1, 2))),
-        (llama, "causal_attention", _attention),
-        *((residual, name, recorder.as_kernel(getattr(elementwise, name))) for name in _WITHOUT_GRAPH),
-        (loss, "_whole_vocabulary_losses", compiled(loss._whole_vocabulary_losses, keeps=(0, 1))),
-        (weight_gradients, "add_outer_product", _add_outer_product),
-    ]
-    with ExitStack() as stack:
-        for module, name, stand_in in stand_ins:
-            stack.enter_context(patch.object(module, name, stand_in))
-        yield
-
-
-_WITHOUT_GRAPH = ("rms_norm", "add_and_normalize", "norm_gradients")
-"""Kernels that a block's joined residuals call forward and backward."""
+    return stand_ins(
+        {
+            elementwise.rms_norm: compiled(elementwise.rms_norm, keeps=(0, 1)),
+            elementwise.swiglu: compiled(elementwise.swiglu, keeps=(0, 1)),
+            elementwise.split_and_rotate: compiled(elementwise.split_and_rotate, keeps=(1, 2)),
+            # Called forward and backward by a function of autograd's own.
+            elementwise.add_and_normalize: recorder.as_kernel(elementwise.add_and_normalize.function),
+            elementwise.norm_gradients: recorder.as_kernel(elementwise.norm_gradients.function),
+            causal_attention: _attention,
+            whole_vocabulary_losses: compiled(whole_vocabulary_losses, keeps=(0, 1)),
+            add_outer_product: _add_outer_product,
+        }
+    )
 
 
 class _Compiled(torch.autograd.Function):

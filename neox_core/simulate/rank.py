@@ -6,11 +6,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from neox_core.config import RunConfig, largest_batch
 from neox_core.optimizer import MasterWeights, UpdateStep, update_rule
@@ -56,13 +55,7 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
 
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     recorder = Recorder(_group_names(mesh))
-    # Layers are made with their weights in place; moving tensors without data fails.
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        recorder,
-        gpu_kernels(recorder),
-        patch.object(nn.Module, "_apply", _stay),
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, gpu_kernels(recorder):
         rule = _StateOnly(update_rule(config.train.optimizer).state_names)
         engine = build_engine(config, mesh, geometry, _weights(config), rule)
         if config.train.precision == "bf16":
@@ -79,10 +72,6 @@ def simulate_rank(config: RunConfig, nodes: int | None, rank: int) -> RankSimula
         collective_bytes=dict(recorder.collective_bytes),
         collective_calls=dict(recorder.collective_calls),
     )
-
-
-def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    return module
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from neox_core.config import BatchGeometry, OptimizerConfig, RunConfig
 from neox_core.optimizer import UpdateRule, update_rule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.sharding import sharding_of
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
@@ -66,14 +67,17 @@ def accumulate_in_products(engine: TrainingEngine, geometry: BatchGeometry) -> N
 class ParameterGroups(torch.optim.Optimizer):
     """Groups of parameters and their optimizer's state in torch's form, which DeepSpeed wants. It updates nothing.
 
-    Matrices decay, norms do not. Every pipeline stage has both groups, or DeepSpeed's reductions deadlock.
+    With weight decay, and without. Every pipeline stage has both groups, or DeepSpeed's reductions deadlock.
+
+    Raises:
+        ConfigError: a parameter that nothing says how ranks hold.
     """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
-        parameters = list(module.parameters())
+        decays = [(parameter, sharding_of(parameter, name).decays) for name, parameter in module.named_parameters()]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p, decayed in decays if decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p, decayed in decays if not decayed], "weight_decay": 0.0},
         ]
         super().__init__(groups, {"lr": config.lr})
 

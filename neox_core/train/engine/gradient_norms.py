@@ -13,6 +13,7 @@ from neox_core.config import ModelConfig
 from neox_core.model.layer_groups import NORMS, group_names, layer_group
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import shared_elements
+from neox_core.parallel.sharding import sharding_of
 
 
 class GradientNorms:
@@ -20,31 +21,38 @@ class GradientNorms:
 
     Args:
         module: this rank's pipeline stage, whose children are named by their NeoX layer index.
-        optimizer: with DeepSpeed's flat groups of parameters: matrices, norms.
+        optimizer: with DeepSpeed's flat groups of parameters, each of which says how ranks hold it.
         model: sizes of the whole model.
         mesh: the grid of ranks.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any, model: ModelConfig, mesh: Mesh) -> None:
         self.names = group_names(model.num_layers)
-        matrices, norms = optimizer.bf16_groups
-        gradient, norm_gradient = optimizer.fp32_groups_gradient_flat_partition
-        first = dist.get_rank(optimizer.real_dp_process_group[0]) * gradient.numel()
-        indices = {id(p): int(name.split(".")[0]) for name, p in module.named_parameters()}
-        spans = _spans(matrices, [layer_group(indices[id(p)], model.num_layers) for p in matrices])
-        self._pieces = {name: _pieces(gradient, first, [span]) for name, span in spans.items()}
-        if mesh.tensor_rank == 0 and norms:  # the tensor-parallel ranks have the same norms
-            self._pieces[NORMS] = [norm_gradient]
+        self._pieces: dict[str, list[Tensor]] = {}
         self._repeated: dict[str, list[Tensor]] = {}
-        if mesh.tensor_rank % max(1, mesh.tensor_size // model.num_kv_heads):  # a rank before has the same KV head
-            shared = shared_elements(matrices)
-            for name, span in spans.items():
-                self._repeated[name] = _pieces(gradient, first, [r for r in shared if r.start in span])
+        """Parts of the pieces that a rank before this one counts too."""
+        indices = {id(p): int(name.split(".")[0]) for name, p in module.named_parameters()}
+        repeats_heads = mesh.tensor_rank % max(1, mesh.tensor_size // model.num_kv_heads)
+        for parameters, gradient, ranks in zip(
+            optimizer.bf16_groups,
+            optimizer.fp32_groups_gradient_flat_partition,
+            optimizer.real_dp_process_group,
+            strict=True,
+        ):
+            first = dist.get_rank(ranks) * gradient.numel()
+            groups = [_group(p, indices[id(p)], model.num_layers) for p in parameters]
+            # Of replicated parameters, the first tensor-parallel rank has the whole gradient.
+            counted = [mesh.tensor_rank == 0 or not sharding_of(p).replicated for p in parameters]
+            shared = shared_elements(parameters) if repeats_heads else []
+            for name, runs in _runs(parameters, groups, counted).items():
+                self._pieces.setdefault(name, []).extend(_pieces(gradient, first, runs))
+                repeated = [r for r in shared if any(r.start in run for run in runs)]
+                self._repeated.setdefault(name, []).extend(_pieces(gradient, first, repeated))
         self._zero = torch.zeros((), device=mesh.device)
 
     def squares(self) -> Tensor:
         """This rank's share of each group's squared norm [groups], fp32, on the device: the sum over ranks is whole."""
-        return self._sums(self._pieces) - (self._sums(self._repeated) if self._repeated else 0)
+        return self._sums(self._pieces) - (self._sums(self._repeated) if any(self._repeated.values()) else 0)
 
     def _sums(self, groups: Mapping[str, list[Tensor]]) -> Tensor:
         found = {name: torch.stack(torch._foreach_norm(pieces)).norm() for name, pieces in groups.items() if pieces}
@@ -57,12 +65,19 @@ def _pieces(partition: Tensor, first: int, ranges: Sequence[range]) -> list[Tens
     return [piece for piece in pieces if piece.numel()]
 
 
-def _spans(parameters: Sequence[Tensor], groups: Sequence[str]) -> dict[str, range]:
-    """Where each group lies among the flattened parameters, which are in the order of layers."""
-    spans: dict[str, range] = {}
+def _group(parameter: Tensor, index: int, num_layers: int) -> str:
+    return NORMS if sharding_of(parameter).kind == "norm" else layer_group(index, num_layers)
+
+
+def _runs(parameters: Sequence[Tensor], groups: Sequence[str], counted: Sequence[bool]) -> dict[str, list[range]]:
+    """Where each group's counted parameters lie when all are flattened one after the other; neighbours as one range."""
+    runs: dict[str, list[range]] = {}
     offset = 0
-    for parameter, group in zip(parameters, groups, strict=True):
-        start = spans[group].start if group in spans else offset
-        offset += parameter.numel()
-        spans[group] = range(start, offset)
-    return spans
+    for parameter, group, counts in zip(parameters, groups, counted, strict=True):
+        end = offset + parameter.numel()
+        if counts:
+            own = runs.setdefault(group, [])
+            start = own.pop().start if own and own[-1].stop == offset else offset
+            own.append(range(start, end))
+        offset = end
+    return runs

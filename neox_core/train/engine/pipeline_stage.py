@@ -13,16 +13,17 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from neox_core.config import BatchGeometry, RunConfig
-from neox_core.model import ModelDimensions, OutputHead, TransformerBlock
-from neox_core.model.attention_kernel import attention_kernel
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.kernels.attention import attention_function
+from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
+from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import ChunkedLoss
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.parallelize import Parallelism
 from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.stages import pipeline_layers, stage_bounds
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
-from neox_core.planning.activations import Mode
 from neox_core.planning.memory import RESERVED_BYTES
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def _pass_through(x: Any) -> Any:
 
 
 class _Pipeline(PipelineModule):  # type: ignore[misc]
-    """DeepSpeed's pipeline with stages that begin at given layers."""
+    """DeepSpeed's pipeline with stages that begin at given layers, which are built in place in their dtype."""
 
     def __init__(self, bounds: list[int], **named: Any) -> None:
         self._bounds = bounds
@@ -55,6 +56,10 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Pipeline:
+        # DeepSpeed moves and casts its module, which has been done; tensors without data could not be moved.
+        return self
 
 
 def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights: LayerWeights) -> PipelineModule:
@@ -70,17 +75,15 @@ def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights:
     if config.train.mask_documents:
         logger.info("attention: FlexAttention, within documents")
     else:
-        attention_kernel(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
+        attention_function(dims.attention, mesh.device.type, dtype)  # refused now rather than in the first step
 
     loss = ChunkedLoss(config.train.loss_chunk_tokens, mesh.tensor_group, mesh.tensor_rank, config.train.z_loss)
 
     def build(index: int, layer_type: type[nn.Module]) -> nn.Module:
-        recompute = modes[index - 2 - first_layer] if layer_type is TransformerBlock else "none"
-        layer = build_layer(layer_type, index, dims, mesh, weights, dtype, recompute, config.train.mask_documents)
-        if isinstance(layer, OutputHead):
-            # The loss applies the head, chunk by chunk: the last layer hands on the hidden states.
-            loss.project = layer.forward
-            layer.forward = _pass_through  # type: ignore[method-assign, assignment]
+        mode = modes[index - 2 - first_layer] if layer_type is TransformerBlock else "none"
+        layer = build_layer(layer_type, index, Parallelism(mesh, dims, mode), weights, dtype)
+        if isinstance(layer, ChunkedHead):
+            loss.project = layer.project
         return layer
 
     def spec(index: int, layer_type: type[nn.Module] | None) -> LayerSpec | Callable[[Tensor], Tensor]:
@@ -94,7 +97,7 @@ def build_stage(config: RunConfig, mesh: Mesh, geometry: BatchGeometry, weights:
     )
 
 
-def _layer_modes(config: RunConfig, mesh: Mesh, geometry: BatchGeometry) -> tuple[Mode, ...]:
+def _layer_modes(config: RunConfig, mesh: Mesh, geometry: BatchGeometry) -> tuple[ActivationCheckpointing, ...]:
     """Activation checkpointing of this stage's layers, the same on all of its ranks. Collective over all ranks."""
     available = config.train.memory_gib and config.train.memory_gib * 2**30
     if config.train.activation_checkpointing == "auto" and available is None and mesh.device.type == "cuda":

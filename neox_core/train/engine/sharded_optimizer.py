@@ -15,11 +15,11 @@ from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
-from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
+from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
 from neox_core.train.engine.outcome import pack_outcome
 
 MATRICES, NORMS = 0, 1
-"""Parameter groups. Matrices are split among tensor-parallel ranks; norms are the same on all of them."""
+"""Parameter groups: with weight decay and without. How ranks hold a parameter, its mark says (parallel/sharding.py)."""
 
 
 class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
@@ -72,16 +72,11 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             sizes=[p.numel() for p in parameters],
             layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
         )
-        matrices, norms = self.fp32_groups_gradient_flat_partition
-        self._replicated = [ReplicatedGradients(norms, 0, [range(norms.numel())], mesh.tensor_group)]
-        # Of norms each rank computes the whole gradient, unless it has a part of the tokens.
-        self._summed = self._replicated[:] if mesh.sequence_parallel else []
         self._kv_group = kv_group
-        if kv_group is not None:
-            shared, first = shared_elements(parameters), own[MATRICES] * matrices.numel()
-            kv_heads = ReplicatedGradients(matrices, first, shared, kv_group)
-            self._replicated.append(kv_heads)
-            self._summed.append(kv_heads)
+        self._replicated: list[ReplicatedGradients] = []
+        self._summed: list[ReplicatedGradients] = []
+        for rank, gradient, group in zip(own, self.fp32_groups_gradient_flat_partition, self.bf16_groups, strict=True):
+            self._replicate(gradient, rank * gradient.numel(), group)
         self.loss_share = torch.zeros((), device=mesh.device)
         """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
         self.loss_limit = torch.full((), torch.inf, device=mesh.device)
@@ -92,6 +87,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
+
+    def _replicate(self, gradient: Tensor, first: int, parameters: list[Tensor]) -> None:
+        """Of a partition that begins at `first`, note what counts once in the norm and what ranks sum."""
+        ranks = self._mesh.tensor_group
+        self._replicated.append(ReplicatedGradients(gradient, first, replicated_elements(parameters), ranks))
+        self._summed.append(ReplicatedGradients(gradient, first, partial_elements(parameters), ranks))
+        if self._kv_group is not None:
+            shared = ReplicatedGradients(gradient, first, shared_elements(parameters), self._kv_group)
+            self._replicated.append(shared)
+            self._summed.append(shared)
 
     @property
     def fp16_groups(self) -> list[list[Tensor]]:
@@ -197,13 +202,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def differs_from_peers(self) -> bool:
         """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
-        tensor-parallel ranks the norms, and some of them KV heads. Collective over all ranks."""
-        flats = self.bf16_groups_flat
+        tensor-parallel ranks what is replicated, and some of them KV heads. Collective over all ranks."""
+        flats, groups = self.bf16_groups_flat, self.bf16_groups
+
+        def pieces(elements: Callable[[list[Tensor]], list[range]]) -> list[Tensor]:
+            return [flat[r.start : r.stop] for flat, group in zip(flats, groups, strict=True) for r in elements(group)]
+
         found = [differs_from_first(flats, self.dp_process_group)]
-        found.append(differs_from_first([flats[NORMS]], self._mesh.tensor_group))
+        found.append(differs_from_first(pieces(replicated_elements), self._mesh.tensor_group))
         if self._kv_group is not None:
-            shared = [flats[MATRICES][r.start : r.stop] for r in shared_elements(self.bf16_groups[MATRICES])]
-            found.append(differs_from_first(shared, self._kv_group))
+            found.append(differs_from_first(pieces(shared_elements), self._kv_group))
         return any(found)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neox_core.config import ParallelConfig, RunConfig, load_config
+from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, load_config
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.document_attention import dense_mask
-from neox_core.model.residual import join_residuals
-from neox_core.parallel.activation_checkpointing import Recompute, apply_recompute
-from neox_core.parallel.weight_gradients import accumulate_linear_gradients
+from neox_core.parallel.activation_checkpointing import checkpointing_of
+from neox_core.parallel.layers import FusedBlock
+from neox_core.parallel.weight_gradients import accept_accumulators, accumulate_linear_gradients
 from neox_core.planning.activations import block_bytes
 from neox_core.simulate.recorder import Recorder
 from tests.paths import CONFIGS
 
-MODES: tuple[Recompute, ...] = get_args(Recompute)
+MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 48
 POSITIONS = torch.tensor([[*range(30), *range(18)], [*range(1), *range(47)]])
@@ -34,15 +34,16 @@ def dimensions(kv_heads: int) -> ModelDimensions:
     )  # fmt: skip
 
 
-def make_block(dims: ModelDimensions, mode: Recompute, dtype: torch.dtype) -> TransformerBlock:
+def make_block(dims: ModelDimensions, mode: ActivationCheckpointing, dtype: torch.dtype) -> FusedBlock:
     torch.manual_seed(1)
-    block = TransformerBlock(dims).to(dtype)
-    join_residuals(block)
-    apply_recompute(block, mode)
+    plain = TransformerBlock(dims).to(dtype)
+    accept_accumulators(plain)
+    block = FusedBlock(plain)
+    block.checkpointing = checkpointing_of(mode)
     return block
 
 
-def config_with(precision: str, mode: Recompute, masked: bool = False) -> RunConfig:
+def config_with(precision: str, mode: ActivationCheckpointing, masked: bool = False) -> RunConfig:
     config = load_config(CONFIGS / "toy.yml")
     changes = {
         "precision": precision,
@@ -57,7 +58,7 @@ def config_with(precision: str, mode: Recompute, masked: bool = False) -> RunCon
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_kept_bytes_are_the_formulas(mode: Recompute, precision: str, tensor: int) -> None:
+def test_kept_bytes_are_the_formulas(mode: ActivationCheckpointing, precision: str, tensor: int) -> None:
     # The CPU's attention copies k and v for each query head where they are grouped, unless it is computed again.
     dims = dimensions(kv_heads=8 if mode == "none" else 2).shard(tensor)
     block, dtype = make_block(dims, mode, DTYPES[precision]), DTYPES[precision]
@@ -66,7 +67,7 @@ def test_kept_bytes_are_the_formulas(mode: Recompute, precision: str, tensor: in
             dense_mask(positions)  # made once for all layers
         with Recorder() as recorder:
             x = torch.randn(2, TOKENS, 64).to(dtype).requires_grad_()
-            y = block(x, positions)
+            y = block.compute(x, positions)
             del x
             kept = recorder.bytes - y.untyped_storage().nbytes()
         config = config_with(precision, mode, masked=positions is not None)
@@ -81,7 +82,7 @@ def stand_in(parameters: list[torch.nn.Parameter], buffers: list[Tensor]) -> Any
 
 
 def gradients(
-    mode: Recompute, dtype: torch.dtype, positions: Tensor | None, accumulate: bool
+    mode: ActivationCheckpointing, dtype: torch.dtype, positions: Tensor | None, accumulate: bool
 ) -> tuple[list[Tensor], list[int]]:
     """Outputs and gradients of two micro batches, and how many bytes stayed after each."""
     block = make_block(dimensions(kv_heads=2), mode, dtype)
@@ -95,7 +96,7 @@ def gradients(
     with Recorder() as recorder:
         for seed in (2, 3):
             x = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
-            y = block(x, positions)
+            y = block.compute(x, positions)
             y.float().square().sum().backward()
             assert x.grad is not None
             found += [y.detach().clone(), x.grad.clone()]
@@ -130,7 +131,7 @@ class CountProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("mode", "products", "attentions"), [("none", 0, 0), ("selective", 0, 1), ("full", 4, 1)])
-def test_what_is_computed_again(mode: Recompute, products: int, attentions: int) -> None:
+def test_what_is_computed_again(mode: ActivationCheckpointing, products: int, attentions: int) -> None:
     """Full checkpointing computes four of five products again: what w2 gives is not needed."""
     block = make_block(dimensions(kv_heads=8), mode, torch.float32)
     parameters = list(block.parameters())

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neox_core.config import ActivationCheckpointing
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
-from neox_core.parallel.activation_checkpointing import Recompute
 from neox_core.parallel.build import build_layer, layer_types
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.parallelize import Parallelism
 
 DIMS = ModelDimensions(
     hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=12,
@@ -48,7 +49,7 @@ def weights_of(dtype: torch.dtype) -> Callable[[int, int], dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_are_loaded_in_the_asked_dtype(dtype: torch.dtype) -> None:
     weights = weights_of(torch.bfloat16)
-    block = build_layer(TransformerBlock, 2, DIMS, ONE_RANK, weights, dtype, recompute="none")
+    block = build_layer(TransformerBlock, 2, Parallelism(ONE_RANK, DIMS), weights, dtype)
     assert {p.dtype for p in block.parameters()} == {dtype}
     for name, tensor in block.state_dict().items():
         assert torch.equal(tensor, weights(2, 0)[name].to(dtype)), name
@@ -64,7 +65,8 @@ def test_the_right_part_is_asked_for() -> None:
         asked.append((index, rank))
         return weights(index, rank)
 
-    build_layer(TransformerBlock, 17, DIMS, replace(ONE_RANK, tensor_rank=3), record, torch.float32, recompute="none")
+    place = Parallelism(replace(ONE_RANK, tensor_rank=3), DIMS)
+    build_layer(TransformerBlock, 17, place, record, torch.float32)
     assert asked == [(17, 3)]
 
 
@@ -78,14 +80,15 @@ def test_weights_that_do_not_fit_are_refused(change: str) -> None:
     else:
         state["mlp.w3.weight"] = torch.zeros(24, 32)
     with pytest.raises(RuntimeError, match=r"mlp\.w[34]\.weight"):
-        build_layer(TransformerBlock, 2, DIMS, ONE_RANK, lambda index, rank: state, torch.float32, recompute="none")
+        build_layer(TransformerBlock, 2, Parallelism(ONE_RANK, DIMS), lambda index, rank: state, torch.float32)
 
 
-def run_block(recompute: Recompute) -> tuple[Tensor, list[Tensor | None], int]:
+def run_block(mode: ActivationCheckpointing) -> tuple[Tensor, list[Tensor | None], int]:
     """Output, gradients and how often attention was computed in one training step."""
-    block = build_layer(TransformerBlock, 2, DIMS, ONE_RANK, weights_of(torch.float32), torch.float32, recompute)
+    place = Parallelism(ONE_RANK, DIMS, mode)
+    block: Any = build_layer(TransformerBlock, 2, place, weights_of(torch.float32), torch.float32)
     calls: list[nn.Module] = []
-    block.attention.register_forward_hook(lambda module, args, output: calls.append(module))  # type: ignore[union-attr]
+    block.attention.rotary.register_forward_hook(lambda module, args, output: calls.append(module))
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
     output = block(x)
     output.square().sum().backward()
@@ -93,8 +96,8 @@ def run_block(recompute: Recompute) -> tuple[Tensor, list[Tensor | None], int]:
 
 
 def test_recomputation_changes_nothing_but_the_work() -> None:
-    output, gradients, computed = run_block(recompute="none")
-    again, gradients_again, computed_again = run_block(recompute="full")
+    output, gradients, computed = run_block("none")
+    again, gradients_again, computed_again = run_block("full")
     assert (computed, computed_again) == (1, 2)
     assert torch.equal(output, again)
     for gradient, other in zip(gradients, gradients_again, strict=True):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox_core.parallel.loss import IGNORE_INDEX, ChunkedLoss, token_losses
-from neox_core.parallel.weight_gradients import Accumulator, accumulating
+from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator
 from tests.distributed import run_ranks
 
 VOCABULARY = 24
@@ -124,9 +124,10 @@ def test_chunked_loss(alone: dist.ProcessGroup, early: bool) -> None:
     (expected / 4).backward()
 
     weight_gradient = torch.zeros(VOCABULARY, 8)
-    project = accumulating([head], [Accumulator(weight_gradient, lambda: None)])
+    project = AccumulatingLinear.of(head)
+    project.accumulator = Accumulator(weight_gradient, lambda: None)
     loss = ChunkedLoss(7, alone, 0)
-    loss.project = lambda x: project(x)[0]
+    loss.project = project
     loss.early_gradient = 1 / 4 if early else None
     value = loss(hidden, targets)
     value.div(4).backward()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from neox_core.checkpoint.formats.tensor_map import QKV, Form, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig
 from neox_core.model import ModelDimensions, TransformerBlock
-from neox_core.parallel.replicas import ReplicatedGradients, mark_shared_rows, shared_elements
+from neox_core.parallel.replicas import ReplicatedGradients, shared_elements
+from neox_core.parallel.sharding import ROWS, mark_parameters, set_sharding
 from tests.distributed import run_ranks
 
 MODEL = ModelConfig(
@@ -22,14 +23,16 @@ MODEL = ModelConfig(
 
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_shared_rows_are_those_that_checkpoints_replicate(ranks: int) -> None:
-    dims = ModelDimensions.of(MODEL, 16).shard(ranks)
-    block = TransformerBlock(dims)
-    mark_shared_rows(block, dims)
+    dims = ModelDimensions.of(MODEL, 16)
+    block = TransformerBlock(dims.shard(ranks))
+    mark_parameters(block, dims, ranks, tokens_split=False)
     layer = list(iterate_layers(1))[1]
     (fused,) = (t for t in stored_tensors(layer, MODEL, Form.NEOX, ranks, part=1) if t.name == QKV)
     expected = {row for stored in fused.blocks if stored.replica == 1 for row in stored.at_rows}
-    before = nn.Parameter(torch.zeros(3, 5))
-    found = shared_elements([before, block.attention.query_key_value.weight, nn.Parameter(torch.zeros(2, 2))])
+    before, after = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(2, 2))
+    set_sharding(before, ROWS)
+    set_sharding(after, ROWS)
+    found = shared_elements([before, block.attention.query_key_value.weight, after])
     assert [element for run in found for element in run] == [
         15 + row * 64 + column for row in sorted(expected) for column in range(64)
     ]

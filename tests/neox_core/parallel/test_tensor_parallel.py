@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from neox_core.config import LaunchConfig, ParallelConfig
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.parallel.layers import ChunkedHead, SplitEmbedding
+from neox_core.parallel.parallelize import Parallelism, parallelize
 from tests.distributed import run_ranks
 from tests.neox_core.model.reference import fuse_qkv
 
@@ -68,16 +70,16 @@ def whole_batch(parts: list[Tensor]) -> Tensor:
 
 def pass_through(layer: nn.Module, rank: int | None, sequence: bool = False) -> dict[str, Any]:
     """Output, and the gradients of the input and of every weight, for a fixed gradient of the output."""
-    embedding = isinstance(layer, TokenEmbedding)
+    embedding, head = isinstance(layer, TokenEmbedding | SplitEmbedding), isinstance(layer, OutputHead | ChunkedHead)
     x = IDS if embedding else random(2, 6, 32, seed=10)
-    upstream = random(2, 6, 12 if isinstance(layer, OutputHead) else 32, seed=11)
-    if isinstance(layer, OutputHead) and rank is not None:
+    upstream = random(2, 6, 12 if head else 32, seed=11)
+    if head and rank is not None:
         upstream = upstream.chunk(RANKS, -1)[rank]
     elif sequence and rank is not None:
         upstream = tokens_of(upstream, rank)
     if not embedding:
         x = (tokens_of(x, rank) if sequence and rank is not None else x).requires_grad_()
-    output = layer(x)
+    output = layer.project(layer(x)) if isinstance(layer, ChunkedHead) else layer(x)
     output.backward(upstream)
     return {
         "output": output.detach(),
@@ -102,7 +104,6 @@ def operators(group: Any, rank: int) -> dict[str, Tensor]:
 def compute_all() -> dict[Any, Any]:
     """Everything that one of two ranks computes."""
     from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.parallel.tensor_parallel import apply_tensor_parallel
 
     device = init_distributed(LaunchConfig(device="cpu"))
     results: dict[Any, Any] = {}
@@ -112,7 +113,7 @@ def compute_all() -> dict[Any, Any]:
         for layer_type in LAYERS:
             layer = layer_type(DIMS.shard(RANKS))
             layer.load_state_dict(weights(layer_type, mesh.tensor_rank))
-            apply_tensor_parallel(layer, mesh)
+            layer = parallelize(layer, Parallelism(mesh, DIMS))
             results[layer_type, sequence] = pass_through(layer, mesh.tensor_rank, sequence)
     return results
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from neox_core.parallel.weight_gradients import Accumulator, accumulating
+from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator, linear_outputs
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -16,16 +16,17 @@ def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
-    linears = [nn.Linear(64, width, bias=False).to(device, dtype) for width in widths]
+    linears = [AccumulatingLinear.of(nn.Linear(64, width, bias=False).to(device, dtype)) for width in widths]
     marks: list[int] = []
     buffers = [torch.zeros(width, 64, device=device) for width in widths]
-    forward = accumulating(linears, [Accumulator(buffer, lambda: marks.append(1)) for buffer in buffers])
+    for linear, buffer in zip(linears, buffers, strict=True):
+        linear.accumulator = Accumulator(buffer, lambda: marks.append(1))
     exact = [torch.zeros(width, 64, dtype=torch.float64) for width in widths]
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for _ in range(8):
         x = torch.randn(2, 16, 64).to(device, dtype).requires_grad_()
         upstreams = [torch.randn(2, 16, width).to(device, dtype) for width in widths]
-        torch.autograd.backward(forward(x), upstreams)
+        torch.autograd.backward(linear_outputs(x, *linears), upstreams)
         columns, d_x = x.detach().flatten(0, 1).cpu().double(), torch.zeros(32, 64, dtype=torch.float64)
         for linear, upstream, total in zip(linears, upstreams, exact, strict=True):
             rows = upstream.flatten(0, 1).cpu().double()
@@ -41,7 +42,18 @@ def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths:
 
 
 def test_without_gradients_it_is_the_plain_layer() -> None:
-    linear = nn.Linear(8, 4, bias=False)
-    forward = accumulating([linear], [Accumulator(torch.zeros(4, 8), lambda: None)])
+    plain = nn.Linear(8, 4, bias=False)
+    linear = AccumulatingLinear.of(plain)
+    linear.accumulator = Accumulator(torch.zeros(4, 8), lambda: None)
     with torch.no_grad():
-        assert torch.equal(forward(torch.ones(2, 8))[0], linear(torch.ones(2, 8)))
+        assert torch.equal(linear(torch.ones(2, 8)), plain(torch.ones(2, 8)))
+
+
+def test_without_an_accumulator_it_is_the_plain_layer() -> None:
+    plain = nn.Linear(8, 4, bias=False)
+    linear = AccumulatingLinear.of(plain)
+    assert linear.weight is plain.weight
+    assert list(linear.state_dict()) == ["weight"]
+    linear(torch.ones(2, 8)).sum().backward()
+    assert plain.weight.grad is not None
+    assert bool((plain.weight.grad == 2).all())

@@ -58,7 +58,7 @@ def test_the_plan_fills_the_gpu() -> None:
     """On 80 GB all is kept; on 40 GB as much as fits in them; below, all is computed again."""
     config = with_mode("auto")
     ample, enough, little = (plan(config, gpu_memory_gib=size) for size in (128, 40, 20))
-    assert ample.stages[0].recompute == "none in 48 layers"
+    assert ample.stages[0].activation_checkpointing == "none in 48 layers"
     assert 0 <= enough.spare < 0.5 * GIB
-    assert little.stages[0].recompute == "full in 48 layers"
+    assert little.stages[0].activation_checkpointing == "full in 48 layers"
     assert little.spare < 0

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox_core.config import ParallelConfig, load_config
+from neox_core.config import ActivationCheckpointing, ParallelConfig, load_config
 from neox_core.model import ModelDimensions, TransformerBlock
-from neox_core.model.residual import join_residuals
-from neox_core.parallel.activation_checkpointing import apply_recompute
-from neox_core.planning.activations import Mode, block_bytes
+from neox_core.parallel.activation_checkpointing import checkpointing_of
+from neox_core.parallel.layers import FusedBlock
+from neox_core.parallel.weight_gradients import accept_accumulators
+from neox_core.planning.activations import block_bytes
 from tests.paths import CONFIGS
 
 pytestmark = [
@@ -28,17 +29,18 @@ DIMS = ModelDimensions(
 """Each result fills whole MiB, which is how the allocator gives large blocks."""
 
 
-def run(mode: Mode) -> tuple[list[Tensor], int]:
+def run(mode: ActivationCheckpointing) -> tuple[list[Tensor], int]:
     """Output and gradients of a block, and the bytes that it kept between forward and backward."""
     torch.manual_seed(0)
-    block = TransformerBlock(DIMS).to("cuda", torch.bfloat16)
-    join_residuals(block)
-    apply_recompute(block, mode)
+    plain = TransformerBlock(DIMS).to("cuda", torch.bfloat16)
+    accept_accumulators(plain)
+    block = FusedBlock(plain)
+    block.checkpointing = checkpointing_of(mode)
     _step(block)  # compiles
     return _step(block)
 
 
-def _step(block: TransformerBlock) -> tuple[list[Tensor], int]:
+def _step(block: FusedBlock) -> tuple[list[Tensor], int]:
     generator = torch.Generator("cuda").manual_seed(1)
     x = torch.randn(2, TOKENS, 1024, device="cuda", generator=generator).bfloat16().requires_grad_()
     block.zero_grad()
@@ -55,7 +57,7 @@ def test_gradients_agree_and_kept_bytes_are_the_planners() -> None:
     train = config.train.model_copy(update={"precision": "bf16", "micro_batch_size": 2, "sequence_length": TOKENS})
     config = config.model_copy(update={"train": train, "parallel": ParallelConfig()})
     expected, _ = run("none")
-    modes: tuple[Mode, ...] = ("none", "selective", "full")
+    modes: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
     for mode in modes:
         found, kept = run(mode)
         assert kept == pytest.approx(block_bytes(config, DIMS, mode), rel=0.02), mode

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from neox_core.model import ModelDimensions, TransformerBlock
-from neox_core.model.residual import join_residuals
+from neox_core.parallel.layers import FusedBlock
+from neox_core.parallel.weight_gradients import accept_accumulators
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -28,15 +29,15 @@ def test_output_and_every_gradient_are_those_of_the_plain_block(
         torch.nn.init.uniform_(norm.scale, 0.5, 1.5)
     block, x = block.to(dtype), torch.randn(2, 32, 64).to(dtype)
     plain, x64 = copy.deepcopy(block).double(), x.double().requires_grad_()
-    block, x = block.to(device), x.to(device).requires_grad_()
-    join_residuals(block)
+    accept_accumulators(block)
+    fused, x = FusedBlock(block.to(device)), x.to(device).requires_grad_()
     upstream = torch.randn(2, 32, 64).to(dtype)
 
-    output, expected = block(x), plain(x64)
+    output, expected = fused(x), plain(x64)
     output.backward(upstream.to(device))
     expected.backward(upstream.double())
 
-    found = {"output": output, "x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
+    found = {"output": output, "x": x.grad, **{name: p.grad for name, p in fused.named_parameters()}}
     exact = {"output": expected, "x": x64.grad, **{name: p.grad for name, p in plain.named_parameters()}}
     for name, tensor in exact.items():
         difference = (found[name].detach().cpu().double() - tensor.detach()).abs().max()

@@ -1,0 +1,137 @@
+"""What a rank runs: the model's layers in the form in which a pipeline calls them.
+
+Each layer is made from the model's own (model/llama.py), takes over its parts under their names, so that a state_dict
+stays the same, and computes the same. What it does beside that, it says in its own forward: how hidden states enter and
+leave regions that ranks split, which additions and norms are one pass, and what is computed again.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.model.add_norm import add_norm
+from neox_core.model.llama import RMSNorm
+from neox_core.parallel.activation_checkpointing import NoCheckpointing
+from neox_core.parallel.tensor_parallel import SplitRegion, gathered
+from neox_core.parallel.weight_gradients import linear_outputs
+
+Passed = Tensor | tuple[Tensor, Tensor]
+"""What a pipeline passes from layer to layer: token ids [B,T] or hidden states [B,T,D]; where rows are packs of
+documents, with the positions [B,T] within these."""
+
+
+class PipelineLayer(nn.Module):
+    """A layer that passes positions on, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.region: SplitRegion | None = None
+        """How ranks that split the layer exchange; None: one rank has it all."""
+
+    def forward(self, passed: Passed) -> Passed:
+        """What the layer before passed -> what the next one gets"""
+        if isinstance(passed, Tensor):
+            return self.compute(passed, None)
+        x, positions_BT = passed
+        return self.compute(x, positions_BT), positions_BT
+
+    def compute(self, x: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """The layer's own work: ids or hidden states -> hidden states [B,T,D]"""
+        raise NotImplementedError
+
+    def _enter(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.region is None else self.region.enter(x_BTD)
+
+    def _leave(self, partial_BTD: Tensor) -> Tensor:
+        return partial_BTD if self.region is None else self.region.leave(partial_BTD)
+
+
+class SplitEmbedding(PipelineLayer):
+    """Each rank looks up the ids in its part of the vocabulary; others contribute zeros to the sum."""
+
+    def __init__(self, embedding: TokenEmbedding) -> None:
+        super().__init__()
+        self.word_embeddings = embedding.word_embeddings
+
+    def compute(self, x: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """ids [B,T] -> [B,T,D]"""
+        if self.region is None:
+            vectors: Tensor = self.word_embeddings(x)
+            return vectors
+        size = self.word_embeddings.num_embeddings
+        first = size * self.region.rank
+        foreign = (x < first) | (x >= first + size)
+        vectors = self.word_embeddings((x - first).masked_fill(foreign, 0))
+        return self._leave(vectors.masked_fill(foreign.unsqueeze(-1), 0))
+
+
+class FusedBlock(PipelineLayer):
+    """TransformerBlock with each addition and the norm after it in one pass."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        super().__init__()
+        self.input_layernorm = block.input_layernorm
+        self.attention = block.attention
+        self.post_attention_layernorm = block.post_attention_layernorm
+        self.mlp = block.mlp
+        self.checkpointing = NoCheckpointing()
+        """What is kept for the backward pass."""
+
+    def compute(self, x: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        return self.checkpointing.run(self._block, x, positions_BT)
+
+    def _block(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+        x_BTD, normed_BTD = self._add_norm(self.input_layernorm, x_BTD)
+        attended_BTD = self._attention(normed_BTD, positions_BT)
+        h_BTD, normed_BTD = self._add_norm(self.post_attention_layernorm, x_BTD, attended_BTD)
+        return h_BTD + self._mlp(normed_BTD)
+
+    def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, addend_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total_BTD, normed_BTD = add_norm(x_BTD, addend_BTD, norm.scale, norm.eps)
+        return total_BTD, self.checkpointing.repeatable(normed_BTD, norm, total_BTD)
+
+    def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+        fused_BTF = self.attention.query_key_value(self._enter(normed_BTD))
+        attended_BTF = self.checkpointing.recomputed(self.attention.attend, fused_BTF, positions_BT)
+        return self._leave(self.attention.dense(attended_BTF))
+
+    def _mlp(self, normed_BTD: Tensor) -> Tensor:
+        gate_and_up = linear_outputs(self._enter(normed_BTD), self.mlp.w1, self.mlp.w3)
+        return self._leave(self.mlp.w2(self.checkpointing.recomputed(self.mlp.activate, *gate_and_up)))
+
+    def _enter(self, x_BTD: Tensor) -> Tensor:
+        if self.region is None:
+            return x_BTD
+        return self.checkpointing.repeatable(self.region.enter(x_BTD), gathered, x_BTD, self.region.group)
+
+
+class LastNorm(PipelineLayer):
+    """FinalNorm, where positions end."""
+
+    def __init__(self, final: FinalNorm) -> None:
+        super().__init__()
+        self.norm = final.norm
+
+    def forward(self, passed: Passed) -> Tensor:
+        """[B,T,D] -> [B,T,D]"""
+        normed: Tensor = self.norm(passed if isinstance(passed, Tensor) else passed[0])
+        return normed
+
+
+class ChunkedHead(PipelineLayer):
+    """OutputHead in two parts: a pipeline passes hidden states on to the loss, which takes logits chunk by chunk."""
+
+    def __init__(self, head: OutputHead) -> None:
+        super().__init__()
+        self.final_linear = head.final_linear
+
+    def compute(self, x: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """Hidden states of this rank's tokens -> those of all that `project` takes: [B,T,D]"""
+        return self._enter(x)
+
+    def project(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,D] -> this rank's part of the logits [B,T,V]"""
+        logits: Tensor = self.final_linear(x_BTD)
+        return logits

@@ -1,0 +1,97 @@
+"""How parameters say that ranks hold them: against checkpoints, the planner and DeepSpeed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import nn
+
+from neox_core.checkpoint.formats.tensor_map import iterate_layers
+from neox_core.config import RunConfig, load_config
+from neox_core.errors import ConfigError
+from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.parallel.build import layer_types
+from neox_core.parallel.replicas import partial_elements, replicated_elements
+from neox_core.parallel.sharding import (
+    COLUMNS,
+    HEAD_NORM,
+    ROWS,
+    SHARDINGS,
+    TOKEN_NORM,
+    Sharding,
+    mark_parameters,
+    set_sharding,
+    sharding_of,
+)
+from neox_core.planning.memory import rank_norms, rank_parameters
+from tests.paths import CONFIGS
+
+CONFIG = load_config(CONFIGS / "llemma_34b.yml")
+
+
+def marked(layer_type: type[nn.Module], config: RunConfig, tokens_split: bool = False) -> nn.Module:
+    """A layer without data in a rank's dimensions."""
+    dims, ranks = ModelDimensions.of(config.model, 16), config.parallel.tensor
+    with torch.device("meta"):
+        layer = layer_type(dims.shard(ranks))
+    mark_parameters(layer, dims, ranks, tokens_split)
+    return layer
+
+
+def test_checkpoints_split_the_same_dimensions() -> None:
+    kinds = [kind for kind in layer_types(1) if kind is not None]
+    for layer, kind in zip(iterate_layers(1), kinds, strict=True):
+        assert {tensor.neox: tensor.neox_split for tensor in layer.tensors} == {
+            name: sharding.split for name, sharding in SHARDINGS[kind].items()
+        }
+
+
+@pytest.mark.parametrize("pipeline", [1, 4])
+def test_the_planner_counts_the_same_parameters(pipeline: int) -> None:
+    config = CONFIG.model_copy(update={"parallel": CONFIG.parallel.model_copy(update={"pipeline": pipeline})})
+    layers = config.model.num_layers // pipeline
+    config = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"pipeline_layers": (layers,) * pipeline})}
+    )
+    for stage in range(pipeline):
+        last = stage == pipeline - 1
+        kinds = [TokenEmbedding] * (stage == 0) + [TransformerBlock] * layers + [FinalNorm, OutputHead] * last
+        parameters = [p for kind in kinds for p in marked(kind, config).parameters()]
+        assert sum(p.numel() for p in parameters) == rank_parameters(config, stage)
+        norms = sum(p.numel() for p in parameters if sharding_of(p).replicated)
+        assert norms == rank_norms(config, stage)
+        assert norms == sum(p.numel() for p in parameters if not sharding_of(p).decays)
+
+
+def test_deepspeed_is_told_what_is_split() -> None:
+    block = marked(TransformerBlock, CONFIG)
+    for name, parameter in block.named_parameters():
+        assert is_model_parallel_parameter(parameter) == ("layernorm" not in name), name
+
+
+@pytest.mark.parametrize("tokens_split", [False, True])
+def test_norms_have_partial_gradients_where_tokens_are_split(tokens_split: bool) -> None:
+    block = marked(TransformerBlock, CONFIG, tokens_split)
+    for name, parameter in block.named_parameters():
+        assert sharding_of(parameter).partial_gradient == (tokens_split and "layernorm" in name), name
+
+
+def parameter(sharding: Sharding, *shape: int) -> nn.Parameter:
+    made = nn.Parameter(torch.zeros(shape))
+    set_sharding(made, sharding)
+    return made
+
+
+def test_where_replicated_parameters_lie() -> None:
+    parameters = [
+        parameter(ROWS, 2, 3),
+        parameter(TOKEN_NORM, 4),
+        parameter(HEAD_NORM, 5),
+        parameter(COLUMNS, 2, 2),
+        parameter(HEAD_NORM, 1),
+    ]
+    assert replicated_elements(parameters) == [range(6, 15), range(19, 20)]
+    assert partial_elements(parameters) == [range(10, 15), range(19, 20)]
+    with pytest.raises(ConfigError, match=r"parameter \(unnamed\) of shape \[2\]"):
+        replicated_elements([*parameters, nn.Parameter(torch.zeros(2))])
