@@ -94,7 +94,6 @@ class GraphedStage:
     def _record(self, inputs: Values, targets: Tensor | None) -> None:
         engine, count = self._engine, self._engine.micro_batches
         self._forget_passes()
-        loss_fn, observer = engine.module.loss_fn, engine.module.loss_fn.on_token_losses
         works = Work(self._forward_once, self._backward_once), Work(self._forward_once, self._last_backward_once)
         try:
             self._graphs = StageGraphs(
@@ -112,8 +111,6 @@ class GraphedStage:
             engine.optimizer.reduction.forget()
             reason = str(error).splitlines()[0]
             logger.warning("CUDA graphs: off, since recording a micro batch failed: %s", reason, exc_info=True)
-        finally:
-            loss_fn.on_token_losses = observer
 
     def _forget_passes(self) -> None:
         """DeepSpeed keeps the last micro batches' graphs of autograd, with nodes and memory of theirs."""
@@ -128,10 +125,12 @@ class GraphedStage:
         results = module(inputs)
         if targets is None:
             return Passed(results)
-        report: list[tuple[Tensor, ...]] = []
-        if module.loss_fn.on_token_losses is not None:
+        observer, report = module.loss_fn.on_token_losses, []
+        if observer is not None:
             module.loss_fn.on_token_losses = lambda *found: report.append(found)
-        return Passed(module.loss_fn.mean(results, targets), *report)
+        loss = module.loss_fn.mean(results, targets)
+        module.loss_fn.on_token_losses = observer
+        return Passed(loss, *report)
 
     def _backward_once(self, results: Values, gradient: Tensor | None) -> None:
         first = flat(results)[0]
