@@ -18,7 +18,7 @@ class GraphedStage:
     """Replays micro batches in the place of an engine's forward and backward passes.
 
     The first step of a kind runs without graphs, which compiles and chooses all kernels; the second begins by recording
-    them. Another shape or number of micro batches, or another observer, is another kind. Validation is not recorded.
+    them. Another shape or number of micro batches is another kind. Validation is not recorded.
 
     Args:
         engine: DeepSpeed's pipeline engine with our optimizer.
@@ -82,8 +82,7 @@ class GraphedStage:
 
     def _ready(self, inputs: Values, targets: Tensor | None) -> bool:
         engine = self._engine
-        observed = engine.module.loss_fn.on_token_losses is not None
-        kind = (shapes(inputs), engine.micro_batches, observed)
+        kind = (shapes(inputs), engine.micro_batches)
         if self._failed or kind != self._kind:
             self._kind, self._graphs = kind, None
             return False
@@ -125,9 +124,8 @@ class GraphedStage:
         results = module(inputs)
         if targets is None:
             return Passed(results)
-        observer, report = module.loss_fn.on_token_losses, []
-        if observer is not None:
-            module.loss_fn.on_token_losses = lambda *found: report.append(found)
+        observer, report = module.loss_fn.on_token_losses, list[tuple[Tensor, ...]]()
+        module.loss_fn.on_token_losses = lambda *found: report.append(found)
         loss = module.loss_fn.mean(results, targets)
         module.loss_fn.on_token_losses = observer
         return Passed(loss, *report)
