@@ -103,21 +103,25 @@ def close(found: Any, expected: Any, tolerance: float) -> bool:
     return np.allclose(np.array(found), np.array(expected), rtol=tolerance, atol=0)
 
 
-def run_both(folder: Path, layout: tuple[int, int, int], **settings: Any) -> list[dict[str, Any]]:
-    """What each rank found, without graphs and with them."""
-    runs = {str(graphs): config(layout, graphs, **settings) for graphs in (False, True)}
+def run_all(folder: Path, layout: tuple[int, int, int], precisions: tuple[str, ...], **settings: Any) -> list[Any]:
+    """What each rank found in each precision, without graphs and with them."""
+    runs = {
+        f"{precision} {graphs}": config(layout, graphs, precision=precision, **settings)
+        for precision in precisions
+        for graphs in (False, True)
+    }
     make_random_base(MODEL, folder / "base", seed=7)
-    convert(folder / "base", folder / "shards", MODEL, runs["True"].parallel)
+    convert(folder / "base", folder / "shards", MODEL, config(layout, False).parallel)
     return run_ranks(train, math.prod(layout), runs, folder / "shards")
 
 
-def check_equal(ranks: list[dict[str, Any]], tolerance: float) -> None:
+def check_equal(ranks: list[dict[str, Any]], precision: str) -> None:
     for found in ranks:
-        without, replayed = found["False"], found["True"]
+        without, replayed = found[f"{precision} False"], found[f"{precision} True"]
         assert (without["replayed"], replayed["replayed"]) == (False, True)
         for name in ("steps", "validations", "seen"):
             assert len(replayed[name]) == len(without[name])
-            assert close(replayed[name], without[name], tolerance), (name, replayed[name], without[name])
+            assert close(replayed[name], without[name], TOLERANCE[precision]), (name, replayed[name], without[name])
         assert not replayed["applied"]
         assert replayed["kept"]
         # What only one of them holds for a moment is small; a second set of activations would not be.
@@ -131,12 +135,11 @@ class TestOneGpu:
 
     @pytest.mark.parametrize(("precision", "mode"), [("bf16", "none"), ("bf16", "selective"), ("fp32", "full")])
     def test_modes(self, precision: str, mode: str, tmp_path: Path) -> None:
-        settings: dict[str, Any] = {"precision": precision, "activation_checkpointing": mode}
-        check_equal(run_both(tmp_path, (1, 1, 1), **settings), TOLERANCE[precision])
+        check_equal(run_all(tmp_path, (1, 1, 1), (precision,), activation_checkpointing=mode), precision)
 
     def test_masks_of_documents_change_from_one_replay_to_the_next(self, tmp_path: Path) -> None:
-        settings: dict[str, Any] = {"mask_documents": True, "attention": "auto", "activation_checkpointing": "none"}
-        check_equal(run_both(tmp_path, (1, 1, 1), precision="bf16", **settings), TOLERANCE["bf16"])
+        settings = {"mask_documents": True, "activation_checkpointing": "none"}
+        check_equal(run_all(tmp_path, (1, 1, 1), ("bf16",), **settings), "bf16")
 
 
 class TestTwoGpus:
@@ -153,14 +156,13 @@ class TestTwoGpus:
             ((1, 2, 1), True, "full"),
         ],
     )
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    def test_layouts(
-        self, layout: tuple[int, int, int], sequence: bool, mode: str, precision: str, tmp_path: Path
-    ) -> None:
-        settings: dict[str, Any] = {"precision": precision, "activation_checkpointing": mode}
-        ranks = run_both(tmp_path / "two", layout, sequence=sequence, **settings)
-        check_equal(ranks, TOLERANCE[precision])
-        (one,) = run_both(tmp_path / "one", (1, 1, 1), **settings)
-        whole = len(one["True"]["steps"][: STEPS - 2])  # then the batch is halved, whose sequences depend on the ranks
-        for found in ranks:
-            assert close(found["True"]["steps"][:whole], one["True"]["steps"][:whole], TOLERANCE[precision])
+    def test_layouts(self, layout: tuple[int, int, int], sequence: bool, mode: str, tmp_path: Path) -> None:
+        precisions = ("fp32", "bf16")
+        ranks = run_all(tmp_path / "two", layout, precisions, sequence=sequence, activation_checkpointing=mode)
+        (one,) = run_all(tmp_path / "one", (1, 1, 1), precisions, activation_checkpointing=mode)
+        for precision in precisions:
+            check_equal(ranks, precision)
+            expected = one[f"{precision} True"]["steps"][: STEPS - 2]  # then the batch is halved, along other borders
+            for found in ranks:
+                steps = found[f"{precision} True"]["steps"][: STEPS - 2]
+                assert close(steps, expected, TOLERANCE[precision]), (precision, steps, expected)
