@@ -67,7 +67,9 @@ def main() -> None:
             sys.stdout.write(table + "\n")
     if mesh.rank == 0:
         _report(result)
-    dist.barrier()
+    sys.stdout.flush()
+    engine.close()
+    dist.destroy_process_group()
 
 
 def _options() -> argparse.Namespace:

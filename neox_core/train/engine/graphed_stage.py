@@ -35,6 +35,12 @@ class GraphedStage:
         self.replaying = False
         """The step under way."""
 
+    def close(self) -> None:
+        """Let go of what was recorded."""
+        torch.cuda.synchronize()
+        self._graphs, self._kind = None, ()
+        gc.collect()
+
     def end_step(self) -> None:
         """All micro batches are through."""
         self._forwards = self._backwards = 0

@@ -56,6 +56,11 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         else:
             self._graphs = GraphedStage(self, reduces=self._mesh.data_size > 1)
 
+    def close(self) -> None:
+        """Graphs refer to communicators, whose end would wait for theirs."""
+        if self._graphs is not None:
+            self._graphs.close()
+
     @property
     def outcome(self) -> Tensor:
         """Of the last step."""
