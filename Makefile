@@ -3,23 +3,37 @@
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
+# A worker per core, up to 8; tests that share something stay together, in the order of tests/conftest.py.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+# mkdocs-material would print its own news.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-slurm check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
 
+# On a SLURM of 4 nodes, which it brings up on this machine; as root.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -m slurm
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(SITE)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m neox_core.config.reference docs/configuration.md
+	$(SITE)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -33,7 +33,8 @@ from torch import Tensor
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.export import export_meta
 from neox_core.checkpoint.conversion.proof import prove_conversion
-from neox_core.checkpoint.formats.meta import meta_params, shard_name
+from neox_core.checkpoint.formats.meta_params import meta_params
+from neox_core.checkpoint.formats.model_files import shard_name
 from neox_core.checkpoint.formats.model_weights import layouts_of
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.tensor_map import Form

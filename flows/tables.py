@@ -49,6 +49,7 @@ def checkpoint_rows(artifact: Artifact) -> list[tuple[str, str]]:
     rows = [("weights", f"{size:,} bytes in {count} file{'s' if count > 1 else ''}")]
     rate = summary.pop("bytes_per_second", None)
     rows.append(("written", f"at {rate / 1e6:,.0f} MB/s, in {seconds:.1f} s" if rate else "by an earlier attempt"))
+    summary.pop("special_ids", None)
     differences = summary.pop("layer_differences", {})
     bound = summary.get("layer_tolerance")
     for part in sorted(differences, key=differences.__getitem__, reverse=True)[:_LARGEST]:

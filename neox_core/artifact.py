@@ -19,9 +19,9 @@ from typing import Any
 import neox_core
 from neox_core.errors import CheckpointError
 from neox_core.storage.atomic import write_atomically
+from neox_core.storage.digest import sha256_of
 
 ARTIFACT_FILE = "artifact.json"
-_READ_SIZE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,6 @@ def _measure(path: Path) -> tuple[list[Any], bool]:
     after = path.stat()
     steady = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     return [after.st_size, after.st_mtime_ns, digest], steady
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_SIZE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def publish(artifact: Artifact, folder: Path, cache: DigestCache) -> Artifact:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from neox_core.config import RunConfig
-from neox_core.errors import ConfigError
+from neox_core.errors import CheckpointError, ConfigError
+from neox_core.storage.folders import Location
 from tasks.stage import digest_cache
 
 _META, _HUGGINGFACE = "params.json", "config.json"
@@ -64,19 +65,22 @@ def _files(folder: Path) -> list[Path]:
             f"base_model.path {folder} holds no {_META}: give the folder of Meta's weights "
             f"({_META} and consolidated.NN.pth) or Hugging Face's ({_HUGGINGFACE} and safetensors)"
         )
-    is_meta = (folder / _META).is_file()
-    described, pattern = (_META, "consolidated.*.pth") if is_meta else (_HUGGINGFACE, "*.safetensors*")
-    paths = sorted([folder / described, *folder.glob(pattern)])
-    if len(paths) == 1:
-        wanted, owner = ("consolidated.NN.pth", "Meta's") if is_meta else ("safetensors", "the model's")
-        raise ConfigError(f"base_model.path {folder} holds no {wanted}: copy {owner} weights there")
-    return paths
+    return [folder / name for name in sorted(_names(folder))]
+
+
+def _names(folder: Location) -> tuple[str, ...]:
+    """The files that the conversion reads, and no others that lie beside them."""
+    from neox_core.checkpoint.formats.model_files import model_files
+    from neox_core.storage.folders import open_folder
+
+    try:
+        return model_files(open_folder(folder)).names
+    except CheckpointError as error:
+        raise ConfigError(f"base_model.path: {error}") from None
 
 
 def _remote_digests(url: str, config: RunConfig) -> dict[str, str]:
     from neox_core.storage.folders import file_versions, open_folder
 
     folder = open_folder(url, config.storage)
-    if not (versions := file_versions(folder)):
-        raise ConfigError(f"base_model.path {url} holds no weights in Meta's or Hugging Face's format")
-    return versions
+    return file_versions(folder, _names(folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,16 @@ from neox_core.artifact import (
     FileRecord,
     artifact_text,
     fingerprint,
-    parse_artifact,
-    sha256_of,
     software,
 )
+from neox_core.checkpoint.conversion.replacement import check_target, recorded_artifact
 from neox_core.checkpoint.formats.outputs import journal_records
+from neox_core.checkpoint.formats.special_ids import SpecialIds, from_json, special_ids_of
 from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
-from neox_core.storage.folders import Folder, LocalFolder, file_versions, open_folder
+from neox_core.storage.digest import sha256_of
+from neox_core.storage.folders import Folder, LocalFolder, Location, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
 from tasks.once import LocalPlace, build_unless_verified
 
@@ -30,12 +32,18 @@ _DIGESTS = ".digests.json"
 
 
 def convert_folder(
-    source: str, target: str, parallel: ParallelConfig, vocab_multiple: int, progress: Progress
+    source: str,
+    target: str,
+    parallel: ParallelConfig,
+    vocab_multiple: int,
+    progress: Progress,
+    overwrite: bool = False,
 ) -> Artifact:
     """Meta's or Hugging Face's weights to NeoX shards, proven; artifact.json comes last.
 
     Args:
         vocab_multiple: the vocabulary is padded to a multiple of it; exports cut the padding off again.
+        overwrite: replace a model in the target that is not this command's own earlier output.
 
     Raises:
         CheckpointError, ConfigError, StorageError: see `convert` and `prove_conversion`.
@@ -43,12 +51,14 @@ def convert_folder(
     from neox_core.checkpoint.conversion.convert import convert, open_source
     from neox_core.checkpoint.conversion.proof import prove_conversion
 
+    output = _open_target(target, "convert", overwrite)
     checkpoint = open_source(source)
     base = checkpoint.model
     model = _padded(base, vocab_multiple)
     logical = {"model": model.model_dump(mode="json"), "parallel": parallel.model_dump(mode="json")}
 
     def build(folder: Target) -> Mapping[str, Any]:
+        check_target(folder, "convert", overwrite)
         return convert(
             checkpoint.folder,
             folder,
@@ -59,7 +69,7 @@ def convert_folder(
             prove=lambda checkpoint, shards: prove_conversion(checkpoint.folder, shards, model, progress),
         )
 
-    return _once("convert", checkpoint.folder, open_target(target), logical, build)
+    return _once("convert", checkpoint.folder, checkpoint.files.names, output, logical, build)
 
 
 def export_folder(
@@ -71,6 +81,8 @@ def export_folder(
     tokenizer: Path | None,
     sequence_length: int,
     progress: Progress,
+    overwrite: bool = False,
+    base: Location | None = None,
 ) -> Artifact:
     """A NeoX or training checkpoint to Hugging Face's or Meta's format, proven; artifact.json comes last.
 
@@ -78,6 +90,9 @@ def export_folder(
         model: its architecture; None: as the source's artifact.json records it.
         shards: number of files in Meta's format.
         tokenizer: SentencePiece model for a Hugging Face folder.
+        overwrite: as for `convert_folder`.
+        base: the base model, whose special ids and generation settings the export gets where the source has no
+            artifact.json that records them.
 
     Raises:
         CheckpointError, ConfigError, StorageError: see `export_huggingface`, `export_meta` and `prove_export`.
@@ -86,20 +101,50 @@ def export_folder(
     from neox_core.checkpoint.conversion.inspect import recorded_model
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 
+    output = _open_target(target, "export", overwrite)
+    if tokenizer is not None and not tokenizer.is_file():
+        raise CheckpointError(f"tokenizer {tokenizer} does not exist: give the SentencePiece model's file")
     opened = open_folder(source)
     known = model or recorded_model(opened)
     checkpoint = NeoxCheckpoint(opened)
     logical: dict[str, Any] = {"model": known.model_dump(mode="json"), "form": form, "sequence_length": sequence_length}
     logical |= {"shards": shards, "tokenizer": None if tokenizer is None else sha256_of(tokenizer)}
 
-    def build(folder: Target) -> Mapping[str, Any]:
-        if form == "meta":
-            sizes = export_meta(opened, folder, known, shards, progress)
-        else:
-            sizes = export_huggingface(opened, folder, known, tokenizer, sequence_length, progress)
-        return sizes | prove_export(checkpoint, folder, known, progress=progress)
+    special = _special_ids(opened, base)
+    logical |= {"special_ids": special.as_json()} if special.ids or special.generation else {}
 
-    return _once("export", checkpoint.folder, open_target(target), logical, build)
+    def prove(folder: Location) -> Mapping[str, Any]:
+        return prove_export(checkpoint, folder, known, progress=progress)
+
+    def build(folder: Target) -> Mapping[str, Any]:
+        check_target(folder, "export", overwrite)
+        if form == "meta":
+            return export_meta(opened, folder, known, shards, progress, prove)
+        return export_huggingface(
+            opened, folder, known, tokenizer, sequence_length, progress, special=special, prove=prove
+        )
+
+    return _once("export", checkpoint.folder, checkpoint.files, output, logical, build)
+
+
+def _open_target(location: str, command: str, overwrite: bool) -> Target:
+    """The place to write to, once nothing stands in the way; nothing is written yet."""
+    if not location.strip():
+        raise ConfigError("--to is empty: name a folder or s3://bucket/prefix to write to")
+    target = open_target(location)
+    found = recorded_artifact(target)
+    if found is None or found.name != command:  # else it may be this very result, with a README beside it by now
+        check_target(target, command, overwrite)
+    return target
+
+
+def _special_ids(source: Folder, base: Location | None) -> SpecialIds:
+    """The base's special ids: as the conversion's artifact.json records them, or from its folder if it is there."""
+    artifact = recorded_artifact(source)
+    if artifact is not None:
+        return from_json(artifact.summary.get("special_ids") or {})
+    folder = None if base is None else open_folder(base)
+    return special_ids_of(folder) if folder is not None and folder.exists() else SpecialIds()
 
 
 def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
@@ -113,13 +158,14 @@ def _padded(base: ModelConfig, multiple: int) -> ModelConfig:
 def _once(
     name: str,
     source: Folder,
+    files: Sequence[str],
     target: Target,
     logical: Mapping[str, Any],
     build: Callable[[Target], Mapping[str, Any]],
 ) -> Artifact:
     """The artifact in `target`, built unless it is there and verifies."""
     local = LocalPlace(target.path, DigestCache(target.path / _DIGESTS)) if isinstance(target, LocalTarget) else None
-    inputs = _inputs(source, local.cache if local else None)
+    inputs = _inputs(source, files, local.cache if local else None)
     draft = Artifact(name, fingerprint(name, logical, inputs), inputs, logical, (), {})
 
     def build_and_remember() -> Mapping[str, Any]:
@@ -131,13 +177,13 @@ def _once(
     return build_unless_verified(draft, local or RemotePlace(target), build_and_remember)[0]
 
 
-def _inputs(source: Folder, cache: DigestCache | None) -> dict[str, str]:
-    """What tells the content of each of the source's files: SHA-256, or an object's ETag and size, hashed."""
+def _inputs(source: Folder, files: Sequence[str], cache: DigestCache | None) -> dict[str, str]:
+    """What identifies the content of each of the model's files: SHA-256, or an object's ETag and size, hashed."""
     if isinstance(source, LocalFolder):
-        paths = [path for path in sorted(source.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        paths = [source.path / name for name in sorted(files)]
         digests = [sha256_of(path) for path in paths] if cache is None else cache.digests(paths)
         return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-    return file_versions(source)
+    return file_versions(source, files)
 
 
 @dataclass(frozen=True)
@@ -148,9 +194,8 @@ class RemotePlace:
 
     def find(self, fingerprint: str) -> Artifact | None:
         """As `ArtifactPlace.find`."""
-        try:
-            found = parse_artifact(self.target.read_text(ARTIFACT_FILE), Path(str(self.target)))
-        except (OSError, ValueError, TypeError, KeyError):
+        found = recorded_artifact(self.target)
+        if found is None:
             return None
         expected = {record.path: record.size for record in found.files}
         sizes = {path: self.target.content(path).size for path in expected if self.target.mark(path)}

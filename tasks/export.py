@@ -37,15 +37,25 @@ def export(training: Training, progress: Progress) -> StageResult:
         from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
         from neox_core.checkpoint.formats.neox import NeoxCheckpoint
         from neox_core.checkpoint.formats.outputs import journal_records
+        from neox_core.checkpoint.formats.special_ids import from_json
         from neox_core.storage.targets import open_target
 
         data = require(training.data)
         tokenizer = tokenizer_of(data)
         with _last_weights(training, config.workdir / "scratch" / spec.folder.name, progress) as weights:
-            sizes = export_huggingface(weights, folder, config.model, tokenizer, config.train.sequence_length, progress)
-            digest_cache(config.workdir).remember(folder, journal_records(open_target(folder)))
             texts = sample_texts(data.folder, tokenizer, config)
-            return sizes | prove_export(NeoxCheckpoint(weights), folder, config.model, texts, progress)
+            summary = export_huggingface(
+                weights,
+                folder,
+                config.model,
+                tokenizer,
+                config.train.sequence_length,
+                progress,
+                special=from_json(require(training.weights).summary.get("special_ids") or {}),
+                prove=lambda target: prove_export(NeoxCheckpoint(weights), target, config.model, texts, progress),
+            )
+            digest_cache(config.workdir).remember(folder, journal_records(open_target(folder)))
+            return summary
 
     return run_stage(spec, build, progress)
 

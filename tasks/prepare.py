@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, sha256_of
+from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part_files import PARTS
 from neox_core.errors import DataError
 from neox_core.progress import Progress
+from neox_core.storage.digest import sha256_of
 from tasks.current import note_current, outlived
 from tasks.specs import PREPARE_DATA, prepare_spec
 from tasks.stage import StageResult, claim, run_stage

@@ -16,6 +16,8 @@ from tasks.tokenization.tokenize import input_digests
 STAGES = ("prepare-data", "convert", "train", "evaluate", "export")
 """In their order."""
 PREPARE_DATA, CONVERT, TRAIN, EVALUATE, EXPORT = STAGES
+_DATA_NEWER = ("near_duplicates", "deduplicate_across", "drop_validation_duplicates")
+"""Settings that older artifacts lack: named where they are used, so that those keep their identity."""
 _DATA_LOGICAL = ("text_key", "max_rejected", "skip_damaged_files", "deduplicate", "overlap_words", "decontaminate")
 
 
@@ -27,6 +29,8 @@ def prepare_logic(config: RunConfig) -> dict[str, Any]:
         "sources": sorted(config.data.sources),
         "eval_sources": sorted(config.data.validation_sources),
         **{name: getattr(config.data, name) for name in _DATA_LOGICAL},
+        **{name: value for name in _DATA_NEWER if (value := getattr(config.data, name))},
+        **({"overlap_min_words": config.data.overlap_min_words} if config.data.evaluation_sets else {}),
     }
 
 

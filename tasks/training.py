@@ -9,10 +9,11 @@ from typing import Any
 
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
 from neox_core.config import RunConfig
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.lineage import Ancestor, ancestors, lineage_checkpoints
 from tasks.current import current, find_current
-from tasks.specs import CONVERT, PREPARE_DATA, train_spec
+from tasks.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
 from tasks.stage import StageIdentity, StageSpec
 
 
@@ -53,6 +54,11 @@ class Training:
         """The object store that holds its checkpoints."""
         return ObjectStore(self.config.storage)
 
+    def was_begun(self) -> bool:
+        """Whether it, or a training that it takes up, was started in this workdir."""
+        identities = [self.fingerprint, *(ancestor.fingerprint for ancestor in self.ancestors)]
+        return any(StageIdentity(TRAIN, identity, self.config.workdir).folder.exists() for identity in identities)
+
     def checkpoints(self) -> list[Manifest]:
         """Its own complete checkpoints, by step."""
         return list_checkpoints(self.store, self.prefix)
@@ -83,5 +89,16 @@ def find_training(config: RunConfig) -> Training | None:
 
 
 def _training(config: RunConfig, data: StageIdentity, weights: StageIdentity) -> Training:
+    """In the order of the data that the configuration names; else in an older one that it or one that begins like it
+    was begun in; else in the newest."""
+    for order in ORDER_VERSIONS if config.data.order is None else ():
+        training = _in_order(config, order, data, weights)
+        if order != DATA_ORDER and training.was_begun():
+            return training
+    return _in_order(config, data_order(config), data, weights)
+
+
+def _in_order(config: RunConfig, order: int, data: StageIdentity, weights: StageIdentity) -> Training:
+    config = config.model_copy(update={"data": config.data.model_copy(update={"order": order})})
     spec = train_spec(config, data.fingerprint, weights.fingerprint)
     return Training(spec, data, weights, ancestors(config, data.fingerprint, weights.fingerprint))

@@ -1,13 +1,14 @@
-"""The real S3 server and the real SLURM that tests of several folders use."""
+"""What tests share: the real S3 server, the real SLURM, and which worker of pytest-xdist runs what."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
@@ -16,6 +17,34 @@ if TYPE_CHECKING:  # the tests of tests/gpu run where these cannot be imported
     from infra.s3.server import S3Endpoint
     from neox_core.config import StorageConfig
     from neox_core.storage.object_store import ObjectStore
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+
+LONGEST = ("tests/e2e", "tests/neox_core/train", "tests/neox_core/parallel", "tests/infra", "tests/tasks")
+"""Folders whose tests begin first, so that no worker is left alone with them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders that take longest begin."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, folder in enumerate(LONGEST) if item.nodeid.startswith(folder)), len(LONGEST))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run on one worker, since they share fixtures; those of tests/e2e share a chain."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "e2e" if nodeid.startswith("tests/e2e/") else nodeid.split("::")[0]
+
+    return ByFixtures(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.options import ConfigArgument, SetOption
+from flows.cli.options import ConfigArgument, OverwriteOption, SetOption
 from flows.cli.printing import bar, print_artifact, print_rows
 from neox_core.config import load_config
+from neox_core.errors import ConfigError
 
 
 def make_base(config: ConfigArgument, overrides: SetOption = None) -> None:
@@ -30,13 +31,15 @@ def convert(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages; above 1, one file per layer and rank.")] = 1,
     vocab_multiple: Annotated[int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this.")] = 1,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Weights to NeoX shards for any TP x PP, refused unless every layer computes the same as in transformers."""
     from neox_core.config import ParallelConfig
     from tasks.checkpoints import convert_folder
 
     with bar("convert") as progress:
-        artifact = convert_folder(source, target, ParallelConfig(tensor=tp, pipeline=pp), vocab_multiple, progress)
+        parallel = ParallelConfig(tensor=tp, pipeline=pp)
+        artifact = convert_folder(source, target, parallel, vocab_multiple, progress, overwrite)
     print_artifact(artifact)
 
 
@@ -48,19 +51,41 @@ def export(
     form: Annotated[
         Literal["huggingface", "meta"], typer.Option("--format", help="huggingface or meta.")
     ] = "huggingface",
-    shards: Annotated[int, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B.")] = 1,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B; default: 1.")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence that the model was trained on.")] = 4096,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest sequence that the model was trained on; default: 4096."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Run's YAML file with the architecture; default: --from's.")
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """A NeoX or training checkpoint to Hugging Face's or Meta's format, proven to compute the same."""
     from tasks.checkpoints import export_folder
 
-    model = None if config is None else load_config(config).model
+    without_effect = (
+        {"--tokenizer": tokenizer, "--sequence-length": sequence_length} if form == "meta" else {"--shards": shards}
+    )
+    if given := [option for option, value in without_effect.items() if value is not None]:
+        raise ConfigError(f"{' and '.join(given)}: without effect with --format {form}: leave it out")
+    run = None if config is None else load_config(config)
     with bar("export") as progress:
-        artifact = export_folder(source, target, form, model, shards, tokenizer, sequence_length, progress)
+        artifact = export_folder(
+            source,
+            target,
+            form,
+            run.model if run else None,
+            shards or 1,
+            tokenizer,
+            sequence_length or 4096,
+            progress,
+            overwrite,
+            run.base_model.path if run else None,
+        )
     print_artifact(artifact)
 
 

@@ -16,3 +16,7 @@ SetOption = Annotated[
         help="Override a key of the file, such as train.steps=100, with a value as YAML has it; repeatable.",
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what is there, also if this command did not write it."),
+]

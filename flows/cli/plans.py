@@ -13,10 +13,10 @@ from neox_core.config import load_config
 
 def plan(
     config: ConfigArgument,
-    nodes: Annotated[int | None, typer.Option(help="Number of nodes; default: launch.nodes.")] = None,
-    utilisation: Annotated[float, typer.Option(help="Model FLOPs utilisation to reckon with.")] = 0.4,
-    peak_tflops: Annotated[float, typer.Option(help="Peak bf16 TFLOP/s of one GPU; A100: 312.")] = 312.0,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU's memory; A100: 40 or 80.")] = 40.0,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; default: launch.nodes.")] = None,
+    utilisation: Annotated[float, typer.Option(min=1e-3, help="Model FLOPs utilisation to reckon with.")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(min=1e-3, help="Peak bf16 TFLOP/s of one GPU; A100: 312.")] = 312.0,
+    gpu_memory: Annotated[float, typer.Option(min=1e-3, help="GiB of one GPU's memory; A100: 40 or 80.")] = 40.0,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Also run a step at full size without data, and measure.")
     ] = False,

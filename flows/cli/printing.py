@@ -52,7 +52,9 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def print_records(title: str, records: Sequence[Mapping[str, Any]]) -> None:
     """A table with a row per record and a column per key."""
     columns = list(dict.fromkeys(key for record in records for key in record))
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, no_wrap=place == 0, overflow="fold")
     for record in records:
         table.add_row(*(_cell(record.get(column)) for column in columns))
     wide_console().print(table)

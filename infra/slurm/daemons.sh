@@ -4,7 +4,7 @@ export SLURM_CONF=$folder/etc/slurm.conf  # also marks our daemons: a pid may co
 is_running() {  # NAME
     local pid
     pid=$(cat "$folder/run/$1.pid" 2>/dev/null) || return 1
-    tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$SLURM_CONF"
+    tr "\0" "\n" 2>/dev/null <"/proc/$pid/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF"
 }
 
 start() {  # NAME COMMAND...

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neox_core.artifact import FileRecord, sha256_of
+from neox_core.artifact import FileRecord
 from neox_core.errors import CheckpointError
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)

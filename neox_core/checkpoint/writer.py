@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from neox_core.artifact import FileRecord, sha256_of
+from neox_core.artifact import FileRecord
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.atomic import atomic_file, remove_remains
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, largest_batch, sequences_before
 from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
-from neox_core.config.load import load_config, parse_config, read_yaml
+from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
     EvaluateConfig,
@@ -23,6 +23,7 @@ from neox_core.config.train_sections import (
     TrainConfig,
     ValidationConfig,
 )
+from neox_core.config.yaml_file import read_yaml
 
 __all__ = [
     "ActivationCheckpointing",

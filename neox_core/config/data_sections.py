@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -82,22 +83,44 @@ class DataConfig(Section):
         0.001, description="share of a source's records that may be bad; they are listed in rejected.jsonl"
     )
     skip_damaged_files: bool = Field(False, description="leave damaged files out as a whole instead of failing")
+    max_damaged: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="share of a source's stored bytes that skip_damaged_files may leave out"
+    )
+    test: bool = Field(False, description="tokenize the test splits too, which no stage reads")
     deduplicate: bool = Field(False, description="keep the first of equal texts, per source and split")
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        None,
+        description="keep the first of training texts whose sets of 5 words in a row have at least this Jaccard index",
+    )
+    deduplicate_across: bool = Field(False, description="look for duplicates among the training texts of all sources")
+    drop_validation_duplicates: bool = Field(
+        False, description="drop training texts that (nearly) equal a validation text; they are reported always"
+    )
     evaluation_sets: tuple[ConfigPath, ...] = Field((), description="JSON lines to look for in the training text")
     overlap_words: PositiveInt = Field(30, description="words in a row that make an overlap with an evaluation item")
+    overlap_min_words: PositiveInt = Field(
+        8, description="an evaluation text of fewer words than overlap_words, but so many, is looked for as a whole"
+    )
     decontaminate: bool = Field(False, description="drop the training documents that overlap")
     slurm: TokenizeJobConfig | None = Field(None, description="tokenize in SLURM jobs; None: in processes here")
     weight_changes: tuple[WeightChange, ...] = Field(
         (), description="other mixtures from a step on, in order of their steps"
     )
+    order: Literal[2, 3] | None = Field(
+        None, description="version of the order of training sequences; null: the newest, or what the training began in"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.deduplicate_across and not (self.deduplicate or self.near_duplicates):
+            raise ValueError("deduplicate_across needs deduplicate or near_duplicates: set one of them")
         if self.decontaminate and not self.evaluation_sets:
             raise ValueError("decontaminate needs evaluation_sets: list the files whose items to look for")
         for amounts in (self.sources.values(), *(change.sources.values() for change in self.weight_changes)):
             if all(amount.weight == 0 for amount in amounts):
                 raise ValueError("all weights are 0: give at least one source a positive weight")
+            if not math.isfinite(sum(amount.weight or 0 for amount in amounts)):
+                raise ValueError("the sum of the weights is too large for a number: give shares, such as 2 and 1")
         self._check_changes()
         if unknown := [name for name in self.eval_sources if name not in self.sources]:
             raise ValueError(f"eval_sources names {unknown}, which are not among sources {sorted(self.sources)}")

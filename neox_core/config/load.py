@@ -7,50 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from neox_core.config.overrides import parse_overrides
 from neox_core.config.schema import RunConfig
+from neox_core.config.yaml_file import read_yaml
 from neox_core.errors import ConfigError
 
 _INCLUDE = "include"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML's default silently keeps the last."""
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given more than once")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file whose top level is a mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, repeats a key, or is not a mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except ConfigError as error:
-        raise ConfigError(f"config file {path}, {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold a mapping of sections, not {type(content).__name__}")
-    return content
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

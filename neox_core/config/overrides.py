@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from neox_core.config.yaml_file import parse_yaml
 from neox_core.errors import ConfigError
 
 
@@ -33,6 +34,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _value(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override!r}: {str(error).removeprefix('line 1: ')}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None

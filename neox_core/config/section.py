@@ -15,15 +15,21 @@ from pydantic import (
     model_validator,
 )
 
+from neox_core.config.paths import expanded, local_path
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _local(value: object) -> object:
+    return local_path(value) if isinstance(value, str) else value
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base", Path.cwd())
-    return Path(base, path.expanduser()).resolve()
+    return Path(base, path).resolve()
 
 
-ConfigPath = Annotated[Path, AfterValidator(_resolve)]
+ConfigPath = Annotated[Path, BeforeValidator(_local), AfterValidator(_resolve)]
 """A path; a relative one is relative to the folder of the YAML file."""
 
 
@@ -48,12 +54,16 @@ def _as_text(location: object) -> object:
 
 
 def _resolve_location(location: str, info: ValidationInfo) -> str:
-    return location if location.startswith("s3://") else str(_resolve(Path(location), info))
+    return expanded(location) if location.startswith("s3://") else str(_resolve(local_path(location), info))
 
 
 Location = Annotated[str, BeforeValidator(_as_text), AfterValidator(_resolve_location)]
 """A path or glob, relative to the folder of the YAML file, or s3://bucket/prefix."""
 
 
-S3Prefix = Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]
+def _expand_prefix(value: object) -> object:
+    return expanded(value) if isinstance(value, str) and value.startswith("s3://") else value
+
+
+S3Prefix = Annotated[str, BeforeValidator(_expand_prefix), Field(pattern=r"^s3://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?$")]
 """A folder in an object store."""

@@ -24,7 +24,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """Weight decay applies to matrices, not to norms."""
+    """The update rule. Weight decay applies to matrices, not to norms."""
 
     kind: str = Field("adamw", description="name of the optimizer: adamw, or one that was registered")
     lr: PositiveFloat = Field(description="peak learning rate")

@@ -14,17 +14,12 @@ from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
 from neox_core.data.permutation import permute
 from neox_core.data.skipped import SkippedSequences
-from neox_core.data.mixture_weights import initial_mixture_weights, training_mixture
+from neox_core.data.mixture_weights import training_mixture, validation_mixture
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
 from neox_core.errors import DataError
 
 PADDING_ID = -1
 """Fills the last validation window; a target that is never counted, and no id of any tokenizer."""
-
-DATA_ORDER = 2
-"""Version of the order of training sequences: part of a training's identity, as no training may change it on the way.
-
-1: windows of the file as it lies. 2: windows of documents that are permuted in each epoch.
-"""
 
 _FEW_PIECES = 16
 """Up to so many pieces are copied one by one faster than their ids are gathered."""
@@ -38,8 +33,13 @@ class SequenceDataset:
     documents, each id is a target exactly once per pass, and none is lost; only the very first has nothing before it.
     """
 
-    def __init__(self, tokens: IndexedDataset | Path, sequence_length: int, key: str) -> None:
+    def __init__(
+        self, tokens: IndexedDataset | Path, sequence_length: int, key: str, order: int = DATA_ORDER
+    ) -> None:
         """Cut `tokens` (or the dataset at that prefix); `key` fixes the order, another one in each epoch.
+
+        Args:
+            order: its version.
 
         Raises:
             DataError: the files cannot be read, are damaged, or hold fewer tokens than one sequence.
@@ -52,7 +52,8 @@ class SequenceDataset:
                 f"{bin_path(self._dataset.prefix)} holds {len(self._tokens)} tokens, fewer than one sequence of "
                 f"{sequence_length} + 1: add text, or lower train.sequence_length or the source's weight to 0"
             )
-        self._order = DocumentOrder(self._dataset, key)
+        version = ORDER_VERSIONS[order]
+        self._order = DocumentOrder(self._dataset, key, version.lanes, version.run)
 
     @property
     def num_tokens(self) -> int:
@@ -191,11 +192,7 @@ def open_validation_data(folder: Path, config: RunConfig) -> MixtureDataset:
         DataError: files are missing or damaged, or a source is shorter than a sequence.
         ConfigError: the amounts that the configuration asks for do not add up.
     """
-    training = initial_mixture_weights(config, _train_tokens(folder))
-    weights = {name: training[name] for name in config.data.validation_sources}
-    if not any(weights.values()):
-        weights = dict.fromkeys(weights, 1.0)
-    mixture = Mixture(weights)
+    mixture = validation_mixture(config, _train_tokens(folder))
     return MixtureDataset(mixture, _open(folder, config, mixture.drawn, "validation"))
 
 
@@ -252,6 +249,7 @@ def _train_tokens(folder: Path) -> Callable[[str], int]:
 def _open(folder: Path, config: RunConfig, sources: Iterable[str], split: str) -> dict[str, SequenceDataset]:
     def source(name: str) -> SequenceDataset:
         prefix = token_prefix(folder, name, split)
-        return SequenceDataset(prefix, config.train.sequence_length, key=f"{config.seed}/{name}/{split}")
+        key = f"{config.seed}/{name}/{split}"
+        return SequenceDataset(prefix, config.train.sequence_length, key, data_order(config))
 
     return {name: source(name) for name in sources}

@@ -24,16 +24,6 @@ from neox_core.data.document_runs import DocumentRuns
 from neox_core.data.indexed import IndexedDataset, Tokens
 from neox_core.data.permutation import hashes, seed_of
 
-LANES = 4
-"""Places of the file that the documents of a block come from."""
-
-RUN = 64
-"""Neighbours of the file that stay in one block, at most; LANES x RUN documents' sizes are read for a sequence.
-
-More of either takes longer: with these, a sequence is read within 50 microseconds (benchmarks/sampler.py). Both are
-part of the order: another number needs another DATA_ORDER.
-"""
-
 _INTERPOLATIONS = 8
 """Looks that a search guesses from shares of bytes, before it bisects."""
 
@@ -54,8 +44,8 @@ class Spans(NamedTuple):
 class DocumentOrder:
     """A dataset's tokens in the order of any epoch: each document's in order, the documents in another one each time."""
 
-    def __init__(self, dataset: IndexedDataset, key: str, lanes: int = LANES, run: int = RUN) -> None:
-        """Order `dataset`; `key` fixes the order of each epoch.
+    def __init__(self, dataset: IndexedDataset, key: str, lanes: int, run: int) -> None:
+        """Order `dataset`; `key` fixes the order of each epoch. `lanes` and `run`: see OrderVersion.
 
         Raises:
             DataError: the index has tokens that belong to no document.

@@ -12,6 +12,9 @@ from neox_core.data.mixture import PERIOD, Mixture
 from neox_core.data.mixture_weights import training_mixture
 from neox_core.errors import DataError
 
+LEFT_OUT = ("rejected", "empty", "duplicates", "near_duplicates", "in_validation", "decontaminated")
+"""Why records of a source and split are not among its documents; a record counts for the first that holds."""
+
 Counts = Mapping[str, Mapping[str, Mapping[str, int]]]
 """source -> split -> {"documents", "bytes" (UTF-8 of the text), "tokens" (ends of documents included)}."""
 
@@ -70,7 +73,7 @@ def check_epochs(ledger: Mapping[str, Any], config: RunConfig) -> None:
         DataError: more than data.max_epochs times; the message says what to change, and to what.
     """
     limit = config.data.max_epochs
-    # A share is rounded to a part of the mixture's period, and a source's end to a sequence: no reason to refuse.
+    # A weight is rounded to a part of the mixture's period, and a source's end to a sequence: no reason to refuse.
     sequences = sequences_before(config.train, config.train.steps + 1) / PERIOD + 1
     rounding = sequences * config.train.sequence_length
     for name, use in ledger["run"].items():

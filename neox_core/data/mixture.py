@@ -1,7 +1,8 @@
 """Which source each training sequence comes from: exact shares, random access, no state but a count.
 
-Shares are rounded to counts over a period, each source's draws are spread over it, and the period repeats. Where the
-weights change, another pattern begins, and every source continues where it stopped.
+Weights are rounded to counts over a period, each source's draws are spread over it, and the period repeats. Counts may
+also be given, of any number of sequences: the period is all of those, and is laid out block by block. Where the weights
+change, another pattern begins, and every source continues where it stopped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,32 +21,41 @@ from neox_core.errors import DataError
 Indices = np.ndarray[Any, np.dtype[Any]]
 
 PERIOD = 65_536
-"""Sequences after which a pattern repeats."""
+"""Sequences after which a pattern of weights repeats, and of a block of a longer pattern."""
+
+_BLOCKS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class SequenceCounts:
+    """How many of the next sequences come from each source, exactly; all over again after those."""
+
+    of: Mapping[str, int]
+
+
+Shares = Mapping[str, float] | SequenceCounts
+"""Weights, or counts."""
 
 
 class Mixture:
-    """A deterministic blend: after any number of sequences, each source is less than one from its share."""
+    """A deterministic blend: after any number of sequences, each source is less than one from its share; with counts
+    of more than PERIOD sequences, less than two."""
 
-    def __init__(self, weights: Mapping[str, float], changes: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
-        """Lay out the pattern. The order of `weights` does not matter.
+    def __init__(self, shares: Shares, changes: Sequence[tuple[int, Shares]] = ()) -> None:
+        """Lay out the pattern. The order of the sources does not matter.
 
         Args:
-            changes: first global sequence index and the weights that hold from there, in order; the same sources.
+            changes: first global sequence index and the shares that hold from there, in order; the same sources.
 
         Raises:
             DataError: no weight is positive, one is negative or not finite, or one is too small to be drawn.
         """
-        self.names = tuple(sorted(weights))
+        self.names = tuple(sorted(shares.of if isinstance(shares, SequenceCounts) else shares))
         """All sources, those of weight 0 included; source ids index this tuple."""
         self._starts = np.array([0, *(start for start, _ in changes)], dtype=np.int64)
         assert (np.diff(self._starts) > 0).all(), f"changes are not in order: {self._starts}"
-        self._patterns = [_Pattern(_quantize(given, self.names)) for given in (weights, *(new for _, new in changes))]
+        self._patterns = [_Pattern(_counts(given, self.names)) for given in (shares, *(new for _, new in changes))]
         self._before = self._counts_at_starts()
-
-    @property
-    def period(self) -> int:
-        """Sequences after which a pattern repeats; a source's share is a multiple of 1/period."""
-        return PERIOD
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -82,34 +94,78 @@ class _Pattern:
     def __init__(self, counts: Indices) -> None:
         self.counts = counts
         """Draws of each source in a period, [sources]."""
-        self._sources = _lay_out(counts)
-        self._ranks = _ranks(self._sources)
+        self._period = int(counts.sum())
+        self._before = _before_blocks(counts)
+        self._block = lru_cache(_BLOCKS_KEPT)(self._laid_out)
 
     def locate(self, indices: Indices) -> tuple[Indices, Indices]:
-        periods, offsets = np.divmod(indices, PERIOD)
-        source_ids = self._sources[offsets]
-        return source_ids, periods * self.counts[source_ids] + self._ranks[offsets]
+        periods, offsets = np.divmod(indices, self._period)
+        source_ids, within = np.empty_like(offsets), np.empty_like(offsets)
+        blocks, places = np.divmod(offsets, PERIOD)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            sources, ranks = self._block(block)
+            drawn = sources[places[here]]
+            source_ids[here] = drawn
+            within[here] = periods[here] * self.counts[drawn] + self._before[block][drawn] + ranks[places[here]]
+        return source_ids, within
 
     def count(self, sequences: int) -> Indices:
-        periods, rest = divmod(sequences, PERIOD)
-        return periods * self.counts + np.bincount(self._sources[:rest], minlength=len(self.counts))
+        periods, rest = divmod(sequences, self._period)
+        block, place = divmod(rest, PERIOD)
+        drawn = self._block(block)[0][:place] if place else ()
+        inside = np.bincount(np.asarray(drawn, dtype=np.int64), minlength=len(self.counts))
+        return periods * self.counts + self._before[block] + inside
+
+    def _laid_out(self, block: int) -> tuple[Indices, Indices]:
+        """The source of each place of a block, and how often it was drawn earlier in the block."""
+        sources = _lay_out(self._before[block + 1] - self._before[block])
+        return sources, _ranks(sources)
 
 
-def _quantize(given: Mapping[str, float], names: Sequence[str]) -> Indices:
-    """Counts that sum to PERIOD, by largest remainder, [names]."""
-    if set(given) != set(names):
-        raise DataError(f"new weights are given for {sorted(given)}, but the mixture's sources are {list(names)}")
-    weights = {name: given[name] for name in names}
+def _before_blocks(counts: Indices) -> Indices:
+    """Draws of each source before each block of PERIOD places, and at the end: int64 [blocks + 1, sources].
+
+    Each block takes what brings every source nearest to its share, by largest remainder. No source gets more than its
+    share rounded up, as a block only has to share out the fractions that are left; so all end with their counts.
+    """
+    total = int(counts.sum())
+    before = [np.zeros(len(counts), dtype=np.int64)]
+    for start in range(0, total, PERIOD):
+        end = min(start + PERIOD, total)
+        # In exact integers: shares of 10^9 sequences are not exact in floating point.
+        whole, rest = zip(*(divmod(int(count) * end, total) for count in counts), strict=True)
+        taken = np.maximum(np.array(whole) - before[-1], 0)
+        missing = end - start - int(taken.sum())
+        if missing >= 0:
+            ahead = before[-1] > np.array(whole)  # rounded up before: the fraction is theirs already
+            fractions = np.where(ahead, -1.0, np.array(rest, dtype=np.float64))
+            taken[np.argsort(-fractions, kind="stable")[:missing]] += 1
+        for _ in range(-missing):
+            taken[taken.argmax()] -= 1
+        before.append(before[-1] + taken)
+    return np.array(before)
+
+
+def _counts(given: Shares, names: Sequence[str]) -> Indices:
+    """Draws of each source in a period, [names]."""
+    known = given.of if isinstance(given, SequenceCounts) else given
+    if set(known) != set(names):
+        raise DataError(f"new weights are given for {sorted(known)}, but the mixture's sources are {list(names)}")
+    if isinstance(given, SequenceCounts):
+        return np.array([given.of[name] for name in names], dtype=np.int64)
+    return _quantize({name: given[name] for name in names})
+
+
+def _quantize(weights: Mapping[str, float]) -> Indices:
+    """Counts that sum to PERIOD, by largest remainder, [weights]."""
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise DataError(f"weight of source {name!r} is {weight}: give a finite number, 0 or more")
     total = math.fsum(weights.values())
     if total <= 0:
         raise DataError(f"no source has a positive weight (sources: {', '.join(weights) or 'none'})")
-    exact = np.array([weight / total * PERIOD for weight in weights.values()])
-    counts = np.floor(exact).astype(np.int64)
-    missing = PERIOD - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    counts = largest_remainder(np.array([weight / total * PERIOD for weight in weights.values()]), PERIOD)
     for (name, weight), count in zip(weights.items(), counts, strict=True):
         if weight > 0 and count == 0:
             raise DataError(
@@ -119,25 +175,34 @@ def _quantize(given: Mapping[str, float], names: Sequence[str]) -> Indices:
     return counts
 
 
+def largest_remainder(exact: Indices, total: int) -> Indices:
+    """Whole numbers that sum to `total`, each less than one from `exact`, which does so too: int64 [n]."""
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts
+
+
 def _lay_out(counts: Indices) -> Indices:
-    """The source of each of the period's places, [PERIOD].
+    """The source of each of a block's places, [sum of the counts].
 
     With k sources, a sequence exists in which every prefix is within 1 - 1/(2k-2) of every exact share (Tijdeman 1980,
     "The chairman assignment problem"). That bound gives each draw a first and a last place; taking, place by place,
     the admitted draw whose last place comes first finds such a sequence, because it fails only if none exists.
     """
+    total = int(counts.sum())
     active = np.flatnonzero(counts)
     scale = max(1, 2 * len(active) - 2)
     sources = np.repeat(active, counts[active])
     nth = np.concatenate([np.arange(counts[source]) for source in active])
-    first = -(-(nth * scale + 1) * PERIOD // (scale * counts[sources]))
-    last = ((nth + 1) * scale - 1) * PERIOD // (scale * counts[sources]) + 1
+    first = -(-(nth * scale + 1) * total // (scale * counts[sources]))
+    last = ((nth + 1) * scale - 1) * total // (scale * counts[sources]) + 1
     by_first = np.argsort(first, kind="stable")
     waiting = list(zip(first[by_first].tolist(), last[by_first].tolist(), sources[by_first].tolist(), strict=True))
     waiting.reverse()
     admitted: list[tuple[int, int]] = []
-    pattern = np.empty(PERIOD, dtype=np.int64)
-    for place in range(1, PERIOD + 1):
+    pattern = np.empty(total, dtype=np.int64)
+    for place in range(1, total + 1):
         while waiting and waiting[-1][0] <= place:
             _, deadline, source = waiting.pop()
             heapq.heappush(admitted, (deadline, source))
@@ -146,7 +211,7 @@ def _lay_out(counts: Indices) -> Indices:
 
 
 def _ranks(pattern: Indices) -> Indices:
-    """How often each place's source was drawn earlier in the period, [PERIOD]."""
+    """How often each place's source was drawn earlier in the block, of the block's shape."""
     ranks = np.empty_like(pattern)
     for source in np.unique(pattern):
         places = np.flatnonzero(pattern == source)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from neox_core.config import RunConfig, SourceAmount, batch_tokens, sequences_before
-from neox_core.data.mixture import Mixture
+from neox_core.data.mixture import PERIOD, Mixture, SequenceCounts, Shares, largest_remainder
+from neox_core.data.order_version import ORDER_VERSIONS, data_order
 from neox_core.data.skipped import SkippedSequences, first_sequence
 from neox_core.errors import ConfigError
 
@@ -17,17 +20,53 @@ def training_mixture(config: RunConfig, tokens_of: TokensOf, skipped: Sequence[S
     """The run's mixture, with its changes of weights, which begin at their steps also where sequences were skipped.
 
     Raises:
-        ConfigError: amounts do not add up.
+        ConfigError: amounts do not add up, or one is less than a sequence.
         DataError: a share is too small to be drawn.
     """
     changes = [
         (
             first_sequence(config.train, change.from_step, skipped),
-            _weights(config, change.sources, change.from_step, tokens_of),
+            _shares(config, change.sources, change.from_step, tokens_of),
         )
         for change in config.data.weight_changes
     ]
-    return Mixture(initial_mixture_weights(config, tokens_of), changes)
+    return Mixture(_shares(config, config.data.sources, 1, tokens_of), changes)
+
+
+def validation_mixture(config: RunConfig, tokens_of: TokensOf) -> Mixture:
+    """The validation sources, blended by what the training takes of them at its start; equally if that is nothing.
+
+    Raises:
+        ConfigError: amounts do not add up.
+    """
+    training = initial_mixture_weights(config, tokens_of)
+    weights = {name: training[name] for name in config.data.validation_sources}
+    if not any(weights.values()):
+        weights = dict.fromkeys(weights, 1.0)
+    smallest = sum(weights.values()) / PERIOD  # a source may be a smaller part of a long run
+    return Mixture({name: max(weight, smallest) if weight else 0.0 for name, weight in weights.items()})
+
+
+def _shares(config: RunConfig, sources: Mapping[str, SourceAmount], from_step: int, tokens_of: TokensOf) -> Shares:
+    weights = _weights(config, sources, from_step, tokens_of)
+    if not ORDER_VERSIONS[data_order(config)].exact_amounts or _are_weights(sources):
+        return weights
+    train = config.train
+    sequences = sequences_before(train, train.steps + 1) - sequences_before(train, from_step)
+    exact = np.array(list(weights.values())) * (sequences / sum(weights.values()))
+    counts = dict(zip(weights, largest_remainder(exact, sequences).tolist(), strict=True))
+    for name, count in counts.items():
+        if weights[name] > 0 and count == 0:
+            ((key, given),) = sources[name].model_dump(exclude_none=True, include={"weight", "tokens", "epochs"}).items()
+            raise ConfigError(
+                f"data.sources.{name}.{key} {given:g} is {weights[name]:,.0f} tokens of steps {from_step} to "
+                f"{train.steps}, less than one sequence of {train.sequence_length}: raise it, or give the source weight 0"
+            )
+    return SequenceCounts(counts)
+
+
+def _are_weights(sources: Mapping[str, SourceAmount]) -> bool:
+    return all(source.weight is not None for source in sources.values())
 
 
 def initial_mixture_weights(config: RunConfig, tokens_of: TokensOf) -> dict[str, float]:

@@ -82,10 +82,12 @@ class FusedBlock(PipelineLayer):
         """[B,T,D] -> [B,T,D]"""
         return self.checkpointing.run(self._block, x, positions_BT)
 
+    # Results are passed on without a name where a later product does not need them: a name would keep their memory.
     def _block(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         x_BTD, normed_BTD = self._add_norm(self.input_layernorm, x_BTD)
-        attended_BTD = self._attention(normed_BTD, positions_BT)
-        h_BTD, normed_BTD = self._add_norm(self.post_attention_layernorm, x_BTD, attended_BTD)
+        h_BTD, normed_BTD = self._add_norm(
+            self.post_attention_layernorm, x_BTD, self._attention(normed_BTD, positions_BT)
+        )
         return h_BTD + self._mlp(normed_BTD)
 
     def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, addend_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,13 +95,16 @@ class FusedBlock(PipelineLayer):
         return total_BTD, self.checkpointing.repeatable(normed_BTD, norm, total_BTD)
 
     def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
-        fused_BTF = self.attention.query_key_value(self._enter(normed_BTD))
-        attended_BTF = self.checkpointing.recomputed(self.attention.attend, fused_BTF, positions_BT)
-        return self._leave(self.attention.dense(attended_BTF))
+        attention, recomputed = self.attention, self.checkpointing.recomputed
+        return self._leave(
+            attention.dense(
+                recomputed(attention.attend, attention.query_key_value(self._enter(normed_BTD)), positions_BT)
+            )
+        )
 
     def _mlp(self, normed_BTD: Tensor) -> Tensor:
-        gate_and_up = linear_outputs(self._enter(normed_BTD), self.mlp.w1, self.mlp.w3)
-        return self._leave(self.mlp.w2(self.checkpointing.recomputed(self.mlp.activate, *gate_and_up)))
+        mlp, recomputed = self.mlp, self.checkpointing.recomputed
+        return self._leave(mlp.w2(recomputed(mlp.activate, *linear_outputs(self._enter(normed_BTD), mlp.w1, mlp.w3))))
 
     def _enter(self, x_BTD: Tensor) -> Tensor:
         if self.region is None:

@@ -60,7 +60,8 @@ class Mesh:
 
 
 def init_distributed(launch: LaunchConfig) -> torch.device:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, unless this
+    process has joined it before.
 
     Args:
         launch: `device` is 'cuda' (NCCL), 'cpu' (gloo) or 'auto'; on CPUs, each rank gets `cpus_per_rank` threads.
@@ -86,16 +87,21 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
         # CUDA graphs cannot be recorded on the default stream, and autograd runs a node on the stream it was made on.
         torch.cuda.set_stream(torch.cuda.Stream())
         # With a device, NCCL connects at once; a rank that is alone has nobody to connect to.
-        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device if os.environ["WORLD_SIZE"] != "1" else None)
+        _join("nccl", device if os.environ["WORLD_SIZE"] != "1" else None)
     else:
         device = torch.device("cpu")
         # Read when the engine is first imported; without a GPU it would otherwise probe for other accelerators.
         os.environ["DS_ACCELERATOR"] = "cpu"
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        _join("gloo")
         # torch would give every rank as many threads as the machine has cores.
         torch.set_num_threads(launch.cpus_per_rank)
     dist.barrier()  # NCCL takes its memory at the first collective: now, while there is some
     return device
+
+
+def _join(backend: str, device: torch.device | None = None) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device)
 
 
 def _local_rank() -> int:

@@ -67,7 +67,7 @@ SHARDINGS: Mapping[type[nn.Module], Mapping[str, Sharding]] = {
 }
 
 
-def set_sharding(parameter: nn.Parameter, sharding: Sharding) -> None:
+def set_sharding(parameter: Tensor, sharding: Sharding) -> None:
     """Mark a parameter. DeepSpeed is told what it asks for."""
     setattr(parameter, _ATTRIBUTE, sharding)
     parameter.tensor_model_parallel = not sharding.replicated  # type: ignore[attr-defined]

@@ -49,10 +49,10 @@ class AccumulatingLinear(nn.Linear):
         return linear_outputs(x, self)[0]
 
 
-def linear_outputs(x: Tensor, *linears: AccumulatingLinear) -> tuple[Tensor, ...]:
+def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """Outputs of linear layers of the same input, whose gradient is then summed by the products themselves."""
     weights = [linear.weight for linear in linears]
-    accumulators = [linear.accumulator for linear in linears if linear.accumulator is not None]
+    accumulators = [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
     if not accumulators or not torch.is_grad_enabled():
         return tuple(F.linear(x, weight) for weight in weights)
     outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]

@@ -104,12 +104,13 @@ def _last_stage_working(
 def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
     """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
 
-    Selective checkpointing has the norm's result then, and w2's input before. (Full has less than going backward.)
+    Selective checkpointing has the norm's result of this rank's tokens then, and w2's input before. (Full has less than
+    going backward.)
     """
     hidden, part, width = _hidden(config, dims), _hidden(config, dims) // _token_split(config), _width(config, dims)
     summed = part if config.parallel.sequence else hidden
     if mode == "selective":
-        return 2 * hidden + max(width, summed) + (part if part < hidden else 0)
+        return hidden + part + max(width, summed)
     return hidden + summed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from neox_core.config import StorageConfig
-from neox_core.errors import CheckpointError, StorageError
+from neox_core.config.paths import expanded, local_path
+from neox_core.errors import CheckpointError, ConfigError, StorageError
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.tensor_reader import Content, LocalContent
 
-_MODEL_FILES = (".pth", ".safetensors", ".pt", "params.json", "config.json", ".index.json")
 _BLOCK_BYTES = 1 << 22
 _BLOCKS = 32
 """Of one folder's objects, kept in memory: what several files need at about the same time is fetched once."""
@@ -196,10 +196,27 @@ def storage_at(url: str, storage: StorageConfig | None = None) -> StorageConfig:
 
 
 def open_folder(location: Location, storage: StorageConfig | None = None) -> Folder:
-    """The folder of any location."""
-    if isinstance(location, str) and location.startswith("s3://"):
-        return S3Folder(ObjectStore(storage_at(location, storage)))
-    return LocalFolder(Path(location)) if isinstance(location, str | Path) else location
+    """The folder of any location.
+
+    Raises:
+        ConfigError: it is empty, or names a variable or a user that is not there.
+    """
+    place = named_place(location) if isinstance(location, str) else location
+    if isinstance(place, str):
+        return S3Folder(ObjectStore(storage_at(place, storage)))
+    return LocalFolder(place) if isinstance(place, Path) else place
+
+
+def named_place(text: str) -> Path | str:
+    """A local path, or s3://bucket/prefix, as a user has written it.
+
+    Raises:
+        ConfigError: see `open_folder`.
+    """
+    try:
+        return expanded(text) if text.startswith("s3://") else local_path(text)
+    except ValueError as error:
+        raise ConfigError(f"folder: {error}") from None
 
 
 @contextmanager
@@ -217,7 +234,10 @@ def small_files(location: Location) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def file_versions(folder: Folder) -> dict[str, str]:
-    """What identifies the content of each file of a model in an object store, by name: its ETag and size, hashed."""
-    names = [name for name in folder.names() if name.endswith(_MODEL_FILES)]
-    return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in names}
+def file_versions(folder: Folder, files: Iterable[str]) -> dict[str, str]:
+    """What identifies the content of each of a model's files in an object store, by name: its ETag and size, hashed.
+
+    Small descriptions beside them count too (generation_config.json and the like).
+    """
+    names = {*files, *(name for name in folder.names() if name.endswith("config.json") and not name.startswith("."))}
+    return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in sorted(names)}

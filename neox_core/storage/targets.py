@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from io import RawIOBase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from neox_core.artifact import sha256_of
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
-from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, storage_at
+from neox_core.storage.digest import sha256_of
+from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, named_place, storage_at
 from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.s3_target import BESIDE, Put, S3Target
 
 _LOCK_FILE = ".conversion.lock"
 _WRITE_BACK_BYTES = 1 << 25
 """After so many the disk is asked to begin, so that not all is left to the end."""
-_PART_BYTES, _MOST_PARTS = 1 << 24, 10_000
-"""Of an upload, which is in memory part by part; S3 allows no more of them."""
-
-Put = Callable[[memoryview], None]
-"""Takes a file's next bytes."""
 
 
 class Target(Folder, Protocol):
@@ -68,14 +64,30 @@ class Target(Folder, Protocol):
         """Keep other conversions out of it; raises CheckpointError if one is at work."""
         ...
 
+    def check_usable(self) -> None:
+        """Raise StorageError if it is known that nothing can be written there."""
+        ...
+
+    def beside(self) -> Target:
+        """A hidden folder in it, for what is to replace its files once it is complete and proven."""
+        ...
+
+    def take_over(self, path: str) -> None:
+        """Move a file of `beside` to the same path here."""
+        ...
+
+    def clear_beside(self) -> None:
+        """Remove the hidden folder."""
+        ...
+
 
 class LocalTarget(LocalFolder):
     """A folder on a local disk."""
 
     def files(self) -> list[str]:
         """All files but hidden ones."""
-        found = [path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-        return sorted(path.relative_to(self.path).as_posix() for path in found)
+        found = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()]
+        return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
     @contextmanager
     def create(self, path: str, size: int) -> Iterator[Put]:
@@ -122,8 +134,10 @@ class LocalTarget(LocalFolder):
     @contextmanager
     def locked(self) -> Iterator[None]:
         """By a lock that the kernel drops when the process dies."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK_FILE).open("a") as file:
+        with _storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / _LOCK_FILE).open("a")
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -131,6 +145,37 @@ class LocalTarget(LocalFolder):
                     f"another conversion is writing to {self}: wait for it, or choose another folder"
                 ) from None
             yield
+
+    def check_usable(self) -> None:
+        """Whether it is a folder, or may become one."""
+        with _storage_errors(self.path):
+            folder = next(path for path in (self.path, *self.path.parents) if path.exists())
+            if not folder.is_dir():
+                raise StorageError(f"{folder} is a file: name a folder to write to")
+            TemporaryDirectory(dir=folder, prefix=".").cleanup()  # permissions alone do not tell
+
+    def beside(self) -> LocalTarget:
+        """On the same disk, so that files can be renamed."""
+        return LocalTarget(self.path / BESIDE)
+
+    def take_over(self, path: str) -> None:
+        """Rename."""
+        with _storage_errors(self.path / path):
+            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / BESIDE / path).replace(self.path / path)
+
+    def clear_beside(self) -> None:
+        """With all that is in it."""
+        shutil.rmtree(self.path / BESIDE, ignore_errors=True)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses, in one line: read-only, a file in the way, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}: choose another folder") from None
 
 
 def _append(file: RawIOBase, view: memoryview) -> None:
@@ -145,60 +190,14 @@ def _append(file: RawIOBase, view: memoryview) -> None:
         os.posix_fadvise(file.fileno(), first, start + written - first, os.POSIX_FADV_DONTNEED)
 
 
-class S3Target(S3Folder):
-    """Objects under one prefix."""
-
-    def files(self) -> list[str]:
-        """All objects but hidden ones."""
-        keys = [info.key.removeprefix(self.prefix) for info in self.store.list(self.prefix)]
-        return [key for key in keys if not key.rpartition("/")[2].startswith(".")]
-
-    def create(self, path: str, size: int) -> AbstractContextManager[Put]:
-        """An object that is sent in parts."""
-        return self.store.uploading(self.prefix + path, max(_PART_BYTES, size // (_MOST_PARTS // 2)))
-
-    def write(self, path: str, content: bytes) -> None:
-        """Write a small object."""
-        self.store.put_bytes(self.prefix + path, content)
-
-    def remove(self, path: str) -> None:
-        """Remove an object."""
-        self.store.delete([self.prefix + path])
-
-    def remove_remains(self, paths: Sequence[str]) -> None:
-        """Drop the parts of uploads that never ended."""
-        for path in paths:
-            self.store.abort_uploads(self.prefix + path)
-
-    def check_space(self, needed: int) -> None:
-        """An object store does not say."""
-
-    def mark(self, path: str) -> str:
-        """The object's ETag and size."""
-        key = self.prefix + path
-        return next((f"{info.etag} {info.size}" for info in self.store.list(key) if info.key == key), "")
-
-    def digest(self, path: str) -> tuple[int, str]:
-        """Size and SHA-256."""
-        content = self.content(path)
-        digest = hashlib.sha256()
-        with content.open() as stream:
-            while piece := stream.read(1 << 22):
-                digest.update(piece)
-        return content.size, digest.hexdigest()
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Not all object stores can: nothing is kept out."""
-        return nullcontext()
-
-
 def open_target(location: Location) -> Target:
     """The folder of any location, to write to."""
     if isinstance(location, S3Folder):
         return S3Target(location.store, location.prefix)
     if isinstance(location, LocalFolder):
         return LocalTarget(location.path)
-    if isinstance(location, str) and location.startswith("s3://"):
-        return S3Target(ObjectStore(storage_at(location)))
-    assert isinstance(location, str | Path)
-    return LocalTarget(Path(location))
+    place = named_place(location) if isinstance(location, str) else location
+    if isinstance(place, str):
+        return S3Target(ObjectStore(storage_at(place)))
+    assert isinstance(place, Path)
+    return LocalTarget(place)

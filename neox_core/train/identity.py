@@ -7,7 +7,7 @@ from typing import Any
 
 from neox_core.artifact import fingerprint
 from neox_core.config import RunConfig, SourceAmount
-from neox_core.data.dataset import DATA_ORDER
+from neox_core.data.order_version import data_order
 
 # How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
 _NOT_LOGICAL = {
@@ -32,7 +32,7 @@ def training_logic(config: RunConfig) -> dict[str, Any]:
     """The config values that change what is trained, and the version of the data's order, as plain JSON."""
     return {
         "seed": config.seed,
-        "data_order": DATA_ORDER,
+        "data_order": data_order(config),
         "train": config.train.model_dump(mode="json", exclude=_NOT_LOGICAL),
         "sources": _amounts(config.data.sources),
         "weight_changes": [

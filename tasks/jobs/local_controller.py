@@ -19,6 +19,7 @@ from submitit.local.local import Controller, LocalJobEnvironment
 
 from infra.processes import ProcessRecord
 from neox_core.storage.atomic import write_atomically
+from tasks.jobs.rank import CONTROLLER_VARIABLE
 
 _POLL_SECONDS = 0.05
 _FAILURE_GRACE_SECONDS = 5.0
@@ -63,15 +64,21 @@ class FailFastController(Controller):  # type: ignore[misc]
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        signal.signal(signal.SIGTERM, _exit_on_signal)
+        self._starting = self._told_to_end = False
+        signal.signal(signal.SIGTERM, self._end)
         self._report = ControllerReport(ProcessRecord.of(os.getpid()))
         self._report.write(folder)
 
     def start_tasks(self) -> None:
-        """Start the ranks and record their processes."""
+        """Start the ranks and record their processes. A signal waits meanwhile: it would forget a rank half started."""
+        os.environ[CONTROLLER_VARIABLE] = str(os.getpid())
+        self._starting = True
         super().start_tasks()
         self._report.ranks = [ProcessRecord.of(task.pid) for task in self.tasks]
         self._report.write(self.folder)
+        self._starting = False
+        if self._told_to_end:
+            self._end(signal.SIGTERM, None)
 
     def wait(self, freq: int = 24) -> list[int | None]:
         """Wait until all ranks have ended, one has failed and its grace is over, or the time is up.
@@ -108,9 +115,10 @@ class FailFastController(Controller):  # type: ignore[misc]
             self._report.write(self.folder)
         return any(code for _, code in self._report.exits)
 
-
-def _exit_on_signal(signum: int, frame: Any) -> None:
-    sys.exit(128 + signum)  # `run` ends the ranks on the way out
+    def _end(self, signum: int, frame: Any) -> None:
+        self._told_to_end = True
+        if not self._starting:
+            sys.exit(128 + signum)  # `run` ends the ranks on the way out
 
 
 def main() -> None:

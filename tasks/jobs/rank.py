@@ -17,6 +17,9 @@ from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_lo
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
 
+CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
+"""Of the local controller that started the rank."""
+
 
 @dataclass(frozen=True)
 class RankFailure:
@@ -108,7 +111,8 @@ def _failure_file(folder: Path, index: int, rank: int) -> Path:
 
 def _end_with_controller() -> None:
     """A local rank must not outlive its controller, else a second submission of the job would meet it."""
-    controller = os.getppid()
+    # Not the parent that is there now: a controller may have died before this line.
+    controller = int(os.environ[CONTROLLER_VARIABLE])
 
     def watch() -> None:
         while os.getppid() == controller:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neox_core.data.ledger import LEFT_OUT
 from neox_core.errors import DataError
 from neox_core.storage.atomic import write_atomically
 from tasks.report.figures import (
@@ -35,7 +36,7 @@ _STEP_METRICS = (
 )
 
 
-_ACCOUNT = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
+_ACCOUNT = ("documents_in", "documents", *LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,9 @@ def _accounts(sources: Mapping[str, Any]) -> dict[str, list[int]]:
         DataError: records that came in are missing among those that are accounted for.
     """
     accounts = {
-        name: [sum(counts[unit] for counts in splits.values()) for unit in _ACCOUNT]
+        name: [sum(counts.get(unit, 0) for counts in splits.values()) for unit in _ACCOUNT]
         for name, splits in sources.items()
-        if all(unit in counts for counts in splits.values() for unit in _ACCOUNT)
+        if all("documents_in" in counts for counts in splits.values())
     }
     for name, (found, *accounted) in accounts.items():
         if found != sum(accounted):

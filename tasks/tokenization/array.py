@@ -92,9 +92,10 @@ def jobs_folder(folder: Path) -> Path:
 
 def _plan(groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: TokenizeJobConfig) -> JobPlan:
     def has_made(index: int, results: list[Any]) -> bool:
-        """Whether the task's parts are whole: a disk or a power cut may have damaged them since."""
+        """Whether the task's parts are whole: a disk or a power cut may have damaged them since. A file that could not
+        be read may be readable now."""
         (made,) = results
-        if any(isinstance(record, Failure) for record in made):
+        if any(isinstance(record, Failure) or record.damaged for record in made):
             return False
         paths = [PartPaths.of(file, folder) for file in groups[index]]
         return all(find_part(path, record.made_from) == record for path, record in zip(paths, made, strict=True))

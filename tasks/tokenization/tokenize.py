@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from neox_core.artifact import DigestCache
 from neox_core.config import RunConfig
 from neox_core.data.dataset import token_prefix
+from neox_core.data.ledger import LEFT_OUT
 from neox_core.data.tokenization.assemble import (
-    MadePart,
     SplitPlan,
     check_rejected,
     check_unchanged,
     merge_split,
-    plan_split,
+    plan_splits,
 )
-from neox_core.data.tokenization.assemble import write_overlap as write_overlaps
-from neox_core.data.tokenization.assemble import write_rejected as write_rejections
-from neox_core.data.tokenization.overlap import load_items, set_names
+from neox_core.data.tokenization.filters.dropped import MadePart, ValidationTexts, find_in_validation
+from neox_core.data.tokenization.filters.findings import check_damaged, write_in_validation
+from neox_core.data.tokenization.filters.findings import write_overlap as write_overlaps
+from neox_core.data.tokenization.filters.findings import write_rejected as write_rejections
+from neox_core.data.tokenization.filters.overlap import OverlapWords, load_items, set_names
 from neox_core.data.tokenization.part_files import PartPaths
 from neox_core.data.tokenization.part_settings import PartSettings
-from neox_core.data.tokenization.readers import SPLITS, InputFile, source_files
+from neox_core.data.tokenization.readers import InputFile, source_files, splits_of
 from neox_core.data.tokenization.readers.inputs import content_digest
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ from tasks.tokenization.array import made_in_jobs
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.progress import PartsProgress
 
-_UNITS = ("documents_in", "documents", "rejected", "duplicates", "decontaminated")
+_UNITS = ("documents_in", "documents", *LEFT_OUT)
 
 
 def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
@@ -70,12 +71,11 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
             f"tokenizer {config.tokenizer.model} has {vocab_size} pieces, more than model.vocab_size "
             f"{config.model.vocab_size}: use the base model's own tokenizer or correct model.vocab_size"
         )
-    load_items(data.evaluation_sets, data.overlap_words)
+    load_items(data.evaluation_sets, OverlapWords(data.overlap_words, data.overlap_min_words))
     return [
         file
         for source in sorted(data.sources)
-        for split in SPLITS
-        if split == "train" or source in data.validation_sources
+        for split in splits_of(data, source)
         for file in source_files(data, config.storage, source, split)
     ]
 
@@ -92,9 +92,9 @@ def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Prog
         parts_in: folder of the parts; the caller removes them when the files are safe.
 
     Returns:
-        "sources": per source and split documents, bytes (UTF-8 of the text), tokens, documents_in, rejected, duplicates
-        and decontaminated; "accounting", their sums; "encoder"; "damaged_files" (left out); with evaluation sets,
-        "overlap".
+        "sources": per source and split documents, bytes (UTF-8 of the text), tokens, documents_in and each of LEFT_OUT;
+        "accounting", their sums, and the stored bytes of "damaged_files" (left out) of all; "empty_files"; "encoder";
+        "in_validation", training documents that (nearly) equal a validation document; with evaluation sets, "overlap".
 
     Raises:
         DataError: an input is missing or damaged, or too many of its records are bad; finished parts are kept. Or
@@ -104,7 +104,9 @@ def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Prog
     """
     parts = _make_parts(checked_inputs(config), config, parts_in, progress)
     write_rejections(parts, folder)
-    plans = _plan(parts, config)
+    check_damaged(parts, config.data)
+    in_validation = find_in_validation(parts, config.data)
+    plans = _plan(parts, config, in_validation, folder)
     counts: dict[str, dict[str, Mapping[str, int]]] = {}
     for (source, split), plan in plans.items():
         counts.setdefault(source, {})[split] = plan.counts
@@ -116,7 +118,8 @@ def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Prog
     for leftover in folder.glob("*/.*.tmp"):  # of merges that were killed
         leftover.unlink()
     progress(1.0, f"{len(parts)} files done")
-    return {"sources": counts, **overlap, **_findings(parts, plans)}
+    repeated = write_in_validation(parts, in_validation, config.data, folder)
+    return {"sources": counts, **overlap, "in_validation": repeated, **_findings(parts, plans)}
 
 
 def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, progress: Progress) -> list[MadePart]:
@@ -131,26 +134,34 @@ def _make_parts(files: Sequence[InputFile], config: RunConfig, folder: Path, pro
     return [MadePart(file, records[file], PartPaths.of(file, folder)) for file in files]
 
 
-def _plan(parts: Sequence[MadePart], config: RunConfig) -> dict[tuple[str, str], SplitPlan]:
-    plans = {key: plan_split(list(group), config.data) for key, group in groupby(parts, _source_and_split)}
+def _plan(
+    parts: Sequence[MadePart], config: RunConfig, in_validation: Sequence[ValidationTexts], folder: Path
+) -> dict[tuple[str, str], SplitPlan]:
+    plans = plan_splits(parts, config.data, in_validation)
     for source in config.data.sources:
-        check_rejected([plan for key, plan in plans.items() if key[0] == source], source, config.data.max_rejected)
+        of_source = [plan for key, plan in plans.items() if key[0] == source]
+        check_rejected(of_source, source, config.data.max_rejected, folder)
     return plans
-
-
-def _source_and_split(part: MadePart) -> tuple[str, str]:
-    return part.file.source, part.file.split
 
 
 def _findings(parts: Sequence[MadePart], plans: Mapping[tuple[str, str], SplitPlan]) -> dict[str, Any]:
     return {
-        "accounting": {unit: sum(plan.counts[unit] for plan in plans.values()) for unit in _UNITS},
+        "accounting": {
+            **{unit: sum(plan.counts[unit] for plan in plans.values()) for unit in _UNITS},
+            "stored_bytes": sum(part.file.size for part in parts),
+            "damaged_bytes": sum(part.file.size for part in parts if part.record.damaged),
+        },
         "encoder": {
             "engine": ", ".join(sorted({part.record.engine for part in parts})),
             "documents_verified": sum(part.record.verified for part in parts),
         },
         "damaged_files": [part.file.logical_name for part in parts if part.record.damaged],
+        "empty_files": [part.file.logical_name for part in parts if _is_empty(part)],
     }
+
+
+def _is_empty(part: MadePart) -> bool:
+    return not (part.record.documents or part.record.rejected or part.record.empty or part.record.damaged)
 
 
 def _workers(config: RunConfig) -> int:

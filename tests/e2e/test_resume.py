@@ -17,21 +17,21 @@ import pytest
 from flows.train import train
 from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
-from neox_core.checkpoint.manifest import list_checkpoints, object_key, training_prefix
+from neox_core.checkpoint.manifest import list_checkpoints, object_key
 from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
 from tasks.jobs.local_controller import ControllerReport
-from tasks.specs import train_spec
+from tasks.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
 
 pytestmark = pytest.mark.e2e
 
-PREPARED = ("prepare-data-*", "convert-*")
+PREPARED = (".current", "prepare-data-*", "convert-*")
 
 
 def prefix_of(run: Run) -> str:
-    return training_prefix(train_spec(run.config).fingerprint)
+    return resolve_training(run.config).prefix
 
 
 def test_training_resumes_from_s3_alone(chain: Chain, copied: Callable[..., Run]) -> None:
@@ -55,7 +55,7 @@ def test_training_resumes_from_s3_alone(chain: Chain, copied: Callable[..., Run]
 
 def when_training_is_under_way(run: Run, store: ObjectStore, act: Callable[[ControllerReport], None]) -> None:
     """Act once the first checkpoint is complete and a later step is logged, long before the last is saved."""
-    metrics = run.workdir / "scratch" / train_spec(run.config).folder.name / "metrics.jsonl"
+    metrics = resolve_training(run.config).scratch / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if list_checkpoints(store, prefix_of(run)) and f'{{"step": {INTERVAL + 1},' in metrics.read_text():

@@ -34,7 +34,7 @@ def start(arguments: list[str], path: Path, data: Path, weights: Path, output: P
 @pytest.fixture
 def served(copied: Callable[..., Run]) -> Iterator[tuple[Run, ObjectStore]]:
     """A copy of the finished chain's store and artifacts, and a server for it."""
-    run = copied("prepare-data-*", "convert-*", "s3")
+    run = copied(".current", "prepare-data-*", "convert-*", "s3")
     with storage_service(run.config.storage, run.workdir) as storage:
         yield run, ObjectStore(storage)
 
@@ -91,7 +91,7 @@ def test_one_process_is_one_rank(chain: Chain, served: tuple[Run, ObjectStore], 
 def test_errors_are_one_line(
     chain: Chain, copied: Callable[..., Run], tmp_path: Path, endpoint: str, swap: bool, message: str
 ) -> None:
-    run = copied("prepare-data-*", "convert-*")
+    run = copied(".current", "prepare-data-*", "convert-*")
     path = write_run(tmp_path / "alone", {"storage": {"endpoint_url": endpoint}})
     folders = [run.stage_folder("prepare-data"), run.stage_folder("convert")]
     data, weights = reversed(folders) if swap else folders

@@ -13,9 +13,9 @@ from flows.evaluate import evaluate
 from flows.train import train
 from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
-from neox_core.checkpoint.manifest import list_checkpoints, training_prefix
+from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.storage.object_store import ObjectStore
-from tasks.specs import train_spec
+from tasks.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run, training_values, write_run
 
@@ -39,7 +39,7 @@ def changed(chain: Chain, folder: Path, *patterns: str) -> Run:
 
 
 def consumed(run: Run, store: ObjectStore) -> dict[int, dict[str, Any]]:
-    prefix = training_prefix(train_spec(run.config).fingerprint)
+    prefix = resolve_training(run.config).prefix
     return {manifest.step: dict(manifest.consumed) for manifest in list_checkpoints(store, prefix)}
 
 
@@ -51,8 +51,8 @@ def trained(run: Run, also: Callable[[ObjectStore], Any]) -> tuple[dict[str, Any
 
 def test_a_change_goes_on_from_the_training_before_it(chain: Chain, tmp_path: Path) -> None:
     """As the training that knew of the change from its first step on, by losses, gradients and ledger, bit for bit."""
-    branch = changed(chain, tmp_path / "branch", "prepare-data-*", "convert-*", "evaluate-*", "s3")
-    whole = changed(chain, tmp_path / "whole", "prepare-data-*", "convert-*")
+    branch = changed(chain, tmp_path / "branch", ".current", "prepare-data-*", "convert-*", "evaluate-*", "s3")
+    whole = changed(chain, tmp_path / "whole", ".current", "prepare-data-*", "convert-*")
     old = evaluations(chain.run)
 
     def also(store: ObjectStore) -> tuple[Any, Any, Any]:

@@ -22,9 +22,9 @@ from neox_core.artifact import (
     fingerprint,
     publish,
     read_artifact,
-    sha256_of,
 )
 from neox_core.errors import CheckpointError
+from neox_core.storage.digest import sha256_of
 from tests.paths import ROOT
 
 LOGICAL = {"steps": 5, "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]}, "name": "Größe"}
@@ -228,9 +228,3 @@ def test_a_lost_memory_costs_time_alone(tmp_path: Path, content: str) -> None:
     memory.write_text(content)
     (tmp_path / "data").write_text("x")
     assert DigestCache(memory).digest(tmp_path / "data") == hashlib.sha256(b"x").hexdigest()
-
-
-def test_large_files_are_hashed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_module, "_READ_SIZE", 7)
-    (tmp_path / "data").write_bytes(bytes(range(100)))
-    assert sha256_of(tmp_path / "data") == hashlib.sha256(bytes(range(100))).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ import cloudpickle
 import pytest
 
 from flows.cancellation import cancel_jobs_of_run
+from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
+from tasks.current import note_current
 from tasks.evaluate import _key_prefix
 from tasks.jobs.executor import Resources
 from tasks.jobs.job import Job
@@ -23,9 +26,10 @@ from tasks.jobs.launch import JobPlan, attach_or_submit, submit_or_attach
 from tasks.jobs.record import JobRecord
 from tasks.jobs.registry import register_executor
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec, train_spec
-from tasks.stage import StageSpec, try_claim, try_claim_name
+from tasks.specs import evaluate_spec
+from tasks.stage import StageResult, StageSpec, try_claim, try_claim_name
 from tasks.tokenization.array import jobs_folder
+from tasks.training import resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 
@@ -40,6 +44,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
     cloudpickle.register_pickle_by_value(rank_functions)
     copy_text(tmp_path)
     config = Run(write_run(tmp_path)).config
+    note_finished(config)
     yield config
     cloudpickle.unregister_pickle_by_value(rank_functions)
     for job in submitted:
@@ -48,6 +53,20 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
 
 
 submitted: list[Job] = []
+
+
+def note_finished(config: RunConfig, text: str = "d") -> None:
+    """As if prepare-data and convert had been run; `text` tells what they made of it."""
+    for name, fingerprint in (("prepare-data", text * 64), ("convert", "c" * 64)):
+        note_current(config, StageResult(Artifact(name, fingerprint, {}, {}, (), {}), skipped=False))
+
+
+def training_spec(config: RunConfig) -> StageSpec:
+    return resolve_training(config).spec
+
+
+def evaluation_spec(config: RunConfig) -> StageSpec:
+    return evaluate_spec(config, resolve_training(config).fingerprint)
 
 
 def submit(config: RunConfig, name: str, key: str) -> Job:
@@ -61,8 +80,8 @@ def submit(config: RunConfig, name: str, key: str) -> Job:
 def submit_all(config: RunConfig) -> list[Job]:
     """A run's training and evaluation."""
     return [
-        submit(config, "train", train_spec(config).fingerprint),
-        submit(config, "evaluate", _key_prefix(config) + "0" * 56),
+        submit(config, "train", training_spec(config).fingerprint),
+        submit(config, "evaluate", _key_prefix(evaluation_spec(config)) + "0" * 56),
     ]
 
 
@@ -72,7 +91,7 @@ def states(jobs: list[Job]) -> list[str]:
 
 def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
     jobs = submit_all(config)
-    other = submit(config, "train", train_spec(config.model_copy(update={"seed": 7})).fingerprint)
+    other = submit(config, "train", training_spec(config.model_copy(update={"seed": 7})).fingerprint)
     assert sorted(job.job_id for job in cancel_jobs(config)) == sorted(job.job_id for job in jobs)
     assert states(jobs) == ["cancelled", "cancelled"]
     assert other.state() == "running"
@@ -81,7 +100,7 @@ def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("spec_of", "expected"),
-    [(train_spec, ["running", "cancelled"]), (evaluate_spec, ["cancelled", "running"])],
+    [(training_spec, ["running", "cancelled"]), (evaluation_spec, ["cancelled", "running"])],
     ids=["train", "evaluate"],
 )
 def test_what_another_run_follows_goes_on(config: RunConfig, spec_of: Any, expected: list[str]) -> None:
@@ -101,7 +120,7 @@ def test_a_job_whose_submitter_died_before_it_noted_it_down_is_found(
     with monkeypatch.context() as patch:
         patch.setattr(JobRecord, "with_ids", kill)
         with pytest.raises(KeyboardInterrupt):
-            submit(config, "train", train_spec(config).fingerprint)
+            submit(config, "train", training_spec(config).fingerprint)
     (job,) = cancel_jobs(config)
     assert job.state() == "cancelled"
     assert cancel_jobs(config) == []
@@ -169,3 +188,11 @@ def test_a_tokenization_array_whose_submitter_was_killed_is_cancelled(
 
 def test_a_run_that_never_submitted_a_job_has_nothing_to_cancel(config: RunConfig) -> None:
     assert cancel_jobs(config) == []
+    shutil.rmtree(config.workdir / ".current")
+    assert cancel_jobs(config) == []
+
+
+def test_jobs_are_found_when_the_raw_text_is_gone(config: RunConfig) -> None:
+    jobs = submit_all(config)
+    shutil.rmtree(config.data.input)
+    assert {job.job_id for job in cancel_jobs(config)} == {job.job_id for job in jobs}

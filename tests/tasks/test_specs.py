@@ -21,18 +21,13 @@ from neox_core.config import (
     TrainChange,
     WeightChange,
 )
-from neox_core.data.dataset import DATA_ORDER
+from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
-from tasks.specs import convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
+from tasks.base import make_toy_base
+from tasks.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
+from tasks.stage import StageSpec
 from tests.neox_core.train.small_training import CONFIG
 
-SPECS = {
-    "prepare-data": prepare_spec,
-    "convert": convert_spec,
-    "train": train_spec,
-    "evaluate": evaluate_spec,
-    "export": export_spec,
-}
 NOTHING: set[str] = set()
 TRAIN = {"train", "evaluate", "export"}
 CONVERT = {"convert"} | TRAIN
@@ -59,6 +54,13 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "data.deduplicate": (True, PREPARE),
     "data.overlap_words": (13, PREPARE),
     "data.decontaminate": (True, PREPARE),
+    "data.order": (2, TRAIN),
+    "data.max_damaged": (0.5, NOTHING),
+    "data.test": (True, PREPARE),
+    "data.near_duplicates": (0.8, PREPARE),
+    "data.deduplicate_across": (True, PREPARE),
+    "data.drop_validation_duplicates": (True, PREPARE),
+    "data.overlap_min_words": (9, NOTHING),
     "data.slurm": (TokenizeJobConfig(), NOTHING),
     "tokenizer.engine": ("sentencepiece", NOTHING),
     "base_model.rope_theta": (1e4, CONVERT),
@@ -83,6 +85,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.sequence_length": (128, TRAIN),
     "train.global_batch_tokens": (8192, TRAIN),
     "train.micro_batch_size": (4, NOTHING),
+    "train.optimizer.kind": ("other", TRAIN),
     "train.optimizer.lr": (1e-3, TRAIN),
     "train.optimizer.betas": ((0.9, 0.99), TRAIN),
     "train.optimizer.eps": (1e-7, TRAIN),
@@ -164,14 +167,22 @@ def changed(section: Any, key: str, value: Any) -> Any:
     return section.model_copy(update={name: changed(getattr(section, name), rest, value) if rest else value})
 
 
+def specs(config: RunConfig) -> dict[str, StageSpec]:
+    """As they follow from each other when the stages are run one after the other."""
+    data, weights = prepare_spec(config), convert_spec(config)
+    training = train_spec(config, data.fingerprint, weights.fingerprint)
+    of_training = (evaluate_spec(config, training.fingerprint), export_spec(config, training.fingerprint))
+    return {spec.name: spec for spec in (data, weights, training, *of_training)}
+
+
 def fingerprints(config: RunConfig) -> dict[str, str]:
-    return {name: spec(config).fingerprint for name, spec in SPECS.items()}
+    return {name: spec.fingerprint for name, spec in specs(config).items()}
 
 
 def differing(one: RunConfig, other: RunConfig) -> set[str]:
     """Stages that would run again."""
     before, after = fingerprints(one), fingerprints(other)
-    return {name for name in SPECS if before[name] != after[name]}
+    return {name for name in STAGES if before[name] != after[name]}
 
 
 def settings(section: BaseModel, prefix: str = "") -> Iterator[str]:
@@ -200,9 +211,9 @@ def test_what_a_setting_changes(config: RunConfig, key: str) -> None:
 def test_another_order_of_the_data_is_another_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no training is resumed in an order that it did not begin with."""
     before = fingerprints(config)
-    monkeypatch.setattr("neox_core.train.identity.DATA_ORDER", DATA_ORDER + 1)
+    monkeypatch.setattr("neox_core.data.order_version.DATA_ORDER", DATA_ORDER + 1)
     after = fingerprints(config)
-    assert {name for name in SPECS if before[name] != after[name]} == TRAIN
+    assert {name for name in STAGES if before[name] != after[name]} == TRAIN
 
 
 def test_a_source_more_or_less(config: RunConfig) -> None:
@@ -227,7 +238,7 @@ def append_text(config: RunConfig) -> None:
 
 
 def add_file(config: RunConfig) -> None:
-    (Path(config.data.input) / "arxiv" / "test" / "1.jsonl").write_text(json.dumps({"text": "more"}))
+    (Path(config.data.input) / "arxiv" / "validation" / "1.jsonl").write_text(json.dumps({"text": "more"}))
 
 
 def rename_file(config: RunConfig) -> None:
@@ -267,7 +278,7 @@ def test_contents_matter(change: Callable[[RunConfig], None], stages: set[str], 
     before = fingerprints(config)
     change(config)
     after = fingerprints(config)
-    assert {name for name in SPECS if before[name] != after[name]} == stages
+    assert {name for name in STAGES if before[name] != after[name]} == stages
 
 
 def test_what_no_stage_reads_does_not_matter(tmp_path: Path) -> None:
@@ -280,17 +291,16 @@ def test_what_no_stage_reads_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_inputs_are_named(config: RunConfig) -> None:
-    found = fingerprints(config)
-    assert train_spec(config).inputs == {name: found[name] for name in ("prepare-data", "convert")}
-    assert evaluate_spec(config).inputs == {"train": found["train"]}
-    assert export_spec(config).inputs["train"] == found["train"]
-    assert len(set(found.values())) == len(SPECS)
+    found, made = fingerprints(config), specs(config)
+    assert made["train"].inputs == {name: found[name] for name in ("prepare-data", "convert")}
+    assert made["evaluate"].inputs == made["export"].inputs == {"train": found["train"]}
+    assert len(set(found.values())) == len(STAGES)
 
 
 def test_missing_inputs_are_errors(tmp_path: Path) -> None:
     config = changed(small_config(tmp_path), "base_model.random_seed", None)
     (config.base_model.path / "consolidated.00.pth").unlink()
-    with pytest.raises(ConfigError, match=r"holds no consolidated.NN.pth"):
+    with pytest.raises(ConfigError, match=r"holds no consolidated.00.pth"):
         convert_spec(config)
     (config.base_model.path / "params.json").unlink()
     with pytest.raises(ConfigError, match=r"base_model.path .*base holds no params.json"):
@@ -305,10 +315,16 @@ def test_a_toys_weights_are_made_when_they_are_missing(tmp_path: Path) -> None:
     shutil.rmtree(config.base_model.path)
     for key, value in {"num_layers": 1, "hidden_size": 16, "vocab_size": 32, "intermediate_size": 32}.items():
         config = changed(config, f"model.{key}", value)
+    with pytest.raises(ConfigError, match=r"holds no params.json"):
+        convert_spec(config)
+    assert not config.base_model.path.exists()  # looking has no side effects
+    assert make_toy_base(config)
     made = convert_spec(config).inputs
+    assert not make_toy_base(config)
     assert sorted(made) == ["consolidated.00.pth", "consolidated.01.pth", "params.json"]
     assert convert_spec(config).inputs == made
     shutil.rmtree(config.base_model.path)
+    assert make_toy_base(config)
     assert convert_spec(config).inputs == made  # the seed makes the same weights again
 
 

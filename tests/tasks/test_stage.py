@@ -76,7 +76,7 @@ def test_what_an_interrupted_call_left_is_there_for_the_next(spec: StageSpec) ->
         run_stage(spec, interrupted, silent)
     assert not (spec.folder / ARTIFACT_FILE).exists()
     with pytest.raises(LlemmaError):
-        require(spec)
+        require(spec.identity)
     build = Build()
     assert not run_stage(spec, build, silent).skipped
     assert build.found == [["a.bin"]]
@@ -96,12 +96,12 @@ def test_a_damaged_artifact_is_rebuilt(spec: StageSpec, damage: Callable[[Path],
     build = Build()
     first = run_stage(spec, build, silent)
     damage(spec.folder)
-    with pytest.raises(LlemmaError, match=r"stage convert has no finished, intact artifact at .*: run convert first"):
-        require(spec)
+    with pytest.raises(LlemmaError, match=r"intact artifact at .*: run it first, with `llemma run CONFIG convert`"):
+        require(spec.identity)
     second = run_stage(spec, build, silent)
     assert not second.skipped
     assert second.artifact.files == first.artifact.files
-    assert require(spec) == second.artifact
+    assert require(spec.identity) == second.artifact
     assert run_stage(spec, build, silent).skipped
 
 

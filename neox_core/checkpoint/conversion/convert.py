@@ -11,14 +11,18 @@ from typing import Any
 import torch
 
 from neox_core.artifact import FileRecord
+from neox_core.checkpoint.conversion.replacement import replacing
 from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
-from neox_core.checkpoint.formats.huggingface import CONFIG_FILE, HuggingFaceCheckpoint
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, MetaCheckpoint
-from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, neox_files, remove_other_files
+from neox_core.checkpoint.formats.huggingface import HuggingFaceCheckpoint
+from neox_core.checkpoint.formats.meta import MetaCheckpoint
+from neox_core.checkpoint.formats.model_files import model_files
+from neox_core.checkpoint.formats.model_weights import ModelWeights
+from neox_core.checkpoint.formats.neox import CONVERTED_TAG, LATEST_FILE, NeoxCheckpoint, is_neox_file, neox_files
 from neox_core.checkpoint.formats.outputs import finished_files, write_files
+from neox_core.checkpoint.formats.special_ids import special_ids_of
 from neox_core.checkpoint.formats.tensor_map import check_divides
 from neox_core.config import ModelConfig, ParallelConfig
-from neox_core.errors import CheckpointError, ConfigError
+from neox_core.errors import ConfigError
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, open_folder
 from neox_core.storage.targets import open_target
@@ -35,12 +39,7 @@ def open_source(location: Location) -> SourceCheckpoint:
         CheckpointError: it is neither, or is damaged or inconsistent.
     """
     folder = open_folder(location)
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
-    names = folder.names()
-    if CONFIG_FILE in names and PARAMS_FILE not in names:
-        return HuggingFaceCheckpoint(folder)
-    return MetaCheckpoint(folder)
+    return MetaCheckpoint(folder) if model_files(folder).is_meta else HuggingFaceCheckpoint(folder)
 
 
 def convert(
@@ -60,7 +59,7 @@ def convert(
 
     Args:
         source: folder in Meta's format (params.json, consolidated.NN.pth) or Hugging Face's (config.json, safetensors).
-        target: folder for latest and global_step0; an attempt at another conversion in it is replaced.
+        target: folder for latest and global_step0; another conversion in it is replaced after the proof.
         model: architecture of the run.
         parallel: ranks to cut for; pipeline > 1 gives one file per layer.
         progress: called with how far it is: bytes, bytes/s, time left.
@@ -81,25 +80,33 @@ def convert(
     checkpoint = open_source(source)
     check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
     check_divides(model, parallel.tensor, "parallel.tensor")
+    checkpoint.check_values()
     started = time.monotonic()
     weights = checkpoint.weights
     files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
     output, identity = open_target(target), _identity(checkpoint, model, parallel, new_tokens)
-    with output.locked():
-        remove_other_files(output, files)
-        finished = finished_files(output, identity, files)
+    with output.locked(), replacing(output, identity, LATEST_FILE, is_neox_file) as folder:
+        finished = finished_files(folder, identity, files)
         if len(finished) < len(files):
-            output.remove(LATEST_FILE)
-        records = write_files(output, identity, files, progress, finished)
+            folder.remove(LATEST_FILE)
+        records = write_files(folder, identity, files, progress, finished, [LATEST_FILE])
         summary = sizes(records, finished, time.monotonic() - started)
-        rounded = weights.dtype != torch.bfloat16
-        summary |= {"rounded_from": str(weights.dtype).removeprefix("torch.")} if rounded else {}
+        summary |= _rounding(weights) | {"special_ids": special_ids_of(checkpoint.folder).as_json()}
         if prove is not None:
             progress(0.999, "comparing layers with transformers")
-            summary |= prove(checkpoint, NeoxCheckpoint(output.sub(CONVERTED_TAG)))
-        output.write(LATEST_FILE, CONVERTED_TAG.encode())
+            summary |= prove(checkpoint, NeoxCheckpoint(folder.sub(CONVERTED_TAG)))
+        folder.write(LATEST_FILE, CONVERTED_TAG.encode())
     progress(1.0, f"{len(records)} files written")
     return summary
+
+
+def _rounding(weights: ModelWeights) -> dict[str, str]:
+    """Which types were rounded to bf16; where files mix types, in how many tensors."""
+    rounded = {str(dtype).removeprefix("torch."): count for dtype, count in weights.dtypes.items()}
+    total = sum(rounded.values())
+    rounded.pop("bfloat16", None)
+    shown = [name if count == total else f"{name} in {count} of {total} tensors" for name, count in rounded.items()]
+    return {"rounded_from": ", ".join(sorted(shown))} if shown else {}
 
 
 def sizes(records: list[FileRecord], finished: Mapping[str, FileRecord], seconds: float) -> dict[str, Any]:

@@ -5,37 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from neox_core.checkpoint.conversion.convert import sizes
 from neox_core.checkpoint.conversion.proof import prove
+from neox_core.checkpoint.conversion.replacement import replacing
 from neox_core.checkpoint.conversion.vocabulary import check_tokenizer
-from neox_core.checkpoint.formats.huggingface import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    config_files,
-    huggingface_files,
-    index_file,
-)
+from neox_core.checkpoint.formats.huggingface import huggingface_files, index_file
+from neox_core.checkpoint.formats.huggingface_config import config_files
 from neox_core.checkpoint.formats.huggingface_tokenizer import (
+    PLAIN_TOKENIZER,
     TOKENIZER_MODEL,
     compare_tokenizers,
     load_sentencepiece,
     tokenizer_files,
+    tokenizer_problem,
 )
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_files, meta_params
+from neox_core.checkpoint.formats.meta import meta_files
+from neox_core.checkpoint.formats.meta_params import meta_params
+from neox_core.checkpoint.formats.model_files import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
 from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
+from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
 from neox_core.config import ModelConfig
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, small_files
 from neox_core.storage.targets import Target, open_target
 
-_WEIGHTS = ("model*.safetensors", "consolidated.*.pth", INDEX_FILE)
+ExportProof = Callable[[Location], Mapping[str, Any]]
+"""Compares an export with the checkpoint, raises CheckpointError if it is not the same model, and yields a summary."""
+_MODEL_FILES = (
+    *("model*.safetensors", "consolidated.[0-9]*.pth", INDEX_FILE, CONFIG_FILE, PARAMS_FILE, GENERATION_FILE),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TOKENIZER_MODEL, PLAIN_TOKENIZER),
+)
+"""What is left of another model would be taken for a part of this one."""
 _MAX_FILE_BYTES = 5_000_000_000
 _PROBES = (
     "",
@@ -57,6 +64,8 @@ def export_huggingface(
     sequence_length: int,
     progress: Progress = silent,
     max_file_bytes: int = _MAX_FILE_BYTES,
+    special: SpecialIds | None = None,
+    prove: ExportProof | None = None,
 ) -> dict[str, Any]:
     """Write `target`: safetensors (several with an index above `max_file_bytes`), tokenizer, and config.json last.
 
@@ -66,37 +75,63 @@ def export_huggingface(
         source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
         target: folder to write; an export of something else in it is replaced.
         model: the checkpoint's architecture.
-        tokenizer: SentencePiece model; None: the folder gets none.
+        tokenizer: SentencePiece model; None: the folder gets none. One that has no equal in Hugging Face's format is
+            exported as it is, and the summary says so.
         sequence_length: longest sequence that the model was trained on.
         progress: called with how far it is.
         max_file_bytes: size that a file of weights is kept under where one layer allows it.
+        special: the base's special ids and generation settings; None or empty: the tokenizer's ids.
+        prove: called with the folder before it takes the place of an older export.
 
     Raises:
         CheckpointError: the checkpoint or the tokenizer is missing, damaged or does not fit the model.
         ConfigError: the tokenizer has more pieces than the model has tokens.
     """
     checkpoint = NeoxCheckpoint(source)
-    texts: dict[str, str] = {}
-    special: dict[str, int] = {}
     if tokenizer is not None:
         check_tokenizer(tokenizer, model)
-        pieces = load_sentencepiece(tokenizer)
-        special = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
-        texts = tokenizer_files(tokenizer, sequence_length)
+    known = _special_ids(tokenizer, special)
     weights, exported = checkpoint.weights(model), without_padding(model)
-    texts |= config_files(exported, sequence_length, weights.dtype, special)
+    texts = config_files(exported, sequence_length, weights.dtype, known)
     files = huggingface_files(weights, exported, weights.dtype, max_file_bytes)
+    note: dict[str, str] = {}
     others = {name: text.encode() for name, text in texts.items() if name != CONFIG_FILE}
     if len(files) > 1:
         others[INDEX_FILE] = index_file(files).encode()
     if tokenizer is not None:
-        others[TOKENIZER_MODEL] = tokenizer.read_bytes()
+        others |= _tokenizer(tokenizer, sequence_length, note)
     others[CONFIG_FILE] = texts[CONFIG_FILE].encode()
-    return _write(open_target(target), weights, files, others, progress)
+    return _write(open_target(target), weights, files, others, progress, prove) | note
+
+
+def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
+    """The base's special ids, or where it gives none those of the tokenizer."""
+    if tokenizer is None or (base is not None and base.ids):
+        return base or SpecialIds()
+    pieces = load_sentencepiece(tokenizer)
+    ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+    return SpecialIds({key: value for key, value in ids.items() if value >= 0}, base.generation if base else None)
+
+
+def _tokenizer(tokenizer: Path, sequence_length: int, note: dict[str, str]) -> dict[str, bytes]:
+    """The tokenizer's files; `note` gets a line where only its own file is exported."""
+    if problem := tokenizer_problem(tokenizer):
+        note["tokenizer"] = (
+            f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "
+            "with sentencepiece"
+        )
+        return {PLAIN_TOKENIZER: tokenizer.read_bytes()}
+    texts = {name: text.encode() for name, text in tokenizer_files(tokenizer, sequence_length).items()}
+    return texts | {TOKENIZER_MODEL: tokenizer.read_bytes()}
 
 
 def export_meta(
-    source: Location, target: Location, model: ModelConfig, shards: int, progress: Progress = silent
+    source: Location,
+    target: Location,
+    model: ModelConfig,
+    shards: int,
+    progress: Progress = silent,
+    prove: ExportProof | None = None,
 ) -> dict[str, Any]:
     """Write `target` in Meta's format: consolidated.NN.pth, and params.json last. Yields a summary.
 
@@ -108,6 +143,7 @@ def export_meta(
         model: the checkpoint's architecture.
         shards: number of files; Meta has 1 for 7B, 2 for 13B, 4 for 34B, 8 for 70B.
         progress: called with how far it is.
+        prove: called with the folder before it takes the place of an older export.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or does not fit the model.
@@ -118,7 +154,7 @@ def export_meta(
     params = json.dumps(meta_params(exported), indent=1)
     weights = NeoxCheckpoint(source).weights(model)
     files = meta_files(weights, exported, shards, weights.dtype)
-    return _write(open_target(target), weights, files, {PARAMS_FILE: params.encode()}, progress)
+    return _write(open_target(target), weights, files, {PARAMS_FILE: params.encode()}, progress, prove)
 
 
 def without_padding(model: ModelConfig) -> ModelConfig:
@@ -127,33 +163,40 @@ def without_padding(model: ModelConfig) -> ModelConfig:
 
 
 def _write(
-    output: Target, weights: ModelWeights, files: list[OutputFile], others: Mapping[str, bytes], progress: Progress
+    output: Target,
+    weights: ModelWeights,
+    files: list[OutputFile],
+    others: Mapping[str, bytes],
+    progress: Progress,
+    prove: ExportProof | None,
 ) -> dict[str, Any]:
     """Write the weights and then the others; the last one makes the folder a model, so it goes if anything changes."""
     started = time.monotonic()
-    identity = _identity(weights, files)
-    with output.locked():
-        finished = finished_files(output, identity, files)
-        wanted = {file.path for file in files} | others.keys()
+    identity, last = _identity(weights, files, others), list(others)[-1]
+    with output.locked(), replacing(output, identity, last, _is_model_file) as folder:
+        finished = finished_files(folder, identity, files)
         if len(finished) < len(files):
-            output.remove(list(others)[-1])
-        for path in output.files():
-            if any(fnmatch(path, pattern) for pattern in _WEIGHTS) and path not in wanted:
-                output.remove(path)
-        records = write_files(output, identity, files, progress, finished)
+            folder.remove(last)
+        records = write_files(folder, identity, files, progress, finished, list(others))
         for name, content in others.items():
-            output.write(name, content)
+            folder.write(name, content)
+        proof = {} if prove is None else dict(prove(folder))
     progress(1.0, f"{len(records)} files written")
-    return sizes(records, finished, time.monotonic() - started)
+    return sizes(records, finished, time.monotonic() - started) | proof
 
 
-def _identity(weights: ModelWeights, files: list[OutputFile]) -> str:
+def _is_model_file(path: str) -> bool:
+    return "/" not in path and any(fnmatch(path, pattern) for pattern in _MODEL_FILES)
+
+
+def _identity(weights: ModelWeights, files: list[OutputFile], others: Mapping[str, bytes]) -> str:
     """What a half-finished attempt must have been about to be continued."""
     contents = {place.stored.content for places in weights.places.values() for place in places}
     logical = {
         "source": sorted([content.name, content.version] for content in contents),
         "model": weights.model.model_dump(mode="json"),
         "files": [[file.path, [[tensor.name, tensor.shape] for tensor in file.tensors]] for file in files],
+        "others": {name: hashlib.sha256(content).hexdigest() for name, content in others.items()},
     }
     return hashlib.sha256(json.dumps(logical, sort_keys=True).encode()).hexdigest()
 
@@ -175,6 +218,6 @@ def prove_export(
     summary = prove(checkpoint, folder, model, progress=progress)
     samples = [*_PROBES, *texts]
     with small_files(folder) as local:
-        if not (local / TOKENIZER_MODEL).is_file():
+        if not (local / TOKENIZER_MODEL).is_file():  # there is none, or only its own file
             return summary
         return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(local, samples)}

@@ -10,8 +10,7 @@ from pathlib import Path
 from neox_core.artifact import ARTIFACT_FILE, parse_artifact
 from neox_core.checkpoint.conversion.convert import open_source
 from neox_core.checkpoint.formats.description import described_by
-from neox_core.checkpoint.formats.huggingface import CONFIG_FILE
-from neox_core.checkpoint.formats.meta import PARAMS_FILE
+from neox_core.checkpoint.formats.model_files import CONFIG_FILE, PARAMS_FILE
 from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig
@@ -52,11 +51,11 @@ def inspect(location: Location, model: ModelConfig | None = None) -> Description
         CheckpointError: the folder is none of these, or is damaged or inconsistent.
     """
     folder = open_folder(location)
-    names = folder.names() if folder.exists() else []
-    if PARAMS_FILE in names or CONFIG_FILE in names:
+    if not folder.exists():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    if {PARAMS_FILE, CONFIG_FILE} & set(folder.names()):
         source = open_source(folder)
-        form = "Meta" if PARAMS_FILE in names else "Hugging Face"
-        return _described(form, source.weights)
+        return _described("Meta" if source.files.is_meta else "Hugging Face", source.weights)
     checkpoint = NeoxCheckpoint(folder)
     weights = checkpoint.weights(model or recorded_model(folder))
     return _described(f"NeoX, {checkpoint.tensor_parallel} tensor-parallel ranks", weights)
@@ -68,6 +67,8 @@ def recorded_model(folder: Folder) -> ModelConfig:
     Raises:
         CheckpointError: there is none.
     """
+    if not folder.exists():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist")
     try:
         text = folder.read_text(ARTIFACT_FILE)
     except FileNotFoundError:

@@ -225,7 +225,8 @@ def prove(
     Raises:
         CheckpointError: a logit differs by more than `tolerance`, or a layer relatively by more than 1e-5.
     """
-    dtype = next(iter(checkpoint.stored_layer(0, 0).values())).dtype
+    dtypes = {stored.dtype for index in (0, 2) for stored in checkpoint.stored_layer(index, 0).values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     reference = open_reference(folder, _POSITIONS, dtype)
     what = f"the shards in {checkpoint.folder} and transformers' Llama from {folder}"
     summary: dict[str, Any] = {}

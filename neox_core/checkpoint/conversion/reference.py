@@ -1,14 +1,14 @@
 """transformers' Llama built straight from Meta's or Hugging Face's files: the other side of a conversion's proof.
 
-It shares no code with the conversion. Names, splits and the permutation of RoPE rows are written here once more, after
-the description of transformers' own Llama conversion, so that a mistake in layout.py cannot cancel itself out.
+It shares the list of files with the conversion, and no other code. Names, splits and the permutation of RoPE rows are
+written here once more, after the description of transformers' own Llama conversion, so that a mistake in
+tensor_map.py cannot cancel itself out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neox_core.checkpoint.formats.model_files import ModelFiles, model_files
 from neox_core.config import ModelConfig
+from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, LocalFolder, Location, open_folder, small_files
 from neox_core.storage.tensor_reader import open_tensors
 
@@ -30,7 +32,9 @@ def _open(folder: Folder, name: str) -> Mapping[str, Tensor]:
     if not isinstance(folder, LocalFolder):
         return _Remote(open_tensors(folder.content(name)))
     if not name.endswith(".safetensors"):
-        return dict(torch.load(folder.path / name, map_location="cpu", mmap=True, weights_only=True))
+        content = torch.load(folder.path / name, map_location="cpu", mmap=True, weights_only=True)
+        # Some save nn.Parameters.
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in content.items()}
     return _Safetensors(folder.path / name)
 
 
@@ -73,11 +77,15 @@ class _Safetensors(Mapping[str, Tensor]):
 class MetaReference:
     """A folder in Meta's format as transformers' parts, each made when asked for, in fp32."""
 
-    def __init__(self, folder: Folder, sequence_length: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._params: dict[str, Any] = json.loads(folder.read_text("params.json"))
-        files = [name for name in folder.names() if fnmatch(name, "consolidated.*.pth")]
-        self._shards = [_open(folder, file) for file in files]
+    def __init__(
+        self, folder: Folder, files: ModelFiles, sequence_length: int, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self._params: dict[str, Any] = json.loads(folder.read_text(files.description))
+        self._shards = [_open(folder, file) for file in files.weights]
         self._dtype = dtype
+        width = self._shards[0]["tok_embeddings.weight"].shape[1]
+        # Llama 3 cuts the embedding by rows, those before it by columns.
+        self._embedding_dim = 0 if len(self._shards) > 1 and width == self._params["dim"] else 1
         self.config = self._config(sequence_length)
 
     def _config(self, sequence_length: int) -> Any:
@@ -85,7 +93,7 @@ class MetaReference:
 
         params, shards = self._params, self._shards
         return LlamaConfig(
-            vocab_size=shards[0]["tok_embeddings.weight"].shape[0],
+            vocab_size=sum(shard["output.weight"].shape[0] for shard in shards),
             hidden_size=params["dim"],
             intermediate_size=sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards),
             num_hidden_layers=params["n_layers"],
@@ -114,7 +122,7 @@ class MetaReference:
 
     def embedding(self) -> Tensor:
         """[V, D]"""
-        return self._whole("tok_embeddings.weight", 1)
+        return self._whole("tok_embeddings.weight", self._embedding_dim)
 
     def norm(self) -> Tensor:
         """Scale of the last norm, [D]."""
@@ -162,17 +170,19 @@ class MetaReference:
 class HuggingFaceReference:
     """A folder in Hugging Face's format as transformers' parts, each made when asked for, in fp32."""
 
-    def __init__(self, folder: Folder, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, folder: Folder, files: ModelFiles, dtype: torch.dtype = torch.bfloat16) -> None:
         from transformers import AutoConfig
 
         self._dtype = dtype
         with small_files(folder) as local:
-            self.config = AutoConfig.from_pretrained(local, local_files_only=True, attn_implementation="sdpa")
-        self._files: dict[str, Mapping[str, Tensor]] = {}
-        for name in folder.names():
-            if name.endswith(".safetensors"):
-                file = _open(folder, name)
-                self._files |= dict.fromkeys(file, file)
+            try:
+                self.config = AutoConfig.from_pretrained(local, local_files_only=True, attn_implementation="sdpa")
+            except Exception as error:  # transformers raises what its many checks happen to raise
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(f"transformers refuses {folder}/{files.description}: {reason}") from None
+        opened = {name: _open(folder, name) for name in files.weights}
+        places = files.index or {name: file for file, tensors in opened.items() for name in tensors}
+        self._files = {name: opened[file] for name, file in places.items()}
 
     def embedding(self) -> Tensor:
         """[V, D]"""
@@ -203,9 +213,10 @@ Reference = MetaReference | HuggingFaceReference
 def open_reference(location: Location, sequence_length: int, dtype: torch.dtype) -> Reference:
     """The reference for a folder in either format; weights are rounded to `dtype` first, as a conversion does."""
     folder = open_folder(location)
-    if "params.json" in folder.names():
-        return MetaReference(folder, sequence_length, dtype)
-    return HuggingFaceReference(folder, dtype)
+    files = model_files(folder)
+    if files.is_meta:
+        return MetaReference(folder, files, sequence_length, dtype)
+    return HuggingFaceReference(folder, files, dtype)
 
 
 def decoder_layer(config: Any, number: int, state: LazyState) -> nn.Module:
@@ -254,4 +265,5 @@ def whole_llama(reference: Reference) -> Any:
 
 def llama_from_meta(folder: Path, model: ModelConfig, sequence_length: int) -> Any:
     """transformers' LlamaForCausalLM in fp32 with the weights of a folder in Meta's format, in eval mode."""
-    return whole_llama(MetaReference(LocalFolder(folder), sequence_length))
+    opened = LocalFolder(folder)
+    return whole_llama(MetaReference(opened, model_files(opened), sequence_length))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neox_core.checkpoint.formats.meta import PARAMS_FILE, meta_params, shard_name
+from neox_core.checkpoint.formats.meta_params import meta_params
+from neox_core.checkpoint.formats.model_files import PARAMS_FILE, shard_name
 from neox_core.checkpoint.formats.tensor_map import Form, TensorLayout, check_divides, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig
 from neox_core.storage.atomic import atomic_file, write_atomically

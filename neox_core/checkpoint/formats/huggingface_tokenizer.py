@@ -18,6 +18,8 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from neox_core.errors import CheckpointError
 
 TOKENIZER_MODEL = "tokenizer.model"
+PLAIN_TOKENIZER = "sentencepiece.model"
+"""Of a model that has no equal tokenizer.json: under tokenizer.model, transformers would make one by its own rules."""
 _SPACE = "\u2581"
 """SentencePiece's mark for a blank."""
 _Piece = proto.ModelProto.SentencePiece
@@ -45,7 +47,8 @@ def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
     """
     processor = load_sentencepiece(path)
     model = proto.ModelProto.FromString(processor.serialized_model_proto())
-    _check_supported(path, model)
+    if problem := _problem(model):
+        raise CheckpointError(f"tokenizer {path} {problem}: an equal tokenizer.json cannot be written for it")
     special = {
         "bos_token": processor.id_to_piece(processor.bos_id()),
         "eos_token": processor.id_to_piece(processor.eos_id()),
@@ -68,26 +71,31 @@ def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
     }
 
 
-def _check_supported(path: Path, model: Any) -> None:
-    """Refuse what a list of merges cannot express.
+def tokenizer_problem(path: Path) -> str | None:
+    """Why no equal tokenizer.json can be written for a SentencePiece model; None: one can.
 
     Raises:
-        CheckpointError: naming the property.
+        CheckpointError: the model is missing or damaged.
     """
-    ids = model.trainer_spec
+    return _problem(proto.ModelProto.FromString(load_sentencepiece(path).serialized_model_proto()))
+
+
+def _problem(model: Any) -> str | None:
+    """What a list of merges cannot express."""
+    spec = model.trainer_spec
     kinds = {_Piece.USER_DEFINED: "user-defined", _Piece.UNUSED: "unused"}
     odd = next((piece for piece in model.pieces if piece.type in kinds), None)
-    problem = None
-    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
-        problem = "is not a BPE model"
-    elif model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
-        problem = f"normalizes text ({model.normalizer_spec.name}, remove_extra_whitespaces)"
-    elif odd is not None:
-        problem = f"has the {kinds[odd.type]} piece {odd.piece!r}"
-    elif min(ids.bos_id, ids.eos_id, ids.unk_id) < 0:
-        problem = "lacks a begin, end or unknown id"
-    if problem:
-        raise CheckpointError(f"tokenizer {path} {problem}: an equal tokenizer.json cannot be written for it")
+    if spec.model_type != proto.TrainerSpec.BPE:
+        return "is not a BPE model"
+    if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
+        return f"normalizes text ({model.normalizer_spec.name}, remove_extra_whitespaces)"
+    if odd is not None:
+        return f"has the {kinds[odd.type]} piece {odd.piece!r}"
+    if spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
+        return "puts the blank behind a word, or leaves it as it is"
+    if min(spec.bos_id, spec.eos_id, spec.unk_id) < 0:
+        return "lacks a begin, end or unknown id"
+    return None
 
 
 def _build(model: Any) -> Any:

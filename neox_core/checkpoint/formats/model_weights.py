@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -35,9 +36,19 @@ class ModelWeights:
     origin: str
     """The folder, for messages."""
     model: ModelConfig
-    dtype: torch.dtype
     places: Mapping[str, tuple[Place, ...]]
     """By the whole tensors' names."""
+
+    @property
+    def dtypes(self) -> Mapping[torch.dtype, int]:
+        """The types in the files, and how many tensors of the files have each."""
+        stored = {place.stored.place: place.stored.dtype for places in self.places.values() for place in places}
+        return Counter(stored.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all weights; where files mix them (norms in fp32 beside bf16), the one that holds them all."""
+        return next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of a whole tensor; a vector has one row."""
@@ -146,8 +157,9 @@ class Locator:
     model: ModelConfig
     form: Form
     parts: int
+    hint: str = "is the model section this checkpoint's?"
+    """What to look at where a tensor is missing."""
     places: dict[str, list[Place]] = field(default_factory=dict)
-    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def add(self, part: int, find: Callable[[int, str], object]) -> None:
         """Add a file's tensors; `find` gives one by NeoX's layer index and its name there, or None.
@@ -163,25 +175,17 @@ class Locator:
                     self.places.setdefault(block.whole, []).append(Place(block, tensor))
 
     def weights(self) -> ModelWeights:
-        """What was found.
-
-        Raises:
-            CheckpointError: the tensors are not all of one type.
-        """
-        if len(self.dtypes) > 1:
-            raise CheckpointError(
-                f"{self.origin} mixes {' and '.join(sorted(map(str, self.dtypes)))}: convert it to one"
-            )
+        """What was found."""
         first_copies_first = {
             name: tuple(sorted(places, key=lambda place: place.block.replica)) for name, places in self.places.items()
         }
-        return ModelWeights(self.origin, self.model, next(iter(self.dtypes)), first_copies_first)
+        return ModelWeights(self.origin, self.model, first_copies_first)
 
     def _checked(self, stored: object, layout: StoredLayout, index: int) -> StoredTensor:
         what = f"{self.origin}: layer {index}: {layout.name}"
         if not isinstance(stored, StoredTensor):
             kind = "missing" if stored is None else f"{type(stored).__name__}, not a tensor"
-            raise CheckpointError(f"{what} is {kind}: is the model section this checkpoint's?")
+            raise CheckpointError(f"{what} is {kind}: {self.hint}")
         if stored.shape != layout.shape:
             raise CheckpointError(
                 f"{stored.content.name}: {layout.name} has shape {stored.shape}, but the model needs {layout.shape} in "
@@ -190,7 +194,6 @@ class Locator:
             )
         if stored.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise CheckpointError(f"{stored.place} is {stored.dtype}; weights must be bf16, fp16 or fp32")
-        self.dtypes.add(stored.dtype)
         return stored
 
 

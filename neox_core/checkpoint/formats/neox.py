@@ -10,7 +10,7 @@ DeepSpeed's own checkpoints of a pipeline module are in the second form, for any
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,6 @@ from neox_core.checkpoint.formats.tensor_map import Form, iterate_layers, stored
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, Location, open_folder
-from neox_core.storage.targets import Target
 from neox_core.storage.tensor_reader import StoredTensor, open_tensors
 
 LATEST_FILE = "latest"
@@ -80,14 +79,10 @@ def _rank_file(
     return OutputFile(f"{CONVERTED_TAG}/{rank_file(rank)}", tensors, under="module")
 
 
-def remove_other_files(target: Target, files: Sequence[OutputFile]) -> None:
-    """Remove what an attempt at another form or another number of ranks left in global_step0."""
-    wanted = {file.path for file in files}
-    for path in target.files():
-        folder, _, name = path.rpartition("/")
-        ours = _LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name)
-        if folder == CONVERTED_TAG and ours and path not in wanted:
-            target.remove(path)
+def is_neox_file(path: str) -> bool:
+    """Whether a path is one of the files that a conversion writes, for any layout."""
+    folder, _, name = path.rpartition("/")
+    return folder == CONVERTED_TAG and bool(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name))
 
 
 class NeoxCheckpoint:
@@ -103,6 +98,8 @@ class NeoxCheckpoint:
     def __init__(self, location: Location) -> None:
         self.folder = _step_folder(open_folder(location))
         names = self.folder.names()
+        self.files = tuple(name for name in names if _LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name))
+        """Names of the files that hold its weights."""
         by_layer = [match for name in names if (match := _LAYER_FILE.fullmatch(name))]
         by_rank = [match for name in names if (match := _RANK_FILE.fullmatch(name))]
         if not by_layer and not by_rank:

@@ -18,7 +18,9 @@ import torch
 from neox_core.artifact import FileRecord
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
-from neox_core.storage.targets import LocalTarget, Put, Target
+from neox_core.storage.folders import Folder
+from neox_core.storage.s3_target import Put
+from neox_core.storage.targets import LocalTarget, Target
 from neox_core.storage.tensor_writer import Sink, StreamedTensor, write_safetensors, write_torch
 
 JOURNAL_FILE = ".conversion.json"
@@ -117,7 +119,7 @@ class HashedSink:
 def finished_files(target: Target, identity: str, files: Sequence[OutputFile]) -> dict[str, FileRecord]:
     """Files of an earlier attempt at the same result that are as they were written."""
     try:
-        journal = json.loads(target.read_text(JOURNAL_FILE))
+        journal = read_journal(target)
         if journal["identity"] != identity:
             return {}
         records = {path: FileRecord(**record) for path, record in journal["files"].items()}
@@ -130,7 +132,16 @@ def finished_files(target: Target, identity: str, files: Sequence[OutputFile]) -
 
 def journal_records(target: Target) -> list[FileRecord]:
     """What the last conversion to `target` wrote: sizes and SHA-256, so that nobody has to read it for them."""
-    return [FileRecord(**record) for record in json.loads(target.read_text(JOURNAL_FILE))["files"].values()]
+    return [FileRecord(**record) for record in read_journal(target)["files"].values()]
+
+
+def read_journal(target: Folder) -> dict[str, Any]:
+    """What is known of the last attempt: `identity`, the `planned` paths, `files` and `marks`; empty: nothing."""
+    try:
+        journal = json.loads(target.read_text(JOURNAL_FILE))
+    except (OSError, ValueError):
+        return {}
+    return journal if isinstance(journal, dict) else {}
 
 
 @dataclass
@@ -139,6 +150,8 @@ class Journal:
 
     target: Target
     identity: str
+    planned: Sequence[str]
+    """Every file of the result, so that what a killed attempt leaves is known as its own."""
     records: dict[str, FileRecord]
     marks: dict[str, str]
 
@@ -147,8 +160,13 @@ class Journal:
         self.records[record.path] = record
         local = isinstance(self.target, LocalTarget)  # whose mark is known without reading the file again
         self.marks[record.path] = record.sha256 if local else self.target.mark(record.path)
+        self.save()
+
+    def save(self) -> None:
+        """Write it."""
         content = {
             "identity": self.identity,
+            "planned": list(self.planned),
             "files": {path: vars(known) for path, known in self.records.items()},
             "marks": self.marks,
         }
@@ -172,8 +190,11 @@ def write_files(
     files: Sequence[OutputFile],
     progress: Progress,
     finished: Mapping[str, FileRecord],
+    others: Sequence[str] = (),
 ) -> list[FileRecord]:
     """Write the files that are not `finished`, several at a time, each in pieces of some megabytes.
+
+    `others` are paths that the caller will write.
 
     Raises:
         CheckpointError: a tensor cannot be made. Finished files stay for the next attempt; others leave nothing.
@@ -181,9 +202,11 @@ def write_files(
     """
     target.remove_remains([file.path for file in files])
     records = dict(finished)
-    journal = Journal(target, identity, records, {path: target.mark(path) for path in records})
+    planned = [*(file.path for file in files), *others]
+    journal = Journal(target, identity, planned, records, {path: target.mark(path) for path in records})
     missing = [file for file in files if file.path not in records]
     target.check_space(sum(file.size for file in missing))
+    journal.save()
     kept = sum(record.size for record in records.values())
     meter = Meter(total=kept + sum(file.size for file in missing), done=kept, kept=kept)
     files_at_once = min(_WORKERS, os.cpu_count() or 1)

@@ -31,8 +31,15 @@ class Form(Enum):
     """A layout of files."""
 
     META = "Meta"
+    META_ROWS = "Meta, as of Llama 3"
+    """Shards cut the embedding by rows, of which each stands for a token; before they cut it by columns."""
     NEOX = "NeoX"
     HUGGINGFACE = "Hugging Face"
+
+    @property
+    def is_meta(self) -> bool:
+        """Meta's names and order of rows."""
+        return self in (Form.META, Form.META_ROWS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ class TensorLayout:
 
     def split(self, form: Form) -> int | None:
         """Dimension that the form's files cut; None: each has the whole tensor."""
-        return {Form.META: self.meta_split, Form.NEOX: self.neox_split, Form.HUGGINGFACE: None}[form]
+        if form is Form.META_ROWS and self.axes[0] == "vocab":
+            return 0
+        return self.meta_split if form.is_meta else {Form.NEOX: self.neox_split, Form.HUGGINGFACE: None}[form]
 
 
 def _size(axis: str, model: ModelConfig) -> int:
@@ -110,7 +119,7 @@ class Layer:
         """Full name of one of its tensors in a form's files; NeoX's lacks `sequential.{index}.`, which not all have."""
         if form is Form.NEOX:
             return tensor.neox
-        if form is Form.META:
+        if form.is_meta:
             return self.meta_prefix + tensor.meta
         return self.huggingface_prefix + tensor.huggingface
 
@@ -190,7 +199,7 @@ def _runs(
 ) -> list[tuple[range, range]]:
     """Runs of the part's rows, and the rows of the file's tensor that hold them. `fused`: q 0, k 1, v 2 of NeoX."""
     width = model.head_dim
-    if tensor.rotary and form is Form.META:
+    if tensor.rotary and form.is_meta:
         half = width // 2
         return [
             (range(head + second * half, head + (second + 1) * half), range(at + second, at + width, 2))
@@ -219,7 +228,13 @@ def check_divides(model: ModelConfig, parts: int, what: str) -> None:
     heads, kv_heads = model.num_attention_heads, model.num_kv_heads
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(model, name) % parts:
-            raise ConfigError(f"{what} {parts} does not divide model.{name} {getattr(model, name)}")
+            padding = (
+                f": pad it to a multiple of {parts} (llemma convert --vocab-multiple {parts}; in a run, "
+                "model.vocab_size with model.unpadded_vocab_size)"
+                if name == "vocab_size"
+                else ""
+            )
+            raise ConfigError(f"{what} {parts} does not divide model.{name} {getattr(model, name)}{padding}")
     if kv_heads % parts and parts % kv_heads:
         raise ConfigError(
             f"{what} {parts} does not divide model.num_kv_heads {kv_heads} of {heads} heads and is no multiple of it"

@@ -20,6 +20,8 @@ class Fixed:
     reason: str
     default: Any = None
     """What GPT-NeoX does when the key is absent; None: nothing that matters here."""
+    default_today: Any = None
+    """The same since `mlp_type` is gone, where it is another."""
 
 
 def _by_key(keys_of: Mapping[str, str]) -> dict[str, str]:
@@ -31,14 +33,14 @@ MAPPED = frozenset(
     _by_key(
         {
             "model": """num_layers hidden_size num_attention_heads num_kv_heads attention_type intermediate_size
-                mlp_multiple_of seq_length rotary_emb_base rms_norm_epsilon""",
+                mlp_multiple_of expansion_factor mlp_type activation seq_length rotary_emb_base rms_norm_epsilon""",
             "tokenizer": "padded_vocab_size make_vocab_size_divisible_by vocab_file",
             "parallel": "model_parallel_size pipe_parallel_size zero_optimization",
             "optimizer": "optimizer lr weight_decay gradient_clipping clip_grad",
             "schedule": "train_iters lr_decay_iters warmup warmup_iters min_lr decay_lr_to",
             "batch": """train_micro_batch_size_per_gpu batch_size gradient_accumulation_steps gas train_batch_size
                 num_nodes num_gpus world_size global_num_gpus launcher""",
-            "loop": "checkpoint_factor eval_interval eval_iters log_interval checkpoint_activations seed",
+            "loop": "checkpoint_factor save_interval eval_interval eval_iters log_interval checkpoint_activations seed",
             "precision": "precision bf16 fp16 data_types",
             "data": "data_path train_data_paths train_data_weights valid_data_paths test_data_paths",
             "other": "use_wandb wandb_project wandb_team s3_path",
@@ -47,17 +49,15 @@ MAPPED = frozenset(
 )
 
 FIXED: Mapping[str, Fixed] = {
-    "norm": Fixed(("rmsnorm",), "RMSNorm is the only norm", default="layernorm"),
+    "norm": Fixed(("rmsnorm", "te_rmsnorm"), "RMSNorm is the only norm", default="layernorm"),
     "pos_emb": Fixed(("rotary",), "rotary positions are the only ones", default="learned"),
     "rotary_pct": Fixed((1,), "the whole head is rotated"),
-    "mlp_type": Fixed(("llama",), "SwiGLU with three matrices is the only MLP", default="regular"),
-    "activation": Fixed(("silu", "swish"), "SwiGLU's activation is the only one", default="gelu"),
     "no_weight_tying": Fixed((True,), "embedding and output head are untied", default=False),
     "use_bias_in_attn_linear": Fixed((False,), "there are no biases", default=True),
     "use_bias_in_norms": Fixed((False,), "there are no biases"),
     "use_bias_in_mlp": Fixed((False,), "there are no biases"),
-    "hidden_dropout": Fixed((0,), "there is no dropout", default=0.1),
-    "attention_dropout": Fixed((0,), "there is no dropout", default=0.1),
+    "hidden_dropout": Fixed((0,), "there is no dropout", default=0.1, default_today=0.0),
+    "attention_dropout": Fixed((0,), "there is no dropout", default=0.1, default_today=0.0),
     "lr_decay_style": Fixed(("cosine",), "warmup and cosine are the only schedule", default="linear"),
     "tokenizer_type": Fixed(("SPMTokenizer",), "SentencePiece is the only tokenizer", default="GPT2BPETokenizer"),
     "optimizer_type": Fixed(("adam", "Adam"), "AdamW is the only optimizer"),
@@ -65,6 +65,7 @@ FIXED: Mapping[str, Fixed] = {
     "model_arch": Fixed(("gpt2",), "a decoder is the only architecture"),
     "moe_num_experts": Fixed((1,), "there are no experts"),
     "context_parallel_size": Fixed((1,), "sequences are not split for attention"),
+    "dataset_impl": Fixed(("gpt2",), "documents are packed into full sequences"),
     "train_impl": Fixed(("normal",), "the loss is next-token cross-entropy"),
     "pack_impl": Fixed(("packed",), "documents are packed into full sequences"),
     "checkpoint_scale": Fixed(("linear",), "checkpoints come at a fixed interval"),
@@ -92,6 +93,13 @@ OFF: Mapping[str, str] = _by_key(
         "the schedule is warmup and cosine": "scheduler",
         "weights are given, not made from document counts": "weight_by_num_documents",
         "every token counts in the loss": "eod_mask_loss loss_on_targets_only label_data_paths packing",
+        "the loss is next-token cross-entropy on text": """train_label_data_paths test_label_data_paths
+            valid_label_data_paths train_reward_data_paths test_reward_data_paths valid_reward_data_paths
+            pos_train_data_paths neg_train_data_paths pos_train_label_data_paths neg_train_label_data_paths
+            pos_valid_data_paths neg_valid_data_paths pos_valid_label_data_paths neg_valid_label_data_paths
+            pos_test_data_paths neg_test_data_paths pos_test_label_data_paths neg_test_label_data_paths""",
+        "layers are torch's own, without fp8": """te_columnparallel te_rowparallel te_layernorm_mlp te_mha
+            te_fp8_mha""",
         "the recipe is the same for the whole run": """curriculum_learning data_efficiency elasticity
             compression_training""",
         "DeepSpeed is configured here, so that nothing in it changes the numbers": "deepspeed_extra_args",
@@ -107,16 +115,26 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
         "every layer has dense causal attention; its kernel is chosen when training starts": "attention_config",
         "rotary positions need no table of a given size": "max_position_embeddings",
         "the norm is RMSNorm": "layernorm_epsilon scalenorm_epsilon",
-        "it belongs to another architecture": "rpe_num_buckets rpe_max_distance opt_pos_emb_offset gmlp_attn_dim",
-        "there are no experts": "moe_top_k moe_type moe_loss_coeff moe_expert_interval moe_expert_parallel_size",
+        "it belongs to another architecture": """rpe_num_buckets rpe_max_distance opt_pos_emb_offset gmlp_attn_dim
+            mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion mamba_selective_fp32_params
+            mamba_use_bias_in_conv mamba_use_bias_in_linears dim_att head_size ffn_dim""",
+        "there are no experts": """moe_top_k moe_type moe_loss_coeff moe_expert_interval moe_expert_parallel_size
+            expert_interval use_tutel moe_train_capacity_factor moe_eval_capacity_factor moe_min_capacity
+            moe_token_dropping create_moe_param_group moe_use_residual moe_glu moe_lbl_in_fp32 moe_jitter_eps
+            enable_expert_tensor_parallelism moe_aux_loss_coeff""",
+        "the loss is next-token cross-entropy, to which it does not belong": """dpo_fp32 dpo_reference_free dpo_beta
+            kto_fp32 kto_desirable_weight kto_undesirable_weight kto_beta z_loss allow_chopped""",
         "weights come from base_model": """init_method init_method_std output_layer_init_method
             use_cpu_initialization""",
         "the output head is split over the vocabulary; the numbers are the same": "output_layer_parallelism",
         "kernels are chosen here, and softmax is in fp32": """scaled_upper_triang_masked_softmax_fusion
-            scaled_masked_softmax_fusion bias_gelu_fusion bias_dropout_fusion rope_fusion rmsnorm_fusion
-            layernorm_fusion attention_softmax_in_fp32""",
-        "it changes speed, not numbers": "sequence_parallel pipe_partition_method is_pipe_parallel",
-        "the feature that it belongs to is off": """param_sharing_style weighted_sampler_alpha base_shapes_file
+            use_flashattn_swiglu scaled_masked_softmax_fusion bias_gelu_fusion bias_dropout_fusion rope_fusion
+            rmsnorm_fusion layernorm_fusion attention_softmax_in_fp32""",
+        "it changes speed, not numbers": """sequence_parallel pipe_partition_method is_pipe_parallel
+            zero_reduce_scatter zero_contiguous_gradients zero_reduce_bucket_size zero_allgather_bucket_size""",
+        "tables of rotary positions are in no checkpoint here": "rotary_save_freqs_buffer",
+        "the feature that it belongs to is off": """te_fp8_format te_fp8_wgrad te_fp8_amax_history_len
+            te_fp8_amax_compute_algo te_fp8_margin param_sharing_style weighted_sampler_alpha base_shapes_file
             mup_width_scale mup_rp_embedding_mult""",
         "each block is one checkpointed unit (train.activation_checkpointing)": """checkpoint_num_layers
             partition_activations synchronize_each_layer contiguous_checkpointing profile_backward
@@ -137,7 +155,8 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
             user_script""",
         "W&B runs are named after the run; the host is W&B's own setting": """wandb_group wandb_host
             wandb_init_all_ranks wandb""",
-        "metrics go to W&B and to metrics.jsonl": """tensorboard_dir tensorboard csv_monitor log_dir
+        "metrics go to W&B and to metrics.jsonl": """use_comet comet_workspace comet_project comet_experiment_name
+            comet_tags comet_others comet_experiment tensorboard_dir tensorboard csv_monitor log_dir
             log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states log_gradient_noise_scale
             gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload steps_per_print wall_clock_breakdown
             dump_state flops_profiler comms_logger char_level_ppl memory_profiling memory_profiling_path profile
@@ -149,7 +168,8 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
             detect_nvlink_pairs no_ssh_check comment account""",
         "bf16 needs no loss scaling": "loss_scale loss_scale_window hysteresis min_scale dynamic_loss_scale",
         "it concerns text generation": """text_gen_type temperature top_p top_k return_logits maximum_tokens
-            prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks""",
+            prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks
+            precompute_model_name""",
         "it is a variable of GPT-NeoX's own": "curriculum_seqlen",
     }
 )
@@ -172,5 +192,18 @@ ZERO_INEFFECTIVE = frozenset(
 DATA_TYPES: Mapping[str, Fixed] = {
     "grad_accum_dtype": Fixed(("fp32",), "gradients are always accumulated in fp32"),
 }
+
+PRECISION_KEYS: Mapping[str, frozenset[str]] = {
+    "bf16": frozenset(_by_key({"": "enabled immediate_grad_update"})),
+    "fp16": frozenset(
+        _by_key(
+            {
+                "": """enabled type fp16 auto_cast loss_scale loss_scale_window hysteresis consecutive_hysteresis
+                    min_loss_scale initial_scale_power fp16_master_weights_and_grads"""
+            }
+        )
+    ),
+}
+"""Keys within bf16 and fp16; only `enabled` and `type` say anything about a run here."""
 
 KNOWN_KEYS = MAPPED | FIXED.keys() | OFF.keys() | INEFFECTIVE.keys()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neox_core.config.neox.mlp import intermediate_size
+from neox_core.config.neox.names import source_names
 from neox_core.config.neox.settings import NeoxSettings, as_number
 from neox_core.errors import ConfigError
 
 _LLEMMA_NODES, _LLEMMA_GPUS_PER_NODE = 32, 8
-_LLEMMA_SOURCES = {
-    "arxiv-rp": "arxiv",
-    "code-with-proofsteps": "algebraic-stack",
-    "code-rp": "code",
-}
-"""Llemma's working names of token files, and the names under which Proof-Pile-2 was published."""
 
 
 def model_section(settings: NeoxSettings, folder: Path) -> dict[str, Any]:
@@ -25,15 +20,12 @@ def model_section(settings: NeoxSettings, folder: Path) -> dict[str, Any]:
         folder: where a relative vocab_file is looked for.
     """
     hidden = settings.need_whole("hidden_size")
-    multiple = settings.whole("mlp_multiple_of") or 256
-    # GPT-NeoX's rule for its Llama MLP: two thirds of 4 x hidden, rounded up.
-    intermediate = settings.whole("intermediate_size") or -(-(hidden * 8 // 3) // multiple) * multiple
     return {
         "num_layers": settings.need("num_layers"),
         "hidden_size": hidden,
         "num_attention_heads": settings.need("num_attention_heads"),
         "num_kv_heads": _kv_heads(settings),
-        "intermediate_size": intermediate,
+        "intermediate_size": intermediate_size(settings, hidden),
         "vocab_size": _vocab_size(settings, folder),
         "rope_theta": settings.default("rotary_emb_base", "model.rope_theta"),
         "norm_eps": as_number("rms_norm_epsilon", settings.default("rms_norm_epsilon", "model.norm_eps")),
@@ -122,7 +114,7 @@ def train_section(settings: NeoxSettings, launch: dict[str, Any], parallel: dict
             "interval": settings.default("eval_interval", "train.validation.interval"),
             "iterations": settings.default("eval_iters", "train.validation.iterations"),
         },
-        "checkpoint_interval": settings.need("checkpoint_factor"),
+        "checkpoint_interval": settings.need("checkpoint_factor", "save_interval"),
         "precision": _precision(settings),
         "gradient_clip": settings.default("gradient_clipping", "train.gradient_clip", "clip_grad"),
         "activation_checkpointing": "full" if checkpointing else "none",
@@ -214,12 +206,17 @@ def _precision(settings: NeoxSettings) -> str:
 
 def data_section(settings: NeoxSettings) -> dict[str, Any]:
     """Sources and weights. Token files become source names; the text they were made from must be supplied."""
-    train = _names(settings.get("train_data_paths") or [settings.need("data_path", "train_data_paths")])
-    weights = settings.get("train_data_weights") or [1.0] * len(train)
-    if len(weights) != len(train):
-        raise ConfigError(f"GPT-NeoX has {len(train)} train_data_paths but {len(weights)} train_data_weights")
-    sources = {name: {"weight": weight} for name, weight in zip(train, weights, strict=True)}
-    validation, test = _names(settings.get("valid_data_paths") or []), _names(settings.get("test_data_paths") or [])
+    paths = settings.get("train_data_paths") or [settings.need("data_path", "train_data_paths")]
+    weights = settings.get("train_data_weights") or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise ConfigError(f"GPT-NeoX has {len(paths)} train_data_paths but {len(weights)} train_data_weights")
+    known = source_names(paths)
+    sources: dict[str, dict[str, float]] = {name: {"weight": 0} for name in known.values()}
+    for path, weight in zip(paths, weights, strict=True):  # a path that is given twice counts twice
+        sources[known[str(path)]]["weight"] += as_number("train_data_weights", weight)
+    validation, test = (
+        list((source_names(settings.get(key) or [], known)).values()) for key in ("valid_data_paths", "test_data_paths")
+    )
     evaluated = list(dict.fromkeys([*validation, *test]))
     if set(validation) != set(test):
         settings.todo.append(("data.eval_sources", f"check it: GPT-NeoX validates on {validation} and tests on {test}"))
@@ -232,12 +229,6 @@ def data_section(settings: NeoxSettings) -> dict[str, Any]:
         )
     )
     return {"input": "../data/text", "sources": sources, "eval_sources": evaluated}
-
-
-def _names(paths: Sequence[Any]) -> list[str]:
-    """Source names of token files, in order, each once."""
-    names = [Path(str(path)).name.removesuffix("_text_document") for path in paths]
-    return list(dict.fromkeys(_LLEMMA_SOURCES.get(name, name) for name in names))
 
 
 def wandb_section(settings: NeoxSettings) -> dict[str, Any]:

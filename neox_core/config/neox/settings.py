@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neox_core.config.load import read_yaml
-from neox_core.config.neox.keys import (
-    DATA_TYPES,
-    FIXED,
-    INEFFECTIVE,
-    KNOWN_KEYS,
-    OFF,
-    ZERO_FIXED,
-    ZERO_INEFFECTIVE,
-    Fixed,
-)
+from neox_core.config.neox.keys import KNOWN_KEYS
+from neox_core.config.yaml_file import read_yaml
 from neox_core.errors import ConfigError
-
-Ineffective = tuple[str, Any, str]
-"""Key, value, and why it changes nothing here."""
 
 _DEFAULTS: Mapping[str, Any] = {
     "rotary_emb_base": 10000,
@@ -40,7 +28,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "make_vocab_size_divisible_by": 128,
     "seed": 1234,
 }
-"""GPT-NeoX's own defaults of the keys that have a counterpart here."""
+"""GPT-NeoX's own defaults of the keys that have a counterpart here, when it still had `mlp_type`."""
+_DEFAULTS_TODAY: Mapping[str, Any] = {"weight_decay": 0.1}
+"""Those that are others since."""
 
 
 @dataclass
@@ -49,6 +39,11 @@ class NeoxSettings:
 
     values: Mapping[str, Any]
     todo: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def today(self) -> bool:
+        """Whether the files are of a GPT-NeoX in which `activation` alone selects the MLP; before, `mlp_type` did."""
+        return self.get("mlp_type") is None
 
     def get(self, *keys: str) -> Any:
         """The value of the one of several synonymous keys that is set; None if none is.
@@ -73,8 +68,9 @@ class NeoxSettings:
         value = self.get(key, *synonyms)
         if value is not None:
             return value
-        self.todo.append((ours, f"check {_DEFAULTS[key]!r}: {key} is not in the files, so this is GPT-NeoX's default"))
-        return _DEFAULTS[key]
+        defaults = {**_DEFAULTS, **(_DEFAULTS_TODAY if self.today else {})}
+        self.todo.append((ours, f"check {defaults[key]!r}: {key} is not in the files, so this is GPT-NeoX's default"))
+        return defaults[key]
 
     def number(self, *keys: str) -> float | None:
         """Like `get`, for a number; YAML reads 1e-5 as text."""
@@ -133,84 +129,13 @@ def read_settings(paths: Sequence[Path]) -> NeoxSettings:
                 raise ConfigError(
                     f"GPT-NeoX key {written!r} is {values[key]!r} in {origin[key]} and {value!r} in {path}: keep one"
                 )
-            _require_known(key, KNOWN_KEYS, str(path))
+            require_known(key, KNOWN_KEYS, str(path))
             spelt[key], origin[key], values[key] = str(written), path, value
     return NeoxSettings(values)
 
 
-def ineffective_keys(settings: NeoxSettings) -> list[Ineffective]:
-    """The keys that are set and change nothing, with the reason.
-
-    Raises:
-        ConfigError: a key's value, or GPT-NeoX's default for it, asks for something that is not done here.
-    """
-    found: list[Ineffective] = []
-    for key, value in settings.values.items():
-        if value is None:
-            found.append((key, None, "null is as if it were not set"))
-        elif key in OFF:
-            _require_off(key, value)
-            found.append((key, value, f"it is off here too: {OFF[key]}"))
-        elif key in INEFFECTIVE:
-            found.append((key, value, INEFFECTIVE[key]))
-    found += _fixed(settings.values, FIXED)
-    _require_dense_attention(settings)
-    found += _zero_optimization(settings.mapping("zero_optimization"))
-    found += _data_types(settings.mapping("data_types"))
-    return found
-
-
-def _fixed(values: Mapping[str, Any], table: Mapping[str, Fixed], prefix: str = "") -> Iterator[Ineffective]:
-    """The keys of `table` that are set, once the values of all of them, or GPT-NeoX's defaults, are found accepted."""
-    for key, rule in table.items():
-        value = values.get(key)
-        effective = rule.default if value is None else value
-        if effective is not None and not any(_same(effective, accepted) for accepted in rule.accepted):
-            source = " (GPT-NeoX's default, as the files don't set it)" if value is None else ""
-            raise ConfigError(
-                f"GPT-NeoX key {prefix + key!r} is {effective!r}{source}, which is not supported: {rule.reason}; "
-                f"accepted: {', '.join(map(repr, rule.accepted))}"
-            )
-        if value is not None:
-            yield prefix + key, value, f"always so: {rule.reason}"
-
-
-def _same(value: Any, accepted: Any) -> bool:
-    """Equality that keeps True and 1 apart, but not 0 and 0.0."""
-    return bool(value == accepted) and isinstance(value, bool) == isinstance(accepted, bool)
-
-
-def _require_off(key: str, value: Any) -> None:
-    if value and not (isinstance(value, dict) and value.get("enabled") is False):
-        raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not supported: {OFF[key]}; remove it")
-
-
-def _require_dense_attention(settings: NeoxSettings) -> None:
-    """attention_config: [[[kinds], repeats], ...]."""
-    config = settings.get("attention_config")
-    kinds = {kind for block in config or [] for kind in (block[0] if isinstance(block, list) else [block])}
-    if other := sorted(map(str, kinds - {"global", "flash"})):
-        raise ConfigError(
-            f"GPT-NeoX key 'attention_config' names {other}, which is not supported: attention is dense and causal, "
-            "which GPT-NeoX calls 'global' or 'flash'"
-        )
-
-
-def _zero_optimization(options: Mapping[str, Any]) -> Iterator[Ineffective]:
-    for key, value in options.items():
-        _require_known(key, ZERO_FIXED.keys() | ZERO_INEFFECTIVE, "zero_optimization")
-        if key in ZERO_INEFFECTIVE:
-            yield f"zero_optimization.{key}", value, "it changes speed and memory, not numbers"
-    yield from _fixed(options, ZERO_FIXED, "zero_optimization.")
-
-
-def _data_types(options: Mapping[str, Any]) -> Iterator[Ineffective]:
-    for key in options:
-        _require_known(key, DATA_TYPES.keys(), "data_types")
-    yield from _fixed(options, DATA_TYPES, "data_types.")
-
-
-def _require_known(key: str, known: Iterable[str], where: str) -> None:
+def require_known(key: str, known: Iterable[str], where: str) -> None:
+    """Raise ConfigError, with the nearest known key, if a key is none of them."""
     known = sorted(known)
     if key in known:
         return

@@ -13,6 +13,7 @@ import yaml
 
 from neox_core.config.batch import batch_geometry
 from neox_core.config.load import parse_config
+from neox_core.config.neox.ineffective import Ineffective, ineffective_keys
 from neox_core.config.neox.sections import (
     data_section,
     launch_section,
@@ -21,7 +22,7 @@ from neox_core.config.neox.sections import (
     train_section,
     wandb_section,
 )
-from neox_core.config.neox.settings import Ineffective, NeoxSettings, ineffective_keys, read_settings
+from neox_core.config.neox.settings import NeoxSettings, read_settings
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,24 @@
-"""Parts into datasets: what is left out, the counts that must add up, and the lists of what was found."""
+"""Parts into datasets: what is left out, and the counts that must add up."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from neox_core.config import DataConfig
-from neox_core.data.tokenization.duplicates import find_duplicates
 from neox_core.data.indexed import IndexedDataset
+from neox_core.data.ledger import LEFT_OUT
+from neox_core.data.tokenization.filters.dropped import MadePart, ValidationTexts, find_dropped
+from neox_core.data.tokenization.filters.findings import REJECTED_FILE
 from neox_core.data.tokenization.merge import Mask, Part, merge
-from neox_core.data.tokenization.overlap import load_items, set_names
 from neox_core.data.tokenization.part import find_record
-from neox_core.data.tokenization.part_files import PartPaths, load_table
-from neox_core.data.tokenization.part_settings import PartRecord
-from neox_core.data.tokenization.readers import InputFile
+from neox_core.data.tokenization.part_files import load_table
 from neox_core.errors import DataError
-from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
-
-REJECTED_FILE = "rejected.jsonl"
-OVERLAP_FILE = "overlap.json"
-
-
-@dataclass(frozen=True)
-class MadePart:
-    """An input file and its part."""
-
-    file: InputFile
-    record: PartRecord
-    paths: PartPaths
-
-    def overlaps(self) -> Iterable[dict[str, Any]]:
-        """The lines of the part's list of overlaps."""
-        with self.paths.overlaps.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
 
 
 @dataclass(frozen=True)
@@ -49,33 +29,46 @@ class SplitPlan:
     keep: tuple[Mask | None, ...]
     """Per part, [documents]; None: all."""
     counts: Mapping[str, int]
-    """documents_in = documents + rejected + duplicates + decontaminated; bytes and tokens of `documents`."""
+    """documents_in = documents + those of each of LEFT_OUT; bytes and tokens of `documents`."""
 
 
-def plan_split(parts: Sequence[MadePart], data: DataConfig) -> SplitPlan:
-    """Decide for one source and split. A duplicate that overlaps as well counts as a duplicate."""
-    totals = {unit: sum(getattr(part.record, unit) for part in parts) for unit in ("documents", "bytes", "tokens")}
-    rejected = sum(part.record.rejected for part in parts)
-    counts = {"documents_in": totals["documents"] + rejected, **totals, "rejected": rejected}
-    if not (data.deduplicate or data.decontaminate):
-        return SplitPlan(tuple(parts), (None,) * len(parts), counts | {"duplicates": 0, "decontaminated": 0})
-    duplicate = _duplicates(parts, data)
-    overlapping = [_overlapping(part) if data.decontaminate else None for part in parts]
-    keep: list[Mask] = []
-    dropped = {"duplicates": 0, "decontaminated": 0}
-    for part, again, found in zip(parts, duplicate, overlapping, strict=True):
-        contaminated = found & ~again if found is not None else np.zeros_like(again)
-        keep.append(~(again | contaminated))
-        dropped["duplicates"] += int(again.sum())
-        dropped["decontaminated"] += int(contaminated.sum())
-        counts["documents"] -= int((~keep[-1]).sum())
-        counts["bytes"] -= int(load_table(part.paths)["bytes"][~keep[-1]].sum())
-        counts["tokens"] -= int(IndexedDataset(part.paths.prefix).sizes[~keep[-1]].sum(dtype=np.int64))
-    return SplitPlan(tuple(parts), tuple(keep), counts | dropped)
+def plan_splits(
+    parts: Sequence[MadePart], data: DataConfig, in_validation: Sequence[ValidationTexts]
+) -> dict[tuple[str, str], SplitPlan]:
+    """Decide for every source and split. A document that may be left out for several reasons counts for the first of
+    LEFT_OUT."""
+    dropped = find_dropped(parts, data, in_validation)
+    places = defaultdict[tuple[str, str], list[int]](list)
+    for place, part in enumerate(parts):
+        places[part.file.source, part.file.split].append(place)
+    return {
+        key: _plan_split([parts[place] for place in here], [dropped[place] for place in here])
+        for key, here in places.items()
+    }
 
 
-def check_rejected(plans: Iterable[SplitPlan], source: str, limit: float) -> None:
-    """Refuse a source of which too many records are bad.
+def _plan_split(parts: Sequence[MadePart], dropped: Sequence[Mapping[str, Mask]]) -> SplitPlan:
+    records = [part.record for part in parts]
+    rejected, empty = (sum(getattr(record, unit) for record in records) for unit in ("rejected", "empty"))
+    counts = {unit: sum(getattr(record, unit) for record in records) for unit in ("documents", "bytes", "tokens")}
+    counts = {"documents_in": counts["documents"] + rejected + empty, **counts, **dict.fromkeys(LEFT_OUT, 0)}
+    counts |= {"rejected": rejected, "empty": empty}
+    keep: list[Mask | None] = []
+    for part, reasons in zip(parts, dropped, strict=True):
+        left_out = np.zeros(part.record.documents, dtype=np.bool_)
+        for reason, mask in reasons.items():
+            counts[reason] += int((mask & ~left_out).sum())
+            left_out |= mask
+        keep.append(~left_out if left_out.any() else None)
+        if left_out.any():
+            counts["documents"] -= int(left_out.sum())
+            counts["bytes"] -= int(load_table(part.paths)["bytes"][left_out].sum())
+            counts["tokens"] -= int(IndexedDataset(part.paths.prefix).sizes[left_out].sum(dtype=np.int64))
+    return SplitPlan(tuple(parts), tuple(keep), counts)
+
+
+def check_rejected(plans: Iterable[SplitPlan], source: str, limit: float, folder: Path) -> None:
+    """Refuse a source of which too many records are bad; they are listed in `folder`.
 
     Raises:
         DataError: says how many, and the first reason.
@@ -89,7 +82,7 @@ def check_rejected(plans: Iterable[SplitPlan], source: str, limit: float) -> Non
         first = json.loads(next(lines))
     raise DataError(
         f"source {source!r}: {rejected} of {total} records are bad, more than data.max_rejected {limit:g}; the first is "
-        f"{part.file.location}, line {first['line']}: {first['reason']} (all are in {REJECTED_FILE}): correct or "
+        f"{part.file.location}, line {first['line']}: {first['reason']} (all are in {folder / REJECTED_FILE}): correct or "
         "remove them, correct data.text_key, or raise data.max_rejected"
     )
 
@@ -101,7 +94,7 @@ def merge_split(plan: SplitPlan, prefix: Path, workers: int) -> None:
         DataError: the counts do not add up, or the dataset does not hold what they say.
     """
     counts = plan.counts
-    accounted = sum(counts[unit] for unit in ("documents", "rejected", "duplicates", "decontaminated"))
+    accounted = sum(counts[unit] for unit in ("documents", *LEFT_OUT))
     merge([Part(part.paths.prefix, keep) for part, keep in zip(plan.parts, plan.keep, strict=True)], prefix, workers)
     merged = IndexedDataset(prefix)
     found = {"documents_in": accounted, "documents": len(merged), "tokens": len(merged.tokens)}
@@ -122,57 +115,3 @@ def check_unchanged(parts: Iterable[MadePart]) -> None:
                 f"the part of {part.file.location} at {part.paths.prefix} was replaced while it was merged: end the "
                 "other run that tokenizes in this workdir, or its jobs, and run again"
             )
-
-
-def write_rejected(parts: Iterable[MadePart], folder: Path) -> None:
-    """List every rejected record and left-out file, or have no list if there is none."""
-    path = folder / REJECTED_FILE
-    remove_remains(path)
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as output:
-        for part in parts:
-            with part.paths.rejected.open(encoding="utf-8") as lines:
-                for line in map(json.loads, lines):
-                    output.write(json.dumps({"file": part.file.logical_name, **line}) + "\n")
-    if path.stat().st_size == 0:
-        path.unlink()
-
-
-def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> dict[str, Any]:
-    """List every overlap with the evaluation sets; returns, per source, how many items and documents are in it."""
-    items = load_items(data.evaluation_sets, data.overlap_words)
-    names = set_names(data.evaluation_sets)
-    all_items = {(item.set_number, item.item) for item in items.items}
-    long_enough = {(item.set_number, item.item) for item in items.items if len(item.words) >= data.overlap_words}
-    hits: dict[str, list[dict[str, Any]]] = {source: [] for source in data.sources}
-    for part in parts:
-        for line in part.overlaps():
-            what = {key: line[key] for key in ("item", "field", "words", "text")}
-            hits[part.file.source].append({"set": names[line["set"]], **what, "file": part.file.logical_name, "line": line["line"]})
-    summary = {
-        source: {
-            "items": len({(hit["set"], hit["item"]) for hit in found}),
-            "documents": len({(hit["file"], hit["line"]) for hit in found}),
-        }
-        for source, found in hits.items()
-    }
-    content = {
-        "words": data.overlap_words,
-        "decontaminated": data.decontaminate,
-        "items": len(all_items),
-        "items_too_short_to_check": len(all_items - long_enough),
-        "sources": {source: {**summary[source], "hits": hits[source]} for source in hits},
-    }
-    write_atomically(folder / OVERLAP_FILE, json.dumps(content, indent=1))
-    return summary
-
-
-def _duplicates(parts: Sequence[MadePart], data: DataConfig) -> list[Mask]:
-    if data.deduplicate:
-        return find_duplicates([partial(load_table, part.paths) for part in parts])
-    return [np.zeros(part.record.documents, dtype=np.bool_) for part in parts]
-
-
-def _overlapping(part: MadePart) -> Mask:
-    mask = np.zeros(part.record.documents, dtype=np.bool_)
-    mask[[line["document"] for line in part.overlaps()]] = True
-    return mask

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from neox_core.storage.atomic import write_atomically
-from neox_core.data.tokenization.overlap import EvaluationItems, load_items
+from neox_core.data.tokenization.filters.overlap import EvaluationItems, load_items
 from neox_core.data.tokenization.part_files import PARTS, PartPaths, PartWriter
 from neox_core.data.tokenization.part_settings import Done, PartRecord, PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import DamagedFileError, InputFile, WrongColumnError, open_input, read_records
@@ -31,7 +31,8 @@ def make_part(
             found.
 
     Raises:
-        DataError: the file is damaged (and is not to be skipped) or cannot be read, or an id is not SentencePiece's.
+        DataError: the file cannot be read, or an id is not SentencePiece's. Of a damaged file the part is empty, and
+            its record says why: it is for the caller, who knows of all files, to refuse it.
         ConfigError, StorageError: the tokenizer, an evaluation set or an object cannot be read.
     """
     try:
@@ -54,8 +55,6 @@ def _found_or_made(
     except WrongColumnError as error:
         raise WrongColumnError(file.location, error.reason) from None
     except DamagedFileError as error:
-        if not settings.skip_damaged_files:
-            raise DamagedFileError(file.location, error.reason) from None
         damaged = error.reason
         with PartWriter(file, paths, tokenizer) as writer:
             writer.leave_out(damaged)
@@ -64,6 +63,7 @@ def _found_or_made(
         bytes=writer.bytes,
         tokens=writer.tokens,
         rejected=writer.rejected,
+        empty=writer.empty,
         damaged=damaged,
         engine=tokenizer.engine,
         verified=writer.verified,
@@ -91,7 +91,7 @@ def _written(
     items = _items(settings) if file.split == "train" else None
     with (
         open_input(file, settings.storage, scratch) as path,
-        PartWriter(file, paths, tokenizer, items, settings.deduplicate) as writer,
+        PartWriter(file, paths, tokenizer, items, settings.signatures) as writer,
     ):
         for record in read_records(
             path,
@@ -114,7 +114,7 @@ def load_before_fork(settings: PartSettings) -> None:
 
 
 def _items(settings: PartSettings) -> EvaluationItems | None:
-    return load_items(settings.evaluation_sets, settings.overlap_words) if settings.evaluation_sets else None
+    return load_items(settings.evaluation_sets, settings.overlap) if settings.evaluation_sets else None
 
 
 @lru_cache(maxsize=1)

@@ -16,10 +16,11 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.lib import format as npy
 
-from neox_core.artifact import sha256_of
-from neox_core.data.tokenization.duplicates import DOCUMENT, DocumentTable, text_hash
+from neox_core.data.tokenization.filters.duplicates import DOCUMENT, DocumentTable, text_hash
+from neox_core.storage.digest import sha256_of
 from neox_core.data.indexed import IndexedWriter, Tokens, bin_path, idx_path
-from neox_core.data.tokenization.overlap import EvaluationItems
+from neox_core.data.tokenization.filters.near_duplicates import PERMUTATIONS, Signatures, signature
+from neox_core.data.tokenization.filters.overlap import EvaluationItems
 from neox_core.data.tokenization.readers import Document, InputFile, Rejection
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
@@ -63,9 +64,15 @@ class PartPaths:
         """The DocumentTable."""
         return self._with(".documents.npy")
 
+    @property
+    def signatures(self) -> Path:
+        """The documents' Signatures, or none of them."""
+        return self._with(".signatures.npy")
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of each of the files but the record, by name."""
-        files = (bin_path(self.prefix), idx_path(self.prefix), self.documents, self.rejected, self.overlaps)
+        lists = (self.documents, self.signatures, self.rejected, self.overlaps)
+        files = (bin_path(self.prefix), idx_path(self.prefix), *lists)
         return {path.name: sha256_of(path) for path in files}
 
     def _with(self, suffix: str) -> Path:
@@ -84,14 +91,15 @@ class PartWriter:
         paths: PartPaths,
         tokenizer: Tokenizer,
         items: EvaluationItems | None = None,
-        deduplicate: bool = False,
+        signatures: bool = False,
     ) -> None:
         self._file, self._paths, self._tokenizer, self._items = file, paths, tokenizer, items
-        self._deduplicate = deduplicate
+        self._signs = signatures
         self._documents = 0
         self._verified_bytes = 0
-        self.bytes = self.tokens = self.rejected = self.verified = 0
-        """Of the text in UTF-8; ids; records that hold no usable text; documents compared with SentencePiece."""
+        self.bytes = self.tokens = self.rejected = self.empty = self.verified = 0
+        """Of the text in UTF-8; ids; records that hold no usable text; records whose text is blank, which are dropped;
+        documents compared with SentencePiece."""
 
     def __len__(self) -> int:
         """Documents so far."""
@@ -104,6 +112,7 @@ class PartWriter:
             self._overlaps = stack.enter_context(_renamed(self._paths.overlaps, "w"))
             self._ids = stack.enter_context(IndexedWriter(self._paths.prefix, self._tokenizer.dtype))
             self._rows = stack.enter_context(TemporaryFile(dir=self._paths.prefix.parent))
+            self._signatures = stack.enter_context(TemporaryFile(dir=self._paths.prefix.parent))
             stack.push(self._save_rows)
             self._stack = stack.pop_all()
         return self
@@ -123,6 +132,9 @@ class PartWriter:
             self.rejected += 1
             _write_line(self._rejected, {"line": record.line, "reason": record.reason})
             return
+        if record.is_empty:
+            self.empty += 1
+            return
         ids = self._tokenizer.encode_document(record.text)
         if not len(self) or (self._verified_bytes + record.bytes) * _VERIFY_ONE_IN <= self.bytes + record.bytes:
             self._verify(record, ids)
@@ -131,8 +143,10 @@ class PartWriter:
             where = {"document": len(self), "line": record.line}
             _write_line(self._overlaps, {**found, **where, "words": hit.length, "text": hit.text})
         self._ids.add_document(ids)
-        high, low = text_hash(record.text) if self._deduplicate else (0, 0)
+        high, low = text_hash(record.text)
         self._rows.write(_ROW.pack(high, low, record.bytes, record.line))
+        if self._signs:
+            self._signatures.write(signature(record.text))
         self._documents += 1
         self.bytes, self.tokens = self.bytes + record.bytes, self.tokens + len(ids)
 
@@ -144,11 +158,9 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            layout = {"descr": npy.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (self._documents,)}
-            self._rows.seek(0)
-            with _renamed(self._paths.documents, "wb") as file:
-                npy.write_array_header_1_0(file, layout)
-                shutil.copyfileobj(self._rows, file)
+            _save_array(self._paths.documents, self._rows, DOCUMENT, (self._documents,))
+            signatures = (self._documents if self._signs else 0, PERMUTATIONS)
+            _save_array(self._paths.signatures, self._signatures, np.dtype("<u4"), signatures)
 
     def _verify(self, document: Document, ids: Tokens) -> None:
         try:
@@ -165,11 +177,29 @@ def _renamed(path: Path, mode: str) -> Iterator[Any]:
         yield file
 
 
+def _save_array(path: Path, content: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    content.seek(0)
+    with _renamed(path, "wb") as file:
+        npy.write_array_header_1_0(
+            file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        )
+        shutil.copyfileobj(content, file)
+
+
 def _write_line(file: TextIO, content: dict[str, Any]) -> None:
     file.write(json.dumps(content) + "\n")
 
 
 def load_table(paths: PartPaths) -> DocumentTable:
     """What is kept of each of a part's documents."""
-    table: DocumentTable = np.load(paths.documents, mmap_mode="r" if paths.documents.stat().st_size > 1 << 16 else None)
-    return table
+    return _load(paths.documents)
+
+
+def load_signatures(paths: PartPaths) -> Signatures:
+    """The signatures of a part's documents, if they were asked for."""
+    return _load(paths.signatures)
+
+
+def _load(path: Path) -> np.ndarray[Any, Any]:
+    loaded: np.ndarray[Any, Any] = np.load(path, mmap_mode="r" if path.stat().st_size > 1 << 16 else None)
+    return loaded

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from neox_core.artifact import sha256_of
+from neox_core.data.tokenization.filters.overlap import OverlapWords
+from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import SourceFormat, source_formats
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class PartSettings:
     """Where s3:// inputs lie; None if there are none."""
     text_key: str = "text"
     skip_damaged_files: bool = False
-    deduplicate: bool = False
+    """A part that was left out as damaged is not tried again."""
     evaluation_sets: tuple[Path, ...] = ()
-    overlap_words: int = 30
+    overlap: OverlapWords = OverlapWords(30, 8)
+    signatures: bool = False
+    """Near-duplicates are looked for."""
     formats: tuple[SourceFormat, ...] = field(default_factory=source_formats)
     """Readers that are registered where the settings are made, and so not where a worker uses them."""
 
@@ -52,9 +55,9 @@ class PartSettings:
             config.storage if _is_remote(data) else None,
             data.text_key,
             data.skip_damaged_files,
-            data.deduplicate,
             data.evaluation_sets,
-            data.overlap_words,
+            OverlapWords(data.overlap_words, data.overlap_min_words),
+            data.near_duplicates is not None,
         )
 
     def logical(self) -> dict[str, str]:
@@ -64,9 +67,9 @@ class PartSettings:
             "end_of_document": self.tokenizer.end_of_document,
             "begin_of_document": str(self.tokenizer.begin_of_document),
             "text_key": self.text_key,
-            "deduplicate": str(self.deduplicate),
             "evaluation_sets": " ".join(sha256_of(path) for path in self.evaluation_sets),
-            "overlap_words": str(self.overlap_words),
+            "overlap": f"{self.overlap.run} {self.overlap.whole}",
+            "signatures": str(self.signatures),
         }
 
 
@@ -88,6 +91,8 @@ class PartRecord:
     bytes: int
     tokens: int
     rejected: int
+    empty: int
+    """Records whose text is empty or blank; they are dropped."""
     damaged: str
     """Why the file was left out as a whole; empty if it was not."""
     engine: str

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from neox_core.config import BatchGeometry, RunConfig
 
 
-def attach_deepspeed() -> None:
-    """Let DeepSpeed use the process group that there is."""
+def attach_deepspeed(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Let DeepSpeed use the process group that there is, and optimizers of this type without a warning."""
+    if optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
     if dist.get_backend() != "nccl":
         # Otherwise DeepSpeed compiles a C++ extension for a minute, and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -27,7 +31,6 @@ def deepspeed_config(config: RunConfig, geometry: BatchGeometry) -> dict[str, An
         "gradient_accumulation_steps": geometry.accumulation_steps,
         "gradient_clipping": config.train.gradient_clip,
         "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
         "pipeline": {"use_reentrant": False, "pipe_partitioned": partitioned, "grad_partitioned": partitioned},
         "checkpoint": {"parallel_write": {"pipeline_stage": True}},
         "steps_per_print": 10**9,

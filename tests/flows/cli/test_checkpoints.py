@@ -14,15 +14,16 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from neox_core import artifact as artifact_module
-from neox_core.artifact import read_artifact, sha256_of
+from neox_core.artifact import read_artifact
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
 from neox_core.storage import folders
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
-from neox_core.storage.targets import S3Target
+from neox_core.storage.s3_target import S3Target
 from tests.paths import ROOT
 
 

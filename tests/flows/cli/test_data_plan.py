@@ -14,7 +14,9 @@ from flows import cli
 from neox_core.artifact import Artifact, DigestCache, publish
 from neox_core.config import load_config
 from neox_core.config.load import merge
+from tasks.current import note_current
 from tasks.specs import prepare_spec
+from tasks.stage import StageResult
 from tests.paths import ROOT
 
 TRAIN = {"arxiv": 300_000, "open-web-math": 1_000_000}
@@ -60,7 +62,8 @@ def put_artifact(path: Path) -> None:
     sources = {name: {"train": counts.get(name, empty)} for name in (*TRAIN, *ABSENT)}
     spec.folder.mkdir(parents=True, exist_ok=True)
     draft = Artifact(spec.name, spec.fingerprint, spec.inputs, {}, (), {"sources": sources, "seconds": 1.0})
-    publish(draft, spec.folder, DigestCache(path.parent / "digests.json"))
+    artifact = publish(draft, spec.folder, DigestCache(path.parent / "digests.json"))
+    note_current(spec.config, StageResult(artifact, skipped=False))
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -101,4 +104,4 @@ def test_changes_of_weights_are_shown(plan: Plan) -> None:
 def test_before_prepare_data(plan: Plan) -> None:
     status, out, err = plan({"sources": {"arxiv": {"weight": 1}, "open-web-math": {"weight": 1}}}, prepared=False)
     assert (status, out) == (1, "")
-    assert "run prepare-data first" in err
+    assert "run it first, with `llemma run CONFIG prepare-data`" in err

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neox_core.artifact import sha256_of
 from neox_core.checkpoint import writer as writer_module
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import CheckpointError, StorageError
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 
 PREFIX = "train-0123"

@@ -17,12 +17,13 @@ from neox_core.data.dataset import (
     validation_positions,
     validation_windows,
 )
-from neox_core.data.document_order import LANES, RUN
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.data.mixture import Mixture
 from neox_core.errors import DataError
 from tests.neox_core.data.slow_order import documents_of_epoch, texts, write
 
+LANES, RUN, _ = ORDER_VERSIONS[DATA_ORDER]
 TOKENS_PER_SOURCE = {"arxiv": 1000, "code": 777, "open-web-math": 2049}
 
 
@@ -88,7 +89,7 @@ def check_windows(dataset: IndexedDataset, length: int, epochs: int) -> None:
 
 @pytest.mark.parametrize("count", [64, 65, 71, 72, 1000])
 def test_windows_are_those_of_the_stream(tmp_path: Path, count: int) -> None:
-    """They go on across the end of a pass into the next one's documents."""
+    """They continue across the end of a pass into the next one's documents."""
     check_windows(IndexedDataset(write_tokens(tmp_path / "d", count)), 8, 9)
 
 
@@ -232,3 +233,18 @@ def test_validation_of_one_token(tmp_path: Path) -> None:
     write_tokens(tmp_path / "a" / "validation", 1)
     with pytest.raises(DataError, match="nothing to predict"):
         validation_windows(tmp_path, "a", 8)
+
+
+def test_the_configuration_chooses_the_version_of_the_order(tmp_path: Path) -> None:
+    """So that a training that began in an older one ends in it; without a choice it is the newest."""
+    (tmp_path / "arxiv").mkdir()
+    write(tmp_path / "arxiv" / "train", [5] * 2000)
+    config = toy({"arxiv": 1})
+    windows = {}
+    for order in (None, *ORDER_VERSIONS):
+        chosen = config.model_copy(update={"data": config.data.model_copy(update={"order": order})})
+        windows[order] = open_training_data(tmp_path, chosen).sequences(np.arange(20)).tolist()
+    assert windows[None] == windows[DATA_ORDER] != windows[2]
+    key = f"{config.seed}/arxiv/train"
+    older = SequenceDataset(tmp_path / "arxiv" / "train", 16, key, order=2)
+    assert windows[2] == read(older, range(20)).tolist()

@@ -10,11 +10,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from neox_core.data.document_order import LANES, RUN, DocumentOrder, Spans, _Epoch
+from neox_core.data.document_order import DocumentOrder, Spans, _Epoch
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.data.indexed import IndexedDataset
 from neox_core.errors import DataError
 from tests.neox_core.data.slow_order import documents_of_epoch, texts, write
 
+LANES, RUN, _ = ORDER_VERSIONS[DATA_ORDER]
+OLDER = ORDER_VERSIONS[2][:2]
 GENERATOR = np.random.default_rng(5)
 SIZES = {
     "one": [30],
@@ -52,7 +55,7 @@ def tokens_of(spans: Spans) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize(("lanes", "run"), [(1, 1), (1, 7), (2, 3), (3, 4), (5, 1), (LANES, RUN)])
+@pytest.mark.parametrize(("lanes", "run"), [(1, 1), (1, 7), (2, 3), (3, 4), (5, 1), OLDER, (LANES, RUN)])
 @pytest.mark.parametrize("name", SIZES)
 def test_spans(name: str, lanes: int, run: int, tmp_path: Path) -> None:
     dataset = write(tmp_path / "d", SIZES[name])
@@ -60,7 +63,7 @@ def test_spans(name: str, lanes: int, run: int, tmp_path: Path) -> None:
         check(dataset, lanes, run, epoch)
 
 
-@pytest.mark.parametrize(("lanes", "run"), [(1, 1), (1, 3), (2, 2), (3, 2), (LANES, RUN)])
+@pytest.mark.parametrize(("lanes", "run"), [(1, 1), (1, 3), (2, 2), (3, 2), OLDER, (LANES, RUN)])
 def test_documents_of_several_sequences(lanes: int, run: int, tmp_path: Path) -> None:
     dataset = write(tmp_path / "d", *SENTENCES)
     assert [len(text) for text in texts(dataset)] == [6, 0, 0, 14, 2, 0, 0, 2, 10, 6, 0, 0]
@@ -68,16 +71,17 @@ def test_documents_of_several_sequences(lanes: int, run: int, tmp_path: Path) ->
         check(dataset, lanes, run, epoch)
 
 
-def test_many_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lanes", "run"), [OLDER, (LANES, RUN)])
+def test_many_blocks(lanes: int, run: int, tmp_path: Path) -> None:
     """The numbers of lanes and neighbours that are in use, with documents whose sizes grow through the file."""
-    count = 20 * LANES * RUN + 17
-    check(write(tmp_path / "d", (GENERATOR.integers(0, 12, count) * np.arange(count) // count).tolist()), LANES, RUN, 1)
+    count = 20 * lanes * run + 17
+    check(write(tmp_path / "d", (GENERATOR.integers(0, 12, count) * np.arange(count) // count).tolist()), lanes, run, 1)
 
 
 def test_neighbours_are_others_in_each_epoch(tmp_path: Path) -> None:
     """And few of them are neighbours in the file: as many as share a run."""
     count = 30 * LANES * RUN
-    order = DocumentOrder(write(tmp_path / "d", [1] * count), "k")
+    order = DocumentOrder(write(tmp_path / "d", [1] * count), "k", LANES, RUN)
     epochs = [order.spans(epoch, 0, count).documents for epoch in range(3)]
     pairs = [set(zip(epoch[:-1].tolist(), epoch[1:].tolist(), strict=True)) for epoch in epochs]
     assert len(pairs[0] & pairs[1]) + len(pairs[1] & pairs[2]) < count / 100
@@ -88,16 +92,23 @@ def test_neighbours_are_others_in_each_epoch(tmp_path: Path) -> None:
 
 def test_keys_have_orders_of_their_own(tmp_path: Path) -> None:
     dataset = write(tmp_path / "d", [1] * 100)
-    first, other = (DocumentOrder(dataset, key).spans(0, 0, 100).documents.tolist() for key in ("k", "l"))
+    first, other = (DocumentOrder(dataset, key, LANES, RUN).spans(0, 0, 100).documents.tolist() for key in ("k", "l"))
     assert sorted(first) == sorted(other)
     assert first != other
 
 
-def test_order_is_fixed_for_ever(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "epochs"),
+    [
+        (2, [[9681, 4770, 5995, 5939, 9653, 9641, 5963, 5996], [6145, 4310, 9504, 6154, 4280, 9534, 9552, 1569]]),
+        (3, [[3690, 7476, 5187, 8384, 7903, 5789, 7477, 1499], [379, 3893, 5830, 4729, 7829, 5839, 3200, 9954]]),
+    ],
+)
+def test_order_is_fixed_for_ever(version: int, epochs: list[list[int]], tmp_path: Path) -> None:
     """A change here would change the data order of runs that resume: it needs another DATA_ORDER."""
-    order = DocumentOrder(write(tmp_path / "d", [1] * 10_000), "1234/arxiv/train")
-    assert order.spans(0, 5000, 5008).documents.tolist() == [9681, 4770, 5995, 5939, 9653, 9641, 5963, 5996]
-    assert order.spans(1, 5000, 5008).documents.tolist() == [6145, 4310, 9504, 6154, 4280, 9534, 9552, 1569]
+    lanes, run, _ = ORDER_VERSIONS[version]
+    order = DocumentOrder(write(tmp_path / "d", [1] * 10_000), "1234/arxiv/train", lanes, run)
+    assert [order.spans(epoch, 5000, 5008).documents.tolist() for epoch in (0, 1)] == epochs
 
 
 @pytest.mark.parametrize("grows", [1.0, 1.0001, 0.9999])
@@ -107,7 +118,7 @@ def test_search_is_short(grows: float, tmp_path: Path) -> None:
     sizes = np.maximum(GENERATOR.uniform(0, 2, count) * grows ** np.arange(count), 0)
     sizes = (sizes * 1e8 / sizes.sum()).astype("<i4")
     dataset = sparse(tmp_path / "d", sizes)
-    order, read = DocumentOrder(dataset, "k"), _Epoch._read
+    order, read = DocumentOrder(dataset, "k", LANES, RUN), _Epoch._read
 
     def counted(self: _Epoch, number: int) -> Any:
         looks.append(number)
@@ -147,4 +158,4 @@ def test_damaged_indices_are_refused(documents: list[int], tmp_path: Path) -> No
 
 def test_tokens_before_the_first_document_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not follow one another"):
-        DocumentOrder(write(tmp_path / "d", [3, 4, 5], [1, 2]), "k")
+        DocumentOrder(write(tmp_path / "d", [3, 4, 5], [1, 2]), "k", LANES, RUN)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from neox_core.data.mixture import Mixture
+from neox_core.data.mixture import PERIOD, Mixture, SequenceCounts
 from neox_core.errors import DataError
 
 LLEMMA = {"arxiv": 2, "open-web-math": 4, "algebraic-stack": 1, "pile-sample": 0.147368, "code": 0.221053}
@@ -18,12 +18,12 @@ CASES = [LLEMMA, RANDOM, {"a": 1}, {"a": 1, "b": 1}, {"a": 0.998, "b": 0.001, "c
 @pytest.mark.parametrize("weights", CASES)
 def test_every_prefix_is_within_one_of_the_exact_share(weights: dict[str, float]) -> None:
     mixture = Mixture(weights)
-    total = 2 * mixture.period + 1000
+    total = 2 * PERIOD + 1000
     source_ids, _ = mixture.locate(np.arange(total))
     steps = np.arange(1, total + 1)
     for name, weight in weights.items():
-        share = mixture.consumed(mixture.period)[name] / mixture.period
-        assert abs(share - weight / sum(weights.values())) < 1 / mixture.period
+        share = mixture.consumed(PERIOD)[name] / PERIOD
+        assert abs(share - weight / sum(weights.values())) < 1 / PERIOD
         counts = np.cumsum(source_ids == mixture.names.index(name))
         assert np.abs(counts - steps * share).max() < 1
 
@@ -41,7 +41,7 @@ def test_shares_over_any_window() -> None:
 @pytest.mark.parametrize("weights", CASES)
 def test_indices_within_a_source_count_up(weights: dict[str, float]) -> None:
     mixture = Mixture(weights)
-    source_ids, within = mixture.locate(np.arange(3 * mixture.period // 2))
+    source_ids, within = mixture.locate(np.arange(3 * PERIOD // 2))
     for source_id in np.unique(source_ids):
         drawn = within[source_ids == source_id]
         assert np.array_equal(drawn, np.arange(len(drawn)))
@@ -133,9 +133,39 @@ def test_shares_after_a_change_are_exact_over_every_prefix() -> None:
         for name, weight in weights.items():
             counts = np.cumsum(source_ids == mixture.names.index(name))
             share = weight / sum(weights.values())
-            assert np.abs(counts - steps * share).max() < 1 + (end - start) / mixture.period
+            assert np.abs(counts - steps * share).max() < 1 + (end - start) / PERIOD
 
 
 def test_a_change_must_name_the_same_sources() -> None:
     with pytest.raises(DataError, match=r"given for \['a', 'c'\], but the mixture's sources are \['a', 'b'\]"):
         Mixture({"a": 1, "b": 1}, [(10, {"a": 1, "c": 1})])
+
+
+EXACT = [
+    {"large": 900_000, "tiny": 1, "small": 488, "none": 0, "middle": 123_457},
+    {f"s{i}": int(count) for i, count in enumerate(np.random.default_rng(2).integers(0, 4000, 300))},
+    {"a": 5, "b": 2},
+    {"a": PERIOD, "b": PERIOD},
+    {"a": 10**6 - 1, **{f"t{i}": 1 for i in range(40)}},
+]
+
+
+@pytest.mark.parametrize("counts", EXACT)
+def test_counts_are_exact_and_spread_over_all_sequences(counts: dict[str, int]) -> None:
+    mixture, total = Mixture(SequenceCounts(counts)), sum(counts.values())
+    assert mixture.consumed(total) == counts
+    assert mixture.consumed(3 * total) == {name: 3 * count for name, count in counts.items()}
+    source_ids, within = mixture.locate(np.arange(total))
+    steps = np.arange(1, total + 1)
+    for name, count in counts.items():
+        drawn = source_ids == mixture.names.index(name)
+        assert np.array_equal(within[drawn], np.arange(count))
+        assert np.abs(np.cumsum(drawn) - steps * (count / total)).max(initial=0) < 2
+    # random access: the period after the first, and counts in the middle of a block
+    some = np.random.default_rng(1).integers(0, total, 50)
+    again, numbers = mixture.locate(some + total)
+    assert np.array_equal(again, source_ids[some])
+    assert np.array_equal(numbers, within[some] + [counts[mixture.names[source]] for source in again.tolist()])
+    for end in some[:5].tolist():
+        expected = np.bincount(source_ids[:end], minlength=len(counts)).tolist()
+        assert list(mixture.consumed(end).values()) == expected

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from neox_core.artifact import FileRecord, sha256_of
+from neox_core.artifact import FileRecord
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.reference import llama_from_meta
 from neox_core.checkpoint.conversion.toy_base import make_random_base
@@ -21,6 +21,7 @@ from neox_core.config import EvaluateConfig, ModelConfig, ParallelConfig, RunCon
 from neox_core.data.indexed import IndexedWriter
 from neox_core.errors import CheckpointError
 from neox_core.evaluation.perplexity import EvaluateJob, _download, evaluate_checkpoints
+from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import config_for

@@ -135,6 +135,21 @@ def test_cancel_leaves_no_process(tmp_path: Path) -> None:
         job.results()
 
 
+def test_a_job_that_is_cancelled_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
+    job = submit(tmp_path, time.sleep, 60, ranks=4)
+    wait_for(lambda: list(tmp_path.rglob("controller.json")))
+    job.cancel()
+    assert job.state() == "cancelled"
+    processes = psutil.process_iter(["cmdline"])
+    assert not [process for process in processes if str(tmp_path) in " ".join(process.info["cmdline"] or [])]
+
+
+def test_a_rank_whose_controller_died_before_it_began_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLEMMA_CONTROLLER_PID", "1")
+    code = "import time; from tasks.jobs.rank import _end_with_controller; _end_with_controller(); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 1
+
+
 def test_ranks_end_when_their_controller_is_killed(tmp_path: Path) -> None:
     job = submit(tmp_path, rank_functions.sleep_for_ever, str(tmp_path))
     wait_for(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)))

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from submitit.core.utils import cloudpickle_dump
 
-from neox_core.config import RunConfig
+from neox_core.artifact import Artifact
 from tasks import evaluate, train
+from tasks.current import note_current
 from tasks.jobs.rank import result_file
 from tasks.jobs.retry import RetryPolicy
+from tasks.specs import evaluate_spec
+from tasks.stage import StageResult
+from tasks.training import Training, resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
@@ -20,29 +24,30 @@ SILENT = "job 42 may be at work: SLURM does not answer"
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     """A small run's, whose earlier stages and checkpoints are taken for there."""
     copy_text(tmp_path)
     artifact = SimpleNamespace(folder=tmp_path, summary={"sources": {}})
     for module in (train, evaluate):
         monkeypatch.setattr(module, "require", lambda spec: artifact)
-    monkeypatch.setattr(train, "_is_complete", lambda config: True)
-    monkeypatch.setattr(train, "_summary", lambda config, folder, result: result)
+    monkeypatch.setattr(train, "_is_complete", lambda training: True)
+    monkeypatch.setattr(train, "_summary", lambda training, folder, result: result)
     monkeypatch.setattr(train, "_POLL_SECONDS", 0.0)
     config = Run(write_run(tmp_path, {"launch": {"executor": "slurm", "ranks_per_node": 1}})).config
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    return config
+    for name in ("prepare-data", "convert"):
+        note_current(config, StageResult(Artifact(name, "f" * 64, {}, {}, (), {}), skipped=False))
+    return resolve_training(config)
 
 
-def complete(config: RunConfig, fake_slurm: FakeSlurm, result: Any) -> None:
+def complete(training: Training, fake_slurm: FakeSlurm, result: Any) -> None:
     """The job ends well."""
-    (attempt,) = config.workdir.glob("jobs/*/attempt-0001")
-    for rank in range(config.parallel.tensor):
+    (attempt,) = training.config.workdir.glob("jobs/*/attempt-0001")
+    for rank in range(training.config.parallel.tensor):
         cloudpickle_dump(result, result_file(attempt, 0, rank))
     fake_slurm.sacct("COMPLETED")
 
 
-def test_train_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+def test_train_goes_on_while_slurm_is_silent(training: Training, fake_slurm: FakeSlurm) -> None:
     seen: list[str] = []
 
     def interrupt(share: float, text: str) -> None:
@@ -53,39 +58,39 @@ def test_train_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: Fake
     fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 2)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, interrupt)
+        train.train(training, interrupt)
     assert seen == [SILENT, SILENT, "job 42 running"]
 
     def end_in_a_silence(share: float, text: str) -> None:
         seen.append(text)
         if len(seen) == 3:
-            complete(config, fake_slurm, {"done": True})
+            complete(training, fake_slurm, {"done": True})
             fake_slurm.be_silent("sacct", 99)  # the results say enough
 
     seen.clear()
     fake_slurm.be_silent("squeue", 2)  # a later run attaches when it has an answer
-    assert train.train(config, end_in_a_silence).artifact.summary["done"]
+    assert train.train(training, end_in_a_silence).artifact.summary["done"]
     assert seen == ["waiting for SLURM, which does not answer"] * 2 + ["job 42 running"]
     assert (fake_slurm.folder / "submissions").read_text() == "x\n"
-    assert not (train.scratch_folder(config) / train.FAILURE_FILE).exists()
+    assert not (training.scratch / train.FAILURE_FILE).exists()
 
 
-def test_evaluate_goes_on_while_slurm_is_silent(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+def test_evaluate_goes_on_while_slurm_is_silent(training: Training, fake_slurm: FakeSlurm) -> None:
     reports: list[int] = []
 
     def report() -> None:
         reports.append(1)
         if len(reports) == 4:
-            complete(config, fake_slurm, [{"step": 0}])
+            complete(training, fake_slurm, [{"step": 0}])
 
     fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 3)
-    artifact = evaluate.require(train.train_spec(config))
-    assert evaluate._run_job(config, artifact, artifact, "p", [0], report) == [{"step": 0}]
+    artifact, spec = evaluate.require(training.spec.identity), evaluate_spec(training.config, training.fingerprint)
+    assert evaluate._run_job(spec, artifact, artifact, "p", [0], report) == [{"step": 0}]
     assert len(reports) == 4
 
 
-def test_silence_is_no_failed_training(config: RunConfig, fake_slurm: FakeSlurm) -> None:
+def test_silence_is_no_failed_training(training: Training, fake_slurm: FakeSlurm) -> None:
     """As seen by the evaluation that waits for its checkpoints."""
 
     def interrupt(share: float, text: str) -> None:
@@ -93,9 +98,9 @@ def test_silence_is_no_failed_training(config: RunConfig, fake_slurm: FakeSlurm)
 
     fake_slurm.squeue("RUNNING")
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, interrupt)
-    (train.scratch_folder(config) / train.FAILURE_FILE).unlink()
+        train.train(training, interrupt)
+    (training.scratch / train.FAILURE_FILE).unlink()
     retry_policy = RetryPolicy()
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
-    assert [evaluate._training_failed(config, 0.0, retry_policy) for _ in range(2)] == [False, True]
+    assert [evaluate._training_failed(training, 0.0, retry_policy) for _ in range(2)] == [False, True]

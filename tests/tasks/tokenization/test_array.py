@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from neox_core.artifact import sha256_of
 from neox_core.config import TokenizeJobConfig
 from neox_core.data.tokenization.part_files import PartPaths
 from neox_core.data.tokenization.part_settings import PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import DataError, LaunchError
+from neox_core.storage.digest import sha256_of
 from tasks.jobs import job, retry
 from tasks.jobs.registry import register_executor
 from tasks.jobs.retry import NoAnswer
@@ -154,10 +154,14 @@ def test_failures_arrive_as_errors(cluster: ScriptedExecutor, tmp_path: Path) ->
         next(make(inputs, tmp_path))
     Path(inputs[0].location).write_bytes(b"\xff\xfe")
     cluster.on_submit = lambda ids: cluster.run(*ids)
-    for _ in range(2):  # the second call finds the failure of the first, and tries again
-        with pytest.raises(DataError, match=r"0\.jsonl is damaged \(its text is UTF-16 or UTF-32, not UTF-8\)"):
-            next(make(inputs, tmp_path))
+    for _ in range(2):  # the second call finds the file damaged by the first, and tries again
+        _, made = next(make(inputs, tmp_path))
+        assert made.damaged.startswith("its text is UTF-16 or UTF-32")
     assert len(cluster.by_name) == 3
+    Path(inputs[0].location).unlink()
+    Path(inputs[0].location).mkdir()
+    with pytest.raises(DataError, match=r"0\.jsonl cannot be made a part of"):
+        next(make(inputs, tmp_path))
 
 
 def test_one_question_per_poll_and_silence_is_borne_for_a_while(

@@ -15,7 +15,7 @@ from tasks.tokenization import progress as tokenize_progress
 from tasks.tokenization.progress import PartsProgress
 
 FILES = [InputFile("a", "train", str(n), f"/in/{n}", 1_000_000) for n in range(4)]
-RECORD = PartRecord(1, 4_000_000, 1_000_000, 0, "", "an engine", 1, {}, {})
+RECORD = PartRecord(1, 4_000_000, 1_000_000, 0, 0, "", "an engine", 1, {}, {})
 
 
 class Updates:

@@ -23,16 +23,17 @@ import pytest
 import sentencepiece
 import zstandard
 
-from neox_core.artifact import DigestCache, sha256_of
+from neox_core.artifact import DigestCache
 from neox_core.config import RunConfig, load_config
 from neox_core.data.indexed import IndexedDataset
-from neox_core.data.ledger import run_ledger
+from neox_core.data.ledger import LEFT_OUT, run_ledger
 from neox_core.data.tokenization.part import make_part
 from neox_core.data.tokenization.part_files import PARTS, PartPaths
 from neox_core.data.tokenization.part_settings import Done, PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import InputFile, register_source_format
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
+from neox_core.storage.digest import sha256_of
 from tasks.prepare import prepare
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.tokenize import checked_inputs, input_digests, prepare_data
@@ -85,7 +86,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> None:
     folder, ledger = prepared
     reference = sentencepiece.SentencePieceProcessor(model_file="data/tokenizers/demo-2048.model")
-    splits = [("arxiv", "train"), *(("open-web-math", split) for split in ("train", "validation", "test"))]
+    splits = [("arxiv", "train"), *(("open-web-math", split) for split in ("train", "validation"))]
     assert sorted(contents(folder)) == sorted(f"{s}/{split}{end}" for s, split in splits for end in (".bin", ".idx"))
     for source, split in splits:
         texts = texts_of(INPUT / source / split)
@@ -97,9 +98,9 @@ def test_every_id_is_sentencepieces(prepared: tuple[Path, dict[str, Any]]) -> No
             "documents": len(texts),
             "bytes": sum(len(text.encode()) for text in texts),
             "tokens": sum(map(len, expected)),
-            **dict.fromkeys(("rejected", "duplicates", "decontaminated"), 0),
+            **dict.fromkeys(LEFT_OUT, 0),
         }
-    assert ledger["encoder"]["documents_verified"] >= 7  # the first of each file
+    assert ledger["encoder"]["documents_verified"] >= 6  # the first of each file
     assert "gigatoken" in ledger["encoder"]["engine"]
 
 
@@ -136,9 +137,9 @@ def test_two_workers_give_the_same_bits_and_progress(prepared: tuple[Path, dict[
     ledger = prepare_data(toy(workers=2), tmp_path, tmp_path, lambda share, text: seen.append((share, text)))
     assert ledger == prepared[1]
     assert contents(tmp_path) == contents(prepared[0])
-    assert seen[0] == (0.0, "0 of 7 files")
-    assert seen[-1] == (1.0, "7 files done")
-    assert re.fullmatch(r"7 of 7 files, [\d.]+ MB/s, [\d.]+M tokens/s, 0:00 left", seen[-6][1])
+    assert seen[0] == (0.0, "0 of 6 files")
+    assert seen[-1] == (1.0, "6 files done")
+    assert re.fullmatch(r"6 of 6 files, [\d.]+ MB/s, [\d.]+M tokens/s, 0:00 left", seen[-5][1])
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
 
 
@@ -233,7 +234,7 @@ def test_too_many_bad_records_are_named_and_finished_parts_are_kept(tmp_path: Pa
     bad = Path(config.data.input) / "a/validation/0.jsonl"
     bad.write_text('{"text": "fine"}\n{"txet": "bad"}\n')
     with pytest.raises(
-        DataError, match=r"'a': 1 of 7 records are bad.*a/validation/0\.jsonl, line 2: it has no \"text\""
+        DataError, match=r"'a': 1 of 5 records are bad.*a/validation/0\.jsonl, line 2: it has no \"text\""
     ):
         prepare_data(config, tmp_path / "out", tmp_path / "out")
     listed = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
@@ -265,7 +266,7 @@ def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
 
 def test_input_digests(tmp_path: Path) -> None:
     digests = input_digests(toy(), DigestCache(tmp_path / "cache.json"))
-    assert len(digests) == 8
+    assert len(digests) == 7
     assert digests["tokenizer.model"] == sha256_of(Path("data/tokenizers/demo-2048.model"))
     name = "open-web-math/validation/0.jsonl.zst"
     assert digests[name] == hashlib.sha256((INPUT / name).read_bytes()).hexdigest()
@@ -324,8 +325,11 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers: int) -> None:
     folder = small_input(tmp_path / "in", FILES | {f"a/train/{n:03d}.jsonl": ["some words " * 50] for n in range(40)})
-    (folder / "a/train/005.jsonl").write_bytes(b"\xff\xfe" + b"x" * 9000)  # the largest file, so the first
-    with pytest.raises(DataError, match=r"005\.jsonl is damaged \(its text is UTF-16"):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    body = pyarrow.table({"body": [f"word{n}" for n in range(9000)]})  # the largest file, so the first
+    parquet.write_table(body, folder / "a/train/005.parquet")
+    with pytest.raises(DataError, match=r"005\.parquet has no column 'text'"):
         prepare_data(small(folder, workers=workers), tmp_path / "out", tmp_path / "out")
 
 
@@ -448,13 +452,100 @@ def test_every_document_is_accounted_for(tmp_path: Path, workers: int) -> None:
     left_out = {unit: train[unit] for unit in ("documents_in", "rejected", "duplicates", "decontaminated")}
     assert left_out == {"documents_in": 8, "rejected": 1, "duplicates": 4, "decontaminated": 1}
     total = result["accounting"]
-    assert total["documents_in"] == sum(total[u] for u in ("documents", "rejected", "duplicates", "decontaminated"))
+    assert total["documents_in"] == sum(total[unit] for unit in ("documents", *LEFT_OUT))
+    assert total["damaged_bytes"] == len("not zstd") < total["stored_bytes"]
     assert result["damaged_files"] == ["a/train/2.jsonl.zst"]
-    assert result["overlap"]["a"] == {"items": 1, "documents": 2}
+    assert result["overlap"]["sources"]["a"] == {"items": 1, "documents": 2}
+    sets = {"items": 1, "by_runs": 1, "as_a_whole": 0, "not_checked": 0, "items_found": 1}
+    assert result["overlap"]["sets"] == {"eval.jsonl": sets}
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(line["file"], line["line"]) for line in listed] == [("a/train/1.jsonl", 3), ("a/train/2.jsonl.zst", None)]
     overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert [hit["line"] for hit in overlap["sources"]["a"]["hits"]] == [1, 4]
+
+
+def test_training_texts_in_validation_are_reported_and_dropped_on_request(tmp_path: Path) -> None:
+    """Of whatever source; nearly equal ones if near-duplicates are looked for."""
+    known = " ".join(f"word{number}" for number in range(300))
+    files = {
+        "a/train/0.jsonl": ["fine", "known short text"],
+        "a/validation/0.jsonl": ["known short text", "other"],
+        "b/train/0.jsonl": [known + " and an end", "b", "known short text"],
+        "b/validation/0.jsonl": [known],
+    }
+    folder = small_input(tmp_path / "in", files)
+    found = {}
+    for number, data in enumerate(
+        ({}, {"near_duplicates": 0.8}, {"drop_validation_duplicates": True, "near_duplicates": 0.8})
+    ):
+        out = tmp_path / f"out{number}"
+        result = prepare_data(small(folder, eval_sources=["a", "b"], **data), out, out)
+        lines = [json.loads(line) for line in (out / "in_validation.jsonl").read_text().splitlines()]
+        counts = [result["sources"][source]["train"]["documents"] for source in "ab"]
+        found[number] = (
+            result["in_validation"],
+            [(line["file"], line["line"], line["likeness"]) for line in lines],
+            counts,
+        )
+    equal = [("a/train/0.jsonl", 2, "equal"), ("b/train/0.jsonl", 3, "equal")]
+    both = [*equal, ("b/train/0.jsonl", 1, "near")]
+    assert found[0] == ({"a": {"equal": 1, "near": 0}, "b": {"equal": 1, "near": 0}}, equal, [2, 3])
+    assert found[1] == ({"a": {"equal": 1, "near": 0}, "b": {"equal": 1, "near": 1}}, both, [2, 3])
+    assert found[2] == (found[1][0], both, [1, 1])
+
+
+def test_duplicates_across_sources(tmp_path: Path) -> None:
+    """And near-duplicates; each source by itself keeps its own."""
+    long = " ".join(f"word{number}" for number in range(300))
+    files = {
+        "a/train/0.jsonl": ["same", long],
+        "a/validation/0.jsonl": ["of its own"],
+        "b/train/0.jsonl": ["same", long + " end", "b", "b"],
+    }
+    folder = small_input(tmp_path / "in", files)
+    kept = {}
+    for across in (False, True):
+        out = tmp_path / f"out{across}"
+        config = small(folder, deduplicate=True, near_duplicates=0.8, deduplicate_across=across)
+        train = prepare_data(config, out, out)["sources"]["b"]["train"]
+        kept[across] = [train[unit] for unit in ("documents", "duplicates", "near_duplicates")]
+    assert kept == {False: [3, 1, 0], True: [1, 2, 1]}
+
+
+def test_all_damaged_files_are_named_and_what_may_be_skipped_is_bounded(tmp_path: Path) -> None:
+    folder = small_input(tmp_path / "in", FILES)
+    for name in ("a/train/8.jsonl.zst", "b/train/9.jsonl.gz"):
+        (folder / name).write_bytes(b"neither of the two")
+    (folder / "b/train/7.jsonl").write_bytes(b"")  # whole
+    with pytest.raises(
+        DataError, match=r"2 of \d+ files are damaged: .*8\.jsonl\.zst \(Unable to.*; .*9\.jsonl\.gz \(Not a gz"
+    ):
+        prepare_data(small(folder), tmp_path / "out", tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"source 'a': damaged files hold 18 of its .* more than data\.max_damaged 0\.0001: .*8\.j"
+    ):
+        prepare_data(small(folder, skip_damaged_files=True, max_damaged=0.0001), tmp_path / "out", tmp_path / "out")
+    result = prepare_data(small(folder, skip_damaged_files=True, max_damaged=0.9), tmp_path / "out", tmp_path / "out")
+    assert result["damaged_files"] == ["a/train/8.jsonl.zst", "b/train/9.jsonl.gz"]
+    assert result["empty_files"] == ["b/train/7.jsonl"]
+    assert result["accounting"]["damaged_bytes"] == 36
+
+
+def test_a_source_without_other_splits_and_test_splits_only_on_request(tmp_path: Path) -> None:
+    files = {
+        "a/train/0.jsonl": WORDS,
+        "a/validation/0.jsonl": WORDS[:1],
+        "a/test/0.jsonl": WORDS,
+        "b/train/0.jsonl": ["b"],
+    }
+    folder = small_input(tmp_path / "in", files)
+    for test in (False, True):
+        result = prepare_data(small(folder, test=test), tmp_path / str(test), tmp_path / str(test))
+        assert set(result["sources"]["b"]) == {"train"}
+        assert set(result["sources"]["a"]) == {"train", "validation", *(["test"] if test else [])}
+        assert (tmp_path / str(test) / "a" / "test.bin").exists() == test
+    shutil.rmtree(folder / "a" / "test")
+    prepare_data(small(folder, test=True), tmp_path / "none", tmp_path / "none")  # there need not be any
 
 
 def test_evaluation_sets_of_one_file_name_are_two(tmp_path: Path) -> None:
@@ -467,9 +558,15 @@ def test_evaluation_sets_of_one_file_name_are_two(tmp_path: Path) -> None:
     config = small(
         small_input(tmp_path / "in", FILES | {"a/train/2.jsonl": texts}), evaluation_sets=sets, overlap_words=5
     )
-    assert prepare_data(config, tmp_path / "out", tmp_path / "out")["overlap"]["a"] == {"items": 2, "documents": 2}
+    assert prepare_data(config, tmp_path / "out", tmp_path / "out")["overlap"]["sources"]["a"] == {
+        "items": 2,
+        "documents": 2,
+    }
     overlap = json.loads((tmp_path / "out" / "overlap.json").read_text())
-    assert overlap["items"] == 2
+    assert {name: found["items_found"] for name, found in overlap["sets"].items()} == {
+        "gsm8k/test.jsonl": 1,
+        "mmlu/test.jsonl": 1,
+    }
     assert [hit["set"] for hit in overlap["sources"]["a"]["hits"]] == ["gsm8k/test.jsonl", "mmlu/test.jsonl"]
 
 

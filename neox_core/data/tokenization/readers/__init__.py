@@ -2,7 +2,7 @@
 
 from neox_core.data.tokenization.readers.documents import documents, read_records
 from neox_core.data.tokenization.readers.formats import SourceFormat, register_source_format, source_formats
-from neox_core.data.tokenization.readers.inputs import SPLITS, InputFile, open_input, source_files
+from neox_core.data.tokenization.readers.inputs import SPLITS, InputFile, open_input, source_files, splits_of
 from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection, WrongColumnError
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "read_records",
     "register_source_format",
     "source_formats",
+    "splits_of",
     "source_files",
 ]

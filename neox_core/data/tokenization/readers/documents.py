@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from neox_core.data.tokenization.readers.formats import SourceFormat, format_of, source_formats
-from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection
+from neox_core.data.tokenization.readers.record import Document, Rejection
 from neox_core.errors import DataError
 
 
@@ -23,19 +23,13 @@ def read_records(
         formats: those to choose the reader from, by the file's name; empty: all that are registered.
 
     Raises:
-        DamagedFileError: the file cannot be read to its end, or holds no record; records before that point have been
-            yielded by then.
+        DamagedFileError: the file cannot be read to its end; records before that point have been yielded by then.
         DataError: there is no such column, or no such format.
     """
-    found = False
     source_format = format_of(path.name, formats or source_formats())
     if source_format is None:
         raise DataError(f"{path} is of no format that can be read: convert it or register its format")
-    for record in source_format.read(path, key, on_read):
-        found = True
-        yield record
-    if not found:
-        raise DamagedFileError(path, "it holds no record")
+    yield from source_format.read(path, key, on_read)
 
 
 def documents(path: Path, key: str = "text") -> Iterator[Document]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from neox_core.artifact import sha256_of
+from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import format_of, source_formats
 from neox_core.data.tokenization.readers.lines import COMPRESSIONS
 from neox_core.errors import DataError
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from neox_core.storage.object_store import ObjectStore
 
 SPLITS = ("train", "validation", "test")
+
+
+def splits_of(config: DataConfig, source: str) -> tuple[str, ...]:
+    """The splits of a source that are tokenized: train, and what evaluation reads."""
+    evaluated = source in config.validation_sources
+    return tuple(split for split in SPLITS if split == "train" or (evaluated and (split != "test" or config.test)))
 _ABOUT = ("README", "LICENSE", "LICENCE")
 
 
@@ -51,10 +57,11 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     """The files of one split of a source, sorted by name: `files.<split>` of the source, else
     `<input>/<source>/<split>/`.
 
-    Returns an empty list only for a split other than train of a source that is not used for evaluation.
+    Returns an empty list only for a split that the source need not have: test, if no place is given for it, and
+    validation of a source that is not used for evaluation.
 
     Raises:
-        DataError: there are none, or one is empty, of another kind or not readable.
+        DataError: there are none, or one is of another kind, not readable or, though packed, empty.
         StorageError: the object store cannot be listed.
     """
     given = next((where for name, where in config.sources[source].files.items() if name == split), None)
@@ -63,7 +70,7 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
         found = _listed(location, storage)
     else:
         found = _found_locally(location, is_pattern=given is not None)
-    optional = split != "train" and source not in config.validation_sources
+    optional = split == "test" or (split == "validation" and source not in config.validation_sources)
     if not found and not (optional and given is None):
         missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
         lack = "does not exist" if missing else f"holds no {_kinds()} file"
@@ -75,7 +82,8 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     for name, where, size, _ in found:
         if format_of(name, formats) is None:
             raise DataError(f"{where} is not a {_kinds()} file: convert it or move it away")
-        if size == 0 and not config.skip_damaged_files:
+        # A plain file may be a shard that nothing fell into; of these, the smallest has some bytes.
+        if size == 0 and name.endswith((*COMPRESSIONS, ".parquet")) and not config.skip_damaged_files:
             raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")
     return [InputFile(source, split, *file) for file in sorted(found)]
 

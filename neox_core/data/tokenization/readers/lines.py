@@ -52,12 +52,12 @@ def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
         if position == 0:
             for mark, encoding in _WIDE_MARKS.items():
                 if chunk.startswith(mark):
-                    raise DamagedFileError(path, f"its text is {encoding}, not UTF-8")
+                    raise DamagedFileError(path, f"its text is {encoding}: convert it to UTF-8, with iconv for example")
             for mark, kind in _BINARY_MARKS.items():
                 if chunk.startswith(mark):
-                    raise DamagedFileError(path, f"it is {kind} inside, not JSON lines")
+                    raise DamagedFileError(path, f"it is {kind} inside, not JSON lines: unpack it, or name it so")
             if b"\0" in chunk[:4]:
-                raise DamagedFileError(path, "it begins with NUL bytes, as UTF-16 without a mark and binary files do")
+                raise DamagedFileError(path, "it begins with NUL bytes: convert UTF-16 to UTF-8, with iconv for example")
             chunk = chunk.removeprefix(_UTF8_MARK)
         yield chunk
 
@@ -65,6 +65,8 @@ def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
 def _chunks(path: Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Decompressed content, piece by piece: however small the file, no piece is large."""
     try:
+        if path.name.endswith(COMPRESSIONS):
+            _check_packed(path)
         with path.open("rb") as stored, _decompressed(stored, path.name) as file:
             while chunk := file.read(_READ_SIZE):
                 on_read(stored.tell())
@@ -75,6 +77,18 @@ def _chunks(path: Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
         raise DamagedFileError(path, " ".join(str(error).split())) from None
     except OSError as error:
         raise DamagedFileError(path, f"it cannot be read: {error.strerror or error}") from None
+
+
+def _check_packed(path: Path) -> None:
+    """Say of a file that is not packed as its name says what it is."""
+    with path.open("rb") as stored:
+        first = stored.read(4)
+    if not first:
+        raise DamagedFileError(path, "it is empty (0 bytes), which no packed file is")
+    expected = "gzip" if path.name.endswith(".gz") else "zstd"
+    found = next((kind for mark, kind in _BINARY_MARKS.items() if first.startswith(mark)), expected)
+    if found != expected:
+        raise DamagedFileError(path, f"it is {found}, not {expected}, whatever its name says: rename it")
 
 
 def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:

@@ -28,6 +28,12 @@ class Document(NamedTuple):
     """Line of the (decompressed) file, from 1; of a parquet file the row, from 1."""
 
 
+    @property
+    def is_empty(self) -> bool:
+        """It holds nothing to learn from."""
+        return not self.text or self.text.isspace()
+
+
 class Rejection(NamedTuple):
     """One record that holds no text that can be used."""
 
@@ -51,7 +57,7 @@ class DamagedFileError(_FileError):
     """A file that cannot be read to its end."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}): fetch it again, or set data.skip_damaged_files", reason)
+        super().__init__(f"{path} is damaged ({reason}): correct it or fetch it again, or set data.skip_damaged_files", reason)
 
 
 class WrongColumnError(_FileError):

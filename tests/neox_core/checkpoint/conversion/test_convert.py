@@ -366,7 +366,7 @@ def test_new_tokens_and_padding(write_base: WriteBase, tmp_path: Path, method: A
         ({"attention_bias": True}, "attention_bias is True"),
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"head_dim": 16}, "head_dim is 16, but only 8"),
-        ({"hidden_size": None}, "not a number of the right kind"),
+        ({"hidden_size": None}, r"hidden_size is null: give a whole number from 1"),
         ({"num_hidden_layers": 3}, r"layer 4: .* is missing"),
         ({"num_hidden_layers": 1}, r"holds model\.layers\.1.*unknown in a Llama of 1 layers"),
         ({"intermediate_size": 190}, r"has shape \(192, 64\), but the model needs \(190, 64\)"),

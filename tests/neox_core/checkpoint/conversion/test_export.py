@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,16 @@ def test_tokenizer_decodes_and_knows_its_special_ids(tokenizer_folder: Path) -> 
         ({"normalization_rule_name": "nfkc"}, "normalizes text"),
         ({"user_defined_symbols": ["qed"]}, "has the user-defined piece 'qed'"),
         ({"bos_id": -1}, "lacks a begin, end or unknown id"),
+        ({"model_type": "char"}, "is not a BPE model"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
+        ({"remove_extra_whitespaces": True}, "normalizes text"),
+        ({"treat_whitespace_as_suffix": True}, "puts the blank behind a word"),
     ],
 )
-def test_tokenizers_that_cannot_be_expressed(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_tokenizers_that_cannot_be_expressed(
+    converted: Callable[..., Any], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """They are exported as they are, under a name that transformers does not take for another tokenizer."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(real_texts()[0].split("\n")[:200]),
         model_prefix=str(tmp_path / "odd"),
@@ -220,7 +228,22 @@ def test_tokenizers_that_cannot_be_expressed(tmp_path: Path, options: dict[str, 
             {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
             | options
         ),
-        **({} if "normalization_rule_name" in options else {"remove_extra_whitespaces": False}),
+        **(
+            {}
+            if {"normalization_rule_name", "remove_extra_whitespaces"} & set(options)
+            else {"remove_extra_whitespaces": False}
+        ),
     )
     with pytest.raises(CheckpointError, match=message):
         tokenizer_files(tmp_path / "odd.model", 512)
+    base, neox = converted()
+    prove = partial(prove_export, NeoxCheckpoint(neox), model=base.model)
+    summary = export_huggingface(neox, tmp_path / "hf", base.model, tmp_path / "odd.model", 512, prove=prove)
+    assert message in summary["tokenizer"]
+    assert summary["largest_logit_difference"] < 1e-5
+    assert (tmp_path / "hf/sentencepiece.model").read_bytes() == (tmp_path / "odd.model").read_bytes()
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    with pytest.raises(ValueError, match="tokenizer"):
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None if "bos_id" in options else 1, 2)

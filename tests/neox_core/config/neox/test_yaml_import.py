@@ -244,7 +244,7 @@ def test_null_is_as_if_it_were_not_set(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"use_bias_in_attn_linear": True}, "'use_bias_in_attn_linear' is True"),
-        ({"activation": "gelu"}, "'activation' is 'gelu'"),
+        ({"activation": "gelu"}, "'activation' 'gelu' are not supported together"),
         ({"pos_emb": "alibi"}, "'pos_emb' is 'alibi'"),
         ({"attention_dropout": 0.1}, "'attention_dropout' is 0.1"),
         ({"norm": "layernorm"}, "'norm' is 'layernorm'"),
@@ -286,7 +286,7 @@ def test_what_cannot_be_done_is_an_error(changes: dict[str, Any], message: str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["norm", "activation", "pos_emb", "hidden_dropout", "no_weight_tying", "mlp_type"])
+@pytest.mark.parametrize("key", ["norm", "pos_emb", "hidden_dropout", "no_weight_tying"])
 def test_an_absent_key_has_the_default_of_neox_which_is_another_model(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"'{key}' is .* \(GPT-NeoX's default"):
         do_import(tmp_path, key)
@@ -301,3 +301,74 @@ def test_files_that_disagree(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="name at least one"):
         import_neox([])
+
+
+def todays(folder: Path, *removed: str, **changes: Any) -> NeoxImport:
+    """A file of a GPT-NeoX without mlp_type."""
+    gated = {"activation": "swiglu", "intermediate_size": 86016, "mlp_multiple_of": 256, "use_bias_in_mlp": False}
+    gated = {key: value for key, value in gated.items() if key not in removed}
+    return do_import(folder, "mlp_type", *removed, **(gated | changes))
+
+
+def test_todays_gated_mlp_is_a_third_as_wide_as_its_intermediate_size(tmp_path: Path) -> None:
+    """The values of GPT-NeoX's configs/llama2 (7B, 13B, 70B), whose widths are 11008, 13824 and 28672."""
+    for hidden, given, width in ((4096, 32768, 11008), (5120, 41472, 13824), (8192, 86016, 28672)):
+        found = todays(tmp_path, hidden_size=hidden, intermediate_size=given).config["model"]
+        assert found["intermediate_size"] == width
+    assert todays(tmp_path, "intermediate_size").config["model"]["intermediate_size"] == 11008  # of 4 x 8192
+    found = todays(tmp_path, "intermediate_size", expansion_factor=10.5).config["model"]
+    assert found["intermediate_size"] == 28672
+    assert todays(tmp_path, mlp_multiple_of=1).config["model"]["intermediate_size"] == 28672
+    # A file with mlp_type means the width itself, as before.
+    assert do_import(tmp_path, intermediate_size=22016).config["model"]["intermediate_size"] == 22016
+
+
+def test_todays_defaults(tmp_path: Path) -> None:
+    found = todays(tmp_path, "hidden_dropout", "attention_dropout", "weight_decay", "use_bias_in_mlp")
+    assert found.config["train"]["optimizer"]["weight_decay"] == 0.1
+    assert any("no biases in the MLP" in what for _, what in found.todo)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bias_in_mlp": True}, "'use_bias_in_mlp' is True"),
+        ({"activation": "silu"}, "'activation' is 'silu' without mlp_type, which is another MLP"),
+        ({"activation": None}, r"'activation' is 'gelu' \(GPT-NeoX's default"),
+        ({"mlp_type": "llama"}, "not supported together"),
+        ({"expansion_factor": 4}, "intermediate_size and expansion_factor are both set"),
+        ({"te_mha": True}, "'te_mha' is True"),
+        ({"bf16": {"enabled": True, "loss": 1}}, "bf16: unknown GPT-NeoX key 'loss'"),
+        ({"train-data-weights": [1, 2, "x", 1, 1]}, "'x', which is not a number"),
+    ],
+)
+def test_what_todays_files_may_not_ask_for(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        todays(tmp_path, **changes)
+
+
+def test_nothing_within_a_section_is_dropped_in_silence(tmp_path: Path) -> None:
+    optimizer = LLEMMA_34B["optimizer"] | {"params": {"lr": 1e-4, "torch_adam": True}}
+    fp16 = {"enabled": False, "loss_scale": 0, "initial_scale_power": 12}
+    found = do_import(tmp_path, optimizer=optimizer, fp16=fp16, launcher="pdsh")
+    listed = {key: value for key, value, _ in found.ineffective}
+    expected = {"optimizer.params.torch_adam": True, "fp16.loss_scale": 0, "fp16.initial_scale_power": 12}
+    assert expected.items() <= listed.items()
+    assert listed["launcher"] == "pdsh"
+    assert found.config["launch"]["executor"] == "auto"
+
+
+def test_sources_of_paths_that_end_alike_or_come_twice(tmp_path: Path) -> None:
+    data = {
+        "train-data-paths": ["/a/web/text_document", "/b/code/text_document", "/a/web/text_document", "/c/math"],
+        "train-data-weights": [1, 2, 3, 4],
+        "valid-data-paths": ["/b/code/text_document"],
+        "test-data-paths": ["/b/code/text_document"],
+    }
+    found = do_import(tmp_path, **data).config["data"]
+    assert found["sources"] == {
+        "web-text_document": {"weight": 4},
+        "code-text_document": {"weight": 2},
+        "math": {"weight": 4},
+    }
+    assert found["eval_sources"] == ["code-text_document"]

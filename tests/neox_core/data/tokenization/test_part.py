@@ -13,22 +13,23 @@ from neox_core.data.tokenization import part
 
 from neox_core.data.tokenization import part_files
 from neox_core.data.indexed import IndexedDataset
+from neox_core.data.tokenization.filters.overlap import OverlapWords
 from neox_core.data.tokenization.part import make_part
-from neox_core.data.tokenization.part_files import PartPaths, load_table
+from neox_core.data.tokenization.part_files import PartPaths, load_signatures, load_table
 from neox_core.data.tokenization.part_settings import Done, PartSettings, TokenizerSettings
 from neox_core.data.tokenization.readers import DamagedFileError, InputFile, WrongColumnError
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
 
 MODEL = Path("data/tokenizers/demo-2048.model").resolve()
-GOOD = ["first text", "</s> literal <s>", "", "last"]
+GOOD = ["first text", "</s> literal <s>", "x", "last"]
 
 
 def settings(**changes: Any) -> PartSettings:
     values: dict[str, Any] = {
         "tokenizer": TokenizerSettings(MODEL),
         "storage": None,
-        "overlap_words": 3,
+        "overlap": OverlapWords(3, 3),
     }
     return PartSettings(**values | changes)
 
@@ -65,25 +66,40 @@ def test_bad_records_are_listed_and_good_ones_kept(tmp_path: Path) -> None:
     table = load_table(paths)
     assert table["line"].tolist() == [1, 4, 6, 8]
     assert table["bytes"].tolist() == [len(text) for text in GOOD]
-    assert table["hash_high"].tolist() == [0] * 4  # not asked for
+    assert len(load_signatures(paths)) == 0  # not asked for
 
 
 def test_damaged_file_fails_or_is_left_out_as_a_whole(tmp_path: Path) -> None:
     file = input_file(tmp_path / "x.jsonl.zst", [record("fine")])
-    with pytest.raises(DamagedFileError, match=r"x\.jsonl\.zst is damaged"):
-        make_part(file, settings(), tmp_path / "out")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    made = make_part(file, settings(skip_damaged_files=True), tmp_path / "out")
+    made = make_part(file, settings(), tmp_path / "out")
     paths = PartPaths.of(file, tmp_path / "out")
     assert (made.documents, made.rejected, made.tokens, len(IndexedDataset(paths.prefix))) == (0, 0, 0, 0)
     assert "Unknown frame" in made.damaged
     (line,) = listed(paths.rejected)
     assert line["line"] is None
     assert line["reason"].startswith("the file is damaged and left out: ")
-    # found again, and not for a run that does not skip
+    # found again, but for a run that does not skip, which tries it again
+    place = paths.record.stat().st_ino
     assert make_part(file, settings(skip_damaged_files=True), tmp_path / "out") == made
-    with pytest.raises(DamagedFileError):
-        make_part(file, settings(), tmp_path / "out")
+    assert paths.record.stat().st_ino == place
+    assert make_part(file, settings(), tmp_path / "out") == made
+    assert paths.record.stat().st_ino != place
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    file = input_file(tmp_path / "x.jsonl", [record(text) for text in ("", "one", " \n\t\u00a0", "two")])
+    made = make_part(file, settings(signatures=True), tmp_path / "out")
+    assert (made.documents, made.empty, made.rejected) == (2, 2, 0)
+    paths = PartPaths.of(file, tmp_path / "out")
+    assert load_table(paths)["line"].tolist() == [2, 4]
+    assert len(IndexedDataset(paths.prefix)) == len(load_signatures(paths)) == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_whole(tmp_path: Path, content: str) -> None:
+    file = input_file(tmp_path / "x.jsonl", [content])
+    made = make_part(file, settings(), tmp_path / "out")
+    assert (made.documents, made.empty, made.rejected, made.damaged) == (0, 0, 0, "")
 
 
 def test_switching_skip_damaged_files_keeps_good_parts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import OptimizerConfig, ParallelConfig, RunConfig, batch_geometry
+from neox_core.parallel.sharding import ROWS, TOKEN_NORM, set_sharding
 from neox_core.train.engine.deepspeed_engine import ParameterGroups
 from neox_core.train.engine.setup import deepspeed_config
 from tests.distributed import run_ranks
@@ -249,10 +250,13 @@ def test_settings_of_bf16() -> None:
 
 
 def test_matrices_decay_and_norms_do_not() -> None:
-    module = nn.ModuleDict({"linear": nn.Linear(3, 2, bias=False), "norm": nn.RMSNorm(3)})
+    linear, norm = nn.Linear(3, 2, bias=False), nn.RMSNorm(3)
+    set_sharding(linear.weight, ROWS)
+    set_sharding(norm.weight, TOKEN_NORM)
+    module = nn.ModuleDict({"linear": linear, "norm": norm})
     matrices, norms = ParameterGroups(module, OptimizerConfig(lr=1.0)).param_groups
     assert [p.shape for p in matrices["params"]] == [(2, 3)]
     assert matrices["weight_decay"] == 0.1
     assert [p.shape for p in norms["params"]] == [(3,)]
     assert norms["weight_decay"] == 0.0
-    assert len(ParameterGroups(nn.Linear(3, 2, bias=False), OptimizerConfig(lr=1.0)).param_groups) == 2
+    assert len(ParameterGroups(linear, OptimizerConfig(lr=1.0)).param_groups) == 2

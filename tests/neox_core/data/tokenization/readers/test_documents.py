@@ -121,18 +121,16 @@ def test_truncation_is_found_at_every_byte(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl.zst", zst(WHOLE) + b"garbage", "Unknown frame"),
         ("a.jsonl.zst", zst(WHOLE) + b"\x00" * 5, "Unknown frame"),
         ("a.jsonl.zst", WHOLE, "Unknown frame"),
-        ("a.jsonl.zst", gzip.compress(WHOLE), "Unknown frame"),
+        ("a.jsonl.zst", gzip.compress(WHOLE), "it is gzip, not zstd, whatever its name says: rename it"),
+        ("a.jsonl.gz", zst(WHOLE), "it is zstd, not gzip, whatever its name says: rename it"),
         ("a.jsonl.zst", zst(WHOLE)[:-6] + b"\xff" + zst(WHOLE)[-5:], ""),
         ("a.jsonl.zst", zst(WHOLE) + SKIPPABLE[:-1], "truncated"),
-        ("a.jsonl.zst", b"", "truncated"),
-        ("a.jsonl.zst", zst(b""), "holds no record"),
+        ("a.jsonl.zst", b"", "it is empty (0 bytes), which no packed file is"),
         ("a.jsonl.gz", gzip.compress(WHOLE) + b"garbage", "Not a gzipped file"),
         ("a.jsonl.gz", WHOLE, "Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(WHOLE)[:-8] + bytes(8), "CRC"),
-        ("a.jsonl.gz", b"", "holds no record"),
-        ("a.jsonl", b"", "holds no record"),
-        ("a.jsonl", b"\n \r\n\n", "holds no record"),
-        ("a.jsonl", WHOLE.decode().encode("utf-16"), "UTF-16"),
+        ("a.jsonl.gz", b"", "it is empty (0 bytes), which no packed file is"),
+        ("a.jsonl", WHOLE.decode().encode("utf-16"), "UTF-16 or UTF-32: convert it to UTF-8"),
         ("a.jsonl", WHOLE.decode().encode("utf-32"), "UTF-32"),
         ("a.jsonl.zst", zst(WHOLE.decode().encode("utf-16")), "UTF-16"),
         ("a.jsonl", WHOLE.decode().encode("utf-16-le"), "NUL bytes"),
@@ -340,3 +338,24 @@ def test_decompression_bomb_takes_little_memory(tmp_path: Path) -> None:
     reasons, _, mebibytes = answer.strip().rpartition(" ")
     assert reasons == f"['its line is longer than {MAX_LINE} bytes']"
     assert int(mebibytes) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \r\n\n"),
+        ("a.jsonl.zst", zst(b"")),
+        ("a.jsonl.gz", gzip.compress(b"")),
+    ],
+)
+def test_a_file_without_records_is_whole(tmp_path: Path, name: str, content: bytes) -> None:
+    """As tools write a shard that nothing fell into."""
+    assert list(read_records(write(tmp_path / name, content))) == []
+
+
+def test_a_parquet_file_without_rows_is_whole(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet")) == []

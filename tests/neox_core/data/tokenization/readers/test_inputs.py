@@ -67,10 +67,12 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"source 'a' has no train text: .*/a/train does not exist"):
         names(config)
     write(tmp_path / "a" / "train" / "0.jsonl", b"")
-    with pytest.raises(DataError, match=r"0\.jsonl is empty \(0 bytes\)"):
+    assert names(config) == ["0.jsonl"]  # a shard that nothing fell into
+    packed = write(tmp_path / "a" / "train" / "1.jsonl.gz", b"")
+    with pytest.raises(DataError, match=r"1\.jsonl\.gz is empty \(0 bytes\)"):
         names(config)
-    assert names(data_config(tmp_path, "a", skip_damaged_files=True)) == ["0.jsonl"]
-    write(tmp_path / "a" / "train" / "0.jsonl")
+    assert names(data_config(tmp_path, "a", skip_damaged_files=True)) == ["0.jsonl", "1.jsonl.gz"]
+    packed.unlink()
     write(tmp_path / "a" / "train" / "1.txt")
     with pytest.raises(DataError, match=r"1\.txt is not a"):
         names(config)

@@ -1,0 +1,178 @@
+"""config.json and generation_config.json, Hugging Face's descriptions of a model, read and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from neox_core.checkpoint.formats.description import Values, described_by
+from neox_core.checkpoint.formats.model_files import CONFIG_FILE
+from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
+from neox_core.config import ModelConfig, RopeScalingConfig
+from neox_core.errors import CheckpointError
+
+_DEFAULT_ROPE_THETA = 10000.0
+_DEFAULT_NORM_EPS = 1e-6
+_SCALINGS = ("linear", "llama3")
+_COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim
+    intermediate_size vocab_size rms_norm_eps rope_theta rope_parameters rope_scaling attention_bias mlp_bias
+    tie_word_embeddings"""
+_WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
+    hidden_dropout resid_pdrop embd_pdrop attn_pdrop max_position_embeddings max_sequence_length model_max_length
+    pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id tokenizer_class name_or_path attn_implementation is_llama_config unsloth_fixed
+    unsloth_version chunk_size_feed_forward id2label label2id is_encoder_decoder is_decoder output_attentions
+    output_hidden_states problem_type return_dict return_dict_in_generate output_scores tie_encoder_decoder torchscript
+    finetuning_task task_specific_params prefix do_sample early_stopping max_length min_length num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens"""
+"""Of transformers' configurations of all ages: training, generation and bookkeeping."""
+_KNOWN = frozenset(f"{_COMPUTED} {_WITHOUT_EFFECT}".split())
+_MULTIPLIERS = """partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier
+    attention_multiplier num_experts num_local_experts"""
+_NEUTRAL_AT_ONE = frozenset(_MULTIPLIERS.split())
+_ROPE_KEYS = frozenset(("rope_type", "type", "rope_theta", *RopeScalingConfig.model_fields))
+
+
+def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
+    """The model that config.json describes.
+
+    Raises:
+        CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
+    """
+    values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
+    values.check_known(_KNOWN)
+    with described_by(path):
+        hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
+        _check_expressible(values, hidden // heads)
+        return ModelConfig(
+            num_layers=values.whole("num_hidden_layers"),
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_kv_heads=values.whole("num_key_value_heads", heads, nullable=True),
+            intermediate_size=values.whole("intermediate_size"),
+            vocab_size=values.whole("vocab_size"),
+            rope_theta=_rope_theta(values),
+            rope_scaling=_rope_scaling(values),
+            norm_eps=values.number("rms_norm_eps", _DEFAULT_NORM_EPS),
+        )
+
+
+def _neutral(key: str, value: Any) -> bool:
+    """Whether a key that our model does not know is set to what it computes anyway."""
+    full = key == "layer_types" and isinstance(value, list) and set(map(str, value)) <= {"full_attention"}
+    return full or (key in _NEUTRAL_AT_ONE and type(value) in (int, float) and value == 1)
+
+
+def _check_expressible(values: Values, head_dim: int) -> None:
+    """Refuse what our model would compute in another way."""
+    expected: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
+    found = {key: values.content.get(key) for key in expected}
+    found |= {"attention_bias": values.flag("attention_bias"), "mlp_bias": values.flag("mlp_bias")}
+    found |= {"head_dim": values.whole("head_dim", head_dim, nullable=True)}
+    expected |= {"attention_bias": False, "mlp_bias": False, "head_dim": head_dim}
+    for key, value in expected.items():
+        if found[key] not in (None, value):
+            raise CheckpointError(f"{values.path}: {key} is {found[key]!r}, but only {value!r} is supported")
+    values.flag("tie_word_embeddings")
+
+
+def _rope_parts(values: Values) -> list[Values]:
+    """What transformers 5 (rope_parameters) and those before it (rope_scaling) say, where they say anything."""
+    parts = [values.section(key) for key in ("rope_parameters", "rope_scaling")]
+    parts = [
+        Values(part.path, {key: value for key, value in part.content.items() if not _neutral(key, value)})
+        for part in parts
+    ]
+    for part in parts:
+        kind = part.content.get("rope_type", part.content.get("type", "default"))
+        if kind != "default" and kind not in _SCALINGS:
+            raise CheckpointError(
+                f"{part.path}: RoPE positions are scaled ({kind}), which this model does not do (it knows "
+                f"{' and '.join(_SCALINGS)}): the weights would compute something else here"
+            )
+        part.check_known(_ROPE_KEYS)
+    return [part for part in parts if part.content]
+
+
+def _rope_theta(values: Values) -> float:
+    """The RoPE base, from transformers 5's rope_parameters or the top level.
+
+    Raises:
+        CheckpointError: two bases are given.
+    """
+    given = [part for part in (*_rope_parts(values), values) if part.content.get("rope_theta") is not None]
+    bases = {part.number("rope_theta") for part in given}
+    if len(bases) > 1:
+        raise CheckpointError(f"{values.path} gives two RoPE bases, {sorted(bases)}")
+    return bases.pop() if bases else _DEFAULT_ROPE_THETA
+
+
+def _rope_scaling(values: Values) -> RopeScalingConfig | None:
+    """How positions are scaled; None: not at all.
+
+    Raises:
+        CheckpointError: in two ways.
+    """
+    found: list[RopeScalingConfig] = []
+    for part in _rope_parts(values):
+        kind = part.content.get("rope_type", part.content.get("type", "default"))
+        if kind == "default":
+            continue
+        names = [name for name in RopeScalingConfig.model_fields if part.content.get(name) is not None]
+        given = {name: part.number(name) for name in names if name != "rope_type"}
+        found.append(RopeScalingConfig.model_validate(given | {"rope_type": kind}))
+    if any(scaling != found[0] for scaling in found):
+        raise CheckpointError(f"{values.path}: rope_parameters and rope_scaling differ, {found[0]} and {found[1]}")
+    return found[0] if found else None
+
+
+def rope_scaling(model: ModelConfig) -> dict[str, Any]:
+    """The scaling of positions as config.json has it; empty: none."""
+    return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
+
+
+def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
+    """transformers' LlamaConfig of the model; `further` fields are passed on."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.norm_eps,
+        max_position_embeddings=sequence_length,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
+        tie_word_embeddings=False,
+        **further,
+    )
+
+
+def config_files(
+    model: ModelConfig, sequence_length: int, dtype: torch.dtype, special: SpecialIds | None = None
+) -> dict[str, str]:
+    """config.json and generation_config.json by name; `special` gives the special ids, of which none is invented.
+
+    transformers 5 keeps the RoPE base in rope_parameters; versions before 5, and tools modelled on them, read
+    rope_theta, rope_scaling and torch_dtype at the top level, so both are given.
+    """
+    special = special or SpecialIds()
+    name = str(dtype).removeprefix("torch.")
+    nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = llama_config(model, sequence_length, architectures=["LlamaForCausalLM"], dtype=name, **nothing)
+    content = json.loads(config.to_json_string()) | {"rope_theta": model.rope_theta, "torch_dtype": name}
+    content |= special.ids
+    if model.rope_scaling is not None:
+        content["rope_scaling"] = rope_scaling(model)
+    return {
+        CONFIG_FILE: json.dumps(content, indent=2, sort_keys=True) + "\n",
+        GENERATION_FILE: json.dumps(special.generation_config(), indent=2, sort_keys=True) + "\n",
+    }

@@ -1,0 +1,239 @@
+"""`llemma convert` and `llemma export` into places that hold something already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import CheckpointError, ConfigError, StorageError
+from neox_core.progress import silent
+from neox_core.storage.object_store import ObjectStore
+from tasks.checkpoints import convert_folder, export_folder
+
+MODEL = ModelConfig(
+    num_layers=1, hidden_size=64, num_attention_heads=4, num_kv_heads=2, intermediate_size=192, vocab_size=64,
+    rope_theta=1e6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    make_random_base(MODEL, tmp_path / "base", seed=3)
+    return tmp_path / "base"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def convert_to(base: Path, target: Path | str, tensor: int = 1, **options: Any) -> Any:
+    return convert_folder(str(base), str(target), ParallelConfig(tensor=tensor), 1, silent, **options)
+
+
+def export_to(source: Path, target: Path | str, form: Any = "huggingface", **options: Any) -> Any:
+    return export_folder(str(source), str(target), form, None, 1, None, 64, silent, **options)
+
+
+def a_file(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+
+
+def a_meta_model(folder: Path) -> None:
+    make_random_base(MODEL, folder, seed=8)
+
+
+def a_stray_shard(folder: Path) -> None:
+    (folder / "consolidated.01.pth").write_bytes(b"another")
+
+
+def a_stray_rank(folder: Path) -> None:
+    (folder / "global_step0").mkdir()
+    (folder / "global_step0/mp_rank_01_model_states.pt").write_bytes(b"another")
+    (folder / "latest").write_text("global_step500")
+
+
+@pytest.mark.parametrize("fill", [a_file, a_meta_model, a_stray_shard, a_stray_rank])
+@pytest.mark.parametrize("command", ["convert", "export", "export meta"])
+def test_what_is_not_our_own_is_refused_before_anything_is_touched(
+    base: Path, tmp_path: Path, fill: Callable[[Path], None], command: str
+) -> None:
+    convert_to(base, tmp_path / "neox")
+    target = tmp_path / "target"
+    target.mkdir()
+    fill(target)
+    before = contents(target)
+    form = "meta" if command.endswith("meta") else "huggingface"
+    run = (
+        partial(convert_to, base, target)
+        if command == "convert"
+        else partial(export_to, tmp_path / "neox", target, form)
+    )
+    with pytest.raises(CheckpointError, match=rf"target holds .* llemma {command.split()[0]} did not write.*overwrite"):
+        run()
+    assert contents(target) == before
+
+
+def test_the_other_commands_output_is_not_our_own(base: Path, tmp_path: Path) -> None:
+    convert_to(base, tmp_path / "neox")
+    before = contents(tmp_path / "neox")
+    with pytest.raises(CheckpointError, match="llemma export did not write"):
+        export_to(tmp_path / "neox", tmp_path / "neox")
+    with pytest.raises(CheckpointError, match="llemma convert did not write"):
+        convert_to(base, base)
+    assert contents(tmp_path / "neox") == before
+
+
+def test_overwrite_replaces_the_model_and_leaves_other_files(base: Path, tmp_path: Path) -> None:
+    convert_to(base, tmp_path / "neox")
+    target = tmp_path / "target"
+    target.mkdir()
+    a_meta_model(target)
+    a_file(target)
+    export_to(tmp_path / "neox", target, overwrite=True)
+    assert sorted(path.name for path in target.iterdir() if not path.name.startswith(".")) == [
+        "artifact.json", "config.json", "generation_config.json", "model.safetensors", "notes.txt",
+    ]  # fmt: skip
+    assert not (target / ".incoming").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_failed_proof_leaves_what_was_there(
+    base: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own earlier output of another model, complete: it goes when the new one is proven, not before."""
+    target, other = tmp_path / "target", tmp_path / "other"
+    make_random_base(MODEL, other, seed=9)
+
+    def make(source: Path) -> None:
+        if command == "convert":
+            convert_to(source, target, tensor=2 if source == other else 1)
+        else:
+            neox = tmp_path / f"neox-{source.name}"
+            convert_to(source, neox)
+            export_to(neox, target)
+
+    make(base)
+    visible = {name: content for name, content in contents(target).items() if not name.startswith(".")}
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise CheckpointError("not the same")
+
+    with monkeypatch.context() as patch:
+        name = "conversion.proof.prove_conversion" if command == "convert" else "conversion.export.prove_export"
+        patch.setattr(f"neox_core.checkpoint.{name}", refuse)
+        if command == "export":
+            convert_to(other, tmp_path / "neox-other")
+        again = partial(make, other) if command == "convert" else partial(export_to, tmp_path / "neox-other", target)
+        with pytest.raises(CheckpointError, match="not the same"):
+            again()
+    now = {name: content for name, content in contents(target).items() if not name.startswith(".")}
+    assert now == visible
+    make(other)
+    after = contents(target)
+    assert not [name for name in after if name.startswith(".incoming")]
+    if command == "convert":
+        assert {name for name in after if name.endswith(".pt")} == {
+            f"global_step0/mp_rank_0{rank}_model_states.pt" for rank in (0, 1)
+        }
+        assert json.loads(after["artifact.json"])["config"]["parallel"]["tensor"] == 2
+    assert after["artifact.json"] != visible["artifact.json"]
+
+
+def test_a_killed_attempt_is_our_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was finished but not noted yet."""
+
+    def stop(share: float, text: str) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "neox"
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(str(base), str(target), ParallelConfig(tensor=2), 1, stop)
+    (target / "global_step0").mkdir(exist_ok=True)
+    (target / "global_step0/mp_rank_01_model_states.pt").write_bytes(b"half")
+    convert_to(base, target, tensor=2)
+    assert (target / "latest").read_text() == "global_step0"
+
+
+def test_a_finished_result_may_get_a_readme(base: Path, tmp_path: Path) -> None:
+    target = tmp_path / "neox"
+    convert_to(base, target)
+    (target / "README.md").write_text("ours")
+    before = contents(target)
+    convert_to(base, target)
+    assert contents(target) == before
+
+
+def test_an_object_store(base: Path, tmp_path: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    place = f"{store.url()}run#1"
+    convert_to(base, place)
+    assert store.get_text("run#1/latest") == "global_step0"
+    store.put_text("run#1/notes.txt", "mine")
+    convert_to(base, place)  # finished
+    with pytest.raises(CheckpointError, match=r"run#1 holds notes\.txt, which llemma convert did not write"):
+        convert_to(base, place, tensor=2)
+    convert_to(base, place, tensor=2, overwrite=True)
+    keys = [info.key for info in store.list("run#1/") if "/." not in info.key]
+    assert keys == [
+        "run#1/artifact.json",
+        *(f"run#1/global_step0/mp_rank_0{rank}_model_states.pt" for rank in (0, 1)),
+        "run#1/latest",
+        "run#1/notes.txt",
+    ]
+    assert not store.list("run#1/.incoming/")
+
+
+def test_places_that_cannot_be_written_to(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target, message in (
+        (tmp_path / "file", "is a file: name a folder"),
+        (tmp_path / "file/below", r"(is a file|Not a directory)"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (Path("/proc/nothing"), "cannot be written"),
+    ):
+        with pytest.raises(StorageError, match=message):
+            convert_to(base, target)
+    for empty in ("", "  "):
+        with pytest.raises(ConfigError, match="--to is empty"):
+            convert_to(base, empty)
+    with pytest.raises(ConfigError, match="it is empty"):
+        convert_folder("", str(tmp_path / "x"), ParallelConfig(), 1, silent)
+
+
+def test_special_ids_are_the_bases(base: Path, tmp_path: Path) -> None:
+    """Hugging Face -> NeoX -> Hugging Face keeps lists of ids and the settings of generation; Meta's base has none."""
+    convert_to(base, tmp_path / "neox")
+    export_to(tmp_path / "neox", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert [config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")] == [None, None, None]
+    ids = {"bos_token_id": 30, "eos_token_id": [31, 32], "pad_token_id": 33}
+    generation = {"eos_token_id": [31, 34], "temperature": 0.6, "do_sample": True}
+    shutil.copytree(tmp_path / "hf", tmp_path / "own")
+    (tmp_path / "own/config.json").write_text(json.dumps(config | ids))
+    (tmp_path / "own/generation_config.json").write_text(json.dumps(generation))
+    convert_to(tmp_path / "own", tmp_path / "again")
+    export_to(tmp_path / "again", tmp_path / "back")
+    found = json.loads((tmp_path / "back/config.json").read_text())
+    assert {key: found[key] for key in ids} == ids
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == generation
+
+
+def test_the_fingerprint_is_of_the_models_files(base: Path, tmp_path: Path) -> None:
+    first = convert_to(base, tmp_path / "neox")
+    shutil.copy(base / "consolidated.00.pth", base / "consolidated.00 (1).pth")
+    torch.save({}, base / "._consolidated.00.pth")
+    (base / "README.md").write_text("about")
+    again = convert_to(base, tmp_path / "neox")
+    assert again.fingerprint == first.fingerprint
+    assert set(first.inputs) == {"params.json", "consolidated.00.pth", "consolidated.01.pth"}
