@@ -153,7 +153,7 @@ class TrainConfig(Section):
         AUTO, description=f"kernel, one of {', '.join(names())}; auto: the fastest that is installed"
     )
     cuda_graphs: Literal["auto", "off"] = Field(
-        "auto", description="auto: on GPUs, micro batches are recorded once, so that no kernel waits for Python"
+        "off", description="auto: on GPUs, micro batches are recorded once, so that no kernel waits for Python"
     )
     z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")

@@ -85,7 +85,7 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
         device = torch.device("cuda", _local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
         # CUDA graphs cannot be recorded on the default stream, and autograd runs a node on the stream it was made on.
-        torch.cuda.set_stream(torch.cuda.Stream())
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         # With a device, NCCL connects at once; a rank that is alone has nobody to connect to.
         _join("nccl", device if os.environ["WORLD_SIZE"] != "1" else None)
     else:

@@ -61,7 +61,7 @@ class CudaRecorder:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Graph:
         """Other threads may use the device meanwhile, as NCCL's watchdog does."""
