@@ -81,7 +81,6 @@ ATTRIBUTES: Mapping[type, tuple[str, ...]] = {
         "loss",
         "micro_batches",
         "micro_steps",
-        "module",
         "mpu",
         "num_stages",
         "optimizer",
