@@ -1,7 +1,7 @@
 """The training step beside transformers' Llama, compiled, with and without Liger's kernels: the same work in one call.
 
-    python benchmarks/peers.py 7b --micro-batch 2
-    python benchmarks/peers.py 34b-slice
+    python -m benchmarks.peers 7b --micro-batch 2
+    python -m benchmarks.peers 34b-slice
 
 Each runs alone on the GPU, one after the other: the same architecture, 65,536 random tokens a step at sequence 4096,
 no recomputation, clip by the global norm and fused AdamW. The peers' gradients and Adam states are bf16, which is less
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 STEP_TOKENS, SEQUENCE = 65536, 4096
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
 
 
@@ -35,12 +35,12 @@ def main() -> None:
         return
     common = [options.model, "--micro-batch", str(options.micro_batch), "--steps", str(options.steps)]
     common += ["--layers", str(options.layers)] if options.layers else []
-    ours = _run([*_torchrun(), str(HERE / "train_step.py"), *common])
+    ours = _run([*_torchrun(), "-m", "benchmarks.train_step", *common])
     if ours is None:
         raise SystemExit("our own step failed: see above")
     rates = {"ours": float(ours["tokens_per_second"])}
     for name in PEERS:
-        result = _run([sys.executable, __file__, *common, "--peer", name])
+        result = _run([sys.executable, "-m", "benchmarks.peers", *common, "--peer", name])
         if result is not None:
             rates[name] = float(result["tokens_per_second"])
     for name, rate in rates.items():
@@ -66,7 +66,7 @@ def _torchrun() -> list[str]:
 
 def _run(command: list[str]) -> dict[str, Any] | None:
     """The JSON of the last line, or None after a failure, whose last lines are shown."""
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if finished.returncode:
         sys.stdout.write(f"failed: {' '.join(command)}\n{finished.stdout[-500:]}{finished.stderr[-1500:]}\n")
         return None
@@ -149,8 +149,7 @@ def _has_cudnn_attention(device: torch.device) -> bool:
 
 
 def _architecture(options: argparse.Namespace) -> Any:
-    from train_step import CONFIGS, MODELS
-
+    from benchmarks.train_step import CONFIGS, MODELS
     from neox_core.config import load_config
 
     name, layers = MODELS[options.model]

@@ -50,7 +50,7 @@ def main() -> None:
     device = init_distributed(config.launch)
     mesh, geometry = build_mesh(config.parallel, device), batch_geometry(config)
     engine = build_engine(config, mesh, geometry, _random_weights(config, device))
-    batches, folder = _batches(config, device), Path(tempfile.mkdtemp())
+    batches, folder = _batches(config, mesh), Path(tempfile.mkdtemp())
     with MetricsLog(config, folder, cast(Any, _NoStore()), "", "benchmark", 0) as metrics:
         telemetry = Telemetry(
             config, mesh, geometry, engine, Mixture(_SOURCES), metrics, StepProfiler(None, folder, 0), 1e15

@@ -152,6 +152,9 @@ class TrainConfig(Section):
     attention: Annotated[str, AfterValidator(check_name)] = Field(
         AUTO, description=f"kernel, one of {', '.join(names())}; auto: the fastest that is installed"
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "off", description="auto: on GPUs, micro batches are recorded once, so that no kernel waits for Python"
+    )
     z_loss: NonNegativeFloat = Field(0.0, description="coefficient of (log Z)^2, which keeps logits from drifting")
     loss_chunk_tokens: PositiveInt = Field(2048, description="positions whose logits are held at a time")
     dry_run: bool = Field(True, description="try a few micro batches of zeros before data and weights are read")

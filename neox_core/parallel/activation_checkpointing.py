@@ -44,7 +44,7 @@ class FullCheckpointing(NoCheckpointing):
     """The block's input is kept."""
 
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-        result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+        result: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
         return result
 
 

@@ -66,6 +66,10 @@ class OverlappedReduction:
         self._reduce_down_to(0, partial_buckets=True)
         for work in self._under_way:
             work.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is under way."""
         self._under_way, self._begun, self._reduced_from = [], False, self._flat.numel()
 
     def _reduce_down_to(self, element: int, partial_buckets: bool = False) -> None:

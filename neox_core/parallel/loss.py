@@ -120,9 +120,17 @@ class ChunkedLoss:
 
     def __call__(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over the positions that count / all positions, in fp32 nats."""
+        self.count(targets_BT)
+        return self.mean(hidden_BTD, targets_BT)
+
+    def count(self, targets_BT: Tensor) -> None:
+        """Take a micro batch's positions into the share of those that count."""
+        self._counted.append((targets_BT != IGNORE_INDEX).sum())
+        self._positions += targets_BT.numel()
+
+    def mean(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The loss alone, which does the same work every time."""
         hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        self._counted.append((targets != IGNORE_INDEX).sum())
-        self._positions += targets.numel()
         if self.on_token_losses is None:
             return self._mean(hidden, targets)
         self._token_losses = []

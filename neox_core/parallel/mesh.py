@@ -78,10 +78,14 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
     use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
     # Read when CUDA is first used: without it, a full card cannot give freed blocks to larger tensors.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # NCCL would register the buffers of a graph's collectives, which fails for such segments.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if use_cuda:
         # A launcher that shows each task only its own GPU leaves exactly one visible.
         device = torch.device("cuda", _local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # CUDA graphs cannot be recorded on the default stream, and autograd runs a node on the stream it was made on.
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         # With a device, NCCL connects at once; a rank that is alone has nobody to connect to.
         _join("nccl", device if os.environ["WORLD_SIZE"] != "1" else None)
     else:

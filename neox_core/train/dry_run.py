@@ -55,7 +55,8 @@ def dry_run(engine: StepEngine, config: RunConfig, geometry: BatchGeometry, mesh
     batches = _zero_batches(config)
     with torch.random.fork_rng(devices=[mesh.device] if mesh.device.type == "cuda" else []):
         engine.set_accumulation_steps(count)
-        engine.train_batch(batches)
+        for _ in range(2):  # the second records CUDA graphs of what the first compiled, and replays them
+            engine.train_batch(batches)
         engine.set_accumulation_steps(geometry.accumulation_steps)
         engine.eval_batch(batches, num_micro_batches=count)
     if mesh.device.type == "cuda":

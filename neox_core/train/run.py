@@ -67,6 +67,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
         with memory_explained(config, geometry, mesh):
             engine = build_engine(config, mesh, geometry, zero_weights(config))
             dry_run(engine, config, geometry, mesh)
+            engine.close()
         peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {"dry_run": "passed", "peak_memory_gib": round(float(peak) / 2**30, 2)}
@@ -140,6 +141,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             _last_upload(writer, watchdog)
             raise
     _last_upload(writer, watchdog)
+    engine.close()
     return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
 
 

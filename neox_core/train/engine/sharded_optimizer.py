@@ -122,10 +122,15 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             self.reduction.begin()
 
     @torch.no_grad()
-    def reduce_gradients(self) -> None:
-        """Average the gradients over data-parallel ranks; each rank gets its own partition's."""
+    def reduce_gradients(self, begun: bool = True) -> None:
+        """Average the gradients over data-parallel ranks; each rank gets its own partition's.
+
+        Args:
+            begun: by `begin_reduction`; False: the matrices' are averaged already.
+        """
         if self._mesh.data_size > 1:
-            self.reduction.finish()
+            if begun:
+                self.reduction.finish()
             norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
             own = self.fp32_groups_gradient_flat_partition[NORMS]
             dist.reduce_scatter_tensor(own, norms, average(norms, group), group)

@@ -87,5 +87,8 @@ class StepEngine(Protocol):
     def shared_file(self, name: str) -> bool:
         """Whether loading needs this file of a checkpoint on every node."""
 
+    def close(self) -> None:
+        """No step comes any more. Before the process group ends."""
+
     def own_file(self, name: str) -> bool:
         """Whether loading needs this file of a checkpoint for this rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from neox_core.checkpoint.writer import TakeFile
 from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.mesh import Mesh
+from neox_core.train.engine.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
 from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
 from neox_core.train.engine.step_engine import Batches
 from neox_core.train.engine.verification import verify_master_weights
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingEngine(PipelineEngine):  # type: ignore[misc]
@@ -38,11 +42,24 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
     ) -> None:
         self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
         self._backward_passes = 0
+        self._graphs: GraphedStage | None = None
         self._on_phase: Callable[[str], None] = _nobody
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
         self.gradient_groups: tuple[str, ...] = ()
         """Names of the groups of layers in an outcome."""
+
+    def record_graphs(self) -> None:
+        """Replay micro batches from CUDA graphs, or say in the log why that cannot be (see graphed_stage.py)."""
+        if reason := why_not(self, self._mesh.device):
+            logger.info("CUDA graphs: off, since %s", reason)
+        else:
+            self._graphs = GraphedStage(self, reduces=self._mesh.data_size > 1)
+
+    def close(self) -> None:
+        """Graphs refer to communicators, whose end would wait for theirs."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     @property
     def outcome(self) -> Tensor:
@@ -130,7 +147,13 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        if self._graphs is None or not self.module.training or not self._graphs.forward(buffer_id):
+            super()._exec_forward_pass(buffer_id)
+
     def _exec_backward_pass(self, buffer_id: int) -> None:
+        if self._graphs is not None and self._graphs.backward():
+            return
         self._backward_passes += 1
         if self._backward_passes == self.micro_batches:
             self.optimizer.begin_reduction()
@@ -146,6 +169,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     # DeepSpeed looks functions up here, not by name.
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
+        schedule.ForwardPass: _exec_forward_pass,
         schedule.BackwardPass: _exec_backward_pass,
         schedule.ReduceGrads: _exec_reduce_grads,
         schedule.OptimizerStep: _exec_optimizer_step,
@@ -153,7 +177,10 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def _bf16_reduce_grads(self) -> None:
         self._backward_passes = 0
-        self.optimizer.reduce_gradients()
+        replayed = self._graphs is not None and self._graphs.replaying
+        self.optimizer.reduce_gradients(begun=not replayed)
+        if self._graphs is not None:
+            self._graphs.end_step()
         self.optimizer.counted_share = self._own_counted_share()
 
     def _own_counted_share(self) -> Tensor:

@@ -209,7 +209,7 @@ FIELDS = {
     "RopeScalingConfig": 5,
     "ModelConfig": 10,
     "ParallelConfig": 4,
-    "TrainConfig": 23,
+    "TrainConfig": 24,
     "ProfileConfig": 3,
     "OptimizerConfig": 5,
     "ScheduleConfig": 6,
