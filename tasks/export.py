@@ -75,8 +75,10 @@ def _last_weights(training: Training, scratch: Path, progress: Progress) -> Iter
 
 def sample_texts(data: Path, tokenizer: Path, config: RunConfig) -> list[str]:
     """The first documents of each source's training text, decoded from its token files."""
-    from neox_core.checkpoint.formats.huggingface_tokenizer import load_sentencepiece
+    from neox_core.checkpoint.formats.huggingface_tokenizer import is_json_tokenizer, load_sentencepiece
 
+    if is_json_tokenizer(tokenizer):  # which is exported as it is
+        return []
     pieces, begin = load_sentencepiece(tokenizer), int(config.tokenizer.begin_of_document)
     texts: list[str] = []
     for source in config.data.sources:

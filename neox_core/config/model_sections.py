@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
+from neox_core.config.families import FAMILIES, Family, FamilyName
 from neox_core.config.section import ConfigPath, S3Prefix, Section
 
 
@@ -55,14 +58,16 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """Architecture of a Llama-family model."""
+    """Architecture of a Llama-type model."""
 
+    family: FamilyName = Field("llama", description="in what the model differs from Llama (config/families.py)")
     num_layers: PositiveInt = Field(description="transformer blocks")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     num_attention_heads: PositiveInt = Field(description="query heads")
     num_kv_heads: PositiveInt = Field(
         description="key-value heads; as many as query heads: multi-head attention, fewer: grouped-query attention"
     )
+    head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_attention_heads")
     intermediate_size: PositiveInt = Field(description="width of the MLP")
     vocab_size: PositiveInt = Field(description="rows of the embedding and of the output head")
     unpadded_vocab_size: PositiveInt | None = Field(
@@ -71,11 +76,20 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = Field(description="base of the rotary embedding's wavelengths")
     rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in RMSNorm; Llama's value")
+    sliding_window: PositiveInt | None = Field(
+        None, description="mistral only: positions that attention reaches back; sequences must not be longer"
+    )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def differences(self) -> Family:
+        """In what the model differs from Llama."""
+        return FAMILIES[self.family]
+
+    @property
+    def grouped_qkv(self) -> bool:
+        """The fused projection goes by KV heads (each one's queries, key, value), since NeoX's form, by query heads
+        with a slice of key and value each, cannot hold this ratio."""
+        return self.head_dim % (2 * self.queries_per_kv) != 0
 
     @property
     def num_tokens(self) -> int:
@@ -87,21 +101,39 @@ class ModelConfig(Section):
         """Query heads that share one key-value head (1 for multi-head attention)."""
         return self.num_attention_heads // self.num_kv_heads
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_head_dim(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("head_dim"):
+            return values
+        hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+        if type(hidden) is int and type(heads) is int and heads > 0:
+            if hidden % heads:
+                raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+            return values | {"head_dim": hidden // heads}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What was made before these settings existed keeps its identity.
+        defaults = {
+            "family": "llama",
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "sliding_window": None,
+        }
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if key not in defaults or value != defaults[key]}
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_kv_heads {self.num_kv_heads}"
             )
-        if self.head_dim % (2 * self.queries_per_kv):
-            raise ValueError(
-                f"head width {self.head_dim} is not divisible by 2 x {self.queries_per_kv} query heads per KV head, "
-                "which NeoX's fused QKV layout needs"
-            )
+        if self.head_dim % 2 or self.head_dim == 0:
+            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 2, which rotary positions need")
+        if self.sliding_window is not None and self.differences.sliding_window is None:
+            raise ValueError(f"sliding_window {self.sliding_window} is not computed for the family {self.family}")
         if self.num_tokens > self.vocab_size:
             raise ValueError(f"unpadded_vocab_size {self.num_tokens} exceeds vocab_size {self.vocab_size}")
         return self

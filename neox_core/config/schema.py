@@ -29,10 +29,12 @@ class StorageConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The SentencePiece model and the id that ends a document."""
+    """The base model's tokenizer and the id that ends a document."""
 
-    model: ConfigPath = Field(description="SentencePiece's .model file of the base model")
-    end_of_document: Literal["eos", "unk"] = Field("eos", description="unk: what Llemma's own data has")
+    model: ConfigPath = Field(description="SentencePiece's .model file, or tokenizer.json with byte-level BPE")
+    end_of_document: str = Field(
+        "eos", description="unk: what Llemma's own data has; of a tokenizer.json: the special token, <|endoftext|>"
+    )
     begin_of_document: bool = Field(False, description="put the tokenizer's <s> before every document")
     engine: Literal["auto", "sentencepiece"] = Field(
         "auto", description="auto: a faster one where its ids are the same"
@@ -111,6 +113,7 @@ class RunConfig(Section):
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
         _check_sequence(self.train, self.parallel)
+        _check_window(self.model, self.train)
         _check_weight_changes(self.data, self.train)
         _check_extension(self.data, self.train)
         return self
@@ -131,6 +134,14 @@ def _check_sequence(train: TrainConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"train.sequence_length {train.sequence_length} is not divisible by parallel.tensor {parallel.tensor}, "
             "among whose ranks its tokens are split: change one of them, or set parallel.sequence to false"
+        )
+
+
+def _check_window(model: ModelConfig, train: TrainConfig) -> None:
+    if model.sliding_window is not None and train.sequence_length > model.sliding_window:
+        raise ValueError(
+            f"train.sequence_length {train.sequence_length} exceeds model.sliding_window {model.sliding_window}: "
+            "attention here is full, which is the same for sequences up to the window only"
         )
 
 

@@ -29,6 +29,11 @@ class ModelDimensions:
     attention: str = AUTO
     """Name of the causal attention's kernel (kernels/attention.py)."""
     rope_scaling: RopeScaling | None = None
+    grouped_qkv: bool = False
+    """The fused projection's rows go by KV heads, not by query heads (elementwise.py)."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Each head's query and key are normalized."""
 
     @classmethod
     def of(cls, model: ModelConfig, sequence_length: int, attention: str = AUTO) -> ModelDimensions:
@@ -45,6 +50,9 @@ class ModelDimensions:
             sequence_length=sequence_length,
             attention=attention,
             rope_scaling=RopeScaling(**model.rope_scaling.model_dump()) if model.rope_scaling else None,
+            grouped_qkv=model.grouped_qkv,
+            qkv_bias=model.differences.qkv_bias,
+            qk_norm=model.differences.qk_norm,
         )
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:

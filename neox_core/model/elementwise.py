@@ -79,19 +79,33 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @fused_on_cuda
 def split_and_rotate(
-    fused_BTF: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    fused_BTF: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    grouped: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys with their positions, and values, from NeoX's fused projection.
+    """Queries and keys with their positions, and values, from a fused projection.
 
     Args:
-        fused_BTF: per query head its q, then its slices of k and of v; F = (heads + 2 kv_heads) x head width.
+        fused_BTF: per query head its q, then its slices of k and of v, as NeoX has them; F = (heads + 2 kv_heads) x
+            head width.
+        grouped: instead, per KV head its queries, its k and its v.
+        scales: of the norms [H] that each head's q and k get before they are rotated.
 
     Returns:
         q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
     """
     head_dim = 2 * cos.shape[-1]
-    kv_slice = head_dim * kv_heads // heads
-    per_head = fused_BTF.view(*fused_BTF.shape[:-1], heads, head_dim + 2 * kv_slice)
-    q, k, v = torch.split(per_head, [head_dim, kv_slice, kv_slice], dim=-1)
+    rows = kv_heads if grouped else heads
+    kv_slice = head_dim * kv_heads // rows
+    per_head = fused_BTF.view(*fused_BTF.shape[:-1], rows, head_dim * heads // rows + 2 * kv_slice)
+    q, k, v = torch.split(per_head, [head_dim * heads // rows, kv_slice, kv_slice], dim=-1)
     k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
+    q = q.reshape(*fused_BTF.shape[:-1], heads, head_dim)
+    if scales is not None:
+        q, k = _normalize(q, scales[0], eps), _normalize(k, scales[1], eps)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()

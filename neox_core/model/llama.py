@@ -36,7 +36,10 @@ class Attention(nn.Module):
         self.dims = dims
         query_width = dims.num_heads * dims.head_dim
         kv_width = dims.num_kv_heads * dims.head_dim
-        self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=False)
+        self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=dims.qkv_bias)
+        if dims.qk_norm:
+            self.q_norm = RMSNorm(dims.head_dim, dims.norm_eps)
+            self.k_norm = RMSNorm(dims.head_dim, dims.norm_eps)
         self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
         self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta, dims.rope_scaling)
 
@@ -47,7 +50,11 @@ class Attention(nn.Module):
     def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None) -> Tensor:
         """What every token's heads read: fused projection [B,T,F] -> [B,T,N*H]"""
         cos, sin = self.rotary(fused_BTF.shape[1], positions_BT)
-        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, self.dims.num_heads, self.dims.num_kv_heads)
+        dims = self.dims
+        scales = (self.q_norm.scale, self.k_norm.scale) if dims.qk_norm else None
+        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(
+            fused_BTF, cos, sin, dims.num_heads, dims.num_kv_heads, dims.grouped_qkv, scales, dims.norm_eps
+        )
         attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
         return attended_BTNH.flatten(2)
 

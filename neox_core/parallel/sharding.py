@@ -23,6 +23,7 @@ class Sharding:
     """How the ranks of a tensor-parallel group hold a parameter."""
 
     kind: Literal["matrix", "norm"]
+    """Biases count as norms: a vector, without decay."""
     split: int | None = None
     """Dimension that they split; None: each has the whole parameter."""
     partial_gradient: bool = False
@@ -33,7 +34,7 @@ class Sharding:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices, not to norms."""
+        """Whether weight decay applies: to matrices, not to norms and biases."""
         return self.kind == "matrix"
 
     @property
@@ -50,12 +51,17 @@ part of them, and then a part of the gradient."""
 HEAD_NORM = Sharding("norm", partial_gradient=True)
 """A norm within a split region, such as that of each head's queries and keys: a rank has its own heads' part of the
 gradient."""
+ROW_BIAS = Sharding("norm", split=0)
+"""The bias of a matrix whose rows are split."""
 
 SHARDINGS: Mapping[type[nn.Module], Mapping[str, Sharding]] = {
     TokenEmbedding: {"word_embeddings.weight": ROWS},
     TransformerBlock: {
         "input_layernorm.scale": TOKEN_NORM,
         "attention.query_key_value.weight": ROWS,
+        "attention.query_key_value.bias": ROW_BIAS,
+        "attention.q_norm.scale": HEAD_NORM,
+        "attention.k_norm.scale": HEAD_NORM,
         "attention.dense.weight": COLUMNS,
         "post_attention_layernorm.scale": TOKEN_NORM,
         "mlp.w1.weight": ROWS,
@@ -108,16 +114,17 @@ def mark_parameters(layer: nn.Module, dims: ModelDimensions, ranks: int, tokens_
             set_sharding(parameter, sharding)
         sharding_of(parameter, f"{type(layer).__name__}.{name}")
     if isinstance(layer, TransformerBlock) and ranks > dims.num_kv_heads:
-        fused = layer.attention.query_key_value.weight
-        set_sharding(fused, replace(sharding_of(fused), shared_rows=key_value_rows(dims.shard(ranks))))
+        for fused in layer.attention.query_key_value.parameters():
+            set_sharding(fused, replace(sharding_of(fused), shared_rows=key_value_rows(dims.shard(ranks))))
 
 
 def key_value_rows(dims: ModelDimensions) -> tuple[range, ...]:
-    """Rows of a block's fused projection that are k and v, as NeoX orders them.
+    """Rows of a block's fused projection that are k and v.
 
     Args:
         dims: one rank's.
     """
-    kv_rows = 2 * dims.head_dim * dims.num_kv_heads // dims.num_heads
-    stride = dims.head_dim + kv_rows
-    return tuple(range(head * stride + dims.head_dim, (head + 1) * stride) for head in range(dims.num_heads))
+    groups = dims.num_kv_heads if dims.grouped_qkv else dims.num_heads
+    q_rows = dims.head_dim * dims.num_heads // groups
+    stride = q_rows + 2 * dims.head_dim * dims.num_kv_heads // groups
+    return tuple(range(group * stride + q_rows, (group + 1) * stride) for group in range(groups))

@@ -38,19 +38,22 @@ class AccumulatingLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
-        """The same layer with the same parameter."""
-        assert linear.bias is None, "a bias gradient would be lost"
+        """The same layer with the same parameters."""
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight = linear.weight
+        made.weight, made.bias = linear.weight, linear.bias
         return made
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        return linear_outputs(x, self)[0]
+        (product,) = linear_outputs(x, self)
+        return product if self.bias is None else product + self.bias
 
 
 def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """Outputs of linear layers of the same input, whose gradient is then summed by the products themselves."""
+    """Products of linear layers of the same input, whose gradient is then summed by the products themselves.
+
+    Biases are not added.
+    """
     weights = [linear.weight for linear in linears]
     accumulators = [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
     if not accumulators or not torch.is_grad_enabled():

@@ -42,7 +42,9 @@ def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
 def _layer_parameters(dims: ModelDimensions) -> int:
     """One rank's part of one transformer layer; norms are replicated."""
     heads = 2 * dims.num_heads + 2 * dims.num_kv_heads
-    return dims.hidden_size * (heads * dims.head_dim + 3 * dims.intermediate_size + 2)
+    bias = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim if dims.qkv_bias else 0
+    qk_norm = 2 * dims.head_dim if dims.qk_norm else 0
+    return dims.hidden_size * (heads * dims.head_dim + 3 * dims.intermediate_size + 2) + bias + qk_norm
 
 
 @dataclass(frozen=True)

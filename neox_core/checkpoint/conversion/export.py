@@ -20,6 +20,7 @@ from neox_core.checkpoint.formats.huggingface_tokenizer import (
     PLAIN_TOKENIZER,
     TOKENIZER_MODEL,
     compare_tokenizers,
+    is_json_tokenizer,
     load_sentencepiece,
     tokenizer_files,
     tokenizer_problem,
@@ -106,7 +107,7 @@ def export_huggingface(
 
 def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
     """The base's special ids, or where it gives none those of the tokenizer."""
-    if tokenizer is None or (base is not None and base.ids):
+    if tokenizer is None or (base is not None and base.ids) or is_json_tokenizer(tokenizer):
         return base or SpecialIds()
     pieces = load_sentencepiece(tokenizer)
     ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
@@ -115,6 +116,8 @@ def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
 
 def _tokenizer(tokenizer: Path, sequence_length: int, note: dict[str, str]) -> dict[str, bytes]:
     """The tokenizer's files; `note` gets a line where only its own file is exported."""
+    if is_json_tokenizer(tokenizer):
+        return {"tokenizer.json": tokenizer.read_bytes()}
     if problem := tokenizer_problem(tokenizer):
         note["tokenizer"] = (
             f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "

@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox_core.checkpoint.conversion.reference import Reference, decoder_layer, open_reference, whole_llama
+from neox_core.checkpoint.conversion.reference import (
+    Reference,
+    decoder_layer,
+    open_reference,
+    transformers_class,
+    whole_llama,
+)
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
@@ -176,14 +182,12 @@ def compare_layers(
     Raises:
         CheckpointError: a file is missing, or its tensors do not fit the model.
     """
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-
     shards, config, differences = Shards(checkpoint, model), reference.config, Differences()
     tokens = int(config.vocab_size)
     ids_BT = sample_ids(tokens)[: _BATCH if parameter_count(model) <= SMALL_MODEL else 1]
     x_BTD = F.embedding(ids_BT, reference.embedding())
     differences.add("embedding", shards.embed(ids_BT), x_BTD)
-    positions = LlamaRotaryEmbedding(config)(x_BTD, torch.arange(_POSITIONS)[None])
+    positions = transformers_class(config, "RotaryEmbedding")(config)(x_BTD, torch.arange(_POSITIONS)[None])
     for number in range(model.num_layers):
         attention, mlp, out_BTD = _reference_layer(
             decoder_layer(config, number, reference.layer(number)), x_BTD, positions
@@ -192,7 +196,7 @@ def compare_layers(
         differences.add(f"layer {number} mlp", shards.mlp(number, x_BTD + attention), mlp)
         x_BTD = out_BTD
         progress((number + 1) / model.num_layers * 0.99, f"layer {number + 1} of {model.num_layers} proven")
-    norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm = transformers_class(config, "RMSNorm")(config.hidden_size, config.rms_norm_eps)
     norm.load_state_dict({"weight": reference.norm()}, assign=True)
     differences.add("logits", shards.logits(x_BTD)[..., :tokens], F.linear(norm(x_BTD), reference.head()))
     return differences

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from neox_core.checkpoint.formats.model_files import ModelFiles, model_files
 from neox_core.config import ModelConfig
+from neox_core.config.families import FAMILIES
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, LocalFolder, Location, open_folder, small_files
 from neox_core.storage.tensor_reader import open_tensors
@@ -221,35 +223,41 @@ def open_reference(location: Location, sequence_length: int, dtype: torch.dtype)
 
 def decoder_layer(config: Any, number: int, state: LazyState) -> nn.Module:
     """transformers' decoder layer in eval mode; each of its weights is in memory while it is used, and no longer."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
     with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, number)
+        layer: nn.Module = transformers_class(config, "DecoderLayer")(config, number)
     parameters = {name for name, _ in layer.named_parameters()}
     assert parameters == state.keys(), f"layer {number} has {sorted(parameters ^ state.keys())} on one side only"
-    for name, module in layer.named_modules():
-        if f"{name}.weight" in parameters:
-            module.register_forward_pre_hook(partial(_bring, state[f"{name}.weight"]))
+    for path, module in layer.named_modules():
+        own = {name: state[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)}
+        if own:
+            module.register_forward_pre_hook(partial(_bring, own))
             module.register_forward_hook(_drop)
     return layer.eval()
 
 
-def _bring(make: Callable[[], Tensor], module: Any, args: Any) -> None:
-    weight = make()
-    assert weight.shape == module.weight.shape, f"{tuple(weight.shape)} instead of {tuple(module.weight.shape)}"
-    module.weight = nn.Parameter(weight, requires_grad=False)
+def transformers_class(config: Any, part: str) -> Any:
+    """A class of transformers' own model of the family, such as its DecoderLayer."""
+    family = FAMILIES[config.model_type]
+    module = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
+    return getattr(module, f"{family.classes}{part}")
+
+
+def _bring(made: LazyState, module: Any, args: Any) -> None:
+    for name, make in made.items():
+        value, shape = make(), getattr(module, name).shape
+        assert value.shape == shape, f"{tuple(value.shape)} instead of {tuple(shape)}"
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
 def _drop(module: Any, args: Any, result: Any) -> None:
-    module.weight = nn.Parameter(torch.empty(module.weight.shape, device="meta"), requires_grad=False)
+    for name, value in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(torch.empty(value.shape, device="meta"), requires_grad=False))
 
 
 def whole_llama(reference: Reference) -> Any:
-    """transformers' LlamaForCausalLM with all of a reference's weights, in fp32 and eval mode."""
-    from transformers import LlamaForCausalLM
-
+    """transformers' model for causal language modeling with all of a reference's weights, in fp32 and eval mode."""
     with torch.device("meta"):
-        llama = LlamaForCausalLM(reference.config)
+        llama = transformers_class(reference.config, "ForCausalLM")(reference.config)
     # Buffers like the RoPE table, which no checkpoint holds, would stay without values.
     llama.model.rotary_emb = type(llama.model.rotary_emb)(config=reference.config)
     state = {

@@ -50,7 +50,7 @@ def _save(tensors: list[StreamedTensor], path: Path) -> None:
 def _shard(model: ModelConfig, seed: int, shards: int, shard: int) -> Iterator[StreamedTensor]:
     """A shard's tensors; they must be written in this order, in which the generator draws them."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in iterate_layers(model.num_layers):
+    for layer in iterate_layers(model):
         for tensor, stored in zip(layer.tensors, stored_tensors(layer, model, Form.META, shards, shard), strict=True):
             size = stored.shape[tensor.meta_split or 0]
             start = 0 if tensor.meta_split is None else shard * size

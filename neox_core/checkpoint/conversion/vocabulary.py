@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neox_core.checkpoint.formats.huggingface_tokenizer import load_sentencepiece
+from neox_core.checkpoint.formats.huggingface_tokenizer import (
+    is_json_tokenizer,
+    json_tokenizer,
+    load_sentencepiece,
+)
 from neox_core.checkpoint.formats.model_weights import ModelWeights, NewRows
 from neox_core.config import ModelConfig
 from neox_core.errors import ConfigError
@@ -53,16 +57,16 @@ def _mean_row(weights: ModelWeights, whole: str) -> Tensor:
 
 
 def check_tokenizer(path: Path, model: ModelConfig) -> None:
-    """Check that every piece of a SentencePiece model, and so every special id, has a row.
+    """Check that every piece of a tokenizer, and so every special id, has a row.
 
     Raises:
         CheckpointError: the tokenizer cannot be loaded.
         ConfigError: it has more pieces than the model has tokens, or a special id beyond them.
     """
-    pieces = load_sentencepiece(path)
-    if pieces.vocab_size() > model.num_tokens:
+    count = len(json_tokenizer(path).get_vocab()) if is_json_tokenizer(path) else load_sentencepiece(path).vocab_size()
+    if count > model.num_tokens:
         raise ConfigError(
-            f"tokenizer {path} has {pieces.vocab_size()} pieces, more than the {model.num_tokens} tokens of "
+            f"tokenizer {path} has {count} pieces, more than the {model.num_tokens} tokens of "
             f"model.vocab_size {model.vocab_size}: use the base's tokenizer, or raise it and say the base's own "
             "vocabulary in base_model.vocab_size"
         )

@@ -96,7 +96,7 @@ def _open_all(folder: Folder, found: ModelFiles) -> dict[str, Any]:
 
 def huggingface_files(weights: ModelWeights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
     """The files of weights: one, or several of whole layers that stay under `limit` bytes where one layer does."""
-    groups = list(_group(list(iterate_layers(model.num_layers)), model, dtype.itemsize, limit))
+    groups = list(_group(list(iterate_layers(model)), model, dtype.itemsize, limit))
     names = (
         [WEIGHTS_FILE]
         if len(groups) == 1

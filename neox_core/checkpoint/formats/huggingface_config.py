@@ -12,6 +12,7 @@ from neox_core.checkpoint.formats.description import Values, described_by
 from neox_core.checkpoint.formats.model_files import CONFIG_FILE
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
 from neox_core.config import ModelConfig, RopeScalingConfig
+from neox_core.config.families import FAMILIES, Family
 from neox_core.errors import CheckpointError
 
 _DEFAULT_ROPE_THETA = 10000.0
@@ -20,6 +21,8 @@ _SCALINGS = ("linear", "llama3")
 _COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim
     intermediate_size vocab_size rms_norm_eps rope_theta rope_parameters rope_scaling attention_bias mlp_bias
     tie_word_embeddings"""
+_WINDOW_KEYS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers"])
+"""Of families that have windows, whether used or not."""
 _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
     hidden_dropout resid_pdrop embd_pdrop attn_pdrop max_position_embeddings max_sequence_length model_max_length
     pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
@@ -45,15 +48,21 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
     """
     values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
-    values.check_known(_KNOWN)
+    values.check_known(_KNOWN if config.get("model_type") in (None, "llama") else _KNOWN | _WINDOW_KEYS)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
-        _check_expressible(values, hidden // heads)
+        name = values.content.get("model_type") or "llama"
+        family = _family(values, name)
         return ModelConfig(
+            family=name,
+            head_dim=values.whole("head_dim", hidden // heads if family.head_dim_default else None, nullable=True),
+            sliding_window=_sliding_window(values, family),
             num_layers=values.whole("num_hidden_layers"),
             hidden_size=hidden,
             num_attention_heads=heads,
-            num_kv_heads=values.whole("num_key_value_heads", heads, nullable=True),
+            num_kv_heads=values.whole(
+                "num_key_value_heads", heads if family.kv_heads_default else None, nullable=family.kv_heads_default
+            ),
             intermediate_size=values.whole("intermediate_size"),
             vocab_size=values.whole("vocab_size"),
             rope_theta=_rope_theta(values),
@@ -68,17 +77,26 @@ def _neutral(key: str, value: Any) -> bool:
     return full or (key in _NEUTRAL_AT_ONE and type(value) in (int, float) and value == 1)
 
 
-def _check_expressible(values: Values, head_dim: int) -> None:
-    """Refuse what our model would compute in another way."""
-    expected: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
+def _family(values: Values, name: Any) -> Family:
+    """The model's family; refuses what our model would compute in another way."""
+    if name not in FAMILIES:
+        raise CheckpointError(f"{values.path}: model_type is {name!r}, but only {', '.join(FAMILIES)} are supported")
+    expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}
-    found |= {"attention_bias": values.flag("attention_bias"), "mlp_bias": values.flag("mlp_bias")}
-    found |= {"head_dim": values.whole("head_dim", head_dim, nullable=True)}
-    expected |= {"attention_bias": False, "mlp_bias": False, "head_dim": head_dim}
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        found[key], expected[key] = values.flag(key), False
     for key, value in expected.items():
         if found[key] not in (None, value):
             raise CheckpointError(f"{values.path}: {key} is {found[key]!r}, but only {value!r} is supported")
     values.flag("tie_word_embeddings")
+    return FAMILIES[name]
+
+
+def _sliding_window(values: Values, family: Family) -> int | None:
+    """How far attention reaches back; None: over all positions."""
+    if family.sliding_window is None or values.content.get("sliding_window", 0) is None:
+        return None
+    return values.whole("sliding_window", family.sliding_window)
 
 
 def _rope_parts(values: Values) -> list[Values]:
@@ -136,11 +154,14 @@ def rope_scaling(model: ModelConfig) -> dict[str, Any]:
     return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
 
 
-def llama_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
-    """transformers' LlamaConfig of the model; `further` fields are passed on."""
-    from transformers import LlamaConfig
+def transformers_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
+    """transformers' configuration of the model; `further` fields are passed on."""
+    from transformers import AutoConfig
 
-    return LlamaConfig(
+    if model.differences.sliding_window is not None:
+        further["sliding_window"] = model.sliding_window
+    return AutoConfig.for_model(
+        model.family,
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -167,7 +188,8 @@ def config_files(
     special = special or SpecialIds()
     name = str(dtype).removeprefix("torch.")
     nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = llama_config(model, sequence_length, architectures=["LlamaForCausalLM"], dtype=name, **nothing)
+    architecture = f"{model.differences.classes}ForCausalLM"
+    config = transformers_config(model, sequence_length, architectures=[architecture], dtype=name, **nothing)
     content = json.loads(config.to_json_string()) | {"rope_theta": model.rope_theta, "torch_dtype": name}
     content |= special.ids
     if model.rope_scaling is not None:

@@ -37,6 +37,26 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise CheckpointError(f"tokenizer {path} cannot be loaded: {' '.join(str(error).split())[:120]}") from None
 
 
+def is_json_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer is a tokenizer.json already, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
+
+
+def json_tokenizer(path: Path) -> Any:
+    """Load a tokenizer.json.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(f"tokenizer {path} cannot be loaded: {' '.join(str(error).split())[:120]}") from None
+
+
 def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json of a SentencePiece model, by name.
 

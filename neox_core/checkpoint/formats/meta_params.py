@@ -67,7 +67,16 @@ def read_params(path: str, content: dict[str, Any], embedding_rows: int) -> Mode
 
 
 def meta_params(model: ModelConfig) -> dict[str, Any]:
-    """The params.json of a model."""
+    """The params.json of a model.
+
+    Raises:
+        ConfigError: Meta's format has no words for it.
+    """
+    if model.family != "llama" or model.head_dim * model.num_attention_heads != model.hidden_size:
+        raise ConfigError(
+            f"Meta's format holds Llama with heads of hidden_size / num_attention_heads, not {model.family} with heads "
+            f"of {model.head_dim}: export to Hugging Face's format"
+        )
     return {
         "dim": model.hidden_size,
         "n_layers": model.num_layers,

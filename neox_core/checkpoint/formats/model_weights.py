@@ -167,7 +167,7 @@ class Locator:
         Raises:
             CheckpointError: a tensor is missing, or its shape or type is not what the model needs.
         """
-        for layer in iterate_layers(self.model.num_layers):
+        for layer in iterate_layers(self.model):
             for layout in stored_tensors(layer, self.model, self.form, self.parts, part):
                 stored = find(layer.index, layout.name)
                 tensor = self._checked(stored, layout, layer.index)
@@ -199,6 +199,6 @@ class Locator:
 
 def layouts_of(model: ModelConfig, form: Form, parts: int = 1, part: int = 0) -> Iterable[tuple[int, StoredLayout]]:
     """NeoX's layer index and layout of every tensor of a file."""
-    for layer in iterate_layers(model.num_layers):
+    for layer in iterate_layers(model):
         for layout in stored_tensors(layer, model, form, parts, part):
             yield layer.index, layout

@@ -64,7 +64,7 @@ def neox_files(
                 for layout in stored_tensors(layer, model, Form.NEOX, parallel.tensor, rank)
             ],
         )
-        for layer in iterate_layers(model.num_layers)
+        for layer in iterate_layers(model)
         for rank in range(parallel.tensor)
     ]
 

@@ -12,19 +12,21 @@ the file has them. Two things differ between the layouts apart from names and cu
   (halves), so the rows of wq and wk are permuted within each head.
 * NeoX fuses q, k and v per tensor-parallel rank: for each of the rank's query heads its head_dim rows of q, then the
   next head_dim·kv_heads/heads rows of the rank's k, then as many of its v. With more ranks than KV heads,
-  ranks / kv_heads neighbours have the same KV head.
+  ranks / kv_heads neighbours have the same KV head. Where a head's width is no multiple of the query heads per KV head,
+  that form does not exist, and the fused tensor goes by KV heads: each one's queries, its k and its v, as Megatron's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from neox_core.config import ModelConfig
 from neox_core.errors import ConfigError
 
 QKV = "attention.query_key_value.weight"
+QKV_BIAS = "attention.query_key_value.bias"
 
 
 class Form(Enum):
@@ -50,7 +52,7 @@ class TensorLayout:
     meta: str
     huggingface: str
     axes: tuple[str, ...]
-    """What each dimension counts: vocab, hidden, query, key_value or ffn."""
+    """What each dimension counts: vocab, hidden, query, key_value, ffn or head."""
     meta_split: int | None
     """Dimension that Meta's shards cut; None: every shard has the whole tensor."""
     neox_split: int | None
@@ -76,6 +78,7 @@ def _size(axis: str, model: ModelConfig) -> int:
         "query": model.num_attention_heads * model.head_dim,
         "key_value": model.num_kv_heads * model.head_dim,
         "ffn": model.intermediate_size,
+        "head": model.head_dim,
     }
     return sizes[axis]
 
@@ -101,6 +104,16 @@ _TRANSFORMER = (
     TensorLayout("mlp.w2.weight", "feed_forward.w2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), 1, 1),
     TensorLayout("mlp.w3.weight", "feed_forward.w3.weight", "mlp.up_proj.weight", ("ffn", "hidden"), 0, 0),
 )
+_QKV_BIAS = tuple(
+    TensorLayout(QKV_BIAS, f"attention.w{name}.bias", f"self_attn.{name}_proj.bias", (axis,), 0, 0, rotary=name != "v")
+    for name, axis in (("q", "query"), ("k", "key_value"), ("v", "key_value"))
+)
+_QK_NORM = tuple(
+    TensorLayout(
+        f"attention.{n}_norm.scale", f"attention.{n}_norm.weight", f"self_attn.{n}_norm.weight", ("head",), None, None
+    )
+    for n in ("q", "k")
+)
 _FINAL_NORM = (TensorLayout("norm.scale", "norm.weight", "norm.weight", ("hidden",), None, None),)
 _OUTPUT = (TensorLayout("final_linear.weight", "output.weight", "lm_head.weight", ("vocab", "hidden"), 0, 0),)
 
@@ -124,13 +137,15 @@ class Layer:
         return self.huggingface_prefix + tensor.huggingface
 
 
-def iterate_layers(num_layers: int) -> Iterator[Layer]:
+def iterate_layers(model: ModelConfig) -> Iterator[Layer]:
     """All layers that hold weights, in the order of computation."""
+    family, layers = model.differences, model.num_layers
+    block = _TRANSFORMER + (_QKV_BIAS if family.qkv_bias else ()) + (_QK_NORM if family.qk_norm else ())
     yield Layer(0, _EMBEDDING, "", "model.")
-    for number in range(num_layers):
-        yield Layer(number + 2, _TRANSFORMER, f"layers.{number}.", f"model.layers.{number}.")
-    yield Layer(num_layers + 3, _FINAL_NORM, "", "model.")
-    yield Layer(num_layers + 4, _OUTPUT, "", "")
+    for number in range(layers):
+        yield Layer(number + 2, block, f"layers.{number}.", f"model.layers.{number}.")
+    yield Layer(layers + 3, _FINAL_NORM, "", "model.")
+    yield Layer(layers + 4, _OUTPUT, "", "")
 
 
 @dataclass(frozen=True)
@@ -177,13 +192,20 @@ def _stored(
             for run, at in _runs(tensor, model, form, parts, rows, fused)
         ]
     height, width = sum(len(block.rows) for block in blocks), len(blocks[0].columns)
-    return StoredLayout(name, (height, width) if len(group[0].axes) > 1 else (width,), tuple(blocks))
+    if len(group[0].axes) > 1:
+        return StoredLayout(name, (height, width), tuple(blocks))
+    return StoredLayout(name, (height,), tuple(_as_row(block) for block in blocks))
+
+
+def _as_row(block: Block) -> Block:
+    """A block of a vector, which was cut as a column."""
+    return replace(block, rows=block.columns, columns=block.rows, at_rows=block.at_columns, at_columns=block.at_rows)
 
 
 def _share(tensor: TensorLayout, model: ModelConfig, form: Form, parts: int, part: int) -> tuple[range, range, int]:
     """Rows and columns of the whole tensor that a part has, and the number of the copy."""
     shape = tensor.shape(model)
-    height, width = shape if len(shape) > 1 else (1, shape[0])
+    height, width = shape if len(shape) > 1 else (shape[0], 1)
     split = tensor.split(form)
     if split is None:
         return range(height), range(width), part
@@ -208,13 +230,14 @@ def _runs(
         ]
     if fused is None:
         return [(rows, range(len(rows)))]
-    heads = model.num_attention_heads // parts
-    share = width * max(1, model.num_kv_heads // parts) // heads
-    size = width if fused == 0 else share
-    stride, offset = width + 2 * share, (0, width, width + share)[fused]
+    heads, kv_heads = model.num_attention_heads // parts, max(1, model.num_kv_heads // parts)
+    groups = kv_heads if model.grouped_qkv else heads
+    queries, share = width * heads // groups, width * kv_heads // groups
+    size = queries if fused == 0 else share
+    stride, offset = queries + 2 * share, (0, queries, queries + share)[fused]
     return [
-        (range(start, start + size), range(head * stride + offset, head * stride + offset + size))
-        for head, start in enumerate(range(rows.start, rows.stop, size))
+        (range(start, start + size), range(group * stride + offset, group * stride + offset + size))
+        for group, start in enumerate(range(rows.start, rows.stop, size))
     ]
 
 

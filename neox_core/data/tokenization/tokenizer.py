@@ -1,4 +1,5 @@
-"""Text to ids. SentencePiece says what is right; a faster engine may do the work where its ids are the same."""
+"""Text to ids. The library of the tokenizer's format says what is right; a faster engine may do SentencePiece's work
+where its ids are the same."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import sentencepiece
 
-from neox_core.data.tokenization.fast_engine import FastEngine
 from neox_core.data.indexed import Tokens, token_dtype
+from neox_core.data.tokenization.byte_level import ByteLevelModel, kind_of
+from neox_core.data.tokenization.fast_engine import FastEngine
 from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
 from neox_core.errors import ConfigError, DataError
 
@@ -23,14 +25,14 @@ _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
 
 
 class Tokenizer:
-    """A SentencePiece model, the engine that encodes with it, and the id that ends a document."""
+    """A tokenizer's model, the engine that encodes with it, and the id that ends a document."""
 
     def __init__(self, config: TokenizerConfig | TokenizerSettings) -> None:
         """Load the model.
 
         Raises:
             ConfigError: the model file is missing, or has no piece for the configured end of document.
-            DataError: the file is not a SentencePiece model, or takes literal `</s>` in a text for its control piece.
+            DataError: the file is neither a SentencePiece model nor a tokenizer.json, or takes literal `</s>` in a text for its control piece.
         """
         self._model = _load(config.model)
         self.vocab_size: int = self._model.vocab_size
@@ -40,8 +42,10 @@ class Tokenizer:
         """What a model is given before a text that it is to continue: <s>, or where there is none an ended document."""
         self._begin = self._begin_of_document(config)
         self._refuse_control_texts(config.model)
-        self._fast = FastEngine.load(self._model) if config.engine == "auto" else None
-        self.engine: str = self._fast.name if self._fast else f"sentencepiece {sentencepiece.__version__}"
+        plain = isinstance(self._model, SentencePieceModel)
+        self._fast = FastEngine.load(self._model) if plain and config.engine == "auto" else None
+        own = f"sentencepiece {sentencepiece.__version__}" if plain else self._model.engine
+        self.engine: str = self._fast.name if self._fast else own
         """Name and version of what encodes."""
 
     def encode(self, text: str) -> Tokens:
@@ -88,10 +92,13 @@ class Tokenizer:
 
     def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
-        found = self._model.eos_id if config.end_of_document == "eos" else self._model.unk_id
+        known = {"eos": self._model.eos_id, "unk": self._model.unk_id}
+        byte_level = isinstance(self._model, ByteLevelModel)
+        found = self._model.special_id(config.end_of_document) if byte_level else known.get(config.end_of_document, -1)
         if found < 0:
             raise ConfigError(
                 f"tokenizer.end_of_document is {config.end_of_document!r}, but {config.model} has no such piece"
+                + (": name the special token that ends a text, such as <|endoftext|>" if byte_level else "")
             )
         return found
 
@@ -105,11 +112,15 @@ class Tokenizer:
                 )
 
 
-def _load(path: Path) -> SentencePieceModel:
+def _load(path: Path) -> SentencePieceModel | ByteLevelModel:
     if not path.is_file():
         raise ConfigError(f"tokenizer.model {path} does not exist: correct the path")
+    content = path.read_bytes()
+    is_json = content.lstrip().startswith(b"{")  # not by its name, which a copy among the token files has not
     try:
-        return SentencePieceModel(path.read_bytes())
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"tokenizer.model {path} is not a SentencePiece model ({reason}): fetch it again") from None
+        return ByteLevelModel(content) if is_json else SentencePieceModel(content)
+    except Exception as error:  # `tokenizers` raises Exception itself
+        reason, due = " ".join(str(error).split())[:200], "tokenizer.json" if is_json else "SentencePiece model"
+        raise DataError(
+            f"tokenizer.model {path} is not a {due} ({reason}); it is {kind_of(content)}"
+        ) from None

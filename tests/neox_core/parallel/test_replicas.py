@@ -26,7 +26,7 @@ def test_shared_rows_are_those_that_checkpoints_replicate(ranks: int) -> None:
     dims = ModelDimensions.of(MODEL, 16)
     block = TransformerBlock(dims.shard(ranks))
     mark_parameters(block, dims, ranks, tokens_split=False)
-    layer = list(iterate_layers(1))[1]
+    layer = list(iterate_layers(MODEL))[1]
     (fused,) = (t for t in stored_tensors(layer, MODEL, Form.NEOX, ranks, part=1) if t.name == QKV)
     expected = {row for stored in fused.blocks if stored.replica == 1 for row in stored.at_rows}
     before, after = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(2, 2))

@@ -9,6 +9,7 @@ from torch import nn
 
 from neox_core.checkpoint.formats.tensor_map import iterate_layers
 from neox_core.config import RunConfig, load_config
+from neox_core.config.families import FAMILIES
 from neox_core.errors import ConfigError
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.build import layer_types
@@ -41,10 +42,12 @@ def marked(layer_type: type[nn.Module], config: RunConfig, tokens_split: bool = 
 
 def test_checkpoints_split_the_same_dimensions() -> None:
     kinds = [kind for kind in layer_types(1) if kind is not None]
-    for layer, kind in zip(iterate_layers(1), kinds, strict=True):
-        assert {tensor.neox: tensor.neox_split for tensor in layer.tensors} == {
-            name: sharding.split for name, sharding in SHARDINGS[kind].items()
-        }
+    found: dict[type[nn.Module], dict[str, int | None]] = {kind: {} for kind in kinds}
+    for family in FAMILIES:
+        model = CONFIG.model.model_copy(update={"num_layers": 1, "family": family})
+        for layer, kind in zip(iterate_layers(model), kinds, strict=True):
+            found[kind] |= {tensor.neox: tensor.neox_split for tensor in layer.tensors}
+    assert found == {kind: {name: mark.split for name, mark in SHARDINGS[kind].items()} for kind in kinds}
 
 
 @pytest.mark.parametrize("pipeline", [1, 4])

@@ -60,7 +60,7 @@ def slow_fused(q: Tensor, k: Tensor, v: Tensor, kv_heads: int, ranks: int, rank:
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 def test_fused_qkv_is_as_described(model_of: ModelOf, kv_heads: int, ranks: int) -> None:
     model = model_of(num_kv_heads=kv_heads)
-    layer = list(iterate_layers(2))[1]
+    layer = list(iterate_layers(model))[1]
     prefix = "model.layers.0.self_attn."
     q, k, v = numbered(64, 0), numbered(kv_heads * HEAD_DIM, 10_000), numbered(kv_heads * HEAD_DIM, 20_000)
     wholes = {f"{prefix}{name}_proj.weight": part for name, part in zip("qkv", (q, k, v), strict=True)}
@@ -73,7 +73,7 @@ def test_fused_qkv_is_as_described(model_of: ModelOf, kv_heads: int, ranks: int)
 
 @pytest.mark.parametrize(("shards", "shard"), [(1, 0), (2, 1)])
 def test_rope_rows_of_meta_are_pairs(model_of: ModelOf, shards: int, shard: int) -> None:
-    layer = list(iterate_layers(2))[1]
+    layer = list(iterate_layers(model_of()))[1]
     halves = numbered(64, 0)
     layout = stored_tensors(layer, model_of(), Form.META, shards, shard)[1]
     assert layout.name == "layers.0.attention.wq.weight"
@@ -91,7 +91,7 @@ def test_rope_rows_of_meta_are_pairs(model_of: ModelOf, shards: int, shard: int)
 )
 def test_files_hold_every_value_of_the_model(model_of: ModelOf, form: Form, parts: int) -> None:
     model = model_of(num_kv_heads=2)
-    for layer in iterate_layers(2):
+    for layer in iterate_layers(model):
         wholes = {
             layer.name(t, Form.HUGGINGFACE): torch.arange(torch.Size(t.shape(model)).numel()).view(
                 -1, t.shape(model)[-1]
@@ -108,8 +108,8 @@ def test_files_hold_every_value_of_the_model(model_of: ModelOf, form: Form, part
         assert all((count == 1).all() for count in counts.values())
 
 
-def test_layers_and_names() -> None:
-    layers = list(iterate_layers(2))
+def test_layers_and_names(model_of: ModelOf) -> None:
+    layers = list(iterate_layers(model_of()))
     assert [layer.index for layer in layers] == [0, 2, 3, 5, 6]
     assert [layers[0].name(t, Form.NEOX) for t in layers[0].tensors] == ["word_embeddings.weight"]
     assert list(dict.fromkeys(layers[1].name(t, Form.NEOX) for t in layers[1].tensors)) == [

@@ -1,0 +1,36 @@
+"""In what a family of models differs from Llama. Everything else is the same: one model, one tensor map, one proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's differences from Llama, and what transformers calls it and leaves out of its config.json."""
+
+    classes: str
+    """Prefix of transformers' classes."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Each head's query and key are normalized before they are rotated."""
+    kv_heads_default: bool = False
+    """A config.json without num_key_value_heads means as many as query heads."""
+    head_dim_default: bool = True
+    """A config.json without head_dim means hidden_size / num_attention_heads."""
+    sliding_window: int | None = None
+    """What a config.json without sliding_window means; None: the family's models attend to all earlier positions."""
+
+
+FAMILIES: Mapping[FamilyName, Family] = {
+    "llama": Family("Llama", kv_heads_default=True),
+    "mistral": Family("Mistral", sliding_window=4096),
+    "qwen2": Family("Qwen2", qkv_bias=True),
+    "qwen3": Family("Qwen3", qk_norm=True, head_dim_default=False),
+}
+"""By transformers' model_type."""

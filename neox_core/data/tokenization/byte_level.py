@@ -1,0 +1,77 @@
+"""A Hugging Face tokenizer.json with byte-level BPE: the library that defines the format says which ids are right."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from neox_core.data.indexed import Tokens
+
+_BYTES = 256
+
+
+class ByteLevelModel:
+    """Encodes texts with Hugging Face's `tokenizers`. A special token that is spelled out in a text is text."""
+
+    bos_id = eos_id = unk_id = -1
+    """The file does not say which token is which: a configuration names the one that it means."""
+
+    def __init__(self, content: bytes) -> None:
+        """Load a tokenizer.json's content.
+
+        Raises:
+            ValueError: it is none, or its BPE is not byte-level, so that some texts would have no ids.
+        """
+        import tokenizers
+
+        self.engine = f"tokenizers {tokenizers.__version__}"
+        described = _parsed(content)
+        self._tokenizer: Any = tokenizers.Tokenizer.from_str(content.decode())
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._special = {token["content"]: int(token["id"]) for token in described["added_tokens"] if token["special"]}
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        """One more than the largest id."""
+        sample = bytes(range(_BYTES)).decode("latin-1")
+        if described["model"]["type"] != "BPE" or self._tokenizer.decode(self.encode(sample).tolist()) != sample:
+            raise ValueError(f"its {described['model']['type']} model loses characters: byte-level BPE is due")
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of a text, [tokens]; nothing is put before or after it."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def special_id(self, text: str) -> int:
+        """Id of a special token by its text; -1: there is none."""
+        return self._special.get(text, -1)
+
+    def specials_in(self, text: str) -> list[int]:
+        """Special ids in the text's encoding."""
+        return [i for i in self.encode(text).tolist() if i in self._special.values()]
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        described = json.loads(content)
+        if not isinstance(described["model"]["type"], str) or not isinstance(described["added_tokens"], list):
+            raise ValueError("no model or no added tokens")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it lacks {error}") from None
+    return described
+
+
+def kind_of(content: bytes) -> str:
+    """What a file that should be a tokenizer is, by its first bytes."""
+    start = content[:200]
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull`"
+    if start.lstrip().startswith(b"{"):
+        return "JSON"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page"
+    words = start.split(b"\n")[0].split()
+    if len(words) == 2 and words[1].isdigit():
+        return "a tiktoken file: give the same tokenizer's tokenizer.json"
+    return "of an unknown kind: fetch it again"

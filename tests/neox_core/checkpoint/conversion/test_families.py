@@ -1,0 +1,152 @@
+"""Every family of models, from a tiny random one of transformers' own class to shards and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neox_core.checkpoint.conversion.convert import convert, open_source
+from neox_core.checkpoint.conversion.export import export_huggingface
+from neox_core.checkpoint.conversion.proof import prove, prove_conversion
+from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.errors import CheckpointError, ConfigError
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama 2:1": {"model_type": "llama"},
+    "llama 3:1": {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 12},
+    "llama 7:1, wide heads": {"model_type": "llama", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
+    "mistral": {"model_type": "mistral", "sliding_window": 4096},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 7:1": {"model_type": "qwen2", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3 3:1": {"model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 12, "head_dim": 32},
+}
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
+
+
+def write_model(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """A tiny random model of transformers' own class in bf16; biases and norms are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "rope_theta": 1e5,
+        "tie_word_embeddings": False,
+    } | changes  # fmt: skip
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes)).bfloat16()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape) * 0.1 + (value.dim() == 1))
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_round_trip_keeps_every_bit(case: str, tensor: int, pipeline: int, tmp_path: Path) -> None:
+    original = write_model(tmp_path / "base", **CASES[case])
+    model = open_source(tmp_path / "base").model
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    summary = convert(
+        tmp_path / "base", tmp_path / "neox", model, parallel,
+        prove=lambda source, shards: prove_conversion(source.folder, shards, model),
+    )  # fmt: skip
+    assert summary["largest_layer_difference"] <= 1e-5
+    export_huggingface(tmp_path / "neox", tmp_path / "hf", model, None, 256)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], value) for name, value in original.items())
+    assert open_source(tmp_path / "hf").model == model
+
+
+def test_more_ranks_than_kv_heads(tmp_path: Path) -> None:
+    original = write_model(
+        tmp_path / "base", model_type="qwen2", hidden_size=96, num_attention_heads=12, num_key_value_heads=2
+    )
+    model = open_source(tmp_path / "base").model
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig(tensor=4))
+    prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", model)
+    export_huggingface(tmp_path / "neox", tmp_path / "hf", model, None, 256)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in original.items())
+
+
+def no_bias(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.1.self_attn.q_proj.bias"].zero_()
+
+
+def swapped_norms(weights: dict[str, torch.Tensor]) -> None:
+    q, k = (f"model.layers.1.self_attn.{name}_norm.weight" for name in "qk")
+    weights[q], weights[k] = weights[k], weights[q]
+
+
+def wrong_groups(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    by_group = weights[name].view(4, 3, 8, -1)
+    weights[name] = by_group.transpose(0, 1).reshape(weights[name].shape).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("case", "mistake"), [("qwen2", no_bias), ("qwen3", swapped_norms), ("llama 3:1", wrong_groups)]
+)
+def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "base", **CASES[case])
+    model = open_source(tmp_path / "base").model
+    mistake(weights)
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig(tensor=2))
+    write_model(tmp_path / "base", **CASES[case])
+    with pytest.raises(CheckpointError, match="differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", model)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", {"head_dim": None}, "lacks 'head_dim'"),
+        ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
+        ("llama 2:1", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
+        ("llama 2:1", {"model_type": "gemma"}, "model_type is 'gemma', but only llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(
+    case: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path, **CASES[case])
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=words):
+        open_source(tmp_path)
+
+
+def test_a_mistral_without_a_window_key_has_the_family_s_default(tmp_path: Path) -> None:
+    write_model(tmp_path, **CASES["mistral"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_source(tmp_path).model.sliding_window == 4096
+
+
+def test_later_settings_leave_the_identity_of_older_models(model_of: Callable[..., ModelConfig]) -> None:
+    content = model_of().model_dump(mode="json")
+    assert not content.keys() & {"family", "head_dim", "sliding_window"}
+    assert ModelConfig(**content) == model_of()
+    changed = model_of(family="qwen3", head_dim=32)
+    assert ModelConfig(**changed.model_dump(mode="json")) == changed
+
+
+def test_metas_format_has_no_words_for_other_families(model_of: Callable[..., ModelConfig]) -> None:
+    from neox_core.checkpoint.formats.meta_params import meta_params
+
+    with pytest.raises(ConfigError, match="not qwen2 with heads of 8"):
+        meta_params(model_of(family="qwen2"))
