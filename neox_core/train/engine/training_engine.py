@@ -15,12 +15,15 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
+from neox_core.checkpoint.partitions import Place
+from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import TakeFile
 from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.mesh import Mesh
 from neox_core.train.engine.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
+from neox_core.train.engine.resharded_state import OptimizerFiles, load_resharded
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
 from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
 from neox_core.train.engine.step_engine import Batches
@@ -119,13 +122,20 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.load_checkpoint(str(folder), tag=tag)
         verify_master_weights(self, trained=True)
 
+    def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
+        """Master weights and the rule's state from DeepSpeed's files; parameters are the master weights, rounded."""
+        files = OptimizerFiles(folder / tag, resharding.saved.tensor)
+        load_resharded(self.optimizer, files, resharding)
+        self.global_steps, self.skipped_steps = step, 0
+        verify_master_weights(self, trained=True)
+
     def shared_file(self, name: str) -> bool:
         """Weights and counters."""
         return is_shared_file(name)
 
-    def own_file(self, name: str) -> bool:
+    def optimizer_file(self, name: str, place: Place, tensor_size: int) -> bool:
         """A share of the optimizer's state."""
-        return is_own_file(name, self._mesh)
+        return is_own_file(name, place, tensor_size)
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         return self._configure_bf16_optimizer(optimizer)
