@@ -66,8 +66,8 @@ def infinite_gradient(engine: Any) -> Iterator[None]:
     """After the reduction, so that no other rank has it."""
     reduce = engine.optimizer.reduce_gradients
 
-    def spoilt() -> None:
-        reduce()
+    def spoilt(**named: Any) -> None:
+        reduce(**named)
         engine.optimizer.fp32_groups_gradient_flat_partition[1][3] = math.inf
 
     engine.optimizer.reduce_gradients = spoilt

@@ -84,7 +84,7 @@ def train_rank(config: RunConfig, shards: Path, data: Path) -> dict[str, Any]:
     evaluation = None
     if config.parallel.pipeline == 1:
         job = EvaluateJob(data, shards, "", (0,), {"arxiv": {"tokens": 83, "bytes": 200}}, data)
-        evaluation = _evaluate(config, job, weights, mesh)["arxiv"]
+        evaluation = _evaluate(config, job, weights, mesh)["sources"]["arxiv"]
     return {
         "losses": losses,
         "norms": norms,
