@@ -40,11 +40,19 @@ class StepEngine(Protocol):
             Mean loss over the positions of the global batch that count, nats, fp32, on the device.
         """
 
-    def eval_batch(self, batches: Batches, num_micro_batches: int) -> Tensor:
-        """Mean loss over the positions that count of so many micro batches per data-parallel rank, on the device."""
+    def eval_batch(self, batches: Batches, num_micro_batches: int, own: int | None = None) -> Tensor:
+        """Mean loss over the positions that count of so many micro batches per data-parallel rank, on the device.
 
-    def set_accumulation_steps(self, steps: int) -> None:
-        """Micro batches of the global batches from now on. Between steps only."""
+        Args:
+            own: this rank's number where it has fewer than others.
+        """
+
+    def set_accumulation_steps(self, steps: int, own: int | None = None) -> None:
+        """Micro batches per data-parallel rank from now on. Between steps only.
+
+        Args:
+            own: this rank's number where it has fewer than others, at least 1.
+        """
 
     def set_learning_rate(self, rate: float) -> None:
         """Of the steps from now on."""

@@ -44,7 +44,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self, rule: UpdateRule, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
     ) -> None:
         self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
-        self._backward_passes = 0
+        self._backward_passes = self._evaluated = 0
         self._graphs: GraphedStage | None = None
         self._on_phase: Callable[[str], None] = _nobody
         super().__init__(**named)
@@ -70,17 +70,22 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         outcome: Tensor = self.optimizer.outcome
         return outcome
 
-    def eval_batch(self, batches: Batches, num_micro_batches: int | None = None, **named: Any) -> Any:
+    def eval_batch(
+        self, batches: Batches, num_micro_batches: int | None = None, own: int | None = None, **named: Any
+    ) -> Any:
         """As DeepSpeed's, but the mean over the positions that count."""
-        result = super().eval_batch(batches, num_micro_batches=num_micro_batches, **named)
-        share = self._own_counted_share()
+        steps = num_micro_batches or self.gradient_accumulation_steps()
+        self._evaluated = own or steps
+        result = super().eval_batch(batches, num_micro_batches=steps, **named)
+        share = self._own_counted_share() * (self._evaluated / steps)
         dist.all_reduce(share)
         share = (share / self._mesh.data_size).clamp(min=1e-9).float()
         return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
 
-    def set_accumulation_steps(self, steps: int) -> None:
-        """Of the global batches from now on."""
+    def set_accumulation_steps(self, steps: int, own: int | None = None) -> None:
+        """Ranks divide by the same number, whatever they have: the share of positions that count says the rest."""
         self.set_train_batch_size(steps * self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        self.micro_batches = own or steps
         if self.module.loss_fn.early_gradient is not None:
             self.module.loss_fn.early_gradient = 1 / steps
 
@@ -157,6 +162,9 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _inference_schedule(self, micro_batches: int) -> Any:
+        return super()._inference_schedule(self._evaluated)
+
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if self._graphs is None or not self.module.training or not self._graphs.forward(buffer_id):
             super()._exec_forward_pass(buffer_id)
@@ -191,7 +199,8 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.optimizer.reduce_gradients(begun=not replayed)
         if self._graphs is not None:
             self._graphs.end_step()
-        self.optimizer.counted_share = self._own_counted_share()
+        share = self.micro_batches / self.gradient_accumulation_steps()
+        self.optimizer.counted_share = self._own_counted_share() * share
 
     def _own_counted_share(self) -> Tensor:
         """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
