@@ -94,6 +94,15 @@ class FlatGroup:
         """Elements of each rank's part."""
         return -(-self.parameters[-1].end // (self.data * _ALIGNMENT)) * _ALIGNMENT
 
+    def elements_of(self, data_rank: int) -> dict[str, range]:
+        """Where a rank has each parameter in its part of the group, by NeoX's index and name."""
+        begin, end = data_rank * self.part, (data_rank + 1) * self.part
+        return {
+            f"{p.layer}.{p.stored.name}": range(max(p.first, begin) - begin, min(p.end, end) - begin)
+            for p in self.parameters
+            if p.first < end and p.end > begin
+        }
+
 
 def flat_groups(model: ModelConfig, layout: Layout, stage: int, tensor_rank: int) -> tuple[FlatGroup, ...]:
     """The flat groups of a stage on a tensor-parallel rank."""

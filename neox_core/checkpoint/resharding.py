@@ -78,6 +78,11 @@ class Resharding:
             start, stop = piece.elements.start, piece.elements.stop
             yield start - self.place.data_rank * self._own[group].part, rows.flatten()[start - first : stop - first]
 
+    def saved_elements(self, place: Place) -> list[dict[str, range]]:
+        """Of each flat group, where a saved rank has each parameter in its part, by NeoX's index and name."""
+        groups = flat_groups(self.model, self.saved, place.stage, place.tensor_rank)
+        return [group.elements_of(place.data_rank) for group in groups]
+
     @cached_property
     def _own(self) -> tuple[FlatGroup, ...]:
         return flat_groups(self.model, self.own, self.place.stage, self.place.tensor_rank)

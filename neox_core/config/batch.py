@@ -9,7 +9,6 @@ from neox_core.config.schema import RunConfig
 from neox_core.config.train_sections import TrainConfig
 from neox_core.errors import ConfigError
 
-
 _ADVISED = 8
 
 

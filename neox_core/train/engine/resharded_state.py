@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +23,11 @@ class OptimizerFiles:
 
     Args:
         folder: of one checkpoint.
-        tensor_size: tensor-parallel ranks of those who wrote them.
+        resharding: from the layout of those who wrote them.
     """
 
-    def __init__(self, folder: Path, tensor_size: int) -> None:
-        self._folder, self._tensor_size = folder, tensor_size
+    def __init__(self, folder: Path, resharding: Resharding) -> None:
+        self._folder, self._resharding = folder, resharding
         self._opened: dict[Place, Any] = {}
 
     def masters(self, place: Place, group: int) -> Tensor:
@@ -39,13 +40,22 @@ class OptimizerFiles:
 
     def _open(self, place: Place) -> Any:
         if place not in self._opened:
-            paths = [p for p in self._folder.iterdir() if is_own_file(p.name, place, self._tensor_size)]
+            paths = [p for p in self._folder.iterdir() if is_own_file(p.name, place, self._resharding.saved.tensor)]
             if len(paths) != 1:
                 raise CheckpointError(f"{self._folder} has {len(paths)} optimizer's files of {place} instead of one")
             with torch.serialization.safe_globals([fragment_address]):
                 content = torch.load(paths[0], map_location="cpu", mmap=True, weights_only=True)
-            self._opened[place] = content["optimizer_state_dict"]
+            state = content["optimizer_state_dict"]
+            self._check(paths[0], place, state["param_slice_mappings"])
+            self._opened[place] = state
         return self._opened[place]
+
+    def _check(self, path: Path, place: Place, slices: Sequence[Mapping[str, fragment_address]]) -> None:
+        """Compare where the file says that its parameters lie with where they are read."""
+        expected = self._resharding.saved_elements(place)
+        found = [{name: range(slot.start, slot.start + slot.numel) for name, slot in group.items()} for group in slices]
+        if found != expected:
+            raise CheckpointError(f"{path} has {found}, but {self._resharding.saved} puts {expected} there")
 
 
 @torch.no_grad()

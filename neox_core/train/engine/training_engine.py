@@ -129,7 +129,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
         """Master weights and the rule's state from DeepSpeed's files; parameters are the master weights, rounded."""
-        files = OptimizerFiles(folder / tag, resharding.saved.tensor)
+        files = OptimizerFiles(folder / tag, resharding)
         load_resharded(self.optimizer, files, resharding)
         self.global_steps, self.skipped_steps = step, 0
         verify_master_weights(self, trained=True)

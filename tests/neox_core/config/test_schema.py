@@ -167,7 +167,10 @@ def test_world_size_that_the_model_does_not_divide_names_node_counts(tmp_path: P
     config = toy(
         tmp_path, "parallel: {pipeline: 2}\nlaunch: {nodes: 3, ranks_per_node: 2}\ntrain: {micro_batch_size: 1}"
     )
-    expected = r"3 nodes x 2 ranks = world size 6, which .* = 4 does not divide; numbers of nodes that work: 2, 4, 6, 8, 10, 12, 14, 16$"
+    expected = (
+        r"3 nodes x 2 ranks = world size 6, which .* = 4 does not divide; "
+        r"numbers of nodes that work: 2, 4, 6, 8, 10, 12, 14, 16$"
+    )
     with pytest.raises(ConfigError, match=expected):
         batch_geometry(config)
 
