@@ -32,7 +32,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     for path in Path(config.data.input).rglob("*.jsonl"):
         path.write_text(json.dumps({"text": f"{path.parent} {WORDS * 200}"}))
     config = changed(config, "data.max_epochs", 1e6)
-    note_current(config, StageResult(Artifact("convert", "c" * 64, {}, {}, (), {}), skipped=False))
+    note_current(
+        config, StageResult(Artifact("convert", "c" * 64, {}, config.model_dump(mode="json"), (), {}), skipped=False)
+    )
     monkeypatch.setattr(preflight, "check_launch", lambda launch: None)
     return config
 
