@@ -18,6 +18,7 @@ _NOT_LOGICAL = {
     "attention",
     "master_weights",
     "dry_run",
+    "cuda_graphs",
     "log_interval",
     "profile",
     "checkpoint_interval",

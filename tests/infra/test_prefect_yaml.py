@@ -39,7 +39,8 @@ def test_a_deployment_runs_its_flow_on_its_config(deployment: dict[str, Any]) ->
     assert set(deployment) == {"name", "entrypoint", "parameters", "work_pool", "tags"}
     assert (deployment["work_pool"], deployment["tags"]) == ({"name": "llemma"}, ["llemma"])
     config = f"configs/{CONFIGS[deployment['name']]}.yml"
-    assert flow_of(deployment).validate_parameters(deployment["parameters"]) == {"config": config}
+    given = flow_of(deployment).validate_parameters(deployment["parameters"])
+    assert given == {"config": config, "overrides": None}
     assert load_config(ROOT / config).name == CONFIGS[deployment["name"]]
 
 

@@ -27,7 +27,7 @@ def test_base_weights_in_the_object_store(store: ObjectStore, tmp_path: Path) ->
             "parallel": ParallelConfig(tensor=2),
         }
     )
-    with pytest.raises(ConfigError, match=r"base_model\.path s3://.*/base holds no weights"):
+    with pytest.raises(ConfigError, match=r"base_model\.path: checkpoint folder s3://.*/base does not exist"):
         convert_spec(config)
     make_random_base(config.model, tmp_path / "base", seed=3)
     for path in (tmp_path / "base").iterdir():

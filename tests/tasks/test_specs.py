@@ -114,6 +114,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "train.memory_gib": (70.0, NOTHING),
     "train.mask_documents": (True, TRAIN),
     "train.attention": ("sdpa", NOTHING),
+    "train.cuda_graphs": ("auto", NOTHING),
     "train.dry_run": (False, NOTHING),
     "train.log_interval": (7, NOTHING),
     "train.z_loss": (1e-4, TRAIN),

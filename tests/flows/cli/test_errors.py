@@ -158,7 +158,7 @@ def test_base_model_without_weights(attempt: Attempt, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "params.json").write_text("{}")
     line = attempt()
-    assert f"base_model.path {tmp_path}/base holds no consolidated.NN.pth: copy Meta's weights there" in line
+    assert f"base_model.path: {tmp_path}/base holds no consolidated.00.pth: copy Meta's weights there" in line
 
 
 def test_missing_tokenizer(attempt: Attempt, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_stages_run_and_are_skipped(run: Run) -> None:
     assert not (run.workdir / "prefect").exists()
     assert run.processes() == []
     shown = invoke("data", "plan", str(run.path), "--set", "train.steps=2")
-    assert "2 steps" in shown
+    assert "2 steps" in " ".join(shown.split())  # a long path breaks the title
 
 
 def test_a_stage_whose_inputs_were_never_made(run: Run) -> None:
