@@ -100,7 +100,8 @@ def evaluation(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
     bases = {step: tmp_path / f"base-{step}" for step in (0, 5)}
     for step, base in bases.items():
         make_random_base(MODEL, base, seed=step)
-        convert(base, tmp_path / f"shards-{step}", MODEL, ParallelConfig(tensor=2))
+        ranks = 1 if step else 2  # the training's layout is not the evaluation's
+        convert(base, tmp_path / f"shards-{step}", MODEL, ParallelConfig(tensor=ranks))
     split_by_layer(tmp_path / "shards-5")
     put_checkpoint(store, tmp_path / "shards-5", 5)
     counts = {source: {"documents": 2, "tokens": TOKENS[source], "bytes": BYTES[source]} for source in TOKENS}

@@ -9,7 +9,7 @@ import numpy as np
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
-from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationConfig
+from neox_core.config import DataConfig, ParallelConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.job import TrainJob
@@ -39,18 +39,18 @@ def train_jobs(jobs: list[tuple[RunConfig, TrainJob, int | None, int]]) -> list[
 
 def test_layouts_that_change_at_each_restart(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:
     make_random_base(config(storage_config, LAYOUTS[0]).model, tmp_path / "base", seed=7)
+    shards = tmp_path / "shards"  # for the first layout; the others cut them anew
+    convert(tmp_path / "base", shards, config(storage_config, LAYOUTS[0]).model, ParallelConfig(tensor=2))
     write_data(tmp_path / "data")
     elsewhere = storage_config.model_copy(update={"url": f"{storage_config.url}/whole"})
     jobs = []
     kills = {LAYOUTS[0]: 4, LAYOUTS[1]: 4, LAYOUTS[2]: None}
     for layout in LAYOUTS:
         run = config(storage_config, layout)
-        shards = tmp_path / f"shards-{layout}"
-        convert(tmp_path / "base", shards, run.model, run.parallel)
         identity = training_fingerprint(run, "d", "w")
         jobs.append((run, TrainJob(tmp_path / "data", shards, tmp_path / "changing", identity), kills[layout]))
     whole = config(elsewhere, LAYOUTS[0])
-    jobs.append((whole, TrainJob(tmp_path / "data", jobs[0][1].weights, tmp_path / "whole", identity), None))
+    jobs.append((whole, TrainJob(tmp_path / "data", shards, tmp_path / "whole", identity), None))
     ports = rendezvous_ports(len(jobs))
     for found in run_ranks(train_jobs, 2, [(*job, port) for job, port in zip(jobs, ports, strict=True)]):
         # Killed at the beginning of steps 4 and 6, with checkpoints of 2 and 4; the second goes on from 2.
