@@ -50,7 +50,7 @@ class Prefect:
 
     def runs(self, config: Path) -> dict[str, dict[str, Any]]:
         """The state of the newest flow run of each flow of a configuration."""
-        found = [run for run in self.find("flow_runs") if run["parameters"] == {"config": str(config)}]
+        found = [run for run in self.find("flow_runs") if run["parameters"].get("config") == str(config)]
         return {run["name"].split()[0]: run["state"] for run in found}
 
     def artifact(self, key: str) -> dict[str, Any]:
