@@ -80,8 +80,7 @@ def put_checkpoint(store: ObjectStore, shards: Path, step: int) -> None:
 
 def split_by_layer(shards: Path) -> None:
     """From one file per rank to one per layer and rank, as a training writes them."""
-    for rank in range(2):
-        path = shards / "global_step0" / f"mp_rank_{rank:02d}_model_states.pt"
+    for rank, path in enumerate(sorted((shards / "global_step0").glob("mp_rank_*_model_states.pt"))):
         layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in torch.load(path)["module"].items():
             _, index, rest = name.split(".", 2)
