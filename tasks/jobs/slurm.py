@@ -31,15 +31,15 @@ class SlurmExecutor:
     poll_seconds = 5.0
 
     def check(self, resources: Resources) -> None:
-        """Raise a LaunchError if there is no SLURM here."""
+        """Raise a LaunchError if there is no SLURM here, or it knows no such partition, account or QOS."""
         if shutil.which("sbatch") is None:
             raise LaunchError(
                 "launch.executor is slurm, but sbatch is not on the PATH: run on a login node, or set it to auto"
             )
+        slurm_commands.check_names(resources)
 
     def submit(self, submission: Submission) -> list[str]:
         """One sbatch, for a job or an array."""
-        self.check(submission.resources)
         try:
             executor = _submitit_executor(submission)
             with executor.batch():
