@@ -62,8 +62,8 @@ def check_workdir(workdir: Path) -> None:
             probe.write(b"x")
     except OSError as error:
         raise ConfigError(
-            f"workdir {workdir} cannot be written: {error.strerror}: set workdir to a folder on a disk with space where "
-            "you may write"
+            f"workdir {workdir} cannot be written: {error.strerror}: set workdir to a folder on a disk with space "
+            "where you may write"
         ) from None
 
 

@@ -159,8 +159,8 @@ def _user_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise StorageError(
-            f"user id {os.getuid()} has no name in /etc/passwd, which the embedded S3 server needs: add an entry, or set "
-            "storage.endpoint_url to a server of yours"
+            f"user id {os.getuid()} has no name in /etc/passwd, which the embedded S3 server needs: add an "
+            "entry, or set storage.endpoint_url to a server of yours"
         ) from None
 
 

@@ -35,9 +35,9 @@ def warn_of_repeats(files: Sequence[InputFile], config: RunConfig) -> None:
         epochs = consumption(sequences, config.train.sequence_length, tokens[name])["epochs"]
         if epochs > config.data.max_epochs:
             logger.warning(
-                "source %r holds about %s tokens by the size of its files, and the run would repeat it about %.3g times, "
-                "more than data.max_epochs %g: unless the estimate is far off, prepare-data will end with an error; lower "
-                "its weight or train.steps, or raise data.max_epochs",
+                "source %r holds about %s tokens by the size of its files, and the run would repeat it about %.3g "
+                "times, more than data.max_epochs %g: unless the estimate is far off, prepare-data will end with an "
+                "error; lower its weight or train.steps, or raise data.max_epochs",
                 name,
                 f"{tokens[name]:,}",
                 epochs,

@@ -21,7 +21,7 @@ from tests.tasks.tokenization.test_tokenize import small
 def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("mine")
     for place in (tmp_path / "a file", tmp_path / "a file" / "run", tmp_path / ("n" * 300), Path("/proc/none/run")):
-        with pytest.raises(ConfigError, match="cannot be written: .*: set workdir to a folder"):
+        with pytest.raises(ConfigError, match=r"cannot be written: .*: set workdir to a folder"):
             check_workdir(place)
     assert (tmp_path / "a file").read_text() == "mine"
 
@@ -38,7 +38,7 @@ def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = small(tmp_path)
+    config = with_train(small(tmp_path), steps=10**6)
     sizes = dict.fromkeys(config.data.sources, 10**12)
     files = [InputFile(name, "train", "a.jsonl", f"/in/{name}", size) for name, size in sizes.items()]
     warn_of_repeats(files, config)
@@ -56,7 +56,7 @@ def test_a_partition_that_the_cluster_lacks(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     SlurmExecutor().check(Resources(partition="long"))
     slurm.refuse("sbatch: error: invalid partition specified: lnog")
-    with pytest.raises(LaunchError, match="no job with --partition=lnog --account=a: .*invalid partition"):
+    with pytest.raises(LaunchError, match=r"no job with --partition=lnog --account=a: .*invalid partition"):
         SlurmExecutor().check(Resources(partition="lnog", account="a"))
     SlurmExecutor().check(Resources())
     slurm.refuse("allocation failure: Requested nodes are busy")

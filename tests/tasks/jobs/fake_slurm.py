@@ -14,7 +14,8 @@ class FakeSlurm:
         self._program(
             "sbatch",
             f'case "$1" in --test-only) test ! -s {folder}/refused || {{ cat {folder}/refused >&2; exit 1; }}; '
-            f'exit 0;; esac; cp "$1" {folder}/submission.sh; echo x >>{folder}/submissions; echo "Submitted batch job 42"',
+            f'exit 0;; esac; cp "$1" {folder}/submission.sh; echo x >>{folder}/submissions; '
+            'echo "Submitted batch job 42"',
         )
         self._program("srun", "exit 1")
         self._program("scontrol", "echo 'Slurmctld(primary) at head is UP'")
