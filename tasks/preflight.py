@@ -14,7 +14,9 @@ from neox_core.storage.object_store import ObjectStore
 from tasks.base import check_base
 from tasks.current import current, outlived
 from tasks.jobs.launch import check_launch
+from tasks.jobs.registry import executor_named
 from tasks.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN
+from tasks.tokenization.array import task_resources
 from tasks.tokenization.estimate import warn_of_repeats
 from tasks.tokenization.tokenize import checked_inputs
 
@@ -40,6 +42,8 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if EVALUATE in stages:
         check_item_files(config.evaluate.tasks)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
+        if config.data.slurm:
+            executor_named(config.data.slurm.executor).check(task_resources(config.data.slurm))
         warn_of_repeats(checked_inputs(config), config)
     if later and config.storage.endpoint_url != EMBEDDED:
         ObjectStore(config.storage).check()
