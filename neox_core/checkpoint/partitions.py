@@ -107,7 +107,7 @@ class FlatGroup:
 def flat_groups(model: ModelConfig, layout: Layout, stage: int, tensor_rank: int) -> tuple[FlatGroup, ...]:
     """The flat groups of a stage on a tensor-parallel rank."""
     parameters: tuple[list[FlatParameter], ...] = tuple([] for _ in range(GROUPS))
-    for layer in iterate_layers(model.num_layers):
+    for layer in iterate_layers(model):
         if layout.has_layer(stage, layer):
             for stored in stored_tensors(layer, model, Form.NEOX, layout.tensor, tensor_rank):
                 group = parameters[len(stored.shape) == 1]

@@ -124,7 +124,7 @@ class NeoxCheckpoint:
         """
         if ranks == self.tensor_parallel:
             return self.layer
-        weights, layers = self.weights(model), {layer.index: layer for layer in iterate_layers(model.num_layers)}
+        weights, layers = self.weights(model), {layer.index: layer for layer in iterate_layers(model)}
 
         def cut(index: int, rank: int) -> dict[str, Tensor]:
             found = {}

@@ -104,6 +104,7 @@ _TRANSFORMER = (
     TensorLayout("mlp.w2.weight", "feed_forward.w2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), 1, 1),
     TensorLayout("mlp.w3.weight", "feed_forward.w3.weight", "mlp.up_proj.weight", ("ffn", "hidden"), 0, 0),
 )
+_AFTER_QKV = 4
 _QKV_BIAS = tuple(
     TensorLayout(QKV_BIAS, f"attention.w{name}.bias", f"self_attn.{name}_proj.bias", (axis,), 0, 0, rotary=name != "v")
     for name, axis in (("q", "query"), ("k", "key_value"), ("v", "key_value"))
@@ -140,7 +141,8 @@ class Layer:
 def iterate_layers(model: ModelConfig) -> Iterator[Layer]:
     """All layers that hold weights, in the order of computation."""
     family, layers = model.differences, model.num_layers
-    block = _TRANSFORMER + (_QKV_BIAS if family.qkv_bias else ()) + (_QK_NORM if family.qk_norm else ())
+    further = (_QKV_BIAS if family.qkv_bias else ()) + (_QK_NORM if family.qk_norm else ())
+    block = _TRANSFORMER[:_AFTER_QKV] + further + _TRANSFORMER[_AFTER_QKV:]  # in the order of the model's parameters
     yield Layer(0, _EMBEDDING, "", "model.")
     for number in range(layers):
         yield Layer(number + 2, block, f"layers.{number}.", f"model.layers.{number}.")

@@ -34,7 +34,7 @@ LAYOUTS = [
 def whole_tensors() -> dict[str, Tensor]:
     """Each element of the model another number, by Hugging Face's names."""
     found, number = {}, 0
-    for layer in iterate_layers(MODEL.num_layers):
+    for layer in iterate_layers(MODEL):
         for tensor in layer.tensors:
             shape = tensor.shape(MODEL)
             size = torch.Size(shape).numel()
