@@ -42,9 +42,12 @@ class Tokenizer:
         """What a model is given before a text that it is to continue: <s>, or where there is none an ended document."""
         self._begin = self._begin_of_document(config)
         self._refuse_control_texts(config.model)
-        plain = isinstance(self._model, SentencePieceModel)
-        self._fast = FastEngine.load(self._model) if plain and config.engine == "auto" else None
-        own = f"sentencepiece {sentencepiece.__version__}" if plain else self._model.engine
+        model, own = self._model, f"sentencepiece {sentencepiece.__version__}"
+        self._fast: FastEngine | None = None
+        if isinstance(model, ByteLevelModel):
+            own = model.engine
+        elif config.engine == "auto":
+            self._fast = FastEngine.load(model)
         self.engine: str = self._fast.name if self._fast else own
         """Name and version of what encodes."""
 
@@ -92,9 +95,12 @@ class Tokenizer:
 
     def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
-        known = {"eos": self._model.eos_id, "unk": self._model.unk_id}
-        byte_level = isinstance(self._model, ByteLevelModel)
-        found = self._model.special_id(config.end_of_document) if byte_level else known.get(config.end_of_document, -1)
+        model, name = self._model, config.end_of_document
+        byte_level = isinstance(model, ByteLevelModel)
+        if isinstance(model, ByteLevelModel):
+            found = model.special_id(name)
+        else:
+            found = {"eos": model.eos_id, "unk": model.unk_id}.get(name, -1)
         if found < 0:
             raise ConfigError(
                 f"tokenizer.end_of_document is {config.end_of_document!r}, but {config.model} has no such piece"
