@@ -26,6 +26,9 @@ class StorageConfig(Section):
     url: S3Prefix = Field(description="s3://bucket/prefix of the checkpoints")
     endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
     region: str = Field("us-east-1", description="AWS's region; other stores take any name, and most this one")
+    patience_minutes: PositiveFloat = Field(
+        60.0, description="minutes for which a training bears a store that fails; then it stops, saved on local disk"
+    )
 
 
 class TokenizerConfig(Section):

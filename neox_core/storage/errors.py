@@ -12,6 +12,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as EndpointConnectionError
 
 from neox_core.config import StorageConfig
+from neox_core.errors import StorageError
 
 _WRONG_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "403", "Forbidden")
 
@@ -19,6 +20,19 @@ _WRONG_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHead
 def error_code(error: ClientError) -> str:
     """S3's own name of the error."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a StorageError may be gone when the request is made again: it is the store's or the network's.
+
+    Any answer of the store counts, also a refusal: keys are renewed, buckets come back, clocks are set right.
+    """
+    if not isinstance(error, StorageError):
+        return False
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return isinstance(cause, ConnectionError | TimeoutError)  # else it is about a local file
+    return not isinstance(cause, NoCredentialsError | PartialCredentialsError | ValueError)
 
 
 def explain(error: Exception, config: StorageConfig, url: str) -> str:

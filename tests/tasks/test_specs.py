@@ -42,6 +42,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "storage.url": ("s3://other/place", NOTHING),
     "storage.endpoint_url": ("http://127.0.0.1:1", NOTHING),
     "storage.region": ("eu-west-1", NOTHING),
+    "storage.patience_minutes": (5.0, NOTHING),
     "tokenizer.end_of_document": ("unk", PREPARE),
     "tokenizer.begin_of_document": (True, PREPARE),
     "data.weight_changes": ((WeightChange(from_step=9, sources=SOURCES),), TRAIN),

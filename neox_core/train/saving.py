@@ -1,0 +1,62 @@
+"""What a training makes of its saves: how long they take, whether the store is behind, and an end if they fail."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from neox_core.checkpoint.manifest import Manifest
+from neox_core.checkpoint.reports import Reports
+from neox_core.storage.atomic import write_atomically
+from neox_core.train.stopping import Stop, Stopping
+
+BEHIND_FOLDER = "behind"
+"""In the training's folder: a file of each rank that the store fails, with what is behind since when."""
+
+
+class Saving:
+    """One rank's view of its saves.
+
+    Args:
+        stopping: told of the time that saves take, and asked to stop when one has failed for good.
+        output: the training's folder.
+        rank: this rank.
+    """
+
+    def __init__(self, stopping: Stopping, output: Path, rank: int) -> None:
+        self._stopping, self._rank = stopping, rank
+        self._path = output / BEHIND_FOLDER / f"rank_{rank}"
+        self._path.unlink(missing_ok=True)
+        self._begun: dict[int, float] = {}
+
+    def begin(self, step: int) -> None:
+        """The save of a step begins."""
+        self._begun[step] = time.time()
+
+    def published(self, manifest: Manifest) -> None:
+        """A checkpoint is in the store."""
+        if begun := self._begun.pop(manifest.step, None):
+            self._stopping.saved(time.time() - begun)
+
+    def failed(self, error: Exception) -> None:
+        """A save has failed for good."""
+        self._stopping.request(Stop("storage", f"rank {self._rank}: {error}"))
+
+    def behind(self, reports: Reports, text: str) -> None:
+        """The store fails this rank, as the text says; an empty one: it works again."""
+        reports.set_behind(bool(text))
+        if text:
+            write_atomically(self._path, text)
+        else:
+            self._path.unlink(missing_ok=True)
+
+
+def behind(output: Path) -> list[str]:
+    """What is behind in the training of this folder, a line for each rank that the store fails."""
+    found = []
+    for path in sorted((output / BEHIND_FOLDER).glob("rank_*")):
+        try:
+            found.append(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # it has worked again this moment
+            continue
+    return found
