@@ -15,6 +15,7 @@ from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
+from neox_core.train.saving import behind
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
@@ -124,7 +125,8 @@ def _follow(job: Job, config: RunConfig, metrics: Path, progress: Progress) -> N
         if rows:
             row = rows[-1]
             text = f"step {row['step']} of {config.train.steps}, loss {row['train/loss']:.3f}"
-            progress(row["step"] / config.train.steps, f"{text}, {row['train/tokens_per_second']:,.0f} tokens/s")
+            late = "".join(f"; {line}" for line in behind(metrics.parent)[:1])
+            progress(row["step"] / config.train.steps, f"{text}, {row['train/tokens_per_second']:,.0f} tokens/s{late}")
         else:
             progress(0.0, f"job {job.job_id} {state or 'may be at work: SLURM does not answer'}")
         time.sleep(_POLL_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
+    BotoCoreError,
     ClientError,
     HTTPClientError,
     NoCredentialsError,
@@ -30,9 +31,11 @@ def may_pass(error: Exception) -> bool:
     if not isinstance(error, StorageError):
         return False
     cause = error.__cause__
-    if isinstance(cause, OSError):
-        return isinstance(cause, ConnectionError | TimeoutError)  # else it is about a local file
-    return not isinstance(cause, NoCredentialsError | PartialCredentialsError | ValueError)
+    if isinstance(cause, NoCredentialsError | PartialCredentialsError):
+        return False
+    # The client's own errors may be OSErrors and ValueErrors too; what is nothing else is about a file or an address.
+    foreign = not isinstance(cause, BotoCoreError | ClientError | Boto3Error | ConnectionError | TimeoutError)
+    return not (foreign and isinstance(cause, OSError | ValueError))
 
 
 def explain(error: Exception, config: StorageConfig, url: str) -> str:

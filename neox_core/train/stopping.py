@@ -18,8 +18,9 @@ from typing import Any, Literal
 _REQUEST, _BOUNDARY = "request", "boundary"
 _AHEAD = 2
 """Boundaries by which some rank may be ahead of rank 0: to judge a step, all wait for the outcome of the one before."""
-_END_TIMES = ("SLURM_JOB_END_TIME", "LLEMMA_JOB_END_TIME")
-"""Unix time at which the scheduler ends the job; the second one is of local jobs."""
+LOCAL_END_TIME = "LLEMMA_JOB_END_TIME"
+END_TIMES = ("SLURM_JOB_END_TIME", LOCAL_END_TIME)
+"""Environment variables: the unix time at which the scheduler ends the job; the second one is of local jobs."""
 _INTERVALS = 50
 """Steps whose longest counts."""
 _SAVE_MARGIN = 1.5
@@ -50,7 +51,7 @@ class StopAtBoundary(Exception):
 
 def end_time(environment: Mapping[str, str] = os.environ) -> float | None:
     """Unix time at which the scheduler will end this job; None if it does not say."""
-    found = [environment[name] for name in _END_TIMES if environment.get(name, "").replace(".", "").isdigit()]
+    found = [environment[name] for name in END_TIMES if environment.get(name, "").replace(".", "").isdigit()]
     return float(found[0]) if found else None
 
 

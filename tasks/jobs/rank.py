@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import submitit
 from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
 
-from neox_core.errors import LlemmaError
+from neox_core.errors import GO_ON_EXIT_CODE, LlemmaError, StoppedError
 from neox_core.storage.atomic import write_atomically
 
 CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
@@ -59,13 +60,16 @@ class RankTask:
         """Run the function in this rank, whose environment is there, and record what it returns.
 
         Raises:
-            BaseException: whatever the function raised, after it was recorded.
+            BaseException: whatever the function raised, after it was recorded; SystemExit with the code that says
+                'go on' for a StoppedError.
         """
         _failure_file(self.folder, self.index, rank).unlink(missing_ok=True)  # of a time before a requeue
         try:
             result = self.function(*self.args)
         except BaseException as error:  # recorded, not handled: KeyboardInterrupt and SystemExit end a rank too
             _write_failure(self.folder, self.index, rank, error)
+            if isinstance(error, StoppedError):
+                sys.exit(GO_ON_EXIT_CODE)
             raise
         with temporary_save_path(result_file(self.folder, self.index, rank)) as temporary:
             cloudpickle_dump(result, temporary)
