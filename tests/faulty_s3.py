@@ -33,8 +33,8 @@ class FaultyS3:
         parts = urlsplit(endpoint)
         self.behind = (parts.hostname or "", parts.port or 80)
         self.fault: str | None = None
-        self.requests: list[str] = []
-        """Method and path of all so far."""
+        self.trigger: tuple[str, str] | None = None
+        """What a request's path has to contain for a fault to begin with it, and the fault."""
         self.failed = threading.Semaphore(0)
         """Released at each request that has met the fault; a refused one cannot be seen."""
         self.healed = threading.Event()
@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response_only(100)
             self.end_headers()
         body = self._body()
-        owner.requests.append(f"{self.command} {self.path}")
+        if owner.trigger and owner.trigger[0] in self.path:
+            owner.fault = owner.trigger[1]
         fault = owner.fault
         if fault in _ANSWERS:
             self._refuse(*_ANSWERS[fault])

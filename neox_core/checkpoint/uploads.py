@@ -155,7 +155,10 @@ class Uploads:
                 self._publish(manifest)
                 logger.info("checkpoint of step %d is complete after %.1f s", manifest.step, time.monotonic() - started)
                 self._published(manifest)
-            (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
+            # Nor is an older one, which was replaced or given up, needed any more.
+            for path in checkpoint.folder.parent.glob(f"{checkpoint_key(0)[:-1]}[0-9]*/{MANIFEST_FILE}"):
+                if _step(path.parent) <= manifest.step:
+                    path.unlink(missing_ok=True)
         self._kept.append(checkpoint)
         while len(self._kept) > _KEPT_LOCALLY:
             old = self._kept.pop(0)
@@ -185,6 +188,10 @@ def _remove(checkpoint: LocalCheckpoint) -> None:
     (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
     for record in checkpoint.records:
         (checkpoint.folder / record.path).unlink(missing_ok=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(checkpoint_key(0)[:-1]))
 
 
 def completed(manifest: Manifest, reports: list[tuple[FileRecord, ...]]) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def upload_shares(folder: Path, manifest: Manifest) -> tuple[FileRecord, ...]:
         if holders and holders[index % len(holders)] == dist.get_rank():
             found.append(record)
     return tuple(found)
+
+
+def remove_others(folder: Path, step: int) -> None:
+    """Remove this node's files of other steps' checkpoints, which no job needs once this step was resumed."""
+    for path in folder.glob("global_step*"):
+        if path.name != checkpoint_key(step):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _has(folder: Path, record: FileRecord) -> bool:

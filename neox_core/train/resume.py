@@ -26,7 +26,7 @@ from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
 from neox_core.train.job import TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
-from neox_core.train.local_copy import here_on_all_ranks, newest_local, upload_shares
+from neox_core.train.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ class TrainCheckpoints:
         self._check(prefix, manifest, state)
         self._load(prefix, manifest)
         self._upload_unless_stored(prefix, manifest)
+        if self.mesh.local_rank == 0:
+            remove_others(self._folder, manifest.step)
         if prefix != self.job.prefix and self.mesh.rank == 0:
             inherit_records(self.store, self.job.prefix, prefix, manifest.step, self.job.output)
         consumed = first_sequence(self.config.train, state.step + 1, state.skipped)

@@ -98,17 +98,29 @@ def test_signals_and_time_limits_lead_to_a_save_and_nothing_is_repeated(
     assert values[0] == values[1]
 
 
-def without_store(config: RunConfig, job: TrainJob, ports: list[int]) -> list[Any]:
-    """The store goes away after step 2, for good; then it is back."""
-    with faulty_s3(str(config.storage.endpoint_url)) as proxy:
-        storage = config.storage.model_copy(update={"endpoint_url": proxy.url, "patience_minutes": 0.02})
-        impatient = config.model_copy(update={"storage": storage})
-        with after_step(2, lambda: proxy.fail("503")), after_step(7, lambda: proxy.failed.acquire(timeout=60)):
-            found = [train_job(impatient, job, None, ports[0])]
+def without_store(config: RunConfig, served: RunConfig, job: TrainJob, ports: list[int]) -> list[Any]:
+    """The store goes away with the first save and is given up; then a job has a store that works."""
+
+    def until_given_up() -> None:
+        from neox_core.parallel.shared_store import shared_store
+
+        channel, deadline = shared_store("stopping"), time.monotonic() + 60
+        while not channel.check(["request"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    with after_step(INTERVAL + 1, until_given_up):
+        found = [train_job(config, job, None, ports[0])]
     local = newest_local(job.output / "checkpoints", job.fingerprint)
-    found.append(local.step if local else None)
-    dist_free = train_job(config, job, None, ports[1])
-    return [*found, dist_free]
+    meet(job.output, len(ports))
+    return [*found, local.step if local else None, train_job(served, job, None, ports[1])]
+
+
+def meet(folder: Path, count: int) -> None:
+    """Wait until this many ranks are here, which have no process group now."""
+    (folder / f"here-{os.environ['RANK']}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("here-*"))) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def test_a_store_that_stays_away_ends_the_job_with_a_checkpoint_on_disk(
@@ -116,14 +128,21 @@ def test_a_store_that_stays_away_ends_the_job_with_a_checkpoint_on_disk(
 ) -> None:
     run = small_config(storage_config)
     job = prepare(run, tmp_path)
-    for (message, begun), local, (started, again) in run_ranks(without_store, 2, run, job, rendezvous_ports(2)):
+    with faulty_s3(str(storage_config.endpoint_url)) as proxy:
+        proxy.trigger = (f"global_step{INTERVAL}/", "503")
+        storage = storage_config.model_copy(update={"endpoint_url": proxy.url, "patience_minutes": 0.02})
+        away = run.model_copy(update={"storage": storage})
+        results = run_ranks(without_store, 2, away, run, job, rendezvous_ports(2))
+    for (message, begun), local, (started, again) in results:
         assert "gave up after" in message
         assert f"bucket {store.bucket}, key some/prefix/{job.prefix}/" in message
         assert "last answer: " in message
+        assert "SlowDown" in message
         assert "\n" not in message
-        assert local == begun[-1] >= INTERVAL
+        assert local == begun[-1] > INTERVAL
         assert (started, again) == (local, list(range(local + 1, STEPS + 1)))
-    assert [manifest.step for manifest in list_checkpoints(store, job.prefix)][-1] == STEPS
+    # What was on local disk only came to the store.
+    assert [manifest.step for manifest in list_checkpoints(store, job.prefix)] == [results[0][1], STEPS]
     assert newest_local(job.output / "checkpoints", job.fingerprint) is None
 
 
