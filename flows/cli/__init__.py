@@ -13,6 +13,7 @@ from flows.cli.config import import_neox_files
 from flows.cli.evaluation import evaluate_app
 from flows.cli.plans import data_plan, plan
 from flows.cli.runs import run
+from flows.cli.stored import checkpoint_app
 from neox_core.errors import LlemmaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -26,6 +27,7 @@ data_app.command("plan")(data_plan)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:

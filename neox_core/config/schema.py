@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -29,6 +30,24 @@ class StorageConfig(Section):
     patience_minutes: PositiveFloat = Field(
         60.0, description="minutes for which a training bears a store that fails; then it stops, saved on local disk"
     )
+
+
+class CheckpointsConfig(Section):
+    """Which checkpoints stay in the store. One goes when a newer one is complete and nothing here keeps it."""
+
+    keep_last: PositiveInt | None = Field(None, description="the newest ones that stay; None: all stay")
+    keep_every: PositiveInt | None = Field(
+        None, description="those of steps that this number divides stay too; None: none for that reason"
+    )
+    keep_best: NonNegativeInt = Field(
+        0, description="those with the lowest validation losses stay too, as many; only steps with a validation count"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointsConfig:
+        if self.keep_last is None and (self.keep_every is not None or self.keep_best):
+            raise ValueError("keep_every and keep_best need keep_last: without it, all checkpoints stay")
+        return self
 
 
 class TokenizerConfig(Section):
@@ -99,6 +118,7 @@ class RunConfig(Section):
     workdir: ConfigPath = Field(description="shared folder for artifacts, logs and jobs")
     seed: int = Field(1234, description="seed of the data's order and of what is drawn at random")
     storage: StorageConfig
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     tokenizer: TokenizerConfig
     data: DataConfig
     base_model: BaseModelConfig

@@ -76,6 +76,10 @@ class PatientStore(ObjectStore):
         names = tuple(keys)
         self._patiently(names[0] if names else "", lambda: super(PatientStore, self).delete(names))
 
+    def abort_uploads(self, prefix: str) -> None:
+        """As ObjectStore's."""
+        self._patiently(prefix, lambda: super(PatientStore, self).abort_uploads(prefix))
+
     def _patiently(self, key: str, request: Callable[[], _Answer]) -> _Answer:
         attempts = 0
 

@@ -24,7 +24,7 @@ from neox_core.parallel.stages import pipeline_layers
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
-from neox_core.train.job import TrainJob
+from neox_core.train.job import LOCAL_CHECKPOINTS, TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
 from neox_core.train.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
 
@@ -215,4 +215,4 @@ class TrainCheckpoints:
 
     @property
     def _folder(self) -> Path:
-        return self.job.output / "checkpoints"
+        return self.job.output / LOCAL_CHECKPOINTS

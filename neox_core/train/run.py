@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.checkpoint.retention import apply_retention, remove_remains
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
@@ -90,7 +91,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     engine = _engine(config, job, mesh, geometry, watchdog)
     store = PatientStore(config.storage, watchdog.beat)
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
-    saving = Saving(stopping, job.output, mesh.rank)
+    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
+    saving = Saving(stopping, job.output, mesh.rank, retain)
     channel = shared_store("checkpoints")
     writer = CheckpointWriter(
         store,
@@ -105,6 +107,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     )
     store.on_behind = partial(saving.behind, writer.reports)
     watchdog.beat("resuming")
+    if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
+        remove_remains(store, job.prefix)
     checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.beat)
     with memory_explained(config, geometry, mesh):
         start = checkpoints.resume()

@@ -197,8 +197,9 @@ def test_config_is_frozen() -> None:
 
 
 FIELDS = {
-    "RunConfig": 13,
-    "StorageConfig": 3,
+    "RunConfig": 14,
+    "StorageConfig": 4,
+    "CheckpointsConfig": 3,
     "TokenizerConfig": 4,
     "DataConfig": 21,
     "SourceAmount": 3,
