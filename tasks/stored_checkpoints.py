@@ -36,6 +36,7 @@ class StoredCheckpoint:
     files: int
     bytes: int
     place: str
+    """Key prefix of the training that it is of, or the local folder."""
     manifest: Manifest | None = None
 
 
@@ -51,16 +52,15 @@ def stored_checkpoints(training: Training) -> list[StoredCheckpoint]:
     store, found = training.store, []
     lineage = training.lineage_checkpoints()
     for step, (prefix, manifest) in lineage.items():
-        place, size = store.url(object_key(prefix, step, "")), sum(record.size for record in manifest.files)
-        found.append(StoredCheckpoint(step, "complete", len(manifest.files), size, place, manifest))
+        size = sum(record.size for record in manifest.files)
+        found.append(StoredCheckpoint(step, "complete", len(manifest.files), size, prefix, manifest))
     sizes, files = Counter[int](), Counter[int]()
     for info in store.list(f"{training.prefix}/"):
         if (match := _FOLDER.match(info.key.removeprefix(f"{training.prefix}/"))) and int(match[1]) not in lineage:
             sizes[int(match[1])] += info.size
             files[int(match[1])] += 1
     for step, size in sizes.items():
-        place = store.url(object_key(training.prefix, step, ""))
-        found.append(StoredCheckpoint(step, "incomplete", files[step], size, place))
+        found.append(StoredCheckpoint(step, "incomplete", files[step], size, training.prefix))
     folder = training.scratch / LOCAL_CHECKPOINTS
     if (local := newest_local(folder, training.fingerprint)) and local.step not in lineage:
         size, place = sum(record.size for record in local.files), str(folder / checkpoint_key(local.step))

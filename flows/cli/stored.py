@@ -36,7 +36,7 @@ def ls(config: ConfigArgument, overrides: SetOption = None) -> None:
             }
             for entry in found
         ]
-        print_records(f"checkpoints of training {training.fingerprint[:16]}: {len(records)}", records)
+        print_records(f"checkpoints in {training.store.url()}: {len(records)}", records)
 
 
 @checkpoint_app.command("verify")
