@@ -6,13 +6,13 @@ weights, which may be edited or removed meanwhile: that changes nothing until th
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 from pathlib import Path
 
 from neox_core.artifact import fingerprint
 from neox_core.config import RunConfig
+from neox_core.data.tokenization.readers.inputs import is_gone
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
 from tasks.specs import CONVERT, convert_logic, prepare_logic
@@ -50,10 +50,15 @@ def current(config: RunConfig, stage: str) -> StageIdentity:
 
 
 def outlived(config: RunConfig, stage: str) -> StageResult | None:
-    """The current artifact of a stage whose raw inputs are gone as a whole, if it is intact."""
-    gone = [place for place in _places(config, stage) if _is_gone(place)]
-    identity = find_current(config, stage) if gone else None
-    artifact = find(identity) if identity else None
+    """The current artifact of a stage whose raw inputs are gone as a whole, if it is intact.
+
+    Raises:
+        StorageError: an object store does not answer.
+    """
+    if (identity := find_current(config, stage)) is None:
+        return None
+    gone = [place for place in _places(config, stage) if is_gone(place, config.storage)]
+    artifact = find(identity) if gone else None
     if artifact is None:
         return None
     logger.warning("%s does not exist any more: %s stays what it was, %s", gone[0], stage, artifact.folder)
@@ -78,7 +83,3 @@ def _places(config: RunConfig, stage: str) -> list[str]:
     in_folders = any("train" not in source.files for source in data.sources.values())
     files = [where for _, source in sorted(data.sources.items()) for _, where in sorted(source.files.items())]
     return [*([data.input] if in_folders else []), *files, str(config.tokenizer.model), *map(str, data.evaluation_sets)]
-
-
-def _is_gone(place: str) -> bool:
-    return not place.startswith("s3://") and not glob.has_magic(place) and not Path(place).exists()

@@ -17,7 +17,7 @@ METHODS: Mapping[type, Mapping[str, str]] = {
     PipelineEngine: {
         # Overridden.
         "eval_batch": "data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches",
-        "_configure_zero_optimizer": "optimizer",
+        "_do_optimizer_sanity_check": "basic_optimizer",
         "_configure_bf16_optimizer": "optimizer",
         "_exec_forward_pass": "buffer_id",
         "_exec_backward_pass": "buffer_id",

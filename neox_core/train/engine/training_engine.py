@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
@@ -127,8 +128,9 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         """A share of the optimizer's state."""
         return is_own_file(name, self._mesh)
 
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
-        return self._configure_bf16_optimizer(optimizer)
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        """Our optimizer in both precisions. DeepSpeed's own check would import torch's compiler, for seconds."""
+        return BFLOAT16
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         return ShardedOptimizer(
