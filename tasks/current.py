@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from neox_core.artifact import fingerprint
+from neox_core.artifact import ARTIFACT_FILE, fingerprint, read_artifact
 from neox_core.config import RunConfig
 from neox_core.data.tokenization.readers.inputs import is_gone
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
+from neox_core.train.identity import weights_identity
 from tasks.specs import CONVERT, convert_logic, prepare_logic
 from tasks.stage import StageIdentity, StageResult, find, how_to_run
 
@@ -26,7 +28,10 @@ _RECORDS = ".current"
 def note_current(config: RunConfig, result: StageResult) -> None:
     """Write down what a run of prepare-data or convert has made or found."""
     artifact = result.artifact
-    write_atomically(_record(config, artifact.name), json.dumps({"fingerprint": artifact.fingerprint}))
+    record = {"fingerprint": artifact.fingerprint}
+    if artifact.name == CONVERT:
+        record["weights"] = weights_identity(artifact)
+    write_atomically(_record(config, artifact.name), json.dumps(record))
 
 
 def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
@@ -35,7 +40,10 @@ def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
         record = json.loads(_record(config, stage).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return StageIdentity(stage, record["fingerprint"], config.workdir)
+    identity = StageIdentity(stage, record["fingerprint"], config.workdir, record.get("weights"))
+    if stage == CONVERT and identity.weights is None and (identity.folder / ARTIFACT_FILE).is_file():
+        return replace(identity, weights=weights_identity(read_artifact(identity.folder)))  # an older record
+    return identity
 
 
 def current(config: RunConfig, stage: str) -> StageIdentity:
