@@ -16,18 +16,20 @@ from flows.cli.printing import bar, print_records, print_rows
 from neox_core.errors import ConfigError
 
 _STAGES_HELP = "prepare-data, convert, train, evaluate, export; none: all of them, and the report."
+_FORCE_HELP = "Make the stages again, though they are finished; training goes on from its checkpoints."
 
 
 def run(
     config: ConfigArgument,
     stages: Annotated[list[str] | None, typer.Argument(metavar="STAGE", help=_STAGES_HELP)] = None,
     overrides: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help=_FORCE_HELP)] = False,
 ) -> None:
     """Run the whole chain, or some of its stages, here and now; finished stages are skipped."""
     if stages:
-        _run_stages(config, _checked(stages), overrides or [])
+        _run_stages(config, _checked(stages), overrides or [], force)
     else:
-        _run_chain(config, overrides or [])
+        _run_chain(config, overrides or [], force)
 
 
 def _checked(stages: Sequence[str]) -> list[str]:
@@ -41,22 +43,24 @@ def _checked(stages: Sequence[str]) -> list[str]:
     return [name for name in STAGES if name in stages]
 
 
-def _run_stages(config: Path, names: Sequence[str], overrides: Sequence[str]) -> None:
+def _run_stages(config: Path, names: Sequence[str], overrides: Sequence[str], force: bool) -> None:
     """One after the other, without Prefect."""
-    from flows.stages import STAGE, how_it_went, opened_run
+    from flows.stages import STAGE, forget_stage, how_it_went, opened_run
     from tasks.specs import CONVERT, PREPARE_DATA
 
     with opened_run(str(config), overrides, names) as run:
         for name in names:
             if run.training is None and name not in (PREPARE_DATA, CONVERT):
                 run = replace(run, training=run.resolved_training())
+            if force:
+                forget_stage(run, name)
             with bar(name) as progress:
                 result = STAGE[name].run(run, progress)
             title = f"{name} {how_it_went(result)}: {result.artifact.folder}"
             print_records(title, STAGE[name].table(run.config, result))
 
 
-def _run_chain(config: Path, overrides: Sequence[str]) -> None:
+def _run_chain(config: Path, overrides: Sequence[str], force: bool) -> None:
     from infra.prefect_server import own_prefect_server
     from neox_core.config import load_config
     from tasks.preflight import check_run
@@ -71,7 +75,8 @@ def _run_chain(config: Path, overrides: Sequence[str]) -> None:
 
     # Heartbeats tell a server that a run on another machine lives; here they cost a second per flow.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        report = llemma_pretrain(str(config), list(overrides))
+        report = llemma_pretrain(str(config), list(overrides), force)
+    assert report is not None  # as all stages are run
     print_rows(f"llemma-pretrain {config}", report.rows)
 
 

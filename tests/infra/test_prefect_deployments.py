@@ -106,11 +106,11 @@ def test_a_stage_runs_through_the_worker_and_is_skipped_the_next_time(prefect: P
     for description in ("prepare-data took", "prepare-data was finished before"):
         watched = prefect.run("deployment", "run", "prepare-data/toy", "--param", f"config={config}", "--watch")
         assert watched.returncode == 0, watched.stdout + watched.stderr
-        table = prefect.artifact("prepare-data")
+        table = prefect.artifact("prepare-data-small")
         assert table["type"] == "table"
         assert table["description"].startswith(description)
         assert '"source": "arxiv"' in table["data"]
-        assert prefect.artifact("prepare-data-progress")["data"] == 100
+        assert prefect.artifact("prepare-data-progress-small")["data"] == 100
     assert prefect.runs(config)["prepare-data"]["type"] == "COMPLETED"
 
 
