@@ -21,21 +21,27 @@ from tasks.stage import StageIdentity, StageResult, find, how_to_run
 logger = logging.getLogger(__name__)
 
 _RECORDS = ".current"
+_EARLIER = 20
+"""Artifacts that a record remembers beyond the current one."""
 
 
 def note_current(config: RunConfig, result: StageResult) -> None:
     """Write down what a run of prepare-data or convert has made or found."""
-    artifact = result.artifact
-    write_atomically(_record(config, artifact.name), json.dumps({"fingerprint": artifact.fingerprint}))
+    artifact, record = result.artifact, _record(config, result.artifact.name)
+    before = [known for known in _fingerprints(record) if known != artifact.fingerprint][:_EARLIER]
+    write_atomically(record, json.dumps({"fingerprint": artifact.fingerprint, "earlier": before}))
 
 
 def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
     """The artifact that is current for this configuration, if the stage was ever finished; it is not looked at."""
-    try:
-        record = json.loads(_record(config, stage).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return StageIdentity(stage, record["fingerprint"], config.workdir)
+    return next(iter(find_all(config, stage)), None)
+
+
+def find_all(config: RunConfig, stage: str) -> list[StageIdentity]:
+    """The artifact that is current for this configuration and those that were before, from the newest to the oldest:
+    a job may still be at work on what was made of a text that was changed since."""
+    known = _fingerprints(_record(config, stage))
+    return [StageIdentity(stage, fingerprint, config.workdir) for fingerprint in known]
 
 
 def current(config: RunConfig, stage: str) -> StageIdentity:
@@ -58,6 +64,14 @@ def outlived(config: RunConfig, stage: str) -> StageResult | None:
         return None
     logger.warning("%s does not exist any more: %s stays what it was, %s", gone[0], stage, artifact.folder)
     return StageResult(artifact, skipped=True)
+
+
+def _fingerprints(record: Path) -> list[str]:
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return [content["fingerprint"], *content.get("earlier", ())]
 
 
 def _record(config: RunConfig, stage: str) -> Path:

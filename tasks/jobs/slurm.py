@@ -114,10 +114,25 @@ def _requeue(wanted: Resources) -> dict[str, Any]:
     return {} if "no_requeue" in wanted.parameters else {"requeue": True}
 
 
-def _submitit_executor(submission: Submission) -> Any:
+class _AnywhereExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """submitit's, which can be made where there is no srun."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """As where there is one."""
+        return 1
+
+
+def script(submission: Submission) -> str:
+    """The sbatch script of a submission of one task, without SLURM."""
+    executor = _submitit_executor(submission, _AnywhereExecutor)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "script"))
+
+
+def _submitit_executor(submission: Submission, kind: Any = submitit.SlurmExecutor) -> Any:
     # SIGUSR2 announces preemption. Until submitit's handler is there it would kill Python, so it starts ignored.
     python = f'sh -c \'trap "" USR2; exec "$@"\' _ {shlex.quote(sys.executable)}'
-    executor = submitit.SlurmExecutor(submission.folder, python=python)
+    executor = kind(submission.folder, python=python)
     wanted = submission.resources
     gpus = 0 if wanted.gpus == "cpu" else wanted.ranks_per_node
     options = {
