@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=65536, help="of a step, for each GPU")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
-    parser.add_argument("--recompute", choices=["none", "selective", "full", "auto"], default="none")
+    parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full", "auto"], default="none")
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
@@ -101,7 +101,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
             "global_batch_tokens": options.tokens * ranks,
             "sequence_length": options.sequence_length,
             "micro_batch_size": options.micro_batch,
-            "activation_checkpointing": options.recompute,
+            "activation_checkpointing": options.activation_checkpointing,
             "master_weights": options.master_weights,
             "attention": options.attention,
             "cuda_graphs": options.cuda_graphs,
@@ -211,7 +211,7 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "layers": config.model.num_layers,
         "parameters": parameter_count(config.model),
         "micro_batch": config.train.micro_batch_size,
-        "recompute": config.train.activation_checkpointing,
+        "activation_checkpointing": config.train.activation_checkpointing,
         "master_weights": config.train.master_weights,
         "cuda_graphs": config.train.cuda_graphs,
         "step_seconds": round(seconds, 4),

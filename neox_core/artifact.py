@@ -78,10 +78,12 @@ class DigestCache:
 
     def _load(self) -> dict[str, list[Any]]:
         try:
-            known: dict[str, list[Any]] = json.loads(self._path.read_text())
+            known = json.loads(self._path.read_text())
         except (OSError, ValueError):
             return {}
-        return known
+        if not isinstance(known, dict):
+            return {}
+        return {path: entry for path, entry in known.items() if isinstance(entry, list) and len(entry) == 3}
 
     def remember(self, folder: Path, records: Iterable[FileRecord]) -> None:
         """Take over digests that were computed while the files in `folder` were written."""

@@ -6,15 +6,17 @@ weights, which may be edited or removed meanwhile: that changes nothing until th
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from neox_core.artifact import fingerprint
+from neox_core.artifact import ARTIFACT_FILE, fingerprint, read_artifact
 from neox_core.config import RunConfig
+from neox_core.data.tokenization.readers.inputs import is_gone
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
+from neox_core.train.identity import weights_identity
 from tasks.specs import CONVERT, convert_logic, prepare_logic
 from tasks.stage import StageIdentity, StageResult, find, how_to_run
 
@@ -27,9 +29,12 @@ _EARLIER = 20
 
 def note_current(config: RunConfig, result: StageResult) -> None:
     """Write down what a run of prepare-data or convert has made or found."""
-    artifact, record = result.artifact, _record(config, result.artifact.name)
-    before = [known for known in _fingerprints(record) if known != artifact.fingerprint][:_EARLIER]
-    write_atomically(record, json.dumps({"fingerprint": artifact.fingerprint, "earlier": before}))
+    artifact, path = result.artifact, _record(config, result.artifact.name)
+    record = {"fingerprint": artifact.fingerprint}
+    if artifact.name == CONVERT:
+        record["weights"] = weights_identity(artifact)
+    before = [known for known in _records(path) if known["fingerprint"] != artifact.fingerprint][:_EARLIER]
+    write_atomically(path, json.dumps(record | {"earlier": before}))
 
 
 def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
@@ -40,8 +45,7 @@ def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
 def find_all(config: RunConfig, stage: str) -> list[StageIdentity]:
     """The artifact that is current for this configuration and those that were before, from the newest to the oldest:
     a job may still be at work on what was made of a text that was changed since."""
-    known = _fingerprints(_record(config, stage))
-    return [StageIdentity(stage, fingerprint, config.workdir) for fingerprint in known]
+    return [_identity(config, stage, record) for record in _records(_record(config, stage))]
 
 
 def current(config: RunConfig, stage: str) -> StageIdentity:
@@ -56,22 +60,36 @@ def current(config: RunConfig, stage: str) -> StageIdentity:
 
 
 def outlived(config: RunConfig, stage: str) -> StageResult | None:
-    """The current artifact of a stage whose raw inputs are gone as a whole, if it is intact."""
-    gone = [place for place in _places(config, stage) if _is_gone(place)]
-    identity = find_current(config, stage) if gone else None
-    artifact = find(identity) if identity else None
+    """The current artifact of a stage whose raw inputs are gone as a whole, if it is intact.
+
+    Raises:
+        StorageError: an object store does not answer.
+    """
+    if (identity := find_current(config, stage)) is None:
+        return None
+    gone = [place for place in _places(config, stage) if is_gone(place, config.storage)]
+    artifact = find(identity) if gone else None
     if artifact is None:
         return None
     logger.warning("%s does not exist any more: %s stays what it was, %s", gone[0], stage, artifact.folder)
     return StageResult(artifact, skipped=True)
 
 
-def _fingerprints(record: Path) -> list[str]:
+def _identity(config: RunConfig, stage: str, record: dict[str, str]) -> StageIdentity:
+    identity = StageIdentity(stage, record["fingerprint"], config.workdir, record.get("weights"))
+    if stage == CONVERT and identity.weights is None and (identity.folder / ARTIFACT_FILE).is_file():
+        return replace(identity, weights=weights_identity(read_artifact(identity.folder)))  # an older record
+    return identity
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    """What was noted down, from the newest to the oldest."""
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    return [content["fingerprint"], *content.get("earlier", ())]
+    earlier = content.pop("earlier", [])
+    return [content, *earlier]
 
 
 def _record(config: RunConfig, stage: str) -> Path:
@@ -92,7 +110,3 @@ def _places(config: RunConfig, stage: str) -> list[str]:
     in_folders = any("train" not in source.files for source in data.sources.values())
     files = [where for _, source in sorted(data.sources.items()) for _, where in sorted(source.files.items())]
     return [*([data.input] if in_folders else []), *files, str(config.tokenizer.model), *map(str, data.evaluation_sets)]
-
-
-def _is_gone(place: str) -> bool:
-    return not place.startswith("s3://") and not glob.has_magic(place) and not Path(place).exists()

@@ -105,8 +105,8 @@ def _inherited(training: Training, folder: Path) -> dict[int, dict[str, Any]]:
     """Results for the steps that this training shares with those before its changes."""
     results: dict[int, dict[str, Any]] = {}
     for earlier, last_step in reversed(earlier_configs(training.config)):
-        identity = training_fingerprint(earlier, training.data.fingerprint, training.weights.fingerprint)
-        before = evaluate_spec(earlier, identity).folder
+        weights = training.weights.weights or training.weights.fingerprint
+        before = evaluate_spec(earlier, training_fingerprint(earlier, training.data.fingerprint, weights)).folder
         found = {step: result for step, result in _load(before).items() if step <= last_step}
         inherit_items(folder, before, found)
         results |= found

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
 
 from infra.s3.service import EMBEDDED
 from neox_core.config import RunConfig, batch_geometry
+from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
 from tasks.base import check_base
 from tasks.current import current, outlived
 from tasks.jobs.launch import check_launch
+from tasks.jobs.registry import executor_named
 from tasks.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN
+from tasks.tokenization.array import task_resources
+from tasks.tokenization.estimate import warn_of_repeats
 from tasks.tokenization.tokenize import checked_inputs
 
 
@@ -27,13 +33,18 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
             finishing.
     """
     batch_geometry(config)
+    if TRAIN in stages:
+        _check_warmup(config)
+    check_workdir(config.workdir)
     later = not {PREPARE_DATA, CONVERT}.issuperset(stages)
     if {TRAIN, EVALUATE}.intersection(stages):
         check_launch(config.launch)
     if EVALUATE in stages:
         check_item_files(config.evaluate.tasks)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
-        checked_inputs(config)
+        if config.data.slurm:
+            executor_named(config.data.slurm.executor).check(task_resources(config.data.slurm))
+        warn_of_repeats(checked_inputs(config), config)
     if later and config.storage.endpoint_url != EMBEDDED:
         ObjectStore(config.storage).check()
     if CONVERT in stages and not outlived(config, CONVERT):
@@ -41,3 +52,29 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     for stage in (PREPARE_DATA, CONVERT):
         if later and stage not in stages:
             current(config, stage)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Make the workdir, and find out whether files can be written there.
+
+    Raises:
+        ConfigError: they cannot, or it is no folder.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ConfigError(
+            f"workdir {workdir} cannot be written: {error.strerror}: set workdir to a folder on a disk with space "
+            "where you may write"
+        ) from None
+
+
+def _check_warmup(config: RunConfig) -> None:
+    warmup, steps = config.train.schedule.warmup_steps, config.train.steps
+    if warmup > steps:
+        raise ConfigError(
+            f"train.schedule.warmup_steps {warmup} is more than train.steps {steps}, so that the learning rate would "
+            "never reach its peak: lower warmup_steps or raise steps"
+        )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from neox_core.config import RunConfig
 from neox_core.errors import ConfigError
-from neox_core.train.identity import training_inputs, training_logic
+from neox_core.train.identity import shards_logic, training_inputs, training_logic
 from tasks.base import base_digests
 from tasks.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests
@@ -50,13 +50,9 @@ def prepare_logic(config: RunConfig) -> dict[str, Any]:
 
 def convert_logic(config: RunConfig) -> dict[str, Any]:
     """The config values that change shards."""
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "parallel": config.parallel.model_dump(mode="json", include={"tensor", "pipeline"}),
-        "base_rope_theta": config.base_model.rope_theta,
-        "base_vocab_size": config.base_model.vocab_size,
-        "new_tokens": config.base_model.new_tokens,
-    }
+    sections = config.model_dump(mode="json", include={"model", "base_model", "parallel"})
+    parallel = {key: sections["parallel"][key] for key in ("tensor", "pipeline")}
+    return shards_logic(sections["model"], sections["base_model"], parallel)
 
 
 def prepare_spec(config: RunConfig) -> StageSpec:
@@ -80,7 +76,8 @@ def convert_spec(config: RunConfig) -> StageSpec:
 
 
 def train_spec(config: RunConfig, data: str, weights: str) -> StageSpec:
-    """Training depends on the shards, the token datasets (their fingerprints), the mixture and the recipe."""
+    """Training depends on the token datasets (their fingerprint), the base weights (their identity, in any layout),
+    the mixture and the recipe."""
     return StageSpec(TRAIN, config, training_logic(config), training_inputs(data, weights))
 
 

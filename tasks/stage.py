@@ -29,6 +29,8 @@ class StageIdentity:
     """The stage's."""
     fingerprint: str
     workdir: Path
+    weights: str | None = None
+    """Of convert's: the identity of the weights in it, whatever layout they are cut for."""
 
     @property
     def folder(self) -> Path:

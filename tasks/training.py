@@ -107,5 +107,6 @@ def _training(config: RunConfig, data: StageIdentity, weights: StageIdentity) ->
 
 def _in_order(config: RunConfig, order: int, data: StageIdentity, weights: StageIdentity) -> Training:
     config = config.model_copy(update={"data": config.data.model_copy(update={"order": order})})
-    spec = train_spec(config, data.fingerprint, weights.fingerprint)
-    return Training(spec, data, weights, ancestors(config, data.fingerprint, weights.fingerprint))
+    content = weights.weights or weights.fingerprint
+    lineage = ancestors(config, data.fingerprint, content, weights.fingerprint)
+    return Training(train_spec(config, data.fingerprint, content), data, weights, lineage)

@@ -36,7 +36,16 @@ def main() -> None:
     """Run the command; errors that users can mend are one line on standard error."""
     try:
         app()
-    except LlemmaError as error:
-        message = escape(" ".join(str(error).split()))
+    except BrokenPipeError:
+        raise  # the reader of the output has left: no error of a file
+    except (LlemmaError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        text = (
+            str(error)
+            if isinstance(error, LlemmaError)
+            else f"{error.filename}: {error.strerror}: correct the path, its rights or its disk"
+        )
+        message = escape(" ".join(text.split()))
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
         sys.exit(1)

@@ -138,7 +138,7 @@ def _prepare(folder: Path, state: ServerState | None) -> ServerState:
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
     )
-    values = {"folder": folder, "user": pwd.getpwuid(os.getuid()).pw_name, "region": REGION, **asdict(state)}
+    values = {"folder": folder, "user": _user_name(), "region": REGION, **asdict(state)}
     write_atomically(folder / "etc" / "swift.conf", templates.get_template("swift.conf.j2").render())
     for kind in _KINDS:
         template = templates.get_template("proxy.conf.j2" if kind == "proxy" else "backend.conf.j2")
@@ -147,6 +147,21 @@ def _prepare(folder: Path, state: ServerState | None) -> ServerState:
         )
     _write_rings(folder, state)
     return state
+
+
+def _user_name() -> str:
+    """This user's name.
+
+    Raises:
+        StorageError: the user id has none, which Swift cannot do without.
+    """
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise StorageError(
+            f"user id {os.getuid()} has no name in /etc/passwd, which the embedded S3 server needs: add an "
+            "entry, or set storage.endpoint_url to a server of yours"
+        ) from None
 
 
 def _write_rings(folder: Path, state: ServerState) -> None:

@@ -9,6 +9,8 @@ from neox_core.config.schema import RunConfig
 from neox_core.config.train_sections import TrainConfig
 from neox_core.errors import ConfigError
 
+_ADVISED = 8
+
 
 @dataclass(frozen=True)
 class BatchGeometry:
@@ -18,23 +20,35 @@ class BatchGeometry:
     data_parallel: int
     micro_batch_size: int
     accumulation_steps: int
+    """Micro batches of each data-parallel rank; where they cannot have the same number, of those that have one more."""
     sequences: int
     """Sequences of a global batch over all ranks."""
     tokens: int
     """Tokens of a global batch over all ranks."""
+
+    def micro_batches_of(self, data_rank: int) -> int:
+        """Micro batches of a data-parallel rank: they are dealt in turn, so that the first ranks may have one more."""
+        each, more = divmod(self.sequences // self.micro_batch_size, self.data_parallel)
+        return each + (data_rank < more)
+
+    @property
+    def busy(self) -> float:
+        """Share of a step in which data-parallel ranks compute on average: 1 where all have as many micro batches."""
+        return self.sequences / (self.accumulation_steps * self.micro_batch_size * self.data_parallel)
 
 
 def batch_geometry(config: RunConfig, nodes: int | None = None, step: int = 1) -> BatchGeometry:
     """Cut a step's global batch for a number of nodes (default: launch.nodes).
 
     Raises:
-        ConfigError: TP x PP does not divide the world size, or the ranks do not divide the batch of some step; the
-            message names the numbers of nodes that do.
+        ConfigError: TP x PP does not divide the world size, or some step's batch is not made of whole micro batches, at
+            least one for each data-parallel rank; the message names the numbers of nodes that do.
     """
     nodes = nodes or config.launch.nodes
     if problem := _problem(config, nodes):
         fits = [n for n in range(1, max(64, 2 * nodes) + 1) if not _problem(config, n)]
-        advice = f"numbers of nodes that work: {', '.join(map(str, fits))}" if fits else _no_nodes_advice(config)
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - nodes))[:_ADVISED])
+        advice = f"numbers of nodes that work: {', '.join(map(str, nearest))}" if fits else _no_nodes_advice(config)
         raise ConfigError(f"{problem}; {advice}")
     geometry = _try_geometry(config, nodes, batch_tokens(config.train, step))
     assert isinstance(geometry, BatchGeometry), "a batch of the run"
@@ -87,17 +101,22 @@ def _try_geometry(config: RunConfig, nodes: int, tokens: int) -> BatchGeometry |
         )
     data_parallel = world // (tensor * pipeline)
     sequences = tokens // config.train.sequence_length
-    per_pass = data_parallel * config.train.micro_batch_size
-    if sequences % per_pass:
+    micro_batches, rest = divmod(sequences, config.train.micro_batch_size)
+    if rest:
         return (
-            f"a global batch of {sequences} sequences ({tokens} tokens) is not divisible by "
-            f"{data_parallel} data-parallel ranks x micro batch {config.train.micro_batch_size} on {nodes} nodes"
+            f"a global batch of {sequences} sequences ({tokens} tokens) is not divisible by micro batch "
+            f"{config.train.micro_batch_size}"
+        )
+    if micro_batches < data_parallel:
+        return (
+            f"a global batch of {sequences} sequences ({tokens} tokens) is {micro_batches} micro batches of "
+            f"{config.train.micro_batch_size}, too few for {data_parallel} data-parallel ranks on {nodes} nodes"
         )
     return BatchGeometry(
         world_size=world,
         data_parallel=data_parallel,
         micro_batch_size=config.train.micro_batch_size,
-        accumulation_steps=sequences // per_pass,
+        accumulation_steps=-(-micro_batches // data_parallel),
         sequences=sequences,
         tokens=sequences * config.train.sequence_length,
     )

@@ -36,6 +36,6 @@ def micro_batch_indices(geometry: BatchGeometry, data_parallel_rank: int, sequen
     micro, ranks = geometry.micro_batch_size, geometry.data_parallel
     first = sequences_consumed + data_parallel_rank * micro + np.arange(micro, dtype=np.int64)
     while True:
-        for accumulation_step in range(geometry.accumulation_steps):
+        for accumulation_step in range(geometry.micro_batches_of(data_parallel_rank)):
             yield first + accumulation_step * ranks * micro
         first = first + geometry.sequences

@@ -71,7 +71,8 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
     results = []
     for step in job.steps:
         folder = job.base_weights if step == BASE_STEP else _download(store, job, step, mesh)
-        results.append({"step": step} | _evaluate(config, job, NeoxCheckpoint(folder).layer, mesh))
+        weights = NeoxCheckpoint(folder).layer_of(config.model, mesh.tensor_size)
+        results.append({"step": step} | _evaluate(config, job, weights, mesh))
         dist.barrier()
         if step != BASE_STEP and mesh.local_rank == 0:
             shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -17,12 +18,15 @@ R = TypeVar("R")
 
 def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
     """Compile a function of tensors when its first argument is on a GPU; elsewhere a compiler may be missing."""
-    compiled = torch.compile(function, fullgraph=True)
+
+    @cache
+    def compiled() -> Callable[P, R]:
+        return torch.compile(function, fullgraph=True)  # imports torch's compiler, for seconds
 
     def choose(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        return compiled(*args, **kwargs) if first.is_cuda else function(*args, **kwargs)
+        return compiled()(*args, **kwargs) if first.is_cuda else function(*args, **kwargs)
 
     return Kernel(function, choose)
 

@@ -97,8 +97,9 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Time of one step: FLOPs / (GPUs x peak x utilisation)."""
-        return self.flops_per_step / (self.batch.world_size * self.peak_tflops * 1e12 * self.utilisation)
+        """Time of one step: FLOPs / (GPUs x peak x utilisation), where all GPUs compute all the time."""
+        flops_per_second = self.batch.world_size * self.peak_tflops * 1e12 * self.utilisation
+        return self.flops_per_step / flops_per_second / self.batch.busy
 
     @property
     def run_hours(self) -> float:
@@ -131,8 +132,19 @@ class Plan:
             ),
             *self._stage_rows(),
             ("global batch", f"{batch.sequences:,} sequences = {batch.tokens:,} tokens"),
-            ("gradient accumulation steps", f"{batch.accumulation_steps} of micro batch {batch.micro_batch_size}"),
+            ("gradient accumulation steps", self._accumulation()),
         ]
+
+    def _accumulation(self) -> str:
+        batch = self.batch
+        fewest, most = batch.micro_batches_of(batch.data_parallel - 1), batch.accumulation_steps
+        if fewest == most:
+            return f"{most} of micro batch {batch.micro_batch_size}"
+        more = batch.sequences // batch.micro_batch_size % batch.data_parallel
+        return (
+            f"{most} on {more} data-parallel ranks, {fewest} on {batch.data_parallel - more}, of micro batch "
+            f"{batch.micro_batch_size}: the same batch and its exact mean; GPUs wait {1 - batch.busy:.1%} of the time"
+        )
 
     def _stage_rows(self) -> list[tuple[str, str]]:
         if self.pipeline_parallel == 1:

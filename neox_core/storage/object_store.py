@@ -165,6 +165,17 @@ class ObjectStore:
                     found.append(ObjectInfo(key, entry["Size"], entry.get("ETag", "").strip('"')))
         return sorted(found, key=lambda info: info.key)
 
+    def is_empty(self) -> bool:
+        """Whether there is no object under the prefix; in a bucket that does not exist, there is none."""
+        with self._errors():
+            try:
+                found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
+            except ClientError as error:
+                if error_code(error) == "NoSuchBucket":
+                    return True
+                raise
+            return not found.get("Contents")
+
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; keys that do not exist are no error."""
         names = [self._full(key) for key in keys]

@@ -17,7 +17,7 @@ from pathlib import Path
 from neox_core.artifact import Artifact, read_artifact
 from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.errors import ConfigError, LlemmaError
-from neox_core.train.identity import training_fingerprint
+from neox_core.train.identity import training_fingerprint, weights_identity
 
 _EMBEDDED = "embedded"
 _SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -71,8 +71,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     from neox_core.train.lineage import ancestors
     from neox_core.train.run import train
 
-    identity = training_fingerprint(config, data.fingerprint, weights.fingerprint)
-    lineage = ancestors(config, data.fingerprint, weights.fingerprint)
+    content = weights_identity(weights)
+    identity = training_fingerprint(config, data.fingerprint, content)
+    lineage = ancestors(config, data.fingerprint, content, weights.fingerprint)
     return train(config, TrainJob(data.folder, weights.folder, arguments.output, identity, lineage))
 
 

@@ -33,11 +33,19 @@ class Ancestor:
     last_step: int
 
 
-def ancestors(config: RunConfig, data: str, weights: str) -> tuple[Ancestor, ...]:
-    """The trainings of `earlier_configs`, on these artifacts' fingerprints."""
-    return tuple(
-        Ancestor(training_fingerprint(earlier, data, weights), last) for earlier, last in earlier_configs(config)
-    )
+def ancestors(config: RunConfig, data: str, weights: str, shards: str | None = None) -> tuple[Ancestor, ...]:
+    """The trainings of `earlier_configs`, on what `training_fingerprint` takes.
+
+    Args:
+        shards: fingerprint of convert's artifact. Up to version 0.2 trainings were named after it, and so after
+            their layout: these are the same ones under those names.
+    """
+    earlier = earlier_configs(config)
+    found = [Ancestor(training_fingerprint(config, data, weights), last) for config, last in earlier]
+    if shards and shards != weights:
+        own = (config, config.train.steps)
+        found += [Ancestor(training_fingerprint(config, data, shards), last) for config, last in (own, *earlier)]
+    return tuple(found)
 
 
 def earlier_configs(config: RunConfig) -> list[tuple[RunConfig, int]]:

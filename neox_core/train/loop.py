@@ -72,7 +72,8 @@ class Loop:
         changes = [change.from_step for change in self.train.changes if change.from_step > begin]
         last = min([self.train.steps, *(step - 1 for step in changes)])
         geometry, first = self.geometry(begin), first_sequence(self.train, begin, state.skipped)
-        self.engine.set_accumulation_steps(geometry.accumulation_steps)
+        own = geometry.micro_batches_of(self.data_rank)
+        self.engine.set_accumulation_steps(geometry.accumulation_steps, own)
         self.telemetry.use(geometry, data.mixture)
         with Prefetcher(self._batches(data, geometry, first)) as prefetched:
             batches = self.telemetry.batches(prefetched)
@@ -116,11 +117,12 @@ class Loop:
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""
         geometry = self.geometry(1)
+        count, own = geometry.accumulation_steps, geometry.micro_batches_of(self.data_rank)
         batches = self._batches(self.validation_data, geometry)
         losses = []
         for _ in range(self.train.validation.iterations):
             self.heartbeat(f"validation after step {step}")
-            losses.append(float(self.engine.eval_batch(batches, num_micro_batches=geometry.accumulation_steps)))
+            losses.append(float(self.engine.eval_batch(batches, num_micro_batches=count, own=own)))
         self.metrics.log(step, validation__loss=sum(losses) / len(losses))
 
     def _batches(self, data: MixtureDataset, geometry: BatchGeometry, consumed: int = 0) -> Batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 from neox_core.artifact import software
 from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint
+from neox_core.checkpoint.partitions import Layout, Place
+from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
@@ -64,7 +67,7 @@ class TrainCheckpoints:
             step=state.step,
             sequences_consumed=sequences,
             files=(),
-            layout=self._layout(),
+            layout=self._layout.to_manifest(),
             fingerprint=self.job.fingerprint,
             config=self.config.model_dump(mode="json"),
             consumed=state.data.consumed(sequences),
@@ -79,7 +82,7 @@ class TrainCheckpoints:
         """Load the newest complete checkpoint, if there is one, and return its state.
 
         Raises:
-            CheckpointError: it is of another layout or of other data, or is damaged; or there is none to extend.
+            CheckpointError: it is of other data, or is damaged; or there is none to extend.
         """
         found = self._newest()
         if found is None:
@@ -164,26 +167,42 @@ class TrainCheckpoints:
                 f"{expected} up to there: change the batch with train.changes only, and only for steps to come"
             )
         check_consumed(state.data, manifest)
-        if manifest.layout != (layout := self._layout()):
-            raise CheckpointError(
-                f"{where} was written with layout {manifest.layout}, this job has {layout}: use the same "
-                "parallel sections and number of nodes"
-            )
 
-    def _layout(self) -> dict[str, Any]:
-        """What the optimizer's files depend on: the ranks, and the layers of each stage if there are several."""
-        layout: dict[str, Any] = dict(self.mesh.layout)
-        if self.mesh.pipeline_size > 1:
-            layout["pipeline_layers"] = list(pipeline_layers(self.config))
-        return layout
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.mesh.tensor_size, self.mesh.data_size, pipeline_layers(self.config))
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.mesh.pipeline_rank, self.mesh.data_rank, self.mesh.tensor_rank)
 
     def _load(self, prefix: str, manifest: Manifest) -> None:
-        # Weights and metadata once per node, and this rank's own share of the optimizer state.
-        if self.mesh.local_rank == 0:
-            self._download(prefix, manifest, self.engine.shared_file)
-        self._download(prefix, manifest, self.engine.own_file)
+        saved = Layout.of_manifest(manifest.layout, self.config.model)
+        key = checkpoint_key(manifest.step)
+        if saved == self._layout:
+            # Weights and metadata once per node, and this rank's own share of the optimizer state.
+            if self.mesh.local_rank == 0:
+                self._download(prefix, manifest, self.engine.shared_file)
+            self._fetch(prefix, manifest, {self._place})
+            self.engine.load_state(self._folder, key)
+            return
+        logger.info("checkpoint of step %d was written by %s, and is read as %s", manifest.step, saved, self._layout)
+        resharding = Resharding(self.config.model, saved, self._layout, self._place)
+        self._fetch(prefix, manifest, resharding.files())
+        self.engine.load_resharded(self._folder, key, manifest.step, resharding)
+
+    def _fetch(self, prefix: str, manifest: Manifest, places: set[Place]) -> None:
+        """Bring the optimizer's files of ranks here: each once per node, by the first rank there that needs it."""
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (socket.gethostname(), sorted(places)))
+        before = {
+            place for host, wanted in everyones[: self.mesh.rank] for place in wanted if host == socket.gethostname()
+        }
+        own, tensor_size = places - before, manifest.layout["tensor"]
+        self._download(
+            prefix, manifest, lambda name: any(self.engine.optimizer_file(name, p, tensor_size) for p in own)
+        )
         dist.barrier()
-        self.engine.load_state(self._folder, checkpoint_key(manifest.step))
 
     def _download(self, prefix: str, manifest: Manifest, wanted: Callable[[str], bool]) -> None:
         download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.heartbeat)

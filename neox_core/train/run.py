@@ -154,7 +154,7 @@ def _last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
 
 def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> StepEngine:
     """The engine with the weights to start from, tried out before they are read."""
-    weights = NeoxCheckpoint(job.weights).layer
+    weights = NeoxCheckpoint(job.weights).layer_of(config.model, mesh.tensor_size)
     watchdog.beat("building the model")
     with memory_explained(config, geometry, mesh):
         if not config.train.dry_run:

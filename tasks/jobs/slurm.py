@@ -31,15 +31,13 @@ class SlurmExecutor:
     poll_seconds = 5.0
 
     def check(self, resources: Resources) -> None:
-        """Raise a LaunchError if there is no SLURM here."""
-        if shutil.which("sbatch") is None:
-            raise LaunchError(
-                "launch.executor is slurm, but sbatch is not on the PATH: run on a login node, or set it to auto"
-            )
+        """Raise a LaunchError if there is no SLURM here, or it knows no such partition, account or QOS."""
+        _check_present()
+        slurm_commands.check_names(resources)
 
     def submit(self, submission: Submission) -> list[str]:
         """One sbatch, for a job or an array."""
-        self.check(submission.resources)
+        _check_present()
         try:
             executor = _submitit_executor(submission)
             with executor.batch():
@@ -97,6 +95,13 @@ class SlurmExecutor:
                 return file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
+
+
+def _check_present() -> None:
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "launch.executor is slurm, but sbatch is not on the PATH: run on a login node, or set it to auto"
+        )
 
 
 def _paths(folder: Path, job_id: str, rank: int = 0) -> Any:

@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Collection, Sequence
 
 from neox_core.errors import LaunchError
-from tasks.jobs.executor import Status
+from tasks.jobs.executor import Resources, Status
 from tasks.jobs.retry import NoAnswer
 from tasks.jobs.slurm_states import status_of
 
 _SILENT = ("unable to contact", "timed out", "zero bytes were transmitted", "standby mode", "connection refused")
 """In what sbatch and scancel write when they were not refused but have heard nothing."""
+_UNKNOWN_NAMES = ("invalid account", "invalid partition", "invalid qos", "reservation is invalid", "not permitted")
+"""In what sbatch writes of a name that the cluster lacks, or that this user may not use."""
 _PING_SECONDS = 10.0
 
 
@@ -75,6 +77,28 @@ def cancel(jobs: Collection[str]) -> None:
     answer = _run(["scancel", *jobs])
     if answer.returncode:
         raise failure(f"job {', '.join(jobs)} cannot be cancelled", answer.stderr)
+
+
+def check_names(wanted: Resources) -> None:
+    """Ask SLURM, without submitting, whether it takes jobs of this partition, account and QOS.
+
+    Another answer, such as that no node is free or none is large enough now, is left to the submission.
+
+    Raises:
+        LaunchError: it knows one of them not, or this user may not use it.
+    """
+    given = {name: getattr(wanted, name) for name in ("partition", "account")}
+    given |= {name: wanted.parameters.get(name) for name in ("qos", "reservation")}
+    options = [f"--{name}={value}" for name, value in given.items() if value]
+    if not options:
+        return
+    answer = _run(["sbatch", "--test-only", *options, f"--time={int(wanted.time_limit_minutes)}", "--wrap=true"])
+    reason = one_line(answer.stderr)
+    if answer.returncode and any(words in reason.lower() for words in _UNKNOWN_NAMES):
+        raise LaunchError(
+            f"SLURM takes no job with {' '.join(options)}: {reason}: correct partition, account or slurm_parameters in "
+            "launch or data.slurm"
+        )
 
 
 def failure(what: str, reason: str) -> LaunchError:

@@ -100,7 +100,14 @@ def _plan(groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: T
         paths = [PartPaths.of(file, folder) for file in groups[index]]
         return all(find_part(path, record.made_from) == record for path, record in zip(paths, made, strict=True))
 
-    resources = Resources(
+    calls = [(make_parts, (group, settings, folder.resolve())) for group in groups]
+    key = _key_of(groups, settings)
+    return JobPlan(jobs_folder(folder), "tokenize", key, calls, task_resources(jobs), jobs.executor, has_made)
+
+
+def task_resources(jobs: TokenizeJobConfig) -> Resources:
+    """What each task of the array needs."""
+    return Resources(
         memory_gb=jobs.memory_gb,
         time_limit_minutes=jobs.time_limit_minutes,
         partition=jobs.partition,
@@ -108,9 +115,6 @@ def _plan(groups: Sequence[Group], settings: PartSettings, folder: Path, jobs: T
         parallelism=jobs.parallelism,
         parameters=jobs.slurm_parameters,
     )
-    calls = [(make_parts, (group, settings, folder.resolve())) for group in groups]
-    key = _key_of(groups, settings)
-    return JobPlan(jobs_folder(folder), "tokenize", key, calls, resources, jobs.executor, has_made)
 
 
 def _key_of(groups: Sequence[Group], settings: PartSettings) -> str:

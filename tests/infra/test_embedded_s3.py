@@ -44,6 +44,15 @@ def processes(folder: Path) -> list[ProcessRecord]:
     return [ProcessRecord(**record) for record in json.loads((folder / "server.json").read_text())["processes"]]
 
 
+def test_a_user_id_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("infra.s3.server.pwd.getpwuid", unknown)
+    with pytest.raises(StorageError, match=r"user id \d+ has no name in /etc/passwd.*storage.endpoint_url"):
+        server._prepare(tmp_path, None)
+
+
 def test_service_passes_other_servers_through(tmp_path: Path) -> None:
     for config in (StorageConfig(url="s3://b/p"), StorageConfig(url="s3://b/p", endpoint_url="http://127.0.0.1:1")):
         before = dict(os.environ)

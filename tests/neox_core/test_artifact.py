@@ -31,6 +31,15 @@ LOGICAL = {"steps": 5, "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]}, "name": 
 INPUTS = {"prepare-data": "aa", "convert": "bb"}
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "7", '{"x": null}', '{"x": [1]}', "{"])
+def test_a_damaged_memory_of_digests_is_forgotten(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("content")
+    text = text.replace("x", str((tmp_path / "x").resolve()))
+    (tmp_path / ".digests.json").write_text(text)
+    expected = hashlib.sha256(b"content").hexdigest()
+    assert DigestCache(tmp_path / ".digests.json").digest(tmp_path / "x") == expected
+
+
 def test_fingerprint_is_the_hash_of_canonical_json() -> None:
     text = (
         '{"config":{"name":"Gr\\u00f6\\u00dfe","optimizer":{"betas":[0.9,0.95],"lr":0.0001},"steps":5},'

@@ -58,7 +58,8 @@ submitted: list[Job] = []
 def note_finished(config: RunConfig, text: str = "d") -> None:
     """As if prepare-data and convert had been run; `text` tells what they made of it."""
     for name, fingerprint in (("prepare-data", text * 64), ("convert", "c" * 64)):
-        note_current(config, StageResult(Artifact(name, fingerprint, {}, {}, (), {}), skipped=False))
+        artifact = Artifact(name, fingerprint, {}, config.model_dump(mode="json"), (), {})
+        note_current(config, StageResult(artifact, skipped=False))
 
 
 def training_spec(config: RunConfig) -> StageSpec:

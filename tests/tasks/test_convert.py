@@ -13,6 +13,7 @@ from neox_core.errors import ConfigError
 from neox_core.progress import silent
 from neox_core.storage.object_store import ObjectStore
 from tasks.convert import convert
+from tasks.preflight import check_run
 from tasks.specs import convert_spec
 from tests.neox_core.train.small_training import CONFIG
 
@@ -41,3 +42,19 @@ def test_base_weights_in_the_object_store(store: ObjectStore, tmp_path: Path) ->
     make_random_base(config.model, tmp_path / "base", seed=4)
     store.put_file(tmp_path / "base/consolidated.00.pth", "base/consolidated.00.pth")
     assert convert_spec(config).fingerprint != result.artifact.fingerprint
+
+
+def test_base_weights_that_are_gone_from_the_object_store(store: ObjectStore, tmp_path: Path) -> None:
+    base = CONFIG.base_model.model_copy(update={"path": f"{store.url()}base", "rope_theta": None, "vocab_size": None})
+    config = CONFIG.model_copy(update={"workdir": tmp_path / "work", "storage": store.config, "base_model": base})
+    make_random_base(config.model, tmp_path / "base", seed=3)
+    for path in (tmp_path / "base").iterdir():
+        store.put_file(path, f"base/{path.name}")
+    made = convert(config, silent)
+    store.delete([info.key for info in store.list("base/")])
+    check_run(config, ["convert"])
+    again = convert(config, silent)
+    assert (again.skipped, again.artifact) == (True, made.artifact)
+    (made.artifact.folder / made.artifact.files[0].path).unlink()
+    with pytest.raises(ConfigError, match=r"base_model\.path: checkpoint folder s3://.*/base does not exist"):
+        convert(config, silent)

@@ -32,7 +32,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     for path in Path(config.data.input).rglob("*.jsonl"):
         path.write_text(json.dumps({"text": f"{path.parent} {WORDS * 200}"}))
     config = changed(config, "data.max_epochs", 1e6)
-    note_current(config, StageResult(Artifact("convert", "c" * 64, {}, {}, (), {}), skipped=False))
+    shards = Artifact("convert", "c" * 64, {}, config.model_dump(mode="json"), (), {})
+    note_current(config, StageResult(shards, skipped=False))
     monkeypatch.setattr(preflight, "check_launch", lambda launch: None)
     return config
 
@@ -133,7 +134,9 @@ def test_the_ancestors_share_the_artifacts(config: RunConfig) -> None:
     prepare(config, silent)
     plain = resolve_training(config)
     later = resolve_training(changed(config, "train.changes", (TrainChange(from_step=9, lr=1e-4),)))
-    assert [(ancestor.fingerprint, ancestor.last_step) for ancestor in later.ancestors] == [(plain.fingerprint, 8)]
+    before, *named_after_shards = later.ancestors
+    assert (before.fingerprint, before.last_step) == (plain.fingerprint, 8)
+    assert [ancestor.last_step for ancestor in named_after_shards] == [later.config.train.steps, 8]
 
 
 def test_before_the_stages_were_run(config: RunConfig) -> None:

@@ -116,6 +116,26 @@ class NeoxCheckpoint:
         """A rank's tensors of the layer at NeoX's index, by NeoX's names; see `stored_layer`."""
         return {name: tensor.whole() for name, tensor in self.stored_layer(index, tensor_rank).items()}
 
+    def layer_of(self, model: ModelConfig, ranks: int) -> Callable[[int, int], dict[str, Tensor]]:
+        """`layer` for another number of tensor-parallel ranks, cut anew if it is not the files'; a layer at a time.
+
+        Raises:
+            CheckpointError: as `weights`; when called, also where a value is NaN or infinite.
+        """
+        if ranks == self.tensor_parallel:
+            return self.layer
+        weights, layers = self.weights(model), {layer.index: layer for layer in iterate_layers(model.num_layers)}
+
+        def cut(index: int, rank: int) -> dict[str, Tensor]:
+            found = {}
+            for layout in stored_tensors(layers[index], model, Form.NEOX, ranks, rank):
+                made = torch.empty(layout.shape, dtype=weights.dtype)
+                weights.as_stored(layout, weights.dtype).fill(made.view(-1, layout.shape[-1]), 0)
+                found[layout.name] = made
+            return found
+
+        return cut
+
     def stored_layer(self, index: int, tensor_rank: int) -> dict[str, StoredTensor]:
         """A rank's tensors of the layer at NeoX's index, by NeoX's names, not read yet.
 

@@ -16,8 +16,9 @@ from deepspeed.runtime.utils import PartitionedTensor
 METHODS: Mapping[type, Mapping[str, str]] = {
     PipelineEngine: {
         # Overridden.
+        "_inference_schedule": "micro_batches",
         "eval_batch": "data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches",
-        "_configure_zero_optimizer": "optimizer",
+        "_do_optimizer_sanity_check": "basic_optimizer",
         "_configure_bf16_optimizer": "optimizer",
         "_exec_forward_pass": "buffer_id",
         "_exec_backward_pass": "buffer_id",
@@ -31,6 +32,7 @@ METHODS: Mapping[type, Mapping[str, str]] = {
         # Called.
         "train_batch": "data_iter",
         "_scale_loss_by_gas": "prescaled_loss, eval_micro_batches",
+        "gradient_accumulation_steps": "",
         "gradient_clipping": "",
         "is_last_stage": "",
         "load_checkpoint": "load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, "

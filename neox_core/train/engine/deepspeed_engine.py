@@ -34,7 +34,7 @@ def build_engine(
         CheckpointError: the fp32 master weights are not the weights that were loaded.
         ConfigError: attention or optimizer cannot be had here.
     """
-    attach_deepspeed(ParameterGroups)
+    attach_deepspeed()
     settings = deepspeed_config(config, geometry)
     module = build_stage(config, mesh, geometry, weights)
     engine = TrainingEngine(

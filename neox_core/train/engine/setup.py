@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.runtime import compiler
 
 from neox_core.config import BatchGeometry, RunConfig
 
 
-def attach_deepspeed(optimizer: type[torch.optim.Optimizer]) -> None:
-    """Let DeepSpeed use the process group that there is, and optimizers of this type without a warning."""
-    if optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
+def attach_deepspeed() -> None:
+    """Let DeepSpeed use the process group that there is."""
+    # Its optimizer imports Muon, which is not used here, and with it torch's compiler: seconds of each rank's start.
+    compiler.compile = lambda: compiler.dummy_decorator
     if dist.get_backend() != "nccl":
         # Otherwise DeepSpeed compiles a C++ extension for a minute, and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

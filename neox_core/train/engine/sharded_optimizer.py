@@ -47,7 +47,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         **named: Any,
     ) -> None:
         super().__init__(*others, **named)
-        self._rule, self._mesh = rule, mesh
+        self.rule, self._mesh = rule, mesh
         own = [dist.get_rank(group) for group in self.real_dp_process_group]
         self.masters = [
             MasterWeights(parts[rank], packed) for parts, rank in zip(self.bf16_partitioned_groups, own, strict=True)
@@ -156,7 +156,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share
         self._update(torch.where(applied, scale, 0.0).float(), applied)
-        self._gather()
+        self.gather()
         self.clear_hp_grads()
         self.counted_share = share
         self.outcome, self._global_grad_norm = pack_outcome(applied, total[1:], own[1:]), norm.float()
@@ -182,10 +182,10 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         for index, group in enumerate(self.optimizer.param_groups):
             state = self.optimizer.state[self.fp32_groups_flat_partition[index]]
             step = UpdateStep(group["lr"], group["weight_decay"], state["step"] + 1)
-            self._rule.update(self.masters[index], self.fp32_groups_gradient_flat_partition[index], state, scale, step)
+            self.rule.update(self.masters[index], self.fp32_groups_gradient_flat_partition[index], state, scale, step)
             state["step"] += applied
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
         """Give every data-parallel rank the others' updated parameters."""
         if self._mesh.data_size == 1:
             return

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
+from neox_core.checkpoint.partitions import Place
 from neox_core.checkpoint.writer import TakeFile
-from neox_core.parallel.mesh import Mesh
 
 _OPTIMIZER = "optim_states"
 
@@ -50,8 +50,8 @@ def is_shared_file(name: str) -> bool:
     return _OPTIMIZER not in name
 
 
-def is_own_file(name: str, mesh: Mesh) -> bool:
-    """Whether it holds this rank's share of the optimizer's state."""
+def is_own_file(name: str, place: Place, tensor_size: int) -> bool:
+    """Whether it holds a rank's share of the optimizer's state."""
     # DeepSpeed's `mp_rank`: the index among ranks that share a data-parallel rank.
-    model_rank = mesh.pipeline_rank * mesh.tensor_size + mesh.tensor_rank
-    return name.endswith(f"zero_pp_rank_{mesh.data_rank}_mp_rank_{model_rank:02d}_{_OPTIMIZER}.pt")
+    model_rank = place.stage * tensor_size + place.tensor_rank
+    return name.endswith(f"zero_pp_rank_{place.data_rank}_mp_rank_{model_rank:02d}_{_OPTIMIZER}.pt")

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from neox_core.checkpoint.partitions import Place
+from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import TakeFile
 from neox_core.parallel.build import LayerWeights
 
@@ -38,11 +40,19 @@ class StepEngine(Protocol):
             Mean loss over the positions of the global batch that count, nats, fp32, on the device.
         """
 
-    def eval_batch(self, batches: Batches, num_micro_batches: int) -> Tensor:
-        """Mean loss over the positions that count of so many micro batches per data-parallel rank, on the device."""
+    def eval_batch(self, batches: Batches, num_micro_batches: int, own: int | None = None) -> Tensor:
+        """Mean loss over the positions that count of so many micro batches per data-parallel rank, on the device.
 
-    def set_accumulation_steps(self, steps: int) -> None:
-        """Micro batches of the global batches from now on. Between steps only."""
+        Args:
+            own: this rank's number where it has fewer than others.
+        """
+
+    def set_accumulation_steps(self, steps: int, own: int | None = None) -> None:
+        """Micro batches per data-parallel rank from now on. Between steps only.
+
+        Args:
+            own: this rank's number where it has fewer than others, at least 1.
+        """
 
     def set_learning_rate(self, rate: float) -> None:
         """Of the steps from now on."""
@@ -78,10 +88,19 @@ class StepEngine(Protocol):
         """
 
     def load_state(self, folder: Path, tag: str) -> None:
-        """Load what `save_state` handed over, from the files that `shared_file` and `own_file` name.
+        """Load what `save_state` handed over in the same layout, from the files that `shared_file` and `optimizer_file`
+        name.
 
         Raises:
             CheckpointError: the master weights that were loaded do not round to the weights.
+        """
+
+    def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
+        """Load what `save_state` handed over in another layout after a step, from the optimizer's files of those ranks
+        that `resharding` names.
+
+        Raises:
+            CheckpointError: a file is missing or is not what the layout says.
         """
 
     def shared_file(self, name: str) -> bool:
@@ -90,5 +109,5 @@ class StepEngine(Protocol):
     def close(self) -> None:
         """No step comes any more. Before the process group ends."""
 
-    def own_file(self, name: str) -> bool:
-        """Whether loading needs this file of a checkpoint for this rank."""
+    def optimizer_file(self, name: str, place: Place, tensor_size: int) -> bool:
+        """Whether this file of a checkpoint is the optimizer's of a rank among so many tensor-parallel ones."""

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
+from neox_core.checkpoint.partitions import Place
+from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import TakeFile
 from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.mesh import Mesh
 from neox_core.train.engine.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
+from neox_core.train.engine.resharded_state import OptimizerFiles, load_resharded
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
 from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
 from neox_core.train.engine.step_engine import Batches
@@ -41,7 +45,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self, rule: UpdateRule, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
     ) -> None:
         self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
-        self._backward_passes = 0
+        self._backward_passes = self._evaluated = 0
         self._graphs: GraphedStage | None = None
         self._on_phase: Callable[[str], None] = _nobody
         super().__init__(**named)
@@ -67,17 +71,22 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         outcome: Tensor = self.optimizer.outcome
         return outcome
 
-    def eval_batch(self, batches: Batches, num_micro_batches: int | None = None, **named: Any) -> Any:
+    def eval_batch(
+        self, batches: Batches, num_micro_batches: int | None = None, own: int | None = None, **named: Any
+    ) -> Any:
         """As DeepSpeed's, but the mean over the positions that count."""
-        result = super().eval_batch(batches, num_micro_batches=num_micro_batches, **named)
-        share = self._own_counted_share()
+        steps = num_micro_batches or self.gradient_accumulation_steps()
+        self._evaluated = own or steps
+        result = super().eval_batch(batches, num_micro_batches=steps, **named)
+        share = self._own_counted_share() * (self._evaluated / steps)
         dist.all_reduce(share)
         share = (share / self._mesh.data_size).clamp(min=1e-9).float()
         return (result[0] / share, *result[1:]) if isinstance(result, tuple) else result / share
 
-    def set_accumulation_steps(self, steps: int) -> None:
-        """Of the global batches from now on."""
+    def set_accumulation_steps(self, steps: int, own: int | None = None) -> None:
+        """Ranks divide by the same number, whatever they have: the share of positions that count says the rest."""
         self.set_train_batch_size(steps * self.train_micro_batch_size_per_gpu() * self.dp_world_size)
+        self.micro_batches = own or steps
         if self.module.loss_fn.early_gradient is not None:
             self.module.loss_fn.early_gradient = 1 / steps
 
@@ -119,16 +128,24 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.load_checkpoint(str(folder), tag=tag)
         verify_master_weights(self, trained=True)
 
+    def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
+        """Master weights and the rule's state from DeepSpeed's files; parameters are the master weights, rounded."""
+        files = OptimizerFiles(folder / tag, resharding)
+        load_resharded(self.optimizer, files, resharding)
+        self.global_steps, self.skipped_steps = step, 0
+        verify_master_weights(self, trained=True)
+
     def shared_file(self, name: str) -> bool:
         """Weights and counters."""
         return is_shared_file(name)
 
-    def own_file(self, name: str) -> bool:
+    def optimizer_file(self, name: str, place: Place, tensor_size: int) -> bool:
         """A share of the optimizer's state."""
-        return is_own_file(name, self._mesh)
+        return is_own_file(name, place, tensor_size)
 
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
-        return self._configure_bf16_optimizer(optimizer)
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        """Our optimizer in both precisions. DeepSpeed's own check would import torch's compiler, for seconds."""
+        return BFLOAT16
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
         return ShardedOptimizer(
@@ -146,6 +163,9 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             timers=NoopTimer(),
             grad_acc_dtype=torch.float32,
         )
+
+    def _inference_schedule(self, micro_batches: int) -> Any:
+        return super()._inference_schedule(self._evaluated)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if self._graphs is None or not self.module.training or not self._graphs.forward(buffer_id):
@@ -181,7 +201,8 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.optimizer.reduce_gradients(begun=not replayed)
         if self._graphs is not None:
             self._graphs.end_step()
-        self.optimizer.counted_share = self._own_counted_share()
+        share = self.micro_batches / self.gradient_accumulation_steps()
+        self.optimizer.counted_share = self._own_counted_share() * share
 
     def _own_counted_share(self) -> Tensor:
         """Share of this rank's positions that count, if it computed a loss and is the first to do so."""

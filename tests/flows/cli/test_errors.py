@@ -183,6 +183,24 @@ def test_error_of_the_installed_command(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", expected)
 
 
+def test_an_error_of_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "/full/disk [1]")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    line = "error: /full/disk [1]: No space left on device: correct the path, its rights or its disk\n"
+    assert capsys.readouterr().err == line
+
+    def fail_otherwise() -> None:
+        raise OSError("of no file")
+
+    monkeypatch.setattr(cli, "app", fail_otherwise)
+    with pytest.raises(OSError, match="of no file"):
+        cli.main()
+
+
 def test_an_error_of_several_lines_is_shown_as_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,9 @@ def test_settings_of_training_that_contradict_each_other(text: str, expected: st
 
 def test_a_changed_batch_must_fit_the_nodes_too(tmp_path: Path) -> None:
     config = toy(tmp_path, f"train: {json.dumps({'changes': [{'from_step': 9, 'global_batch_tokens': 4096 + 256}]})}")
-    with pytest.raises(ConfigError, match=r"a global batch of 17 sequences \(4352 tokens\) is not divisible by 1 data"):
+    with pytest.raises(
+        ConfigError, match=r"a global batch of 17 sequences \(4352 tokens\) is not divisible by micro batch 8"
+    ):
         batch_geometry(config)
 
 
@@ -166,19 +168,26 @@ def test_world_size_that_the_model_does_not_divide_names_node_counts(tmp_path: P
         tmp_path, "parallel: {pipeline: 2}\nlaunch: {nodes: 3, ranks_per_node: 2}\ntrain: {micro_batch_size: 1}"
     )
     expected = (
-        r"3 nodes x 2 ranks = world size 6, which .* = 4 does not divide; numbers of nodes that work: 2, 4, 8, 16, 32$"
+        r"3 nodes x 2 ranks = world size 6, which .* = 4 does not divide; "
+        r"numbers of nodes that work: 2, 4, 6, 8, 10, 12, 14, 16$"
     )
     with pytest.raises(ConfigError, match=expected):
         batch_geometry(config)
 
 
-def test_batch_that_the_ranks_do_not_divide_names_node_counts(tmp_path: Path) -> None:
+def test_batch_with_fewer_micro_batches_than_ranks_names_node_counts(tmp_path: Path) -> None:
     config = toy(tmp_path, "train: {micro_batch_size: 4}")
-    with pytest.raises(ConfigError, match=r"16 sequences .* 3 data-parallel .* on 3 nodes; .* work: 1, 2, 4$"):
-        batch_geometry(config, nodes=3)
+    with pytest.raises(ConfigError, match=r"is 4 micro batches of 4, too few for 5 .* on 5 nodes; .* 1, 2, 3, 4$"):
+        batch_geometry(config, nodes=5)
     hopeless = toy(tmp_path, "train: {micro_batch_size: 5}")
     with pytest.raises(ConfigError, match=r"no number of nodes works with launch.ranks_per_node 2"):
         batch_geometry(hopeless)
+
+
+def test_a_batch_that_the_ranks_do_not_divide(tmp_path: Path) -> None:
+    geometry = batch_geometry(toy(tmp_path, "train: {micro_batch_size: 4}"), nodes=3)
+    assert [geometry.micro_batches_of(rank) for rank in range(3)] == [2, 1, 1]
+    assert (geometry.accumulation_steps, geometry.tokens, geometry.busy) == (2, 4096, 4 / 6)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])

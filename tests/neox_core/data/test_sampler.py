@@ -57,6 +57,16 @@ def test_micro_batch_of_one_rank(dataset: MixtureDataset) -> None:
         assert np.array_equal(batch, dataset.sequences(index))
 
 
+def test_ranks_with_fewer_micro_batches(dataset: MixtureDataset) -> None:
+    """Five micro batches of three on two ranks, as those of 15 sequences: dealt in turn, and no sequence is left out."""
+    cut = BatchGeometry(2, 2, 3, 3, 15, 60)
+    first, second = (micro_batches(dataset, cut, rank, 4) for rank in range(2))
+    for step in range(STEPS):
+        dealt = [next(rank) for rank in (first, second, first, second, first)]
+        begin = 4 + 15 * step
+        assert np.array_equal(np.concatenate(dealt), dataset.sequences(np.arange(begin, begin + 15)))
+
+
 @pytest.mark.parametrize("resumed_with", [(1, 2), (2, 2), (4, 1)])
 def test_resume_at_any_step_on_any_number_of_ranks(dataset: MixtureDataset, resumed_with: tuple[int, int]) -> None:
     whole = global_batches(dataset, geometry(2, 4), STEPS, 0)

@@ -80,8 +80,7 @@ def put_checkpoint(store: ObjectStore, shards: Path, step: int) -> None:
 
 def split_by_layer(shards: Path) -> None:
     """From one file per rank to one per layer and rank, as a training writes them."""
-    for rank in range(2):
-        path = shards / "global_step0" / f"mp_rank_{rank:02d}_model_states.pt"
+    for rank, path in enumerate(sorted((shards / "global_step0").glob("mp_rank_*_model_states.pt"))):
         layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in torch.load(path)["module"].items():
             _, index, rest = name.split(".", 2)
@@ -100,7 +99,8 @@ def evaluation(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
     bases = {step: tmp_path / f"base-{step}" for step in (0, 5)}
     for step, base in bases.items():
         make_random_base(MODEL, base, seed=step)
-        convert(base, tmp_path / f"shards-{step}", MODEL, ParallelConfig(tensor=2))
+        ranks = 1 if step else 2  # the training's layout is not the evaluation's
+        convert(base, tmp_path / f"shards-{step}", MODEL, ParallelConfig(tensor=ranks))
     split_by_layer(tmp_path / "shards-5")
     put_checkpoint(store, tmp_path / "shards-5", 5)
     counts = {source: {"documents": 2, "tokens": TOKENS[source], "bytes": BYTES[source]} for source in TOKENS}

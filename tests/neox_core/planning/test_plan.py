@@ -210,8 +210,16 @@ def test_batch_on_256_gpus(name: str, accumulation: int) -> None:
 
 def test_other_node_counts_keep_the_batch_or_say_which_do() -> None:
     assert plan(load("llemma_34b"), nodes=16).batch.accumulation_steps == 32
-    with pytest.raises(ConfigError, match=r"24 nodes; numbers of nodes that work: 1, 2, 4, 8, 16, 32, 64$"):
-        plan(load("llemma_34b"), nodes=24)
+    made = plan(load("llemma_34b"), nodes=24)
+    assert (made.batch.tokens, made.batch.accumulation_steps) == (4_194_304, 22)
+    assert dict(made.rows())["gradient accumulation steps"] == (
+        "22 on 8 data-parallel ranks, 21 on 16, of micro batch 2: the same batch and its exact mean; GPUs wait 3.0% "
+        "of the time"
+    )
+    all_busy = plan(load("llemma_34b"), nodes=32).step_seconds * 32 / 24
+    assert made.step_seconds == pytest.approx(all_busy * 22 * 24 / 512)
+    with pytest.raises(ConfigError, match=r"is 512 micro batches of 2, too few for 513 data-parallel ranks on 513"):
+        plan(load("llemma_34b"), nodes=513)
 
 
 def test_rows_are_readable() -> None:

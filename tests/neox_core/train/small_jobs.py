@@ -36,7 +36,8 @@ def write_data(folder: Path, poisoned: tuple[str, int] | None = None, poison: in
 
 
 def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
-    """Train, up to the beginning of the `kill_at`-th step if there is a number.
+    """Train, up to the beginning of the `kill_at`-th step if there is a number; then each checkpoint is complete before
+    the next step, so that what is lost is known.
 
     Returns:
         The step that it started from, or the error that ended it; and the steps that were begun.
@@ -44,11 +45,12 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
     import deepspeed
     import torch.distributed as dist
 
+    from neox_core.checkpoint.writer import CheckpointWriter
     from neox_core.train.loop import Loop
     from neox_core.train.run import train
 
     os.environ["MASTER_PORT"] = str(port)
-    whole_step, begun = Loop._step, []
+    whole_step, whole_save, begun = Loop._step, CheckpointWriter.save, []
 
     def step(self: Loop, number: int, *others: Any) -> None:
         begun.append(number)
@@ -56,8 +58,13 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
             raise Killed
         whole_step(self, number, *others)
 
+    def save(self: CheckpointWriter, *others: Any) -> None:
+        whole_save(self, *others)
+        if kill_at:
+            self.wait()
+
     try:
-        with patch.object(Loop, "_step", step):
+        with patch.object(Loop, "_step", step), patch.object(CheckpointWriter, "save", save):
             return train(config, job)["started_from_step"], begun
     except (Killed, TrainingError) as error:
         return str(error), begun

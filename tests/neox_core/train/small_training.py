@@ -63,7 +63,7 @@ def rank_batches(config: RunConfig, data_rank: int, first_step: int = 1) -> Any:
 
     def sequences() -> Any:
         for step in itertools.count(first_step):
-            rows = tokens(step).reshape(geometry.accumulation_steps, geometry.data_parallel, 2, SEQUENCE + 1)
-            yield from rows[:, data_rank]
+            rows = tokens(step)[: geometry.sequences].reshape(-1, 2, SEQUENCE + 1)
+            yield from rows[data_rank :: geometry.data_parallel]
 
     return pipeline_batches(sequences())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from neox_core.artifact import Artifact
 from neox_core.checkpoint.manifest import Manifest, publish_manifest, training_prefix
 from neox_core.config import RunConfig, TrainChange, load_config
 from neox_core.data.dataset import MixtureDataset, SequenceDataset
@@ -16,8 +17,10 @@ from neox_core.data.indexed import IndexedWriter
 from neox_core.data.mixture import Mixture
 from neox_core.errors import CheckpointError
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.identity import training_fingerprint
+from neox_core.train.identity import training_fingerprint, weights_identity
 from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
+from tasks.specs import CONVERT, convert_logic
+from tasks.stage import StageSpec
 
 
 def config(*from_steps: int) -> RunConfig:
@@ -30,6 +33,31 @@ def config(*from_steps: int) -> RunConfig:
 
 def identity(*from_steps: int) -> str:
     return training_fingerprint(config(*from_steps), "d", "w")
+
+
+def test_a_training_has_the_same_identity_in_every_layout() -> None:
+    """That of its shards for one rank; other models and base weights have others."""
+
+    def shards(config: RunConfig, base: str = "b") -> Artifact:
+        spec = StageSpec(CONVERT, config, convert_logic(config), {"consolidated.00.pth": base})
+        return Artifact(CONVERT, spec.fingerprint, spec.inputs, config.model_dump(mode="json"), (), {})
+
+    def cut(tensor: int, pipeline: int) -> RunConfig:
+        parallel = config().parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+        return config().model_copy(update={"parallel": parallel})
+
+    one, four = shards(cut(1, 1)), shards(cut(2, 2))
+    assert four.fingerprint != one.fingerprint == weights_identity(one) == weights_identity(four)
+    assert weights_identity(shards(cut(2, 2), "c")) != weights_identity(one)
+    larger = config().model.model_copy(update={"num_layers": 5})
+    assert weights_identity(shards(config().model_copy(update={"model": larger}))) != weights_identity(one)
+
+
+def test_a_training_that_was_named_after_its_layout_is_taken_up() -> None:
+    named = [(config(20), config(20).train.steps), (config(), 19)]
+    former = [Ancestor(training_fingerprint(run, "d", "shards"), last) for run, last in named]
+    assert ancestors(config(20), "d", "w", "shards") == (Ancestor(identity(), 19), *former)
+    assert ancestors(config(20), "d", "w", "w") == (Ancestor(identity(), 19),)
 
 
 def test_ancestors_are_the_trainings_with_fewer_changes() -> None:

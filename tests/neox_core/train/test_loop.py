@@ -69,8 +69,8 @@ class FakeEngine:
         assert all(0 <= index < 1000 for index in taken)
         return taken
 
-    def set_accumulation_steps(self, steps: int) -> None:
-        self.accumulation_steps = steps
+    def set_accumulation_steps(self, steps: int, own: int | None = None) -> None:
+        self.accumulation_steps = own or steps
 
     def train_batch(self, batches: Any) -> torch.Tensor:
         self.trained.append(self._take(batches, TRAINING, self.accumulation_steps))
@@ -87,8 +87,8 @@ class FakeEngine:
     def set_loss_limit(self, limit: float) -> None:
         self.loss_limit = limit
 
-    def eval_batch(self, batches: Any, num_micro_batches: int) -> torch.Tensor:
-        self.validated.append(self._take(batches, VALIDATION, num_micro_batches))
+    def eval_batch(self, batches: Any, num_micro_batches: int, own: int | None = None) -> torch.Tensor:
+        self.validated.append(self._take(batches, VALIDATION, own or num_micro_batches))
         return torch.tensor(float(len(self.validated)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.manifest import Manifest, publish_manifest
+from neox_core.checkpoint.partitions import Layout, Place
+from neox_core.checkpoint.resharding import Resharding
 from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import CheckpointError, ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh
@@ -48,9 +50,13 @@ def job(tmp_path: Path) -> TrainJob:
     return TrainJob(tmp_path, tmp_path, tmp_path / "output", "0123456789abcdef" * 4)
 
 
-def publish(store: ObjectStore, job: TrainJob, step: int, layout: dict[str, Any]) -> None:
-    """A complete checkpoint of two small files."""
-    names = ("layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+TWO_FILES = ("layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def publish(
+    store: ObjectStore, job: TrainJob, step: int, layout: dict[str, Any], names: Sequence[str] = TWO_FILES
+) -> None:
+    """A complete checkpoint of small files."""
     files = []
     for name in names:
         store.put_text(f"{job.prefix}/global_step{step}/{name}", "x")
@@ -62,17 +68,20 @@ class Engine:
     """Records what it has to load. Files are called as the real engine calls them."""
 
     def __init__(self) -> None:
-        self.mesh = ONE_RANK
         self.loaded: list[tuple[str, list[str]]] = []
 
     def load_state(self, folder: Path, tag: str) -> None:
         self.loaded.append((tag, sorted(path.name for path in (folder / tag).iterdir())))
 
+    def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
+        self.load_state(folder, f"{tag}")
+        self.resharding = resharding
+
     def shared_file(self, name: str) -> bool:
         return is_shared_file(name)
 
-    def own_file(self, name: str) -> bool:
-        return is_own_file(name, self.mesh)
+    def optimizer_file(self, name: str, place: Place, tensor_size: int) -> bool:
+        return is_own_file(name, place, tensor_size)
 
 
 @pytest.fixture
@@ -83,11 +92,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def checkpoints(
-    engine: Engine, store: ObjectStore, job: TrainJob, mesh: Mesh = ONE_RANK, **parallel: Any
+    engine: Engine, store: ObjectStore, job: TrainJob, mesh: Mesh = ONE_RANK, layers: int = 2, **parallel: Any
 ) -> TrainCheckpoints:
-    engine.mesh = mesh
     writer, config = cast(Any, SimpleNamespace(wait=lambda: None)), config_for("gqa", 1, 1, 1)
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    model = config.model.model_copy(update={"num_layers": layers})
+    config = config.model_copy(update={"model": model, "parallel": config.parallel.model_copy(update=parallel)})
     return TrainCheckpoints(config, job, store, mesh, cast(Any, engine), writer)
 
 
@@ -124,28 +133,35 @@ def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, sto
     assert engine.loaded == [("global_step10", [])]  # rank 0 of the node fetches the weights
 
 
-def test_another_layout_is_refused_before_anything_is_fetched(
+def test_another_layout_is_read_from_the_files_that_are_needed(
     one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
 ) -> None:
-    publish(store, job, 10, LAYOUT | {"data": 4})
-    with pytest.raises(
-        CheckpointError, match=r"global_step10 was written with layout .*'data': 4.*, this job has"
-    ) as e:
-        checkpoints(engine, store, job).resume()
-    assert "\n" not in str(e.value)
-    assert engine.loaded == []
-    assert not job.output.exists()
+    """Of eight files, the first stage of two on the first of two tensor-parallel ranks needs those of its layers."""
+    saved, names = {"tensor": 1, "pipeline": 1, "data": 8}, [f"bf16_{own_file(rank)}" for rank in range(8)]
+    publish(store, job, 10, saved, (*names, "layer_00-model_00-model_states.pt"))
+    mesh = replace(ONE_RANK, tensor_size=2, pipeline_size=2)
+    assert checkpoints(engine, store, job, mesh, tensor=2, pipeline=2).resume() == TrainingState(10, DATA)
+    assert engine.resharding.saved == Layout(1, 8, (2,))
+    assert engine.resharding.own == Layout(2, 1, (1, 1))
+    (loaded,) = engine.loaded
+    assert loaded == ("global_step10", names[:4])
 
 
-def test_other_layers_per_stage_are_refused(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:
+def test_other_layers_per_stage_are_another_layout(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
     """Optimizer states lie in files per stage."""
     two_stages = replace(ONE_RANK, pipeline_size=2)
-    other = checkpoints(engine, store, job, two_stages, pipeline=2, pipeline_layers=(3, 1))
-    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [2, 2]})
-    with pytest.raises(CheckpointError, match=r"'pipeline_layers': \[2, 2\].*, this job has .*\[3, 1\]"):
-        other.resume()
-    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [3, 1]})
-    assert other.resume() == TrainingState(10, DATA)
+    names = [own_file(0, stage) for stage in range(2)]
+    publish(store, job, 10, two_stages.layout | {"pipeline_layers": [1, 3]}, names)
+    resumed = checkpoints(engine, store, job, two_stages, pipeline=2, pipeline_layers=(3, 1), layers=4).resume()
+    assert resumed == TrainingState(10, DATA)
+    assert engine.resharding.saved.stages == (1, 3)
+    assert engine.loaded == [("global_step10", names)]
+
+
+def own_file(data_rank: int, model_rank: int = 0) -> str:
+    return f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
 
 def test_another_batch_before_the_checkpoint_is_refused(

@@ -12,7 +12,10 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._program(
-            "sbatch", f'cp "$1" {folder}/submission.sh; echo x >>{folder}/submissions; echo "Submitted batch job 42"'
+            "sbatch",
+            f'case "$1" in --test-only) test ! -s {folder}/refused || {{ cat {folder}/refused >&2; exit 1; }}; '
+            f'exit 0;; esac; cp "$1" {folder}/submission.sh; echo x >>{folder}/submissions; '
+            'echo "Submitted batch job 42"',
         )
         self._program("srun", "exit 1")
         self._program("scontrol", "echo 'Slurmctld(primary) at head is UP'")
@@ -31,6 +34,10 @@ class FakeSlurm:
     def answer(self, name: str, out: str, err: str = "", rc: int = 0) -> None:
         for suffix, content in (("out", out), ("err", err), ("rc", str(rc))):
             (self.folder / f"{name}.{suffix}").write_text(content)
+
+    def refuse(self, reason: str) -> None:
+        """What sbatch --test-only says from now on."""
+        (self.folder / "refused").write_text(reason)
 
     def be_silent(self, name: str, times: int) -> None:
         """Leave the next questions unanswered."""

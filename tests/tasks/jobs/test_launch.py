@@ -360,8 +360,9 @@ def test_cancel_asks_slurm(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
 
 
 def test_a_refused_submission_says_why(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
-    (fake_slurm.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: big' >&2; exit 1\n")
-    with pytest.raises(LaunchError, match=r"llemma-train-0123456789ab-\w+ cannot be submitted: .*invalid partition"):
+    refusal = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
+    (fake_slurm.folder / "sbatch").write_text(f"#!/bin/sh\ntest $1 = --test-only || {{ {refusal}; }}\n")
+    with pytest.raises(LaunchError, match=r"llemma-train-0123456789ab-\w+ cannot be submitted: .*violates accounting"):
         submit_to_slurm(tmp_path)
 
 

@@ -35,7 +35,8 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     monkeypatch.setattr("tasks.follow._POLL_SECONDS", 0.0)
     config = Run(write_run(tmp_path, {"launch": {"executor": "slurm", "ranks_per_node": 1}})).config
     for name in ("prepare-data", "convert"):
-        note_current(config, StageResult(Artifact(name, "f" * 64, {}, {}, (), {}), skipped=False))
+        made = Artifact(name, "f" * 64, {}, config.model_dump(mode="json"), (), {})
+        note_current(config, StageResult(made, skipped=False))
     return resolve_training(config)
 
 

@@ -110,6 +110,19 @@ def open_input(file: InputFile, storage: StorageConfig | None, scratch: Path) ->
         yield path
 
 
+def is_gone(location: str, storage: StorageConfig) -> bool:
+    """Whether nothing lies where raw inputs were: at a path, a pattern of paths, or s3://bucket/prefix.
+
+    Raises:
+        StorageError: the object store does not answer.
+    """
+    if not location.startswith("s3://"):
+        return not (glob.glob(location, recursive=True) if glob.has_magic(location) else Path(location).exists())
+    if not glob.has_magic(location):
+        return _store(location, storage).is_empty()
+    return _store(_before_pattern(location), storage).is_empty() or not _listed(location, storage)
+
+
 def _kinds() -> str:
     """The kinds of files that can be read, by the ends of their names."""
     suffixes = [suffix for kind in source_formats() for suffix in kind.suffixes]
@@ -166,8 +179,7 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
     """Objects below a prefix, or those that match a pattern."""
     url, pattern = location, ""
     if glob.has_magic(location):
-        head = location[: next(i for i, letter in enumerate(location) if letter in "*?[")]
-        url = head.rpartition("/")[0]
+        url = _before_pattern(location)
         pattern = location[len(url) + 1 :]
     objects = _store(url, storage).list()
     root = url.rstrip("/")
@@ -176,6 +188,12 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
         for item in objects
         if _is_file(item.key) and (not pattern or _key_matches(item.key.split("/"), pattern.split("/")))
     ]
+
+
+def _before_pattern(location: str) -> str:
+    """The part of a URL above its first wildcard."""
+    head = location[: next(i for i, letter in enumerate(location) if letter in "*?[")]
+    return head.rpartition("/")[0]
 
 
 def _is_file(key: str) -> bool:

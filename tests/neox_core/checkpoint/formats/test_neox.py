@@ -51,6 +51,22 @@ def test_tensors_are_read_from_disk_when_used(converted: Callable[[int], Path], 
     assert any(low <= tensor.data_ptr() < high for low, high in ranges)
 
 
+@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shards_are_cut_anew(
+    write_base: Callable[..., Any], converted: Callable[[int], Path], tmp_path: Path, pipeline: int, ranks: int
+) -> None:
+    """As a conversion for that number of ranks has them."""
+    base = write_base()
+    convert(base.folder, tmp_path / "other", base.model, ParallelConfig(tensor=ranks))
+    expected, made = NeoxCheckpoint(tmp_path / "other"), NeoxCheckpoint(converted(pipeline)).layer_of(base.model, ranks)
+    for index in (0, *range(2, base.model.num_layers + 2), base.model.num_layers + 3, base.model.num_layers + 4):
+        for rank in range(ranks):
+            found, wanted = made(index, rank), expected.layer(index, rank)
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_missing_files_are_named(converted: Callable[[int], Path], model_of: ModelOf, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent does not exist"):
         NeoxCheckpoint(tmp_path / "absent")

@@ -83,11 +83,10 @@ def train() -> dict[str, Any]:
     import torch.distributed as dist
 
     from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.engine.deepspeed_engine import ParameterGroups
     from neox_core.train.engine.setup import attach_deepspeed
 
     device = init_distributed(LaunchConfig(device="cpu"))
-    attach_deepspeed(ParameterGroups)
+    attach_deepspeed()
     mesh = build_mesh(ParallelConfig(tensor=dist.get_world_size(), sequence=False), device)
     module = NormedHeads(SplitRegion.of(mesh))
     with pytest.raises(ConfigError, match="parameter weight of shape"):

@@ -12,8 +12,8 @@ import pytest
 from neox_core.storage.object_store import ObjectStore
 from neox_core.config import DataConfig, StorageConfig
 from neox_core.data.tokenization.readers import open_input, source_files
-from neox_core.data.tokenization.readers.inputs import _key_matches, content_digest
-from neox_core.errors import DataError
+from neox_core.data.tokenization.readers.inputs import _key_matches, content_digest, is_gone
+from neox_core.errors import DataError, StorageError
 
 STORAGE = StorageConfig(url="s3://unused/x")
 
@@ -159,3 +159,26 @@ def test_s3_prefix_and_pattern(tmp_path: Path, store: ObjectStore, storage_confi
     assert before == content_digest(source_files(config, storage_config, "a", "train")[0])
     store.put_text("a/train/1.jsonl", "Text of a/train/1.jsonl")
     assert before != content_digest(source_files(config, storage_config, "a", "train")[0])
+
+
+def test_what_is_gone(tmp_path: Path, store: ObjectStore) -> None:
+    places = {"folder": "a", "pattern": "a/**/*.jsonl", "file": "a/b/1.jsonl"}
+    for place in places.values():
+        assert is_gone(f"{tmp_path}/{place}", STORAGE)
+    write(tmp_path / "a" / "b" / "1.jsonl")
+    for place in places.values():
+        assert not is_gone(f"{tmp_path}/{place}", STORAGE)
+    url = store.url()
+    for place in ("a", "a/**/*.jsonl"):
+        assert is_gone(f"{url}{place}", store.config)
+        assert is_gone(f"s3://no-such-{store.bucket}/{place}", store.config)
+    store.put_text("a/b/1.jsonl", "x")
+    assert not is_gone(f"{url}a", store.config)
+    assert not is_gone(f"{url}a/**/*.jsonl", store.config)
+    assert is_gone(f"{url}a/*.parquet", store.config)
+
+
+def test_a_store_that_does_not_answer_is_not_empty(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="refuses the credentials"):
+        is_gone(f"{store.url()}a", store.config)

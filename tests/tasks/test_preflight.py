@@ -1,0 +1,63 @@
+"""What cannot be finished is refused, or warned of, before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from neox_core.config import RunConfig
+from neox_core.data.tokenization.readers import InputFile
+from neox_core.errors import ConfigError, LaunchError
+from tasks.jobs.executor import Resources
+from tasks.jobs.slurm import SlurmExecutor
+from tasks.preflight import check_run, check_workdir
+from tasks.tokenization.estimate import estimated_tokens, warn_of_repeats
+from tests.tasks.jobs.fake_slurm import FakeSlurm
+from tests.tasks.tokenization.test_tokenize import small
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("mine")
+    for place in (tmp_path / "a file", tmp_path / "a file" / "run", tmp_path / ("n" * 300), Path("/proc/none/run")):
+        with pytest.raises(ConfigError, match=r"cannot be written: .*: set workdir to a folder"):
+            check_workdir(place)
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+def with_train(config: RunConfig, **train: object) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    schedule = config.train.schedule.model_copy(update={"warmup_steps": config.train.steps + 1})
+    with pytest.raises(ConfigError, match=r"warmup_steps \d+ is more than train.steps \d+"):
+        check_run(with_train(config, schedule=schedule), ["train"])
+
+
+def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = with_train(small(tmp_path), steps=10**6)
+    sizes = dict.fromkeys(config.data.sources, 10**12)
+    files = [InputFile(name, "train", "a.jsonl", f"/in/{name}", size) for name, size in sizes.items()]
+    warn_of_repeats(files, config)
+    assert not caplog.records
+    poor = files[0].source
+    warn_of_repeats([InputFile(poor, "train", "a.jsonl.zst", "/in/a", 30), *files[1:]], config)
+    (message,) = caplog.messages
+    assert f"source '{poor}' holds about 35 tokens" in message
+    assert "lower its weight or train.steps" in message
+    assert estimated_tokens([], "none") == 1
+
+
+def test_a_partition_that_the_cluster_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = FakeSlurm(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    SlurmExecutor().check(Resources(partition="long"))
+    slurm.refuse("sbatch: error: invalid partition specified: lnog")
+    with pytest.raises(LaunchError, match=r"no job with --partition=lnog --account=a: .*invalid partition"):
+        SlurmExecutor().check(Resources(partition="lnog", account="a"))
+    SlurmExecutor().check(Resources())
+    slurm.refuse("allocation failure: Requested nodes are busy")
+    SlurmExecutor().check(Resources(partition="long"))
