@@ -136,6 +136,8 @@ def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_pat
     cancelled = prefect.run("flow-run", "cancel", parent["id"])
     assert cancelled.returncode == 0, cancelled.stderr
     wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] == "CANCELLED")
+    # The stages are runs of their own, which the chain's cancelling cancels: they end after it.
+    wait_for(lambda: not {state["type"] for state in prefect.runs(config).values()} & {"RUNNING", "CANCELLING"})
     states = {flow: state["type"] for flow, state in prefect.runs(config).items()}
     assert states == {
         "llemma-pretrain": "CANCELLED",
