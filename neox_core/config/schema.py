@@ -86,7 +86,12 @@ class LaunchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: GPUs where there are some")
     cpus_per_rank: PositiveInt = Field(1, description="CPU cores of a rank, and on CPUs its threads")
     time_limit_minutes: PositiveInt = Field(
-        1440, description="minutes after which SLURM ends a job; run again, training goes on from its last checkpoint"
+        1440, description="minutes after which SLURM ends a job; training is submitted again, see `max_restarts`"
+    )
+    max_restarts: NonNegativeInt = Field(
+        5,
+        description="how often in a row a training that ended without success is submitted again although it has saved "
+        "no new checkpoint; after one, it counts anew",
     )
     hang_timeout_minutes: PositiveFloat = Field(
         10.0, description="minutes without a step on any rank, after which the job ends"

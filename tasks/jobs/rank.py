@@ -15,9 +15,20 @@ from typing import Any, Literal
 import submitit
 from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
 
-from neox_core.errors import GO_ON_EXIT_CODE, LlemmaError, StoppedError
+from neox_core.errors import (
+    GO_ON_EXIT_CODE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    LlemmaError,
+    StoppedError,
+    TrainingError,
+)
 from neox_core.storage.atomic import write_atomically
 
+_REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
+"""A store that cannot be reached is no refusal: later it may."""
 CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
 """Of the local controller that started the rank."""
 
@@ -31,6 +42,8 @@ class RankFailure:
     message: str
     cause: Literal["timeout", "preempted"] | None = None
     """If it is what a signal of the scheduler announced."""
+    refused: bool = False
+    """The program would not go on with what it was given, so that another attempt would end likewise."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ def _write_failure(folder: Path, index: int, rank: int, error: BaseException) ->
         cause = "preempted" if "preempted" in message else "timeout"
     elif not isinstance(error, LlemmaError):
         message = f"{type(error).__name__}: {message}"
-    failure = RankFailure(rank, time.time(), message, cause)
+    failure = RankFailure(rank, time.time(), message, cause, isinstance(error, _REFUSALS))
     write_atomically(_failure_file(folder, index, rank), json.dumps(asdict(failure)))
 
 

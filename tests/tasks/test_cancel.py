@@ -99,6 +99,14 @@ def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
     assert cancel_jobs(config) == []
 
 
+def test_a_training_on_a_text_that_was_changed_since_is_cancelled_too(config: RunConfig) -> None:
+    jobs = submit_all(config)
+    for text in ("e", "f", "e"):
+        note_finished(config, text)
+    assert sorted(job.job_id for job in cancel_jobs(config)) == sorted(job.job_id for job in jobs)
+    assert states(jobs) == ["cancelled", "cancelled"]
+
+
 @pytest.mark.parametrize(
     ("spec_of", "expected"),
     [(training_spec, ["running", "cancelled"]), (evaluation_spec, ["cancelled", "running"])],

@@ -132,6 +132,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "launch.cpus_per_rank": (7, NOTHING),
     "launch.time_limit_minutes": (7, NOTHING),
     "launch.hang_timeout_minutes": (7.0, NOTHING),
+    "launch.max_restarts": (2, NOTHING),
     "launch.partition": ("gpu", NOTHING),
     "launch.account": ("math", NOTHING),
     "launch.slurm_parameters": ({"qos": "high"}, NOTHING),

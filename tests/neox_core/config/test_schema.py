@@ -226,7 +226,7 @@ FIELDS = {
     "ValidationConfig": 2,
     "GuardConfig": 6,
     "TrainChange": 3,
-    "LaunchConfig": 10,
+    "LaunchConfig": 11,
     "EvaluateConfig": 4,
     "EvaluationTask": 10,
     "WandbConfig": 3,

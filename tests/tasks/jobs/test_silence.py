@@ -32,7 +32,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
         monkeypatch.setattr(module, "require", lambda spec: artifact)
     monkeypatch.setattr(train, "_is_complete", lambda training: True)
     monkeypatch.setattr(train, "_summary", lambda training, folder, result: result)
-    monkeypatch.setattr(train, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr("tasks.follow._POLL_SECONDS", 0.0)
     config = Run(write_run(tmp_path, {"launch": {"executor": "slurm", "ranks_per_node": 1}})).config
     for name in ("prepare-data", "convert"):
         made = Artifact(name, "f" * 64, {}, config.model_dump(mode="json"), (), {})
