@@ -29,7 +29,8 @@ def test_a_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert named(monkeypatch, config=path) == "train small"
     assert named(monkeypatch, config=path, overrides=["name=other"]) == "train other"
     for stage in ("prepare-data", "convert"):
-        note_current(run.config, StageResult(Artifact(stage, "f" * 64, {}, {}, (), {}), skipped=False))
+        artifact = Artifact(stage, "f" * 64, {}, run.config.model_dump(mode="json"), (), {})
+        note_current(run.config, StageResult(artifact, skipped=False))
     head = resolve_training(run.config).fingerprint[:8]
     assert named(monkeypatch, run_count=3, config=path) == f"train small {head} attempt 3"
     assert named(monkeypatch, config="missing.yml") == "train missing.yml"

@@ -37,7 +37,9 @@ def path(tmp_path: Path, storage_config: StorageConfig) -> Path:
     path.write_text(yaml.safe_dump(content))
     config = load_config(path)
     for stage in (PREPARE_DATA, CONVERT):
-        note_current(config, StageResult(Artifact(stage, "d" * 64, {}, {}, (), {}), skipped=False))
+        note_current(
+            config, StageResult(Artifact(stage, "d" * 64, {}, config.model_dump(mode="json"), (), {}), skipped=False)
+        )
     training = resolve_training(config)
     for step in (4, 8):
         publish(training.store, training.prefix, training.fingerprint, step)
