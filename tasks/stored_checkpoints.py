@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -12,18 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.s3.service import storage_service
-from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint, object_key
+from neox_core.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    checkpoint_key,
+    checkpoint_step,
+    download_checkpoint,
+    object_key,
+)
 from neox_core.checkpoint.retention import remove_checkpoint
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
-from neox_core.storage.folders import S3Content, S3Folder
+from neox_core.storage.atomic import write_atomically
+from neox_core.storage.folders import S3Folder
 from neox_core.train.job import LOCAL_CHECKPOINTS
 from neox_core.train.local_copy import newest_local
 from tasks.training import Training, resolve_training
-
-_FOLDER = re.compile(r"global_step(\d+)/")
-_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ def stored_checkpoints(training: Training) -> list[StoredCheckpoint]:
         found.append(StoredCheckpoint(step, "complete", len(manifest.files), size, prefix, manifest))
     sizes, files = Counter[int](), Counter[int]()
     for info in store.list(f"{training.prefix}/"):
-        if (match := _FOLDER.match(info.key.removeprefix(f"{training.prefix}/"))) and int(match[1]) not in lineage:
-            sizes[int(match[1])] += info.size
-            files[int(match[1])] += 1
+        incomplete = checkpoint_step(info.key.removeprefix(f"{training.prefix}/").split("/")[0])
+        if incomplete is not None and incomplete not in lineage:
+            sizes[incomplete] += info.size
+            files[incomplete] += 1
     for step, size in sizes.items():
         found.append(StoredCheckpoint(step, "incomplete", files[step], size, training.prefix))
     folder = training.scratch / LOCAL_CHECKPOINTS
@@ -88,15 +92,14 @@ def verify(training: Training, step: int | None, progress: Progress) -> tuple[in
     total, done, damaged = sum(record.size for record in manifest.files), 0, []
     folder = S3Folder(training.store)
     for record in manifest.files:
-        digest = hashlib.sha256()
         content = folder.content(object_key(prefix, manifest.step, record.path))
-        assert isinstance(content, S3Content)
-        with content.open() as stream:
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-                done += len(piece)
-                progress(done / max(total, 1), record.path)
-        if digest.hexdigest() != record.sha256:
+
+        def read(count: int, path: str = record.path) -> None:
+            nonlocal done
+            done += count
+            progress(done / max(total, 1), path)
+
+        if content.digest(read) != record.sha256:
             damaged.append(record.path)
     return manifest.step, damaged
 
@@ -109,7 +112,7 @@ def fetch(training: Training, step: int | None, folder: Path) -> Path:
     """
     prefix, manifest = chosen(training, step)
     target = download_checkpoint(training.store, prefix, manifest, folder, lambda _: True)
-    (target / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    write_atomically(target / MANIFEST_FILE, manifest.to_json())
     return target
 
 

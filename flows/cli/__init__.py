@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -38,16 +39,15 @@ def main() -> None:
     """Run the command; errors that users can mend are one line on standard error."""
     try:
         app()
-    except BrokenPipeError:
-        raise  # the reader of the output has left: no error of a file
-    except (LlemmaError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+    except LlemmaError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:  # no error of a file, such as a reader of the output that has left
             raise
-        text = (
-            str(error)
-            if isinstance(error, LlemmaError)
-            else f"{error.filename}: {error.strerror}: correct the path, its rights or its disk"
-        )
-        message = escape(" ".join(text.split()))
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
-        sys.exit(1)
+        _fail(f"{error.filename}: {error.strerror}: correct the path, its rights or its disk")
+
+
+def _fail(text: str) -> NoReturn:
+    message = escape(" ".join(text.split()))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
+    sys.exit(1)

@@ -87,6 +87,12 @@ def checkpoint_key(step: int) -> str:
     return f"global_step{step}"
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step whose checkpoint has this name; None if it is no checkpoint's."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def object_key(prefix: str, step: int, name: str) -> str:
     """Key of one file of a checkpoint, relative to the store."""
     return "/".join(part for part in (prefix.strip("/"), checkpoint_key(step), name) if part)
@@ -116,7 +122,7 @@ def list_checkpoints(store: ObjectStore, prefix: str) -> list[Manifest]:
     base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
     sizes = {info.key: info.size for info in store.list(base)}
     folders = {key.removeprefix(base).rpartition("/")[0].split("/")[0] for key in sizes}
-    steps = sorted(int(match[1]) for folder in folders if (match := _FOLDER.fullmatch(folder)))
+    steps = sorted(step for folder in folders if (step := checkpoint_step(folder)) is not None)
     with ThreadPoolExecutor(_PARALLEL) as pool:
         found = pool.map(partial(_read_complete, store, prefix, sizes), steps)
         return [manifest for manifest in found if manifest]

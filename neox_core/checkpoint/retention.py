@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 
-from neox_core.checkpoint.manifest import MANIFEST_FILE, list_checkpoints, object_key
+from neox_core.checkpoint.manifest import MANIFEST_FILE, checkpoint_step, list_checkpoints, object_key
 from neox_core.config import CheckpointsConfig
 from neox_core.errors import StorageError
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
-
-_STEP = re.compile(r"global_step(\d+)/(.*)")
 
 
 def superseded(steps: Sequence[int], keep: CheckpointsConfig, losses: Mapping[int, float]) -> list[int]:
@@ -82,7 +79,8 @@ def _incomplete(store: ObjectStore, prefix: str) -> list[tuple[int, str]]:
     """Steps and keys of files below folders that have no manifest, and of reports below any."""
     found = []
     for info in store.list(f"{prefix}/"):
-        if match := _STEP.fullmatch(info.key.removeprefix(f"{prefix}/")):
-            found.append((int(match[1]), match[2], info.key))
+        folder, inside, name = info.key.removeprefix(f"{prefix}/").partition("/")
+        if inside and (step := checkpoint_step(folder)) is not None:
+            found.append((step, name, info.key))
     whole = {step for step, name, _ in found if name == MANIFEST_FILE}
     return [(step, key) for step, name, key in found if step not in whole or name.startswith("reports/")]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neox_core.artifact import FileRecord
-from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, publish_manifest
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, checkpoint_step, publish_manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.object_store import ObjectStore
@@ -156,8 +156,9 @@ class Uploads:
                 logger.info("checkpoint of step %d is complete after %.1f s", manifest.step, time.monotonic() - started)
                 self._published(manifest)
             # Nor is an older one, which was replaced or given up, needed any more.
-            for path in checkpoint.folder.parent.glob(f"{checkpoint_key(0)[:-1]}[0-9]*/{MANIFEST_FILE}"):
-                if _step(path.parent) <= manifest.step:
+            for path in checkpoint.folder.parent.glob(f"*/{MANIFEST_FILE}"):
+                step = checkpoint_step(path.parent.name)
+                if step is not None and step <= manifest.step:
                     path.unlink(missing_ok=True)
         self._kept.append(checkpoint)
         while len(self._kept) > _KEPT_LOCALLY:
@@ -188,10 +189,6 @@ def _remove(checkpoint: LocalCheckpoint) -> None:
     (checkpoint.folder / MANIFEST_FILE).unlink(missing_ok=True)
     for record in checkpoint.records:
         (checkpoint.folder / record.path).unlink(missing_ok=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix(checkpoint_key(0)[:-1]))
 
 
 def completed(manifest: Manifest, reports: list[tuple[FileRecord, ...]]) -> Manifest:

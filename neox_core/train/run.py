@@ -91,21 +91,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     engine = _engine(config, job, mesh, geometry, watchdog)
     store = PatientStore(config.storage, watchdog.beat)
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
-    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
-    saving = Saving(stopping, job.output, mesh.rank, retain)
-    channel = shared_store("checkpoints")
-    writer = CheckpointWriter(
-        store,
-        job.prefix,
-        mesh.rank,
-        mesh.world_size,
-        channel,
-        watchdog.beat,
-        store.stopped,
-        saving.published,
-        saving.failed,
-    )
-    store.on_behind = partial(saving.behind, writer.reports)
+    saving, writer = _saving(config, job, mesh, store, stopping, watchdog)
     watchdog.beat("resuming")
     if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
         remove_remains(store, job.prefix)
@@ -163,6 +149,27 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
         _last_upload(writer, watchdog)
     engine.close()
     return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
+
+
+def _saving(
+    config: RunConfig, job: TrainJob, mesh: Mesh, store: PatientStore, stopping: Stopping, watchdog: Watchdog
+) -> tuple[Saving, CheckpointWriter]:
+    """What writes checkpoints, and what looks at how that goes."""
+    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
+    saving = Saving(stopping, job.output, mesh.rank, retain)
+    writer = CheckpointWriter(
+        store,
+        job.prefix,
+        mesh.rank,
+        mesh.world_size,
+        shared_store("checkpoints"),
+        watchdog.beat,
+        store.stopped,
+        saving.published,
+        saving.failed,
+    )
+    store.on_behind = partial(saving.behind, writer.reports)
+    return saving, writer
 
 
 @contextlib.contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flows import cli
 from neox_core.artifact import Artifact, FileRecord
 from neox_core.checkpoint.manifest import Manifest, object_key, publish_manifest
 from neox_core.config import StorageConfig, load_config
@@ -19,6 +17,7 @@ from tasks.current import note_current
 from tasks.specs import CONVERT, PREPARE_DATA
 from tasks.stage import StageResult
 from tasks.training import resolve_training
+from tests.flows.cli.command import run_command
 from tests.paths import ROOT
 
 CONTENT = b"weights" * 1000
@@ -56,14 +55,7 @@ def publish(store: ObjectStore, prefix: str, fingerprint: str, step: int) -> Non
 @pytest.fixture
 def llemma(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     def run(command: str, *options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llemma", "checkpoint", command, str(path), *options])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
+        return run_command(monkeypatch, capsys, "checkpoint", command, str(path), *options)
 
     return run
 
