@@ -71,7 +71,7 @@ class Stopping:
         self._signal: int | None = None
         now = time.time()
         self._steps = deque([0.0], maxlen=_INTERVALS)
-        self._last = now
+        self._last: float | None = None
         self._save_seconds = min(_UNMEASURED_SECONDS, _UNMEASURED_SHARE * max(0.0, (ends_at or now) - now))
         self._measured = False
 
@@ -98,7 +98,8 @@ class Stopping:
         """At each step's boundary, on all ranks: whether to stop here. All get the same answer."""
         self._boundaries += 1
         now = time.time()
-        self._steps.append(now - self._last)
+        if self._last is not None:  # what comes before the first boundary is mostly the start of the job
+            self._steps.append(now - self._last)
         self._last = now
         if self._signal is not None:
             name = signal.Signals(self._signal).name

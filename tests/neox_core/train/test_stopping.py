@@ -175,6 +175,17 @@ def test_the_lead_is_what_steps_and_saves_took() -> None:
     assert stop.kind == "interrupted"
 
 
+def test_the_start_of_a_job_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the ranks took to start and to begin: four times that is not what the next steps will take."""
+    clock = [1000.0]
+    monkeypatch.setattr("neox_core.train.stopping.time.time", lambda: clock[0])
+    stopping = Stopping(dist.HashStore(), 0, 1, 1300.0)
+    for seconds in (80.0, 5.0, 5.0):
+        clock[0] += seconds
+        assert stopping.due() is None
+    assert stopping.lead == pytest.approx(2 * 5.0 + 1.5 * 30.0)
+
+
 def test_a_signal_is_heard_while_the_block_lasts() -> None:
     assert threading.current_thread() is threading.main_thread()
     stopping = Stopping(dist.HashStore(), 0, 1, None)
