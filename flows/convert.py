@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows.names import run_name
 from flows.stage_flow import run_stage_flow
-from tasks.specs import CONVERT
-from tasks.stage import StageResult
+from tasks.identity.specs import CONVERT
+from tasks.identity.stage import StageResult
 
 
 @flow(name="convert", flow_run_name=run_name)

@@ -18,7 +18,7 @@ from prefect.states import AwaitingRetry, Cancelling
 
 from flows.interruption import raise_if_interrupted
 from neox_core.errors import LlemmaError
-from tasks.specs import STAGES
+from tasks.identity.specs import STAGES
 
 _log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from flows.prepare_data import prepare_data
 from flows.stage_flow import handed_down, opened
 from flows.stages import OpenedRun, finished_stage
 from flows.train import train
+from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN, StageName, stages_between
+from tasks.identity.stage import StageResult
 from tasks.report.run_report import RunReport, write_run_report
-from tasks.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN, StageName, stages_between
-from tasks.stage import StageResult
 
 _FLOWS = {PREPARE_DATA: prepare_data, CONVERT: convert, TRAIN: train, EVALUATE: evaluate, EXPORT: export}
 

@@ -8,7 +8,7 @@ from prefect.runtime import flow_run
 
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import LlemmaError
-from tasks.training import find_training
+from tasks.identity.training import find_training
 
 
 def run_name() -> str:

@@ -17,8 +17,8 @@ from flows.names import artifact_key
 from flows.progress import stage_progress
 from flows.stages import STAGE, OpenedRun, forget_stage, how_it_went, opened_run
 from neox_core.errors import LaunchError
-from tasks.specs import STAGES
-from tasks.stage import StageResult
+from tasks.identity.specs import STAGES
+from tasks.identity.stage import StageResult
 
 _SIGNAL_SECONDS = 2.0
 

@@ -14,12 +14,12 @@ from tasks import finished
 from tasks.convert import convert
 from tasks.evaluate import evaluate
 from tasks.export import export
+from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
+from tasks.identity.stage import StageResult
+from tasks.identity.training import Training, resolve_training
 from tasks.preflight import check_run
 from tasks.prepare import prepare
-from tasks.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
-from tasks.stage import StageResult
 from tasks.train import train
-from tasks.training import Training, resolve_training
 
 
 @dataclass(frozen=True)

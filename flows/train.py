@@ -7,8 +7,8 @@ from prefect import flow
 from flows.cancellation import cancel_jobs_of_run
 from flows.names import run_name
 from flows.stage_flow import run_stage_flow
-from tasks.specs import TRAIN
-from tasks.stage import StageResult
+from tasks.identity.specs import TRAIN
+from tasks.identity.stage import StageResult
 
 
 @flow(name="train", flow_run_name=run_name, on_cancellation=[cancel_jobs_of_run])

@@ -9,13 +9,13 @@ from functools import partial
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import try_claim, try_claim_name
+from tasks.identity.training import find_trainings
 from tasks.jobs.job import Job
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec
-from tasks.stage import try_claim, try_claim_name
 from tasks.tokenization.array import job_arrays
 from tasks.train import training_jobs
-from tasks.training import find_trainings
 
 _Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job]]]
 

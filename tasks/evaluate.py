@@ -19,13 +19,13 @@ from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.kept_items import compare, inherit_items, keep_items
+from tasks.identity.specs import EVALUATE, evaluate_spec
+from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
+from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import RetryPolicy
-from tasks.specs import EVALUATE, evaluate_spec
-from tasks.stage import StageResult, StageSpec, require, run_stage, try_claim
 from tasks.train import FAILURE_FILE
-from tasks.training import Training
 
 EVALUATIONS_FILE = "evaluations.json"
 _BASE_STEP = 0

@@ -6,11 +6,11 @@ import shutil
 
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
-from tasks.current import current, find_current, outlived
 from tasks.evaluate import evaluation_jobs
-from tasks.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, TRAIN, evaluate_spec, export_spec
-from tasks.stage import StageIdentity, StageResult, StageSpec, require, try_claim_name
-from tasks.training import Training
+from tasks.identity.current import current, find_current, outlived
+from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, TRAIN, evaluate_spec, export_spec
+from tasks.identity.stage import StageIdentity, StageResult, StageSpec, require, try_claim_name
+from tasks.identity.training import Training
 
 
 def finished_stage(config: RunConfig, training: Training | None, name: str) -> StageResult:

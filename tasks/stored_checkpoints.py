@@ -26,7 +26,7 @@ from neox_core.storage.atomic import write_atomically
 from neox_core.storage.folders import S3Folder
 from neox_core.train.job import LOCAL_CHECKPOINTS
 from neox_core.train.local_copy import newest_local
-from tasks.training import Training, resolve_training
+from tasks.identity.training import Training, resolve_training
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from neox_core.train.job import LOCAL_CHECKPOINTS
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
 from tasks.follow import follow, share_done
+from tasks.identity.specs import TRAIN
+from tasks.identity.stage import StageResult, how_to_run, require, run_stage
+from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
-from tasks.specs import TRAIN
-from tasks.stage import StageResult, how_to_run, require, run_stage
-from tasks.training import Training
 
 logger = logging.getLogger(__name__)
 

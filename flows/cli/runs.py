@@ -41,7 +41,7 @@ def run(
 
 
 def _checked(stages: Sequence[str]) -> list[str]:
-    from tasks.specs import STAGES
+    from tasks.identity.specs import STAGES
 
     for name in stages:
         if name not in STAGES:
@@ -54,7 +54,7 @@ def _checked(stages: Sequence[str]) -> list[str]:
 def _run_stages(config: Path, names: Sequence[str], overrides: Sequence[str], force: bool) -> None:
     """One after the other, without Prefect."""
     from flows.stages import STAGE, forget_stage, how_it_went, opened_run
-    from tasks.specs import CONVERT, PREPARE_DATA
+    from tasks.identity.specs import CONVERT, PREPARE_DATA
 
     with opened_run(str(config), overrides, names) as run:
         for name in names:

@@ -78,7 +78,7 @@ class TokenEmbedding(nn.Module):
         weight = torch.empty(dims.vocab_size, dims.hidden_size)
         if not weight.is_meta:  # where torch would import its compiler to draw nothing, which takes seconds
             nn.init.normal_(weight)
-        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """[B,T] -> [B,T,D]"""

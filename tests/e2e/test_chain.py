@@ -25,7 +25,7 @@ from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import RunConfig
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import weights_identity
-from tasks.training import resolve_training
+from tasks.identity.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run
 

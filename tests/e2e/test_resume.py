@@ -21,8 +21,8 @@ from neox_core.artifact import read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints, object_key
 from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
+from tasks.identity.training import resolve_training
 from tasks.jobs.local_controller import ControllerReport
-from tasks.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
 

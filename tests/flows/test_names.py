@@ -10,9 +10,9 @@ import pytest
 
 from flows import names
 from neox_core.artifact import Artifact
-from tasks.current import note_current
-from tasks.stage import StageResult
-from tasks.training import resolve_training
+from tasks.identity.current import note_current
+from tasks.identity.stage import StageResult
+from tasks.identity.training import resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 
 

@@ -18,18 +18,18 @@ from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
-from tasks.current import note_current
 from tasks.evaluate import _key_prefix
+from tasks.identity.current import note_current
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import StageResult, StageSpec, try_claim, try_claim_name
+from tasks.identity.training import resolve_training
 from tasks.jobs.executor import Resources
 from tasks.jobs.job import Job
 from tasks.jobs.launch import JobPlan, attach_or_submit, submit_or_attach
 from tasks.jobs.record import JobRecord
 from tasks.jobs.registry import register_executor
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec
-from tasks.stage import StageResult, StageSpec, try_claim, try_claim_name
 from tasks.tokenization.array import jobs_folder
-from tasks.training import resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 

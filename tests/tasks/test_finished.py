@@ -10,8 +10,8 @@ from neox_core.errors import ConfigError, LlemmaError
 from neox_core.progress import silent
 from tasks.convert import convert
 from tasks.finished import finished_stage, forget_stage
-from tasks.specs import CONVERT, STAGES, stages_between
-from tasks.stage import try_claim_name
+from tasks.identity.specs import CONVERT, STAGES, stages_between
+from tasks.identity.stage import try_claim_name
 from tests.e2e.runs import Run, copy_text, write_run
 
 

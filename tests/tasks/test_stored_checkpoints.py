@@ -13,10 +13,10 @@ from neox_core.artifact import Artifact, FileRecord
 from neox_core.checkpoint.manifest import Manifest, object_key, publish_manifest
 from neox_core.config import StorageConfig, load_config
 from neox_core.storage.object_store import ObjectStore
-from tasks.current import note_current
-from tasks.specs import CONVERT, PREPARE_DATA
-from tasks.stage import StageResult
-from tasks.training import resolve_training
+from tasks.identity.current import note_current
+from tasks.identity.specs import CONVERT, PREPARE_DATA
+from tasks.identity.stage import StageResult
+from tasks.identity.training import resolve_training
 from tests.flows.cli.command import run_command
 from tests.paths import ROOT
 

@@ -12,9 +12,9 @@ import yaml
 from neox_core.artifact import Artifact, DigestCache, publish
 from neox_core.config import load_config
 from neox_core.config.load import merge
-from tasks.current import note_current
-from tasks.specs import prepare_spec
-from tasks.stage import StageResult
+from tasks.identity.current import note_current
+from tasks.identity.specs import prepare_spec
+from tasks.identity.stage import StageResult
 from tests.flows.cli.command import run_command
 from tests.paths import ROOT
 

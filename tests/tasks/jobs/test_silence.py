@@ -11,12 +11,12 @@ from submitit.core.utils import cloudpickle_dump
 
 from neox_core.artifact import Artifact
 from tasks import evaluate, train
-from tasks.current import note_current
+from tasks.identity.current import note_current
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import StageResult
+from tasks.identity.training import Training, resolve_training
 from tasks.jobs.rank import result_file
 from tasks.jobs.retry import RetryPolicy
-from tasks.specs import evaluate_spec
-from tasks.stage import StageResult
-from tasks.training import Training, resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 

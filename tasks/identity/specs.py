@@ -11,7 +11,7 @@ from neox_core.config import RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import shards_logic, training_inputs, training_logic
 from tasks.base import base_digests
-from tasks.stage import StageSpec, digest_cache
+from tasks.identity.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests
 
 STAGES = ("prepare-data", "convert", "train", "evaluate", "export")

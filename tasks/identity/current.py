@@ -17,8 +17,8 @@ from neox_core.data.tokenization.readers.inputs import is_gone
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import weights_identity
-from tasks.specs import CONVERT, convert_logic, prepare_logic
-from tasks.stage import StageIdentity, StageResult, find, how_to_run
+from tasks.identity.specs import CONVERT, convert_logic, prepare_logic
+from tasks.identity.stage import StageIdentity, StageResult, find, how_to_run
 
 logger = logging.getLogger(__name__)
 

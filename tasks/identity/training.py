@@ -14,9 +14,9 @@ from neox_core.config import RunConfig
 from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.lineage import Ancestor, ancestors, lineage_checkpoints
-from tasks.current import current, find_all
-from tasks.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
-from tasks.stage import StageIdentity, StageSpec
+from tasks.identity.current import current, find_all
+from tasks.identity.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
+from tasks.identity.stage import StageIdentity, StageSpec
 
 
 @dataclass(frozen=True)
