@@ -5,17 +5,19 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.cancellation import cancel_jobs_of_run
+from flows.names import run_name
 from flows.stage_flow import run_stage_flow
-from tasks.specs import PREPARE_DATA
-from tasks.stage import StageResult
+from tasks.identity.specs import PREPARE_DATA
+from tasks.identity.stage import StageResult
 
 
-@flow(name="prepare-data", flow_run_name="prepare-data {config}", on_cancellation=[cancel_jobs_of_run])
-def prepare_data(config: str, overrides: list[str] | None = None) -> StageResult:
+@flow(name="prepare-data", flow_run_name=run_name, on_cancellation=[cancel_jobs_of_run])
+def prepare_data(config: str, overrides: list[str] | None = None, force: bool = False) -> StageResult:
     """Tokenize every source and plan the mixture.
 
     Args:
-        config: path of the run's YAML file.
+        config: path of the run's YAML file, from the repository or absolute.
         overrides: key=value texts that override it, such as train.steps=100.
+        force: make the stage again, though it is finished.
     """
-    return run_stage_flow(PREPARE_DATA, config, overrides)
+    return run_stage_flow(PREPARE_DATA, config, overrides, force)

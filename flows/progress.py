@@ -24,13 +24,16 @@ _BAR = "{desc:<13} {percentage:3.0f}%|{bar:24}| {elapsed} {postfix}"
 
 
 @contextmanager
-def stage_progress(stage: str) -> Iterator[Progress]:
+def stage_progress(stage: str, key: str) -> Iterator[Progress]:
     """A bar on standard error and a progress artifact, which follow the same calls.
 
     Stages that run at the same time get a line each. Without a terminal, a bar's line is written every few seconds.
     A call also ends the stage when its flow has been interrupted (see `side_by_side`).
+
+    Args:
+        key: the artifact's; each configuration has its own.
     """
-    artifact = create_progress_artifact(progress=0.0, key=f"{stage}-progress", description=stage)
+    artifact = create_progress_artifact(progress=0.0, key=key, description=stage)
     assert isinstance(artifact, UUID)
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(total=1.0, desc=stage, bar_format=_BAR, mininterval=interval, maxinterval=interval) as bar:

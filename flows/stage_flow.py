@@ -13,11 +13,12 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.interruption import raise_if_interrupted
+from flows.names import artifact_key
 from flows.progress import stage_progress
-from flows.stages import STAGE, OpenedRun, how_it_went, opened_run
+from flows.stages import STAGE, OpenedRun, forget_stage, how_it_went, opened_run
 from neox_core.errors import LaunchError
-from tasks.specs import STAGES
-from tasks.stage import StageResult
+from tasks.identity.specs import STAGES
+from tasks.identity.stage import StageResult
 
 _SIGNAL_SECONDS = 2.0
 
@@ -56,14 +57,19 @@ def _log_as_much_as_prefect() -> None:
         logging.getLogger(package).setLevel(level)
 
 
-def run_stage_flow(name: str, config: str, overrides: Collection[str] | None) -> StageResult:
+def run_stage_flow(name: str, config: str, overrides: Collection[str] | None, force: bool = False) -> StageResult:
     """Run one stage and publish its result as a table in Prefect.
 
     The stage decides by its artifact whether there is anything to do, so Prefect's own cache is off: Retry, Run again
     and a new run are the same thing.
     """
     stage = STAGE[name]
-    with opened(config, overrides, [name]) as run, stage_progress(name) as progress:
+    with (
+        opened(config, overrides, [name]) as run,
+        stage_progress(name, artifact_key(run.config, f"{name}-progress")) as progress,
+    ):
+        if force:
+            forget_stage(run, name)
         try:
             result = Task(stage.run, name=name, cache_policy=NO_CACHE)(run, progress)
         except LaunchError:
@@ -73,7 +79,7 @@ def run_stage_flow(name: str, config: str, overrides: Collection[str] | None) ->
             raise
         artifact = result.artifact
         create_table_artifact(
-            key=name,
+            key=artifact_key(run.config, name),
             table=stage.table(run.config, result),
             description=f"{name} {how_it_went(result)}; artifact `{artifact.folder}`, "
             f"fingerprint `{artifact.fingerprint}`",

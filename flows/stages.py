@@ -10,15 +10,16 @@ from flows.tables import Row, checkpoint_table, ledger_table, perplexity_table, 
 from infra.s3.service import storage_service
 from neox_core.config import RunConfig, load_config
 from neox_core.progress import Progress
+from tasks import finished
 from tasks.convert import convert
 from tasks.evaluate import evaluate
 from tasks.export import export
+from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
+from tasks.identity.stage import StageResult
+from tasks.identity.training import Training, resolve_training
 from tasks.preflight import check_run
 from tasks.prepare import prepare
-from tasks.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
-from tasks.stage import StageResult
 from tasks.train import train
-from tasks.training import Training, resolve_training
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ STAGE = {
     )
 }
 """By name, in their order."""
+
+
+def finished_stage(run: OpenedRun, name: str) -> StageResult:
+    """See `tasks.finished.finished_stage`."""
+    return finished.finished_stage(run.config, _training_for(run, name), name)
+
+
+def forget_stage(run: OpenedRun, name: str) -> None:
+    """See `tasks.finished.forget_stage`."""
+    finished.forget_stage(run.config, _training_for(run, name), name)
+
+
+def _training_for(run: OpenedRun, name: str) -> Training | None:
+    return None if name in (PREPARE_DATA, CONVERT) else run.resolved_training()
 
 
 @contextmanager

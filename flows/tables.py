@@ -6,8 +6,8 @@ from typing import Any
 
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
+from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
-from tasks.stage import StageResult
 
 Row = dict[str, Any]
 

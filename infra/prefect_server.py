@@ -1,26 +1,77 @@
-"""The server that Prefect starts for a run that has none; Prefect ends it only if the run's process ends in order."""
+"""The server of a run that has none: in a session of its own, which Ctrl-C in the terminal does not reach, so that the
+run can still say there what became of it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
 from infra.processes import ProcessRecord, end_processes
+from neox_core.errors import LlemmaError
 
 logger = logging.getLogger(__name__)
 
 _OWNER = "LLEMMA_PREFECT_OWNER"
 _HOME = "PREFECT_HOME"
+_URL = "PREFECT_API_URL"
 _PROGRAM = "prefect.server.api.server:create_app"
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 3.0
+_START_SECONDS = 120.0
 
 
-def own_prefect_server() -> None:
+@contextmanager
+def own_prefect_server() -> Iterator[None]:
+    """Run a server while the context lasts, with PREFECT_API_URL set; nothing, if that is set already.
+
+    Raises:
+        LlemmaError: the server does not start.
+    """
+    if os.environ.get(_URL):
+        yield
+        return
+    end_orphans()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = Path(os.environ[_HOME]) / "server.log"
+    command = [sys.executable, "-m", "uvicorn", "--factory", _PROGRAM, "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+    with log.open("ab") as output:
+        server = subprocess.Popen(
+            [*command, "--log-level", "error", "--lifespan", "on"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    record = ProcessRecord.of(server.pid)
+    try:
+        os.environ[_URL] = f"http://127.0.0.1:{port}/api"
+        _await(server, log)
+        yield
+    finally:
+        end_processes([record], _GRACE_SECONDS)
+        del os.environ[_URL]
+
+
+def end_orphans() -> None:
     """Mark the server that this process may start as its own; end those of killed runs with the same PREFECT_HOME.
 
     They would hold the database's file, and nobody else would ever end them.
@@ -30,6 +81,17 @@ def own_prefect_server() -> None:
         logger.info("ending %d Prefect servers that killed runs have left", len(orphans))
         end_processes(orphans, _GRACE_SECONDS)
     os.environ[_OWNER] = json.dumps(asdict(ProcessRecord.of(os.getpid())))
+
+
+def _await(server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{os.environ[_URL]}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise LlemmaError(f"Prefect's server does not start: see {log}, then run again")
 
 
 def _orphans(home: str) -> Iterator[ProcessRecord]:

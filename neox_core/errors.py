@@ -27,3 +27,11 @@ class LaunchError(LlemmaError):
 
 class TrainingError(LlemmaError):
     """Training stopped because going on would spoil the model."""
+
+
+class StoppedError(LlemmaError):
+    """Training was told to stop before its last step and has saved its state: run again to go on."""
+
+
+GO_ON_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: the job ended too early, and the same command goes on from what is saved."""

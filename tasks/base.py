@@ -7,7 +7,7 @@ from pathlib import Path
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.storage.folders import Location
-from tasks.stage import digest_cache
+from tasks.identity.stage import digest_cache
 
 _META, _HUGGINGFACE = "params.json", "config.json"
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.evaluate import evaluation_jobs
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import try_claim, try_claim_name
+from tasks.identity.training import find_trainings
 from tasks.jobs.job import Job
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec
-from tasks.stage import try_claim, try_claim_name
 from tasks.tokenization.array import job_arrays
 from tasks.train import training_jobs
-from tasks.training import find_training
 
 _Stage = tuple[AbstractContextManager[bool], Callable[[], Sequence[Job]]]
 
 
 def cancel_jobs(config: RunConfig) -> list[Job]:
-    """Cancel the tokenization, training and evaluation jobs of this configuration, except of a stage that is being run.
+    """Cancel the tokenization, training and evaluation jobs of this configuration, on earlier texts and weights too,
+    except of a stage that is being run.
 
     Returns:
         The jobs that were cancelled.
@@ -29,10 +31,10 @@ def cancel_jobs(config: RunConfig) -> list[Job]:
         LaunchError: SLURM does not answer, or a job runs on another host; other stages' jobs are cancelled anyway.
     """
     stages: list[_Stage] = [(try_claim_name(config.workdir, PARTS_CLAIM), lambda: job_arrays(config.workdir))]
-    if training := find_training(config):  # else none was ever submitted
+    for training in find_trainings(config):  # none if none was ever submitted
         evaluation = evaluate_spec(config, training.fingerprint)
-        stages.append((try_claim(training.spec), lambda: training_jobs(training)))
-        stages.append((try_claim(evaluation), lambda: evaluation_jobs(evaluation)))
+        stages.append((try_claim(training.spec), partial(training_jobs, training)))
+        stages.append((try_claim(evaluation), partial(evaluation_jobs, evaluation)))
     cancelled: list[Job] = []
     failures: list[LaunchError] = []
     for claim, find in stages:

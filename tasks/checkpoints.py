@@ -25,7 +25,7 @@ from neox_core.progress import Progress
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, Location, file_versions, open_folder
 from neox_core.storage.targets import LocalTarget, Target, open_target
-from tasks.once import LocalPlace, build_unless_verified
+from tasks.identity.once import LocalPlace, build_unless_verified
 
 ExportForm = Literal["huggingface", "meta"]
 _DIGESTS = ".digests.json"

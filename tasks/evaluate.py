@@ -19,12 +19,13 @@ from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.kept_items import compare, inherit_items, keep_items
+from tasks.identity.specs import EVALUATE, evaluate_spec
+from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
+from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
+from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import RetryPolicy
-from tasks.specs import EVALUATE, evaluate_spec
-from tasks.stage import StageResult, StageSpec, require, run_stage
 from tasks.train import FAILURE_FILE
-from tasks.training import Training
 
 EVALUATIONS_FILE = "evaluations.json"
 _BASE_STEP = 0
@@ -121,6 +122,9 @@ def _training_failed(training: Training, since: float, retry_policy: RetryPolicy
     impatient = time.time() - since > _PATIENCE_SECONDS
     if failure.is_file():
         return impatient or failure.stat().st_mtime > since
+    with try_claim(training.spec) as nobody_is_at_work:
+        if not nobody_is_at_work:  # a train stage is, and submits the job again if need be
+            return False
     job = find_job(training.config.workdir / "jobs", training.fingerprint)
     return job is not None and retry_policy.ask(job.state) in ("failed", "cancelled") and impatient
 
@@ -137,8 +141,9 @@ def _run_job(
     key = _key_prefix(spec) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
     # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
     scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-    job = RetryPolicy().wait_for(
-        lambda: submit_or_attach(
+
+    def submit() -> Job:
+        return submit_or_attach(
             config.launch,
             config.workdir / "jobs",
             EVALUATE,
@@ -147,13 +152,20 @@ def _run_job(
             (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),
             1,
             config.parallel.tensor,
-        ),
-        meanwhile=report,
-    )
-    for _ in job.while_at_work():
-        report()
-        time.sleep(0.2)
-    results: list[dict[str, Any]] = job.results()[0]
+        )
+
+    def follow(job: Job) -> None:
+        for _ in job.while_at_work():
+            report()
+            time.sleep(0.2)
+
+    results: list[dict[str, Any]] = run_to_end(
+        lambda: RetryPolicy().wait_for(submit, meanwhile=report),
+        follow,
+        lambda: 0,
+        config.launch.max_restarts,
+        lambda why: report(),
+    )[0]
     return results
 
 

@@ -13,11 +13,11 @@ from neox_core.config import RunConfig
 from neox_core.data.dataset import token_prefix
 from neox_core.data.indexed import IndexedDataset
 from neox_core.progress import Progress
+from tasks.identity.specs import export_spec
+from tasks.identity.stage import StageResult, digest_cache, require, run_stage
+from tasks.identity.training import Training
 from tasks.prepare import tokenizer_of
-from tasks.specs import export_spec
-from tasks.stage import StageResult, digest_cache, require, run_stage
 from tasks.train import last_manifest
-from tasks.training import Training
 
 _SAMPLE_DOCUMENTS = 3
 

@@ -12,10 +12,10 @@ from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
 from tasks.base import check_base
-from tasks.current import current, outlived
+from tasks.identity.current import current, outlived
+from tasks.identity.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN
 from tasks.jobs.launch import check_launch
 from tasks.jobs.registry import executor_named
-from tasks.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN
 from tasks.tokenization.array import task_resources
 from tasks.tokenization.estimate import warn_of_repeats
 from tasks.tokenization.tokenize import checked_inputs

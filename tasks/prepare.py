@@ -16,13 +16,13 @@ from neox_core.data.tokenization.part_files import PARTS
 from neox_core.errors import DataError
 from neox_core.progress import Progress
 from neox_core.storage.digest import sha256_of
-from tasks.current import note_current, outlived
-from tasks.specs import PREPARE_DATA, prepare_spec
-from tasks.stage import StageResult, claim, run_stage
+from tasks.identity.current import note_current, outlived
+from tasks.identity.specs import PREPARE_DATA, prepare_spec
+from tasks.identity.stage import StageResult, claim, run_stage
 from tasks.tokenization.tokenize import prepare_data
 
 PARTS_CLAIM = "prepare-data-parts"
-"""Of the parts in a workdir, for tasks.stage.claim."""
+"""Of the parts in a workdir, for tasks.identity.stage.claim."""
 TOKENIZER_FILE = "tokenizer.model"
 _GIVEN_UP = f"{PARTS}-done-"
 

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.config import RunConfig
-from neox_core.errors import CheckpointError
+from neox_core.errors import CheckpointError, StorageError
 from neox_core.progress import Progress
+from neox_core.train.job import LOCAL_CHECKPOINTS
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
+from tasks.follow import follow, share_done
+from tasks.identity.specs import TRAIN
+from tasks.identity.stage import StageResult, how_to_run, require, run_stage
+from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
+from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import RetryPolicy
 from tasks.report.page import read_metrics
-from tasks.specs import TRAIN
-from tasks.stage import StageResult, how_to_run, require, run_stage
-from tasks.training import Training
+
+logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
-_POLL_SECONDS = 1.0
 _INCIDENT_KEYS = ("step", "problem", "action", "loss", "gradient_norm", "ranks", "sources")
 
 
 def train(training: Training, progress: Progress) -> StageResult:
-    """Train to the last step, or find it done. A job that is running already is followed, not submitted again.
+    """Train to the last step, or find it done. A job that is running already is followed, not submitted again; one
+    that ends before its time is, as long as that brings new checkpoints (see `launch.max_restarts`).
 
     The artifact holds metrics.jsonl; the checkpoints lie in the store.
 
@@ -50,27 +55,34 @@ def _train(training: Training, progress: Progress) -> StageResult:
     config, scratch = training.config, training.scratch
     data, weights = require(training.data), require(training.weights)
 
-    def build(folder: Path) -> Mapping[str, Any]:
-        job = RetryPolicy().wait_for(
-            lambda: submit_or_attach(
-                config.launch,
-                config.workdir / "jobs",
-                "train",
-                training.fingerprint,
-                train_rank,
-                (config, data.folder, weights.folder, scratch, training.fingerprint, training.ancestors),
-                config.launch.nodes,
-                config.launch.ranks_per_node,
-                # What an earlier job made may be gone since; a new one finds in the store what is left to do.
-                accept_completed=_is_complete(training) and (scratch / METRICS_FILE).is_file(),
-            ),
-            meanwhile=lambda: progress(0.0, "waiting for SLURM, which does not answer"),
+    def submit() -> Job:
+        return submit_or_attach(
+            config.launch,
+            config.workdir / "jobs",
+            "train",
+            training.fingerprint,
+            train_rank,
+            (config, data.folder, weights.folder, scratch, training.fingerprint, training.ancestors),
+            config.launch.nodes,
+            config.launch.ranks_per_node,
+            # What an earlier job made may be gone since; a new one finds in the store what is left to do.
+            accept_completed=_is_complete(training) and (scratch / METRICS_FILE).is_file(),
         )
-        _follow(job, config, scratch / METRICS_FILE, progress)
-        result = job.results()[0]
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        result = run_to_end(
+            lambda: RetryPolicy().wait_for(
+                submit, meanwhile=lambda: progress(0.0, "waiting for SLURM, which does not answer")
+            ),
+            lambda job: follow(job, config, scratch / METRICS_FILE, progress),
+            lambda: _last_saved(training),
+            config.launch.max_restarts,
+            lambda why: progress(share_done(config, scratch / METRICS_FILE), why),
+        )[0]
         for path in (scratch / METRICS_FILE, scratch / INCIDENTS_FILE):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+        shutil.rmtree(scratch / LOCAL_CHECKPOINTS, ignore_errors=True)  # the store has them
         return _summary(training, folder, result)
 
     return run_stage(training.spec, build, progress, still_valid=lambda _: _is_complete(training))
@@ -117,21 +129,13 @@ def _is_complete(training: Training) -> bool:
     return _complete_steps(training)[-1:] == [training.config.train.steps]
 
 
-def _follow(job: Job, config: RunConfig, metrics: Path, progress: Progress) -> None:
-    """Report progress until the job has ended."""
-    for state in job.while_at_work():
-        rows = [row for row in _rows(metrics) if "train/loss" in row]
-        if rows:
-            row = rows[-1]
-            text = f"step {row['step']} of {config.train.steps}, loss {row['train/loss']:.3f}"
-            progress(row["step"] / config.train.steps, f"{text}, {row['train/tokens_per_second']:,.0f} tokens/s")
-        else:
-            progress(0.0, f"job {job.job_id} {state or 'may be at work: SLURM does not answer'}")
-        time.sleep(_POLL_SECONDS)
-
-
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    return read_metrics(metrics) if metrics.is_file() else []
+def _last_saved(training: Training) -> int:
+    """The step of the newest complete checkpoint; 0 if there is none, or the store does not answer."""
+    try:
+        return max(_complete_steps(training), default=0)
+    except StorageError as error:
+        logger.warning("whether there is a new checkpoint is not known: %s", error)
+        return 0
 
 
 def _summary(training: Training, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:

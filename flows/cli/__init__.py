@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -13,35 +14,40 @@ from flows.cli.config import import_neox_files
 from flows.cli.evaluation import evaluate_app
 from flows.cli.plans import data_plan, plan
 from flows.cli.runs import run
+from flows.cli.slurm import render
+from flows.cli.stored import checkpoint_app
 from neox_core.errors import LlemmaError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Read and translate configurations.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at the training data.")
+slurm_app = typer.Typer(no_args_is_help=True, help="What goes to SLURM.")
 
 for command in (run, plan, make_base, convert, export, inspect):
     app.command()(command)
 config_app.command("import")(import_neox_files)
 data_app.command("plan")(data_plan)
+slurm_app.command("render")(render)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(slurm_app, name="slurm")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:
     """Run the command; errors that users can mend are one line on standard error."""
     try:
         app()
-    except BrokenPipeError:
-        raise  # the reader of the output has left: no error of a file
-    except (LlemmaError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+    except LlemmaError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:  # no error of a file, such as a reader of the output that has left
             raise
-        text = (
-            str(error)
-            if isinstance(error, LlemmaError)
-            else f"{error.filename}: {error.strerror}: correct the path, its rights or its disk"
-        )
-        message = escape(" ".join(text.split()))
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
-        sys.exit(1)
+        _fail(f"{error.filename}: {error.strerror}: correct the path, its rights or its disk")
+
+
+def _fail(text: str) -> NoReturn:
+    message = escape(" ".join(text.split()))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {message}", emoji=False)
+    sys.exit(1)

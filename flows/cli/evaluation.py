@@ -88,8 +88,8 @@ def show(
         found = rows(generated_items(what, task), wrong=wrong)
     else:
         from neox_core.config import load_config
-        from tasks.specs import evaluate_spec
-        from tasks.training import resolve_training
+        from tasks.identity.specs import evaluate_spec
+        from tasks.identity.training import resolve_training
 
         config = load_config(what, overrides or ())
         folder = evaluate_spec(config, resolve_training(config).fingerprint).folder

@@ -41,9 +41,9 @@ def data_plan(config: ConfigArgument, overrides: SetOption = None) -> None:
     """What there is of each source and what the run will take; fails if it would repeat one too often."""
     from flows.cli.data_plan_tables import changes_table, plan_table
     from neox_core.data.ledger import check_epochs, plan_ledger
-    from tasks.current import current
-    from tasks.specs import PREPARE_DATA
-    from tasks.stage import require
+    from tasks.identity.current import current
+    from tasks.identity.specs import PREPARE_DATA
+    from tasks.identity.stage import require
 
     loaded = load_config(config, overrides or ())
     ledger = plan_ledger(require(current(loaded, PREPARE_DATA)).summary["sources"], loaded)

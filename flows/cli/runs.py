@@ -10,28 +10,38 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import bar, print_records, print_rows
 from neox_core.errors import ConfigError
 
+_INTERRUPTED = 130
+"""The exit code, as shells have it for SIGINT."""
 _STAGES_HELP = "prepare-data, convert, train, evaluate, export; none: all of them, and the report."
+_FORCE_HELP = "Make the stages again, though they are finished; training goes on from its checkpoints."
 
 
 def run(
     config: ConfigArgument,
     stages: Annotated[list[str] | None, typer.Argument(metavar="STAGE", help=_STAGES_HELP)] = None,
     overrides: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help=_FORCE_HELP)] = False,
 ) -> None:
     """Run the whole chain, or some of its stages, here and now; finished stages are skipped."""
-    if stages:
-        _run_stages(config, _checked(stages), overrides or [])
-    else:
-        _run_chain(config, overrides or [])
+    try:
+        if stages:
+            _run_stages(config, _checked(stages), overrides or [], force)
+        else:
+            _run_chain(config, overrides or [], force)
+    except KeyboardInterrupt:
+        line = "interrupted: what is finished or saved stays, and the same command goes on from there"
+        Console(stderr=True, soft_wrap=True).print(line)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _checked(stages: Sequence[str]) -> list[str]:
-    from tasks.specs import STAGES
+    from tasks.identity.specs import STAGES
 
     for name in stages:
         if name not in STAGES:
@@ -41,22 +51,24 @@ def _checked(stages: Sequence[str]) -> list[str]:
     return [name for name in STAGES if name in stages]
 
 
-def _run_stages(config: Path, names: Sequence[str], overrides: Sequence[str]) -> None:
+def _run_stages(config: Path, names: Sequence[str], overrides: Sequence[str], force: bool) -> None:
     """One after the other, without Prefect."""
-    from flows.stages import STAGE, how_it_went, opened_run
-    from tasks.specs import CONVERT, PREPARE_DATA
+    from flows.stages import STAGE, forget_stage, how_it_went, opened_run
+    from tasks.identity.specs import CONVERT, PREPARE_DATA
 
     with opened_run(str(config), overrides, names) as run:
         for name in names:
             if run.training is None and name not in (PREPARE_DATA, CONVERT):
                 run = replace(run, training=run.resolved_training())
+            if force:
+                forget_stage(run, name)
             with bar(name) as progress:
                 result = STAGE[name].run(run, progress)
             title = f"{name} {how_it_went(result)}: {result.artifact.folder}"
             print_records(title, STAGE[name].table(run.config, result))
 
 
-def _run_chain(config: Path, overrides: Sequence[str]) -> None:
+def _run_chain(config: Path, overrides: Sequence[str], force: bool) -> None:
     from infra.prefect_server import own_prefect_server
     from neox_core.config import load_config
     from tasks.preflight import check_run
@@ -64,14 +76,15 @@ def _run_chain(config: Path, overrides: Sequence[str]) -> None:
     loaded = load_config(config, overrides)
     check_run(loaded)  # the flow does so too, but its server takes seconds to start
     _quiet_prefect(loaded.workdir)
-    own_prefect_server()
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    with own_prefect_server():
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-    from flows.llemma_pretrain import llemma_pretrain
+        from flows.llemma_pretrain import llemma_pretrain
 
-    # Heartbeats tell a server that a run on another machine lives; here they cost a second per flow.
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        report = llemma_pretrain(str(config), list(overrides))
+        # Heartbeats tell a server that a run on another machine lives; here they cost a second per flow.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            report = llemma_pretrain(str(config), list(overrides), force)
+    assert report is not None  # as all stages are run
     print_rows(f"llemma-pretrain {config}", report.rows)
 
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 _FOLDER = re.compile(r"global_step(\d+)")
+_FETCHES = 3
+"""Of content that is wrong each time, before it is called damaged."""
 _PARALLEL = 4  # files at a time; large ones are also cut into parts
 
 
@@ -85,6 +87,12 @@ def checkpoint_key(step: int) -> str:
     return f"global_step{step}"
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step whose checkpoint has this name; None if it is no checkpoint's."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def object_key(prefix: str, step: int, name: str) -> str:
     """Key of one file of a checkpoint, relative to the store."""
     return "/".join(part for part in (prefix.strip("/"), checkpoint_key(step), name) if part)
@@ -114,7 +122,7 @@ def list_checkpoints(store: ObjectStore, prefix: str) -> list[Manifest]:
     base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
     sizes = {info.key: info.size for info in store.list(base)}
     folders = {key.removeprefix(base).rpartition("/")[0].split("/")[0] for key in sizes}
-    steps = sorted(int(match[1]) for folder in folders if (match := _FOLDER.fullmatch(folder)))
+    steps = sorted(step for folder in folders if (step := checkpoint_step(folder)) is not None)
     with ThreadPoolExecutor(_PARALLEL) as pool:
         found = pool.map(partial(_read_complete, store, prefix, sizes), steps)
         return [manifest for manifest in found if manifest]
@@ -122,14 +130,13 @@ def list_checkpoints(store: ObjectStore, prefix: str) -> list[Manifest]:
 
 def _read_complete(store: ObjectStore, prefix: str, sizes: Mapping[str, int], step: int) -> Manifest | None:
     key = object_key(prefix, step, MANIFEST_FILE)
-    text = store.get_text(key) if key in sizes else None
-    if text is None:
-        logger.info("%s has no manifest (yet): ignored", store.url(object_key(prefix, step, "")))
-        return None
     try:
-        manifest = Manifest.from_json(text)
+        manifest = _read_manifest(store, key) if key in sizes else None
     except CheckpointError as error:
         logger.warning("%s ignored: %s", store.url(key), error)
+        return None
+    if manifest is None:
+        logger.info("%s has no manifest (yet): ignored", store.url(object_key(prefix, step, "")))
         return None
     problem = _first_problem(sizes, prefix, manifest)
     if manifest.step != step:
@@ -138,6 +145,18 @@ def _read_complete(store: ObjectStore, prefix: str, sizes: Mapping[str, int], st
         logger.warning("%s is incomplete and ignored: %s", store.url(object_key(prefix, step, "")), problem)
         return None
     return manifest
+
+
+def _read_manifest(store: ObjectStore, key: str) -> Manifest | None:
+    """A manifest; what is no manifest is fetched again, as it may have been damaged on its way."""
+    for attempt in range(1, _FETCHES + 1):
+        text = store.get_text(key)
+        try:
+            return None if text is None else Manifest.from_json(text)
+        except CheckpointError:
+            if attempt == _FETCHES:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _first_problem(sizes: Mapping[str, int], prefix: str, manifest: Manifest) -> str | None:
@@ -188,11 +207,14 @@ def _download(
     if path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256:
         return
     key = object_key(prefix, step, record.path)
-    store.get_file(key, path, lambda _: heartbeat())
-    found = sha256_of(path)
-    if found != record.sha256:
+    for attempt in range(1, _FETCHES + 1):
+        store.get_file(key, path, lambda _: heartbeat())
+        found = sha256_of(path)
+        if found == record.sha256:
+            return
         path.unlink()
-        raise CheckpointError(
-            f"{store.url(key)} is damaged: SHA-256 {found} instead of {record.sha256}; "
-            f"resume from another checkpoint, or delete {store.url(object_key(prefix, step, ''))}"
-        )
+        logger.warning("%s came with SHA-256 %s (attempt %d of %d)", store.url(key), found, attempt, _FETCHES)
+    raise CheckpointError(
+        f"{store.url(key)} is damaged: SHA-256 {found} instead of {record.sha256}, {_FETCHES} times: resume from "
+        "another checkpoint (llemma checkpoint ls shows them, verify tells which are whole)"
+    )

@@ -1,8 +1,8 @@
-"""Saves and uploads checkpoints while training continues.
+"""Saves checkpoints while training continues: to host memory, from there to local disk, and from there to the store.
 
-Each rank's files are copied to host memory, while training waits. A thread then writes, hashes and uploads them; no
-rank waits for another. When all ranks have reported their files to the store, rank 0 publishes the manifest, and only
-then does the checkpoint exist. A rank that fails reports that to rank 0, which ends the job.
+Each rank's files are copied to host memory, while training waits. A thread then writes and hashes them; when all ranks
+have done so, rank 0 writes the manifest beside them, and the checkpoint exists on local disk. Another thread uploads
+the files; when all ranks have done that, rank 0 publishes the manifest, and the checkpoint exists in the store.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import contextlib
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neox_core.artifact import FileRecord
-from neox_core.checkpoint.manifest import Manifest, checkpoint_key, publish_manifest
-from neox_core.errors import CheckpointError, StorageError
-from neox_core.storage.atomic import atomic_file, remove_remains
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest
+from neox_core.checkpoint.reports import Reports
+from neox_core.checkpoint.uploads import LocalCheckpoint, Uploads, completed
+from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 
 _REPORT_TIMEOUT_SECONDS = 3600.0
-_KEPT_LOCALLY = 2
+"""For which a rank's report may be missing, beyond what the store may be away."""
 
 TakeFile = Callable[[Any, Path], None]
 """Takes one file's content, nested containers with tensors, and its path."""
@@ -40,13 +40,15 @@ class CheckpointWriter:
     """Takes one rank's files of every checkpoint.
 
     Args:
-        store: where checkpoints go.
+        store: where checkpoints go; it bears failures of its own.
         prefix: key below which `global_stepN/` lies.
         rank: this rank.
         world_size: number of ranks whose reports make a checkpoint complete.
-        attempt: an id that all ranks of this job share and no other job has; reports of a job that died are ignored.
-        channel: a torch.distributed store of all ranks, for word of a failure: the object store may be what fails.
+        channel: a torch.distributed store that the ranks of this job share, and no others.
         heartbeat: called as an upload makes progress.
+        stopped: once it is set, nothing waits any more.
+        published: called on rank 0, in a thread, with each manifest that was published.
+        failed: called, in a thread, with what ended the saving for good.
     """
 
     def __init__(
@@ -55,116 +57,116 @@ class CheckpointWriter:
         prefix: str,
         rank: int,
         world_size: int,
-        attempt: str,
         channel: Any,
         heartbeat: Callable[[], None] = lambda: None,
+        stopped: threading.Event | None = None,
+        published: Callable[[Manifest], None] = lambda _: None,
+        failed: Callable[[Exception], None] = lambda _: None,
     ) -> None:
-        self._channel, self._heartbeat = channel, heartbeat
-        self._store, self._prefix, self._attempt = store, prefix, attempt
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._heartbeat, self._tell_failed = rank, heartbeat, failed
+        self._stop = stopped or threading.Event()
+        timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
+        self.reports = Reports(channel, rank, world_size, self._stop, timeout)
+        self._uploads = Uploads(store, prefix, rank, self.reports, heartbeat, published, self._failed)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._saved: list[list[Path]] = []
-        self._stop = threading.Event()
+        self._writing: Future[None] | None = None
+        self._saves = 0
 
-    def save(self, manifest: Manifest, hand_over: Callable[[TakeFile], None]) -> None:
-        """Copy this rank's files to host memory and start to upload them; then training may change the tensors.
+    def save(
+        self, manifest: Manifest, hand_over: Callable[[TakeFile], None], folder: Path, upload: bool = True
+    ) -> None:
+        """Copy this rank's files to host memory and start to write them; then training may change the tensors.
 
         Args:
             manifest: of the checkpoint. Rank 0 fills in `files`, from all ranks' reports.
             hand_over: gives each file to the function that it is called with.
+            folder: the checkpoint's own, where the files go.
+            upload: False: it stays on local disk.
 
         Raises:
-            StorageError, CheckpointError: the checkpoint before failed.
+            CheckpointError, OSError: the checkpoint before could not be written to local disk.
         """
-        self.wait()  # host memory holds one copy of the state only
+        self.wait_for_disk()  # host memory holds one copy of the state only
         staged: list[tuple[Any, Path]] = []
         hand_over(lambda content, path: staged.append((_to_host(content), path)))
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # for the copies
-        self._pending = self._executor.submit(self._write, staged, manifest)
+        self._saves += 1
+        self._writing = self._executor.submit(self._write, staged, manifest, folder, self._saves, upload)
 
-    def copy_in_background(self, copy: Callable[[], None]) -> None:
-        """Call it in the thread of the uploads. A failure is logged only: the next checkpoint brings another copy."""
+    def upload(self, manifest: Manifest, folder: Path, records: tuple[FileRecord, ...]) -> None:
+        """Upload a checkpoint that lies on local disk. On all ranks, each with the files that are its to upload."""
+        self._saves += 1
+        self._uploads.put(LocalCheckpoint(self._saves, manifest, folder, records))
 
-        def attempt() -> None:
-            try:
-                copy()
-            except StorageError as error:
-                logger.warning("%s; the training continues", error)
+    def copy_in_background(self, name: str, copy: Callable[[], None]) -> None:
+        """Call it in the thread of the uploads, in place of one of that name that has not had its turn.
 
-        self._executor.submit(attempt)
+        A failure is logged only: the next checkpoint brings another copy.
+        """
+        self._uploads.copy(name, copy)
 
-    def wait(self) -> None:
-        """Wait until the last upload is through.
+    def wait_for_disk(self) -> None:
+        """Wait until the last save is on local disk.
 
         Raises:
-            StorageError, CheckpointError: it failed.
+            CheckpointError, OSError: it could not be written.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
-    def check(self) -> None:
-        """Raise what `wait` would, if the upload under way has failed already; costs nothing otherwise."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def wait(self) -> None:
+        """Wait until the last save is in the store.
+
+        Raises:
+            StorageError, CheckpointError, OSError: it is not, and will not be.
+        """
+        self.wait_for_disk()
+        self._uploads.wait()
 
     def close(self) -> None:
-        """Finish the upload under way and stop the thread."""
+        """Finish what is under way and stop the threads.
+
+        Raises:
+            StorageError, CheckpointError, OSError: as `wait`.
+        """
         try:
             self.wait()
         finally:
-            self._stop.set()
-            self._executor.shutdown()
+            self.abandon()
 
-    def _write(self, staged: list[tuple[Any, Path]], manifest: Manifest) -> None:
-        started = time.monotonic()
-        key = f"{self._prefix}/{checkpoint_key(manifest.step)}"
-        reports = f"{key}/reports/{self._attempt}/"
+    def abandon(self) -> None:
+        """Stop the threads; nothing that they wait for is waited for any more."""
+        self._stop.set()
+        self._executor.shutdown()
+        self._uploads.close()
+
+    def _failed(self, error: Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0, which may hold the channel, may be gone
+            self.reports.give_up(str(error))
+            self._tell_failed(error)
+
+    def _write(
+        self, staged: list[tuple[Any, Path]], manifest: Manifest, folder: Path, serial: int, upload: bool
+    ) -> None:
         try:
-            records = [self._write_file(content, path, key) for content, path in staged]
-            report = json.dumps([asdict(record) for record in records])
-            self._store.put_text(f"{reports}rank_{self._rank}.json", report)
-        except Exception as error:  # passed on, and reported to rank 0, which would wait for this rank
-            with contextlib.suppress(RuntimeError):  # rank 0, which holds the channel, may be gone
-                self._channel.compare_set(reports, "", f"rank {self._rank}: {error}")
+            records = tuple(self._write_file(content, path) for content, path in staged)
+            self.reports.tell(serial, "written", json.dumps([asdict(record) for record in records]))
+            if self._rank == 0:
+                texts = self.reports.collect(serial, "written")
+                manifest = completed(manifest, [tuple(FileRecord(**r) for r in json.loads(text)) for text in texts])
+                write_atomically(folder / MANIFEST_FILE, manifest.to_json())
+        except Exception as error:  # all ranks must hear of it
+            self._failed(error)
             raise
-        if self._rank == 0:
-            files = self._collect_reports(reports)
-            publish_manifest(self._store, self._prefix, replace(manifest, files=files))
-            logger.info("checkpoint of step %d is complete after %.1f s", manifest.step, time.monotonic() - started)
-        self._forget_old([path for _, path in staged])
+        if upload:
+            self._uploads.put(LocalCheckpoint(serial, manifest, folder, records))
 
-    def _write_file(self, content: Any, path: Path, key: str) -> FileRecord:
+    def _write_file(self, content: Any, path: Path) -> FileRecord:
         _save_atomically(content, path)
         self._heartbeat()
-        record = FileRecord(path.name, path.stat().st_size, sha256_of(path))
-        self._store.put_file(path, f"{key}/{path.name}", lambda _: self._heartbeat())
-        return record
-
-    def _collect_reports(self, prefix: str) -> tuple[FileRecord, ...]:
-        """Files of all ranks, once every rank has reported."""
-        deadline = time.monotonic() + _REPORT_TIMEOUT_SECONDS
-        while len(reports := self._store.list(prefix)) < self._world_size:
-            if self._channel.check([prefix]):
-                raise CheckpointError(f"not published, a file is missing: {self._channel.get(prefix).decode()}")
-            if time.monotonic() > deadline or self._stop.wait(0.5):
-                raise CheckpointError(
-                    f"only {len(reports)} of {self._world_size} ranks have uploaded their files to {prefix} after "
-                    f"{_REPORT_TIMEOUT_SECONDS:.0f} s: look for errors in the other ranks' logs"
-                )
-        texts = [self._store.get_text(report.key) for report in reports]
-        records = [FileRecord(**record) for text in texts for record in json.loads(text or "[]")]
-        self._store.delete([report.key for report in reports])
-        return tuple(sorted(records, key=lambda record: record.path))
-
-    def _forget_old(self, paths: list[Path]) -> None:
-        """Delete this rank's local files of older checkpoints, which the store holds."""
-        self._saved.append(paths)
-        while len(self._saved) > _KEPT_LOCALLY:
-            for path in self._saved.pop(0):
-                path.unlink(missing_ok=True)
+        return FileRecord(path.name, path.stat().st_size, sha256_of(path))
 
 
 def _save_atomically(content: Any, path: Path) -> None:

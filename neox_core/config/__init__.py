@@ -6,6 +6,7 @@ from neox_core.config.evaluation_sections import EvaluateConfig, EvaluationTask
 from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
+    CheckpointsConfig,
     LaunchConfig,
     ParallelConfig,
     RunConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ActivationCheckpointing",
     "BaseModelConfig",
     "BatchGeometry",
+    "CheckpointsConfig",
     "DataConfig",
     "EvaluateConfig",
     "EvaluationTask",

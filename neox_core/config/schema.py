@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -26,6 +27,27 @@ class StorageConfig(Section):
     url: S3Prefix = Field(description="s3://bucket/prefix of the checkpoints")
     endpoint_url: str | None = Field(None, description="None: AWS. 'embedded': a server on loopback, kept in workdir")
     region: str = Field("us-east-1", description="AWS's region; other stores take any name, and most this one")
+    patience_minutes: PositiveFloat = Field(
+        60.0, description="minutes for which a training bears a store that fails; then it stops, saved on local disk"
+    )
+
+
+class CheckpointsConfig(Section):
+    """Which checkpoints stay in the store. One goes when a newer one is complete and nothing here keeps it."""
+
+    keep_last: PositiveInt | None = Field(None, description="the newest ones that stay; None: all stay")
+    keep_every: PositiveInt | None = Field(
+        None, description="those of steps that this number divides stay too; None: none for that reason"
+    )
+    keep_best: NonNegativeInt = Field(
+        0, description="those with the lowest validation losses stay too, as many; only steps with a validation count"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointsConfig:
+        if self.keep_last is None and (self.keep_every is not None or self.keep_best):
+            raise ValueError("keep_every and keep_best need keep_last: without it, all checkpoints stay")
+        return self
 
 
 class TokenizerConfig(Section):
@@ -66,7 +88,12 @@ class LaunchConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: GPUs where there are some")
     cpus_per_rank: PositiveInt = Field(1, description="CPU cores of a rank, and on CPUs its threads")
     time_limit_minutes: PositiveInt = Field(
-        1440, description="minutes after which SLURM ends a job; run again, training goes on from its last checkpoint"
+        1440, description="minutes after which SLURM ends a job; training is submitted again, see `max_restarts`"
+    )
+    max_restarts: NonNegativeInt = Field(
+        5,
+        description="how often in a row a training that ended without success is submitted again although it has saved "
+        "no new checkpoint; after one, it counts anew",
     )
     hang_timeout_minutes: PositiveFloat = Field(
         10.0, description="minutes without a step on any rank, after which the job ends"
@@ -98,6 +125,7 @@ class RunConfig(Section):
     workdir: ConfigPath = Field(description="shared folder for artifacts, logs and jobs")
     seed: int = Field(1234, description="seed of the data's order and of what is drawn at random")
     storage: StorageConfig
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     tokenizer: TokenizerConfig
     data: DataConfig
     base_model: BaseModelConfig

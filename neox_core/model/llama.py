@@ -82,7 +82,10 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, dims: ModelDimensions) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(dims.vocab_size, dims.hidden_size)
+        weight = torch.empty(dims.vocab_size, dims.hidden_size)
+        if not weight.is_meta:  # where torch would import its compiler to draw nothing, which takes seconds
+            nn.init.normal_(weight)
+        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """[B,T] -> [B,T,D]"""

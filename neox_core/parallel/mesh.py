@@ -59,12 +59,13 @@ class Mesh:
         return range(first, first + size * step, step)
 
 
-def init_distributed(launch: LaunchConfig) -> torch.device:
+def init_distributed(launch: LaunchConfig, patience_minutes: float = 0.0) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe, unless this
     process has joined it before.
 
     Args:
         launch: `device` is 'cuda' (NCCL), 'cpu' (gloo) or 'auto'; on CPUs, each rank gets `cpus_per_rank` threads.
+        patience_minutes: for which a rank may keep the others waiting in addition, as the object store is away.
 
     Raises:
         LaunchError: a variable is missing, or CUDA is demanded and absent.
@@ -75,6 +76,7 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
         )
     if launch.device == "cuda" and not torch.cuda.is_available():
         raise LaunchError("launch.device is 'cuda' but this rank sees no GPU: request GPUs or set launch.device: cpu")
+    timeout = _TIMEOUT + timedelta(minutes=patience_minutes)
     use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
     # Read when CUDA is first used: without it, a full card cannot give freed blocks to larger tensors.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -87,21 +89,21 @@ def init_distributed(launch: LaunchConfig) -> torch.device:
         # CUDA graphs cannot be recorded on the default stream, and autograd runs a node on the stream it was made on.
         torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         # With a device, NCCL connects at once; a rank that is alone has nobody to connect to.
-        _join("nccl", device if os.environ["WORLD_SIZE"] != "1" else None)
+        _join("nccl", timeout, device if os.environ["WORLD_SIZE"] != "1" else None)
     else:
         device = torch.device("cpu")
         # Read when the engine is first imported; without a GPU it would otherwise probe for other accelerators.
         os.environ["DS_ACCELERATOR"] = "cpu"
-        _join("gloo")
+        _join("gloo", timeout)
         # torch would give every rank as many threads as the machine has cores.
         torch.set_num_threads(launch.cpus_per_rank)
     dist.barrier()  # NCCL takes its memory at the first collective: now, while there is some
     return device
 
 
-def _join(backend: str, device: torch.device | None = None) -> None:
+def _join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
 
 
 def _local_rank() -> int:

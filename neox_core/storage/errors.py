@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
+    BotoCoreError,
     ClientError,
     HTTPClientError,
     NoCredentialsError,
@@ -12,6 +13,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as EndpointConnectionError
 
 from neox_core.config import StorageConfig
+from neox_core.errors import StorageError
 
 _WRONG_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "403", "Forbidden")
 
@@ -19,6 +21,21 @@ _WRONG_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHead
 def error_code(error: ClientError) -> str:
     """S3's own name of the error."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a StorageError may be gone when the request is made again: it is the store's or the network's.
+
+    Any answer of the store counts, also a refusal: keys are renewed, buckets come back, clocks are set right.
+    """
+    if not isinstance(error, StorageError):
+        return False
+    cause = error.__cause__
+    if isinstance(cause, NoCredentialsError | PartialCredentialsError):
+        return False
+    # The client's own errors may be OSErrors and ValueErrors too; what is nothing else is about a file or an address.
+    foreign = not isinstance(cause, BotoCoreError | ClientError | Boto3Error | ConnectionError | TimeoutError)
+    return not (foreign and isinstance(cause, OSError | ValueError))
 
 
 def explain(error: Exception, config: StorageConfig, url: str) -> str:

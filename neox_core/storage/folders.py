@@ -106,7 +106,7 @@ class S3Folder:
             raise FileNotFoundError(f"{self}/{name} does not exist")
         return text
 
-    def content(self, name: str) -> Content:
+    def content(self, name: str) -> S3Content:
         """An object, read by ranges."""
         return S3Content(self.store, self.prefix + name, self._blocks)
 
@@ -132,6 +132,19 @@ class S3Content:
     def open(self) -> BinaryIO:
         """A seekable stream that fetches what is read."""
         return io.BufferedReader(_Ranges(self), 1 << 16)
+
+    def digest(self, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+        """SHA-256 of the whole object.
+
+        Args:
+            on_bytes: called with the size of each piece that was read.
+        """
+        digest = sha256()
+        with self.open() as stream:
+            while piece := stream.read(_BLOCK_BYTES):
+                digest.update(piece)
+                on_bytes(len(piece))
+        return digest.hexdigest()
 
     def bytes_at(self, offset: int, count: int) -> Tensor:
         """The bytes, from as few blocks as hold them."""

@@ -15,6 +15,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from neox_core.config import StorageConfig
 from neox_core.errors import StorageError
@@ -47,15 +48,19 @@ class ObjectStore:
 
     One store may be used by many threads; pickling it yields a new connection in the other process. Every failure is a
     StorageError that names the object and the endpoint.
+
+    Args:
+        read_timeout: seconds that the store may let a request wait.
+        attempts: of each request.
     """
 
-    def __init__(self, config: StorageConfig) -> None:
+    def __init__(self, config: StorageConfig, read_timeout: float = 60.0, attempts: int = 5) -> None:
         self.config = config
         # Not urlsplit, which would cut a key off at # or ?.
         self.bucket, _, prefix = config.url.removeprefix("s3://").partition("/")
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         with self._errors():
-            self._client = _connect(config, connect_timeout=5, read_timeout=60, retries=5)
+            self._client = _connect(config, connect_timeout=5, read_timeout=read_timeout, retries=attempts)
 
     def __reduce__(self) -> tuple[type[ObjectStore], tuple[StorageConfig]]:
         return ObjectStore, (self.config,)
@@ -67,17 +72,17 @@ class ObjectStore:
 
     def url(self, key: str = "") -> str:
         """The object's full name, s3://bucket/..."""
-        return f"s3://{self.bucket}/{self._full(key)}"
+        return f"s3://{self.bucket}/{self.full_key(key)}"
 
     def put_file(self, path: Path, key: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Upload a file, in parts if it is large; `on_bytes` is called with the size of each piece that went out."""
         with self._errors(key):
-            self._client.upload_file(str(path), self.bucket, self._full(key), Config=_TRANSFER, Callback=on_bytes)
+            self._client.upload_file(str(path), self.bucket, self.full_key(key), Config=_TRANSFER, Callback=on_bytes)
 
     def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download an object; `path` appears when it is complete. `on_bytes` as for `put_file`."""
         with atomic_file(path, durable=False) as temporary, self._errors(key), temporary.open("wb") as file:
-            self._client.download_fileobj(self.bucket, self._full(key), file, Config=_TRANSFER, Callback=on_bytes)
+            self._client.download_fileobj(self.bucket, self.full_key(key), file, Config=_TRANSFER, Callback=on_bytes)
 
     def put_text(self, key: str, text: str) -> None:
         """Write a small object in one atomic request."""
@@ -86,13 +91,13 @@ class ObjectStore:
     def put_bytes(self, key: str, content: bytes) -> None:
         """Write a small object in one atomic request."""
         with self._errors(key):
-            self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=content)
+            self._client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content)
 
     def get_text(self, key: str) -> str | None:
         """Read a small object; None if there is none."""
         with self._errors(key):
             try:
-                answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
+                answer = self._client.get_object(Bucket=self.bucket, Key=self.full_key(key))
             except ClientError as error:
                 if error_code(error) == "NoSuchKey":
                     return None
@@ -103,12 +108,12 @@ class ObjectStore:
         """`count` bytes of an object from `start`; fewer where it ends."""
         with self._errors(key):
             wanted = f"bytes={start}-{start + count - 1}"
-            return self._client.get_object(Bucket=self.bucket, Key=self._full(key), Range=wanted)["Body"].read()
+            return self._client.get_object(Bucket=self.bucket, Key=self.full_key(key), Range=wanted)["Body"].read()
 
     @contextlib.contextmanager
     def uploading(self, key: str, part_bytes: int) -> Iterator[Callable[[memoryview], None]]:
         """Takes an object's bytes and sends them in parts; the object appears when the block ends without an error."""
-        where: Any = {"Bucket": self.bucket, "Key": self._full(key)}
+        where: Any = {"Bucket": self.bucket, "Key": self.full_key(key)}
         buffer = bytearray()
         parts: list[Any] = []
         with self._errors(key):
@@ -140,14 +145,14 @@ class ObjectStore:
     def copy(self, key: str, to: str) -> None:
         """Copy an object within the store, in parts if it is large; no byte passes through this machine."""
         with self._errors(to):
-            source: Any = {"Bucket": self.bucket, "Key": self._full(key)}
-            self._client.copy(source, self.bucket, self._full(to), Config=_TRANSFER)
+            source: Any = {"Bucket": self.bucket, "Key": self.full_key(key)}
+            self._client.copy(source, self.bucket, self.full_key(to), Config=_TRANSFER)
 
     def abort_uploads(self, prefix: str) -> None:
         """Drop the parts of uploads to keys that start with `prefix` and never ended."""
         with self._errors(prefix):
             pages = self._client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self._full(prefix)):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.full_key(prefix)):
                 for upload in page.get("Uploads", ()):
                     self._client.abort_multipart_upload(
                         Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
@@ -159,7 +164,7 @@ class ObjectStore:
         with self._errors(prefix):
             pages = self._client.get_paginator("list_objects_v2")
             settings: Any = {"PageSize": _PAGE}
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self._full(prefix), PaginationConfig=settings):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.full_key(prefix), PaginationConfig=settings):
                 for entry in page.get("Contents", ()):
                     key = entry["Key"].removeprefix(self._prefix)
                     found.append(ObjectInfo(key, entry["Size"], entry.get("ETag", "").strip('"')))
@@ -178,7 +183,7 @@ class ObjectStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; keys that do not exist are no error."""
-        names = [self._full(key) for key in keys]
+        names = [self.full_key(key) for key in keys]
         for start in range(0, len(names), _PAGE):
             batch = names[start : start + _PAGE]
             with self._errors(batch[0].removeprefix(self._prefix)):
@@ -217,7 +222,8 @@ class ObjectStore:
             if error_code(error) != "BucketAlreadyOwnedByYou":  # another process was quicker
                 raise
 
-    def _full(self, key: str) -> str:
+    def full_key(self, key: str) -> str:
+        """The key within the bucket."""
         return self._prefix + key
 
     @contextlib.contextmanager
@@ -225,7 +231,7 @@ class ObjectStore:
         """Turn the client's errors into ours."""
         try:
             yield
-        except (BotoCoreError, ClientError, Boto3Error, OSError, ValueError) as error:
+        except (BotoCoreError, ClientError, Boto3Error, ResponseParserError, OSError, ValueError) as error:
             raise StorageError(explain(error, self.config, self.url(key))) from error
 
 

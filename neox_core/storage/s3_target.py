@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -53,11 +52,7 @@ class S3Target(S3Folder):
     def digest(self, path: str) -> tuple[int, str]:
         """Size and SHA-256."""
         content = self.content(path)
-        digest = hashlib.sha256()
-        with content.open() as stream:
-            while piece := stream.read(1 << 22):
-                digest.update(piece)
-        return content.size, digest.hexdigest()
+        return content.size, content.digest()
 
     def locked(self) -> AbstractContextManager[None]:
         """Not all object stores can: nothing is kept out."""

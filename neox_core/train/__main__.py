@@ -16,7 +16,7 @@ from pathlib import Path
 
 from neox_core.artifact import Artifact, read_artifact
 from neox_core.config import RunConfig, batch_geometry, load_config
-from neox_core.errors import ConfigError, LlemmaError
+from neox_core.errors import GO_ON_EXIT_CODE, ConfigError, LlemmaError, StoppedError
 from neox_core.train.identity import training_fingerprint, weights_identity
 
 _EMBEDDED = "embedded"
@@ -26,11 +26,15 @@ _SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 def main() -> None:
     """Train; the last line that rank 0 prints is the summary as JSON.
 
-    Errors that users can mend are one line on standard error.
+    Errors that users can mend are one line on standard error. The exit code is 75 if the same command goes on from
+    what is saved: training was told to stop, or hung.
     """
     arguments = _parser().parse_args()
     try:
         summary = _train(arguments)
+    except StoppedError as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(GO_ON_EXIT_CODE)
     except LlemmaError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)

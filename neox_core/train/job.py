@@ -8,6 +8,9 @@ from pathlib import Path
 from neox_core.checkpoint.manifest import training_prefix
 from neox_core.train.lineage import Ancestor
 
+LOCAL_CHECKPOINTS = "checkpoints"
+"""Folder, in a training's own, of checkpoints on their way to and from the store."""
+
 
 @dataclass(frozen=True)
 class TrainJob:

@@ -22,6 +22,7 @@ from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.resume import TrainingState
 from neox_core.train.schedule import learning_rate
+from neox_core.train.stopping import Stop, StopAtBoundary
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Loop:
     validation_data: MixtureDataset
     metrics: MetricsLog
     guard: Guard
-    save: Callable[[TrainingState], None]
+    save: Callable[[TrainingState, bool], None]
+    """Called with a state, and whether it is to go to the store."""
+    stop_due: Callable[[], Stop | None]
+    """Called at each step's boundary on all ranks, which get the same answer."""
     go_back: Callable[[Incident], TrainingState]
     """Loads the state to go on from after an incident."""
     telemetry: Telemetry
@@ -48,6 +52,7 @@ class Loop:
 
         Raises:
             TrainingError: the guard stops training; the state is not saved.
+            StopAtBoundary: training was told to stop; the state is saved.
         """
         if state.step == 0:
             self._validate(0)
@@ -81,7 +86,9 @@ class Loop:
                 self._step(step, batches, Batch(data, first, geometry.sequences))
                 first += geometry.sequences
                 state = replace(state, step=step)
-                self._between(state)
+                saved = self._between(state)
+                if (stop := self.stop_due()) and step < self.train.steps:
+                    self._stop(state, stop, saved)
         self.guard.drain()
         return replace(state, guard=self.guard.state())
 
@@ -100,8 +107,8 @@ class Loop:
         self.telemetry.end(step, values)
         self.guard.end(step, self.engine.outcome, batch)
 
-    def _between(self, state: TrainingState) -> None:
-        """Validate and save, where that is due after a step."""
+    def _between(self, state: TrainingState) -> bool:
+        """Validate and save, where that is due after a step. Whether it was saved."""
         step, last = state.step, state.step == self.train.steps
         validate, save = (
             last or step % n == 0 for n in (self.train.validation.interval, self.train.checkpoint_interval)
@@ -112,7 +119,18 @@ class Loop:
             self._validate(step)
         if save:
             self.heartbeat(f"checkpoint of step {step}")
-            self.save(replace(state, guard=self.guard.state()))
+            self.save(replace(state, guard=self.guard.state()), True)
+        return save
+
+    def _stop(self, state: TrainingState, stop: Stop, saved: bool) -> None:
+        """Save, unless that was done; without the store if it was given up."""
+        self.guard.drain()
+        upload = stop.kind != "storage"
+        if not (saved and upload):
+            self.heartbeat(f"checkpoint of step {state.step}")
+            self.save(replace(state, guard=self.guard.state()), upload)
+        self.telemetry.flush()
+        raise StopAtBoundary(stop, state.step)
 
     def _validate(self, step: int) -> None:
         """Mean loss over the first `iterations` global batches of the validation mixture, the same at every step."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from neox_core.artifact import software
-from neox_core.checkpoint.manifest import Manifest, checkpoint_key, download_checkpoint
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, download_checkpoint
 from neox_core.checkpoint.partitions import Layout, Place
 from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import CheckpointWriter
@@ -27,8 +27,9 @@ from neox_core.parallel.stages import pipeline_layers
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
-from neox_core.train.job import TrainJob
+from neox_core.train.job import LOCAL_CHECKPOINTS, TrainJob
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
+from neox_core.train.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class TrainCheckpoints:
     heartbeat: Callable[[], None] = lambda: None
     """Called as a download makes progress."""
 
-    def save(self, state: TrainingState) -> None:
-        """Save the state after a step, and start its upload."""
+    def save(self, state: TrainingState, upload: bool = True) -> None:
+        """Save the state after a step, and start its upload if there is to be one."""
         sequences = first_sequence(self.config.train, state.step + 1, state.skipped)
         manifest = Manifest(
             step=state.step,
@@ -76,7 +77,9 @@ class TrainCheckpoints:
             guard=state.guard,
         )
         notes = {"sequences_consumed": sequences}
-        self.writer.save(manifest, partial(self.engine.save_state, self._folder, checkpoint_key(state.step), notes))
+        key = checkpoint_key(state.step)
+        hand_over = partial(self.engine.save_state, self._folder, key, notes)
+        self.writer.save(manifest, hand_over, self._folder / key, upload)
 
     def resume(self) -> TrainingState:
         """Load the newest complete checkpoint, if there is one, and return its state.
@@ -92,6 +95,9 @@ class TrainCheckpoints:
         state = self._state(manifest)
         self._check(prefix, manifest, state)
         self._load(prefix, manifest)
+        self._upload_unless_stored(prefix, manifest)
+        if self.mesh.local_rank == 0:
+            remove_others(self._folder, manifest.step)
         if prefix != self.job.prefix and self.mesh.rank == 0:
             inherit_records(self.store, self.job.prefix, prefix, manifest.step, self.job.output)
         consumed = first_sequence(self.config.train, state.step + 1, state.skipped)
@@ -130,11 +136,40 @@ class TrainCheckpoints:
 
         What was skipped after the checkpoint, by this training or by the one whose it is, is in the manifest.
         """
-        found: list[tuple[str, Manifest] | None] = [None]
-        if dist.get_rank() == 0 and (newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors)):
-            found = [(newest[0], self._with_skipped(*newest))]
+        found: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            if newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors):
+                found[0] = (newest[0], self._with_skipped(*newest))
+            local = newest_local(self._folder, self.job.fingerprint)
+            if local and self._is_own_layout(local) and (newest is None or local.step > newest[1].step):
+                found[1] = (self.job.prefix, self._with_skipped(self.job.prefix, local))
         dist.broadcast_object_list(found, src=0)
-        return found[0]
+        stored: tuple[str, Manifest] | None = found[0]
+        on_disk: tuple[str, Manifest] | None = found[1]
+        if on_disk is None:
+            return stored
+        folder = self._folder / checkpoint_key(on_disk[1].step)
+        if not here_on_all_ranks(folder, [record for record in on_disk[1].files if self._wanted(record.path)]):
+            logger.warning("%s is not whole on local disk: not used", folder)
+            return stored
+        logger.info("%s is newer than what the store has", folder)
+        return on_disk
+
+    def _wanted(self, name: str) -> bool:
+        """Whether this rank needs the file on its node: weights and metadata, and its own optimizer state."""
+        own = self.engine.optimizer_file(name, self._place, self.mesh.tensor_size)
+        return own or (self.mesh.local_rank == 0 and self.engine.shared_file(name))
+
+    def _is_own_layout(self, manifest: Manifest) -> bool:
+        return Layout.of_manifest(manifest.layout, self.config.model) == self._layout
+
+    def _upload_unless_stored(self, prefix: str, manifest: Manifest) -> None:
+        """Bring a checkpoint to the store that was on local disk only."""
+        folder = self._folder / checkpoint_key(manifest.step)
+        is_local: list[bool] = [prefix == self.job.prefix and (folder / MANIFEST_FILE).is_file()]
+        dist.broadcast_object_list(is_local, src=0)
+        if is_local[0]:
+            self.writer.upload(manifest, folder, upload_shares(folder, manifest))
 
     def _with_skipped(self, prefix: str, manifest: Manifest) -> Manifest:
         for key in dict.fromkeys((self.job.prefix, prefix)):
@@ -209,4 +244,4 @@ class TrainCheckpoints:
 
     @property
     def _folder(self) -> Path:
-        return self.job.output / "checkpoints"
+        return self.job.output / LOCAL_CHECKPOINTS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.checkpoint.retention import apply_retention, remove_remains
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
-from neox_core.errors import ConfigError, TrainingError
+from neox_core.errors import ConfigError, LlemmaError, StoppedError, StorageError, TrainingError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.shared_store import shared_store
-from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.patient_store import PatientStore
 from neox_core.train.dry_run import dry_run, memory_explained, zero_weights
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.step_engine import StepEngine
@@ -34,7 +34,9 @@ from neox_core.train.observe.profiler import StepProfiler
 from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.observe.watchdog import Watchdog
 from neox_core.train.resume import TrainCheckpoints, TrainingState
+from neox_core.train.saving import Saving
 from neox_core.train.startup import check_ranks_agree, startup_facts
+from neox_core.train.stopping import StopAtBoundary, Stopping, end_time
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 def _world(config: RunConfig) -> Iterator[tuple[torch.device, Watchdog]]:
     """The process group, this rank's device, and the watchdog of the job."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    device = init_distributed(config.launch)
+    device = init_distributed(config.launch, config.storage.patience_minutes)
     with Watchdog(60 * config.launch.hang_timeout_minutes, dist.get_rank(), dist.get_world_size()) as watchdog:
         yield device, watchdog
     dist.destroy_process_group()
@@ -87,17 +89,18 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     mesh = build_mesh(config.parallel, device)
     geometry = _geometry(config, mesh)
     engine = _engine(config, job, mesh, geometry, watchdog)
-    store = ObjectStore(config.storage)
-    channel = shared_store("checkpoints")
-    writer = CheckpointWriter(
-        store, job.prefix, mesh.rank, mesh.world_size, _shared_attempt_id(), channel, watchdog.beat
-    )
+    store = PatientStore(config.storage, watchdog.beat)
+    stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
+    saving, writer = _saving(config, job, mesh, store, stopping, watchdog)
     watchdog.beat("resuming")
+    if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
+        remove_remains(store, job.prefix)
     checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.beat)
     with memory_explained(config, geometry, mesh):
         start = checkpoints.resume()
 
     with (
+        _ending(store),
         MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics,
         Telemetry(
             config,
@@ -110,16 +113,16 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             peak_flops(device, parameter_dtype(config)) * mesh.world_size,
         ) as telemetry,
     ):
-        incidents = IncidentLog(job.output, store, job.prefix, metrics, engine.gradient_groups, mesh)
+        incidents = IncidentLog(
+            job.output, store, job.prefix, metrics, engine.gradient_groups, mesh, writer.copy_in_background
+        )
 
-        def heartbeat(place: str) -> None:
-            writer.check()
-            watchdog.beat(place)
-
-        def save(state: TrainingState) -> None:
+        def save(state: TrainingState, upload: bool) -> None:
+            saving.begin(state.step)
             telemetry.flush()
-            writer.copy_in_background(metrics.backup())
-            checkpoints.save(state)
+            if upload:
+                writer.copy_in_background("metrics", metrics.backup())
+            checkpoints.save(state, upload)
 
         loop = Loop(
             engine=engine,
@@ -130,26 +133,82 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             metrics=metrics,
             guard=Guard(config.train.guard, engine.set_loss_limit, incidents.record),
             save=save,
+            stop_due=stopping.due,
             go_back=checkpoints.go_back,
             telemetry=telemetry,
-            heartbeat=heartbeat,
+            heartbeat=watchdog.beat,
         )
         try:
-            with memory_explained(config, geometry, mesh):
+            with memory_explained(config, geometry, mesh), stopping.signals():
                 loop.run(start)
         except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
             _last_upload(writer, watchdog)
             raise
-    _last_upload(writer, watchdog)
+        except StopAtBoundary as stopped:
+            raise _stopped(stopped, job, store, writer, watchdog) from None
+        _last_upload(writer, watchdog)
     engine.close()
     return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
+
+
+def _saving(
+    config: RunConfig, job: TrainJob, mesh: Mesh, store: PatientStore, stopping: Stopping, watchdog: Watchdog
+) -> tuple[Saving, CheckpointWriter]:
+    """What writes checkpoints, and what looks at how that goes."""
+    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
+    saving = Saving(stopping, job.output, mesh.rank, retain)
+    writer = CheckpointWriter(
+        store,
+        job.prefix,
+        mesh.rank,
+        mesh.world_size,
+        shared_store("checkpoints"),
+        watchdog.beat,
+        store.stopped,
+        saving.published,
+        saving.failed,
+    )
+    store.on_behind = partial(saving.behind, writer.reports)
+    return saving, writer
+
+
+@contextlib.contextmanager
+def _ending(store: PatientStore) -> Iterator[None]:
+    """Afterwards, however it ends, no thread waits for the store any more."""
+    try:
+        yield
+    finally:
+        store.stopped.set()
+
+
+def _stopped(
+    stopped: StopAtBoundary, job: TrainJob, store: PatientStore, writer: CheckpointWriter, watchdog: Watchdog
+) -> LlemmaError:
+    """Bring the last save to where it is safe; the error that ends the job. Collective over all ranks."""
+    reason = stopped.stop.reason
+    if stopped.stop.kind == "storage":
+        store.stopped.set()
+        writer.wait_for_disk()
+        dist.barrier()
+        writer.abandon()
+        return StorageError(f"{reason}; step {stopped.step} is saved in {job.output}: run again when the store is back")
+    _last_upload(writer, watchdog)
+    return StoppedError(f"stopped after step {stopped.step}, which is saved: {reason}; run again to go on")
 
 
 def _last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
     """Wait for it. Collective over all ranks: rank 0 publishes the manifest, and nobody leaves before."""
     watchdog.beat("last upload")
-    writer.close()
-    dist.barrier()
+    problem = ""
+    try:
+        writer.wait()
+    except LlemmaError as error:
+        problem = str(error)
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    writer.abandon()
+    if failed := [text for text in problems if text]:
+        raise StorageError(f"{failed[0]}; the last save is on local disk: run again when the store is back")
 
 
 def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> StepEngine:
@@ -177,9 +236,3 @@ def _geometry(config: RunConfig, mesh: Mesh) -> BatchGeometry:
             f"{config.launch.ranks_per_node} = {config.launch.world_size}: make them agree"
         )
     return largest_batch(config)  # the loop sets each step's own
-
-
-def _shared_attempt_id() -> str:
-    ids = [uuid.uuid4().hex]
-    dist.broadcast_object_list(ids, src=0)
-    return ids[0]

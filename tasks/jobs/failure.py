@@ -1,9 +1,27 @@
-"""Why a task ended without results, in words."""
+"""Why a task ended without results, in words; and whether another attempt may do better."""
 
 from __future__ import annotations
 
+from neox_core.errors import LaunchError
 from tasks.jobs.executor import Cause, Executor, Handle, Status
 from tasks.jobs.rank import RankFailure, read_failure
+
+
+class JobFailed(LaunchError):
+    """A job that has ended without results."""
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
+        """Another attempt would end likewise: it was cancelled, or the program refused to go on."""
+
+
+def is_final(task: Handle, ranks: int, status: Status) -> bool:
+    """Whether somebody cancelled the task, or the first rank that failed said that it must not go on."""
+    if status.cause is not None and status.cause is not Cause.ERROR:
+        return status.cause is Cause.CANCELLED
+    failures = _failures(task, ranks).values()
+    return bool(failures) and min(failures, key=lambda failure: failure.time).refused
 
 
 def explain(executor: Executor, task: Handle, ranks: int, status: Status) -> str:
@@ -25,7 +43,7 @@ def explain(executor: Executor, task: Handle, ranks: int, status: Status) -> str
 
 def _first_failure(executor: Executor, task: Handle, ranks: int) -> tuple[int | None, str]:
     """Rank and reason. A rank that was killed comes before those that noticed it and raised an error."""
-    failures = {rank: failure for rank in range(ranks) if (failure := read_failure(task.folder, task.index, rank))}
+    failures = _failures(task, ranks)
     for rank, ending in executor.killed_ranks(task).items():
         if rank not in failures:
             last_words = _last_words(executor, task, rank)
@@ -37,6 +55,10 @@ def _first_failure(executor: Executor, task: Handle, ranks: int) -> tuple[int | 
         "it ended without a word from any rank (killed, out of memory, hung, or over its time limit); "
         f"last words of rank 0: {_last_words(executor, task, 0)}"
     )
+
+
+def _failures(task: Handle, ranks: int) -> dict[int, RankFailure]:
+    return {rank: failure for rank in range(ranks) if (failure := read_failure(task.folder, task.index, rank))}
 
 
 def _words_of(failure: RankFailure) -> str:

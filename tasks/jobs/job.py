@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neox_core.errors import LaunchError
 from tasks.jobs.executor import AT_WORK, Cause, Handle, State, Status
-from tasks.jobs.failure import explain
+from tasks.jobs.failure import JobFailed, explain, is_final
 from tasks.jobs.rank import read_result, result_file
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import executor_named
@@ -71,22 +70,23 @@ class Job:
         """Whether the job has ended, well or not."""
         return self.state() not in AT_WORK
 
-    def while_at_work(self) -> Iterator[State | None]:
-        """The job's state, asked anew each time, until it has ended; None while the scheduler does not answer.
+    def while_at_work(self) -> Iterator[Status | None]:
+        """The job's state and the scheduler's reason, asked anew each time, until it has ended; None while the
+        scheduler does not answer.
 
         Raises:
             LaunchError: it does not answer for long, or a local job belongs to another host.
         """
         retry_policy = RetryPolicy()
-        while (state := retry_policy.ask(self.state)) in (None, *AT_WORK):
-            yield state
+        while (status := retry_policy.ask(self.status)) is None or status.at_work:
+            yield status
 
     def as_completed(self) -> Iterator[tuple[int, list[Any]]]:
         """Wait for the tasks; each one's place and what the function returned in its ranks, as they end.
 
         Raises:
-            LaunchError: a task was cancelled or failed; says which rank failed first, how, and where its log is. Or the
-                scheduler does not answer for long.
+            JobFailed: a task was cancelled or failed; says which rank failed first, how, and where its log is.
+            LaunchError: the scheduler does not answer for long.
         """
         retry_policy, waiting = RetryPolicy(), set(range(len(self.record.tasks)))
         while waiting:
@@ -148,7 +148,7 @@ class Job:
         """Wait for the results of a task that has ended.
 
         Raises:
-            LaunchError: they do not appear, or it failed.
+            JobFailed: they do not appear, or it failed.
         """
         deadline = time.monotonic() + _SHARED_DISK_SECONDS
         while status.state in ("completed", "unknown") and not self._has_returned(task):
@@ -157,4 +157,5 @@ class Job:
             time.sleep(_POLL_SECONDS)
         if not self._has_returned(task):
             label = str(self) if len(self.record.tasks) == 1 else f"task {task.id} of {self}"
-            raise LaunchError(f"{label} {explain(self._executor, task, self.record.ranks, status)}")
+            why = explain(self._executor, task, self.record.ranks, status)
+            raise JobFailed(f"{label} {why}", final=is_final(task, self.record.ranks, status))

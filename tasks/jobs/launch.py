@@ -19,7 +19,16 @@ from tasks.jobs.rank import RankTask, read_result
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import choose_executor, executor_named
 
-__all__ = ["Job", "JobPlan", "attach_or_submit", "check_launch", "find_job", "find_jobs", "submit_or_attach"]
+__all__ = [
+    "Job",
+    "JobPlan",
+    "attach_or_submit",
+    "check_launch",
+    "find_job",
+    "find_jobs",
+    "resources_of",
+    "submit_or_attach",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +99,7 @@ def submit_or_attach(
     Raises:
         LaunchError, NoAnswer: as `attach_or_submit`.
     """
-    resources = _resources(launch, nodes, ranks_per_node)
+    resources = resources_of(launch, nodes, ranks_per_node)
     accept = lambda index, results: accept_completed  # noqa: E731
     return attach_or_submit(JobPlan(folder, name, key, [(function, args)], resources, launch.executor, accept))
 
@@ -102,7 +111,21 @@ def check_launch(launch: LaunchConfig) -> None:
         LaunchError: SLURM is demanded and absent, or without it there are several nodes or too few GPUs.
     """
     executor = executor_named(choose_executor(launch.executor))
-    executor.check(_resources(launch, launch.nodes, launch.ranks_per_node))
+    executor.check(resources_of(launch, launch.nodes, launch.ranks_per_node))
+
+
+def resources_of(launch: LaunchConfig, nodes: int, ranks_per_node: int) -> Resources:
+    """What a job of so many ranks asks for, by the configuration."""
+    return Resources(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        cpus_per_rank=launch.cpus_per_rank,
+        gpus=launch.device,
+        time_limit_minutes=launch.time_limit_minutes,
+        partition=launch.partition,
+        account=launch.account,
+        parameters=launch.slurm_parameters,
+    )
 
 
 def find_job(folder: Path, key: str) -> Job | None:
@@ -195,16 +218,3 @@ def _submit(plan: JobPlan, kept: JobRecord | None) -> Job:
     job = Job(record)
     _log.info("submitted %s, %d of %d tasks, logs in %s", job, len(calls), len(record.tasks), folder)
     return job
-
-
-def _resources(launch: LaunchConfig, nodes: int, ranks_per_node: int) -> Resources:
-    return Resources(
-        nodes=nodes,
-        ranks_per_node=ranks_per_node,
-        cpus_per_rank=launch.cpus_per_rank,
-        gpus=launch.device,
-        time_limit_minutes=launch.time_limit_minutes,
-        partition=launch.partition,
-        account=launch.account,
-        parameters=launch.slurm_parameters,
-    )

@@ -20,6 +20,7 @@ from submitit.core.utils import JobPaths
 
 from infra.processes import ProcessRecord, end_processes, wait_for_end
 from neox_core.errors import LaunchError
+from neox_core.train.stopping import LOCAL_END_TIME
 from tasks.jobs.executor import Cause, Handle, Resources, Status, Submission
 from tasks.jobs.local_controller import ControllerReport
 
@@ -126,6 +127,7 @@ class _SubmititExecutor(submitit.LocalExecutor):  # type: ignore[misc]
             "SUBMITIT_LOCAL_TIMEOUT_S": str(limit_seconds),
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(min(30, limit_seconds // 2)),
             "SUBMITIT_LOCAL_WITH_SHELL": "",
+            LOCAL_END_TIME: str(time.time() + limit_seconds),
             "SUBMITIT_STDERR_TO_STDOUT": "1",
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(gpus)),
             **({} if gpus else CPU_ONLY),

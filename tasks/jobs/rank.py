@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +15,20 @@ from typing import Any, Literal
 import submitit
 from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
 
-from neox_core.errors import LlemmaError
+from neox_core.errors import (
+    GO_ON_EXIT_CODE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    LlemmaError,
+    StoppedError,
+    TrainingError,
+)
 from neox_core.storage.atomic import write_atomically
 
+_REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
+"""A store that cannot be reached is no refusal: later it may."""
 CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
 """Of the local controller that started the rank."""
 
@@ -30,6 +42,8 @@ class RankFailure:
     message: str
     cause: Literal["timeout", "preempted"] | None = None
     """If it is what a signal of the scheduler announced."""
+    refused: bool = False
+    """The program would not go on with what it was given, so that another attempt would end likewise."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +73,16 @@ class RankTask:
         """Run the function in this rank, whose environment is there, and record what it returns.
 
         Raises:
-            BaseException: whatever the function raised, after it was recorded.
+            BaseException: whatever the function raised, after it was recorded; SystemExit with the code that says
+                'go on' for a StoppedError.
         """
         _failure_file(self.folder, self.index, rank).unlink(missing_ok=True)  # of a time before a requeue
         try:
             result = self.function(*self.args)
         except BaseException as error:  # recorded, not handled: KeyboardInterrupt and SystemExit end a rank too
             _write_failure(self.folder, self.index, rank, error)
+            if isinstance(error, StoppedError):
+                sys.exit(GO_ON_EXIT_CODE)
             raise
         with temporary_save_path(result_file(self.folder, self.index, rank)) as temporary:
             cloudpickle_dump(result, temporary)
@@ -101,7 +118,7 @@ def _write_failure(folder: Path, index: int, rank: int, error: BaseException) ->
         cause = "preempted" if "preempted" in message else "timeout"
     elif not isinstance(error, LlemmaError):
         message = f"{type(error).__name__}: {message}"
-    failure = RankFailure(rank, time.time(), message, cause)
+    failure = RankFailure(rank, time.time(), message, cause, isinstance(error, _REFUSALS))
     write_atomically(_failure_file(folder, index, rank), json.dumps(asdict(failure)))
 
 

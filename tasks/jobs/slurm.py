@@ -114,10 +114,30 @@ def _array_with_work(folder: Path) -> str | None:
     return slurm_commands.array_of(work.name.removesuffix("_submitted.pkl")) if work else None
 
 
-def _submitit_executor(submission: Submission) -> Any:
+def _requeue(wanted: Resources) -> dict[str, Any]:
+    """SLURM starts the job again after a node's failure or a preemption, unless the configuration says no_requeue."""
+    return {} if "no_requeue" in wanted.parameters else {"requeue": True}
+
+
+class _AnywhereExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """submitit's, which can be made where there is no srun."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """As where there is one."""
+        return 1
+
+
+def script(submission: Submission) -> str:
+    """The sbatch script of a submission of one task, without SLURM."""
+    executor = _submitit_executor(submission, _AnywhereExecutor)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "script"))
+
+
+def _submitit_executor(submission: Submission, kind: Any = submitit.SlurmExecutor) -> Any:
     # SIGUSR2 announces preemption. Until submitit's handler is there it would kill Python, so it starts ignored.
     python = f'sh -c \'trap "" USR2; exec "$@"\' _ {shlex.quote(sys.executable)}'
-    executor = submitit.SlurmExecutor(submission.folder, python=python)
+    executor = kind(submission.folder, python=python)
     wanted = submission.resources
     gpus = 0 if wanted.gpus == "cpu" else wanted.ranks_per_node
     options = {
@@ -136,7 +156,7 @@ def _submitit_executor(submission: Submission) -> Any:
         stderr_to_stdout=True,
         # srun does not take --cpus-per-task over from sbatch (since SLURM 22.05)
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={wanted.cpus_per_rank}"],
-        additional_parameters=dict(wanted.parameters),
+        additional_parameters=_requeue(wanted) | dict(wanted.parameters),
         # DeepSpeed looks for devices when it is imported, and would take a GPU that is not ours.
         setup=[] if gpus else [f"export {name}={value}" for name, value in CPU_ONLY.items()],
         **{name: value for name, value in options.items() if value is not None},

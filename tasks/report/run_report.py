@@ -11,10 +11,10 @@ from neox_core.config import RunConfig
 from neox_core.train.observe.metrics import METRICS_FILE
 from tasks.evaluation.kept_items import BASE_STEP, load_items
 from tasks.evaluation.show import flipped, is_right
+from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
 from tasks.report.page import ReportData, read_metrics, summary_rows, write_report
 from tasks.report.tasks_section import flipped_rows
-from tasks.stage import StageResult
 
 
 @dataclass(frozen=True)

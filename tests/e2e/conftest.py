@@ -47,7 +47,7 @@ def chain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Cha
 
     folder = tmp_path_factory.mktemp("chain")
     copy_text(folder)
-    run = Run(write_run(folder))
+    run = Run(write_run(folder, {"wandb": {"mode": "offline"}}))
     report = llemma_pretrain(str(run.path))
     return Chain(run, report, tuple(map(str, run.processes())))
 

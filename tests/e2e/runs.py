@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
         "validation": {"interval": INTERVAL, "iterations": 1},
         "checkpoint_interval": INTERVAL,
     },
-    "launch": {"time_limit_minutes": 5},
+    "wandb": {"mode": "disabled"},
     "evaluate": {"poll_seconds": 0.2, "micro_batch_size": 16, "max_sequences": 32},
 }
 """The toy run, smaller. Many small micro batches make a step last a while, so that tests can interfere."""

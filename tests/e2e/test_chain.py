@@ -24,7 +24,8 @@ from neox_core.artifact import DigestCache, find_verified, read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import RunConfig
 from neox_core.storage.object_store import ObjectStore
-from tasks.training import resolve_training
+from neox_core.train.identity import weights_identity
+from tasks.identity.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run
 
@@ -46,9 +47,9 @@ def summary(run: Run, stage: str) -> dict[str, Any]:
     return dict(read_artifact(run.stage_folder(stage)).summary)
 
 
-def prefect_table(key: str) -> tuple[list[dict[str, Any]], str]:
-    """The newest Prefect table of that key, and its description."""
-    artifact = Artifact.get(key)
+def prefect_table(stage: str) -> tuple[list[dict[str, Any]], str]:
+    """The newest Prefect table of that stage of the small run, and its description."""
+    artifact = Artifact.get(f"{stage}-small")
     assert artifact is not None
     assert artifact.type == "table"
     return json.loads(str(artifact.data)), str(artifact.description)
@@ -69,7 +70,9 @@ def test_every_artifact_verifies(chain: Chain, stage: str) -> None:
 
 def test_artifacts_name_the_ones_they_were_made_from(chain: Chain) -> None:
     made = {stage: read_artifact(chain.run.stage_folder(stage)) for stage in STAGES}
-    assert made["train"].inputs == {stage: made[stage].fingerprint for stage in ("prepare-data", "convert")}
+    # A training is the same in every layout, so that it names the weights, not the shards.
+    weights = weights_identity(made["convert"])
+    assert made["train"].inputs == {"prepare-data": made["prepare-data"].fingerprint, "convert": weights}
     assert made["evaluate"].inputs == {"train": made["train"].fingerprint}
     assert made["export"].inputs["train"] == made["train"].fingerprint
 
@@ -168,7 +171,7 @@ def test_each_stage_publishes_a_table_and_its_progress(chain: Chain, stage: str)
     rows, description = prefect_table(stage)
     assert rows
     assert str(chain.run.stage_folder(stage)) in description
-    progress = Artifact.get(f"{stage}-progress")
+    progress = Artifact.get(f"{stage}-progress-small")
     assert progress is not None
     assert (progress.type, float(str(progress.data))) == ("progress", 100.0)
 

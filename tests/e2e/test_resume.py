@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from neox_core.artifact import read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints, object_key
 from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
+from tasks.identity.training import resolve_training
 from tasks.jobs.local_controller import ControllerReport
-from tasks.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
 
@@ -66,24 +67,42 @@ def when_training_is_under_way(run: Run, store: ObjectStore, act: Callable[[Cont
         time.sleep(0.02)
 
 
+@contextmanager
+def rank_1_killed_when_under_way(run: Run, store: ObjectStore) -> Iterator[None]:
+    act: Callable[[ControllerReport], None] = lambda report: report.ranks[1].send(signal.SIGKILL)  # noqa: E731
+    killer = threading.Thread(target=when_training_is_under_way, args=(run, store, act))
+    killer.start()
+    yield
+    killer.join()
+
+
 def test_a_killed_rank_ends_the_job_and_the_next_run_resumes(chain: Chain, copied: Callable[..., Run]) -> None:
     run = copied(*PREPARED)
     with storage_service(run.config.storage, run.workdir) as storage:
         store = ObjectStore(storage)
-        killer = threading.Thread(
-            target=when_training_is_under_way,
-            args=(run, store, lambda report: report.ranks[1].send(signal.SIGKILL)),
-        )
-        killer.start()
-        with pytest.raises(
-            LaunchError, match=r"failed, rank 1 first: killed by signal 9 without a Python error"
-        ) as error:
-            train(str(run.path))
-        killer.join()
+        with (
+            rank_1_killed_when_under_way(run, store),
+            pytest.raises(
+                LaunchError, match=r"failed, rank 1 first: killed by signal 9 without a Python error"
+            ) as error,
+        ):
+            train(str(run.path), ["launch.max_restarts=0"])
         assert "\n" not in str(error.value)
         assert not any(record.is_alive() for record in run.job_processes())
         assert [manifest.step for manifest in list_checkpoints(store, prefix_of(run))] == [INTERVAL]
 
+        result = train(str(run.path))
+    assert result.artifact.summary["started_from_step"] == INTERVAL
+    assert training_values(run.rows(), 0) == training_values(chain.run.rows(), 0)
+    assert [attempt.name for attempt in run.attempts("train")] == ["attempt-0001", "attempt-0002"]
+
+
+def test_a_training_goes_on_by_itself_after_a_rank_was_killed(chain: Chain, copied: Callable[..., Run]) -> None:
+    run = copied(*PREPARED)
+    with (
+        storage_service(run.config.storage, run.workdir) as storage,
+        rank_1_killed_when_under_way(run, ObjectStore(storage)),
+    ):
         result = train(str(run.path))
     assert result.artifact.summary["started_from_step"] == INTERVAL
     assert training_values(run.rows(), 0) == training_values(chain.run.rows(), 0)

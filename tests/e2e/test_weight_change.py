@@ -15,7 +15,7 @@ from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.storage.object_store import ObjectStore
-from tasks.training import resolve_training
+from tasks.identity.training import resolve_training
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import GLOBAL_BATCH, INTERVAL, SEQUENCE, STEPS, Run, training_values, write_run
 

@@ -11,6 +11,8 @@ import pytest
 from flows import interruption, progress
 from flows.progress import stage_progress
 
+KEY = "train-progress-small"
+
 
 class Server:
     """Stands for Prefect's artifacts."""
@@ -21,7 +23,7 @@ class Server:
         self.away = False
 
     def create(self, progress: float, key: str, description: str) -> UUID:
-        assert (progress, key, description) == (0.0, "train-progress", "train")
+        assert (progress, key, description) == (0.0, KEY, "train")
         return self.id
 
     def update(self, artifact_id: UUID, progress: float, description: str) -> None:
@@ -41,7 +43,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def test_only_news_is_reported(server: Server) -> None:
-    with stage_progress("train") as report:
+    with stage_progress("train", KEY) as report:
         for share, text in ((0.25, "step 1"), (0.25, "step 1"), (0.5, "step 2")):
             report(share, text)
     assert server.updates == [(25.0, "train: step 1"), (50.0, "train: step 2"), (100.0, "train")]
@@ -49,7 +51,7 @@ def test_only_news_is_reported(server: Server) -> None:
 
 def test_reports_are_seconds_apart(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_ARTIFACT_SECONDS", 3600.0)
-    with stage_progress("train") as report:
+    with stage_progress("train", KEY) as report:
         report(0.25, "step 1")
         report(0.5, "step 2")
     assert server.updates == [(100.0, "train")]
@@ -57,7 +59,7 @@ def test_reports_are_seconds_apart(server: Server, monkeypatch: pytest.MonkeyPat
 
 def test_a_failed_stage_stays_where_it_was(server: Server) -> None:
     def flow() -> None:
-        with stage_progress("train") as report:
+        with stage_progress("train", KEY) as report:
             report(0.25, "step 1")
             raise ValueError("diverged")
 
@@ -67,7 +69,7 @@ def test_a_failed_stage_stays_where_it_was(server: Server) -> None:
 
 
 def test_a_server_that_is_away_costs_a_warning_not_the_run(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with stage_progress("train") as report:
+    with stage_progress("train", KEY) as report:
         server.away = True
         report(0.25, "step 1")
         server.away = False
@@ -78,7 +80,7 @@ def test_a_server_that_is_away_costs_a_warning_not_the_run(server: Server, caplo
 
 def test_an_interrupted_flow_ends_at_its_next_report(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def flow(config: Any) -> None:
-        with stage_progress("train") as report:
+        with stage_progress("train", KEY) as report:
             interruption._interruption.get().append(KeyboardInterrupt())  # type: ignore[union-attr]
             report(0.25, "step 1")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.prefect_server import own_prefect_server
+from infra.prefect_server import end_orphans
 from infra.processes import ProcessRecord
 
 SERVER = [sys.executable, "-c", "import time; time.sleep(600)", "prefect.server.api.server:create_app"]
@@ -42,7 +42,7 @@ def test_only_servers_of_killed_runs_in_this_folder_are_ended(tmp_path: Path, mo
         started(SERVER, tmp_path / "other", dead) as elsewhere,
         started(OTHER, home, dead) as no_server,
     ):
-        own_prefect_server()
+        end_orphans()
         assert orphan.poll() is not None
         assert [process.poll() for process in (used, not_ours, elsewhere, no_server)] == [None] * 4
     assert json.loads(os.environ["LLEMMA_PREFECT_OWNER"]) == asdict(alive)

@@ -13,6 +13,7 @@ import yaml
 from prefect import Flow
 
 from flows.cancellation import cancel_jobs_of_run
+from flows.deployed import cancel_stages
 from neox_core.config import load_config
 from tests.paths import ROOT
 
@@ -40,7 +41,8 @@ def test_a_deployment_runs_its_flow_on_its_config(deployment: dict[str, Any]) ->
     assert (deployment["work_pool"], deployment["tags"]) == ({"name": "llemma"}, ["llemma"])
     config = f"configs/{CONFIGS[deployment['name']]}.yml"
     given = flow_of(deployment).validate_parameters(deployment["parameters"])
-    assert given == {"config": config, "overrides": None}
+    plan = {"start_at": "prepare-data", "stop_after": "export"} if flow_of(deployment).name == "llemma-pretrain" else {}
+    assert given == {"config": config, "overrides": None, "force": False, **plan}
     assert load_config(ROOT / config).name == CONFIGS[deployment["name"]]
 
 
@@ -48,7 +50,9 @@ def test_a_deployment_runs_its_flow_on_its_config(deployment: dict[str, Any]) ->
 def test_cancelling_a_flow_that_submits_jobs_cancels_them(deployment: dict[str, Any]) -> None:
     flow = flow_of(deployment)
     submits = flow.name in ("llemma-pretrain", "prepare-data", "train", "evaluate")
-    assert flow.on_cancellation_hooks == ([cancel_jobs_of_run] if submits else [])
+    parents = [cancel_stages] if flow.name == "llemma-pretrain" else []
+    hooks = [*parents, *([cancel_jobs_of_run] if submits else [])]
+    assert flow.on_cancellation_hooks == hooks
 
 
 def test_the_environment_is_found_from_anywhere_and_keeps_what_is_set(tmp_path: Path) -> None:
@@ -65,3 +69,9 @@ def test_the_environment_is_found_from_anywhere_and_keeps_what_is_set(tmp_path: 
     assert (tmp_path / "a" / "home").is_dir()
     assert source("bash", PREFECT_SERVER_API_PORT="4300")["PREFECT_API_URL"] == "http://127.0.0.1:4300/api"
     assert source("bash", PREFECT_API_URL="http://other/api")["PREFECT_API_URL"] == "http://other/api"
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS[::3], ids=lambda deployment: deployment["entrypoint"].split(":")[1])
+def test_every_parameter_is_described_in_the_form(deployment: dict[str, Any]) -> None:
+    properties = flow_of(deployment).parameters.properties
+    assert {name for name, field in properties.items() if not field.get("description")} == set()

@@ -18,18 +18,18 @@ from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
-from tasks.current import note_current
 from tasks.evaluate import _key_prefix
+from tasks.identity.current import note_current
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import StageResult, StageSpec, try_claim, try_claim_name
+from tasks.identity.training import resolve_training
 from tasks.jobs.executor import Resources
 from tasks.jobs.job import Job
 from tasks.jobs.launch import JobPlan, attach_or_submit, submit_or_attach
 from tasks.jobs.record import JobRecord
 from tasks.jobs.registry import register_executor
 from tasks.prepare import PARTS_CLAIM
-from tasks.specs import evaluate_spec
-from tasks.stage import StageResult, StageSpec, try_claim, try_claim_name
 from tasks.tokenization.array import jobs_folder
-from tasks.training import resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 
@@ -97,6 +97,14 @@ def test_a_runs_jobs_are_cancelled_and_nobody_elses(config: RunConfig) -> None:
     assert states(jobs) == ["cancelled", "cancelled"]
     assert other.state() == "running"
     assert cancel_jobs(config) == []
+
+
+def test_a_training_on_a_text_that_was_changed_since_is_cancelled_too(config: RunConfig) -> None:
+    jobs = submit_all(config)
+    for text in ("e", "f", "e"):
+        note_finished(config, text)
+    assert sorted(job.job_id for job in cancel_jobs(config)) == sorted(job.job_id for job in jobs)
+    assert states(jobs) == ["cancelled", "cancelled"]
 
 
 @pytest.mark.parametrize(

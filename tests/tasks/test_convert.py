@@ -13,8 +13,8 @@ from neox_core.errors import ConfigError
 from neox_core.progress import silent
 from neox_core.storage.object_store import ObjectStore
 from tasks.convert import convert
+from tasks.identity.specs import convert_spec
 from tasks.preflight import check_run
-from tasks.specs import convert_spec
 from tests.neox_core.train.small_training import CONFIG
 
 

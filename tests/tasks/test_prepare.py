@@ -13,10 +13,10 @@ from neox_core.artifact import publish
 from neox_core.config import RunConfig
 from neox_core.errors import DataError
 from neox_core.progress import silent
-from tasks import once
-from tasks import stage as stage_module
+from tasks.identity import once
+from tasks.identity import stage as stage_module
+from tasks.identity.stage import claim
 from tasks.prepare import prepare
-from tasks.stage import claim
 from tasks.tokenization import tokenize
 from tests.tasks.tokenization.test_tokenize import FILES, contents, small, small_input
 

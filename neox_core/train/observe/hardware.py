@@ -20,8 +20,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return _measured_gemm_flops(device, dtype)
 
 
-def _measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 3) -> float:
+def _measured_gemm_flops(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
     """Best rate of a square matrix product, in FLOP/s."""
+    size = 4096 if device.type == "cuda" else 256  # large enough for the device, and a moment's work
     matrix = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,27 @@ class IncidentLog:
         metrics: gets them too, for charts.
         groups: names of the groups of layers in an outcome.
         mesh: the grid of ranks.
+        in_background: calls what brings the file to the store, so that training need not wait for the store.
     """
 
     def __init__(
-        self, folder: Path, store: ObjectStore, prefix: str, metrics: MetricsLog, groups: Sequence[str], mesh: Mesh
+        self,
+        folder: Path,
+        store: ObjectStore,
+        prefix: str,
+        metrics: MetricsLog,
+        groups: Sequence[str],
+        mesh: Mesh,
+        in_background: Callable[[str, Callable[[], None]], None],
     ) -> None:
+        self._in_background = in_background
         self._path, self._store, self._key = folder / INCIDENTS_FILE, store, f"{prefix}/{INCIDENTS_FILE}"
         self._metrics, self._groups, self._mesh = metrics, tuple(groups), mesh
         if mesh.rank == 0 and not self._path.exists() and (stored := store.get_text(self._key)):
             self._path.write_text(stored, encoding="utf-8")
 
     def record(self, incident: Incident) -> None:
-        """Write an incident down. Collective over all ranks.
-
-        Raises:
-            StorageError: the store cannot be reached.
-        """
+        """Write an incident down. Collective over all ranks."""
         outcome = incident.outcome
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (self._mesh.data_rank, outcome.own_loss_finite, outcome.own_finite))
@@ -54,7 +60,8 @@ class IncidentLog:
         record = describe(incident, self._groups, suspects(found))
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self._store.put_text(self._key, self._path.read_text(encoding="utf-8"))
+        copy = partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+        self._in_background("incidents", copy)
         self._metrics.log(record["step"], **{f"guard/{record['action']}": 1.0})
         self._metrics.note(f"incident/step_{record['step']}", json.dumps(record))
         shown = {name: record[name] for name in ("loss", "gradient_norm", "ranks", "gradient_norms", "sources")}

@@ -16,13 +16,12 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
+from neox_core.errors import GO_ON_EXIT_CODE
 from neox_core.parallel.shared_store import shared_store
 from neox_core.train.startup import rank_list
 
 logger = logging.getLogger(__name__)
 
-HANG_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: trying again may help."""
 _FIRST_TIME = 3.0
 """Timeouts that work of a kind may take the first time: weights are loaded, kernels compiled."""
 _STDERR = 2
@@ -118,7 +117,7 @@ class Watchdog:
         sys.stdout.flush()
         if self._rank == 0:
             time.sleep(grace)  # it holds the store, which the others read
-        os._exit(HANG_EXIT_CODE)  # the main thread does not react
+        os._exit(GO_ON_EXIT_CODE)  # the main thread does not react
 
     def _places(self) -> str:
         ranks = defaultdict(list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import cli
 from neox_core.artifact import Artifact, DigestCache, publish
 from neox_core.config import load_config
 from neox_core.config.load import merge
-from tasks.current import note_current
-from tasks.specs import prepare_spec
-from tasks.stage import StageResult
+from tasks.identity.current import note_current
+from tasks.identity.specs import prepare_spec
+from tasks.identity.stage import StageResult
+from tests.flows.cli.command import run_command
 from tests.paths import ROOT
 
 TRAIN = {"arxiv": 300_000, "open-web-math": 1_000_000}
@@ -42,14 +41,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         path.write_text(yaml.safe_dump(merge(content, {"data": data})))
         if prepared:
             put_artifact(path)
-        monkeypatch.setattr(sys, "argv", ["llemma", "data", "plan", str(path)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
+        return run_command(monkeypatch, capsys, "data", "plan", str(path))
 
     return run
 

@@ -129,7 +129,7 @@ def test_empty_source(attempt: Attempt, text: Path) -> None:
     shutil.rmtree(text / "arxiv" / "train")
     (text / "arxiv" / "train").mkdir()
     line = attempt({"data": {"input": str(text)}})
-    assert f"source 'arxiv' has no train text: {text}/arxiv/train holds no .jsonl, .json, .ndjson or .parquet" in line
+    assert f"source 'arxiv' has no train text: {text}/arxiv/train holds no .jsonl, .json, .ndjson" in line
 
 
 def test_empty_file(attempt: Attempt, text: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.local_copy import newest_local
 
 PREFIX = "train-0123"
 PATIENCE = 60.0
@@ -34,20 +36,19 @@ def new_writer(store: ObjectStore) -> Iterator[Callable[..., CheckpointWriter]]:
     made: list[CheckpointWriter] = []
     channel = dist.HashStore()
 
-    def make(rank: int = 0, world_size: int = 1, attempt: str = "now", store: ObjectStore = store) -> CheckpointWriter:
-        made.append(CheckpointWriter(store, PREFIX, rank, world_size, attempt, channel))
+    def make(rank: int = 0, world_size: int = 1, channel: Any = channel, **callbacks: Any) -> CheckpointWriter:
+        made.append(CheckpointWriter(store, PREFIX, rank, world_size, channel, **callbacks))
         return made[-1]
 
     yield make
     for writer in made:
-        writer._stop.set()
-        writer._executor.shutdown()
+        writer.abandon()
 
 
 def save(writer: CheckpointWriter, folder: Path, step: int, name: str = "state.pt", value: float = 1.0) -> Path:
     """Save one small file of a step."""
     path = folder / f"global_step{step}" / name
-    writer.save(manifest(step), lambda take: take({"weight": torch.full((3,), value)}, path))
+    writer.save(manifest(step), lambda take: take({"weight": torch.full((3,), value)}, path), path.parent)
     return path
 
 
@@ -86,30 +87,6 @@ def fail_upload(store: ObjectStore, name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(store, "put_file", put_file)
 
 
-def waited_for_reports(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Callable[[CheckpointWriter], bool]:
-    """A function that waits until rank 0 has looked twice for reports, or is through; True if it is still waiting."""
-    looked = threading.Semaphore(0)
-    through = store.list
-
-    def counting(prefix: str = "") -> Any:
-        found = through(prefix)
-        if "reports/" in prefix:
-            looked.release()
-        return found
-
-    monkeypatch.setattr(store, "list", counting)
-
-    def still_waiting(writer: CheckpointWriter) -> bool:
-        pending = writer._pending
-        assert pending is not None
-        pending.add_done_callback(lambda _: looked.release(2))
-        for _ in range(2):
-            assert looked.acquire(timeout=PATIENCE)
-        return not pending.done()
-
-    return still_waiting
-
-
 def test_a_checkpoint_arrives_whole(
     new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -120,7 +97,7 @@ def test_a_checkpoint_arrives_whole(
         "text": "kept",
     }
     path = tmp_path / "global_step5" / "state.pt"
-    writer.save(manifest(5), lambda take: take(state, path))
+    writer.save(manifest(5), lambda take: take(state, path), path.parent)
     writer.close()
 
     (found,) = list_checkpoints(store, PREFIX)
@@ -152,7 +129,7 @@ def test_what_training_changes_afterwards_is_not_saved(
         take(state, tmp_path / "global_step1" / "state.pt")
         flat.fill_(7.0)  # before the upload starts ...
 
-    writer.save(manifest(1), hand_over)
+    writer.save(manifest(1), hand_over, tmp_path / "global_step1")
     assert gate.reached.wait(PATIENCE)
     with torch.no_grad():
         weight.fill_(7.0)  # ... and while it runs
@@ -167,46 +144,40 @@ def test_what_training_changes_afterwards_is_not_saved(
 
 
 def test_a_checkpoint_exists_when_all_ranks_have_reported(
-    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
 ) -> None:
-    still_waiting = waited_for_reports(store, monkeypatch)
     first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
-    save(first, tmp_path / "0", 1, "b.pt")
-    assert still_waiting(first)
+    path = save(first, tmp_path, 1, "b.pt")
+    time.sleep(0.3)
     assert steps(store) == []
-    save(second, tmp_path / "1", 1, "a.pt", value=2.0)
-    second.close()
+    assert not path.with_name("manifest.json").exists()
+    save(second, tmp_path, 1, "a.pt", value=2.0)
+    second.wait()
     first.close()
     (found,) = list_checkpoints(store, PREFIX)
     assert [(record.path, record.sha256) for record in found.files] == [
-        ("a.pt", sha256_of(tmp_path / "1/global_step1/a.pt")),
-        ("b.pt", sha256_of(tmp_path / "0/global_step1/b.pt")),
+        (name, sha256_of(path.with_name(name))) for name in ("a.pt", "b.pt")
     ]
+    assert not path.with_name("manifest.json").exists()  # the store has it
 
 
-def test_reports_of_a_dead_attempt_do_not_count(
-    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_only_on_local_disk_has_its_manifest_there(
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
 ) -> None:
-    """Rank 1 of the dead job reported and rank 0 did not live to publish: its file must not enter the new manifest."""
-    dead = new_writer(rank=1, world_size=2, attempt="dead")
-    save(dead, tmp_path / "dead", 1, "a.pt", value=13.0)
-    dead.close()
-    still_waiting = waited_for_reports(store, monkeypatch)
-    first, second = new_writer(0, 2, "new"), new_writer(1, 2, "new")
-    save(first, tmp_path / "0", 1, "b.pt")
-    assert still_waiting(first)
-    assert steps(store) == []
-    path = save(second, tmp_path / "1", 1, "a.pt", value=2.0)
-    second.close()
-    first.close()
-    (found,) = list_checkpoints(store, PREFIX)
-    assert {record.path: record.sha256 for record in found.files}["a.pt"] == sha256_of(path)
-    assert len(found.files) == 2
-    store.get_file(f"{PREFIX}/global_step1/a.pt", tmp_path / "fetched.pt")
-    assert sha256_of(tmp_path / "fetched.pt") == sha256_of(path)
+    writer = new_writer()
+    gate = Gate(store, "put_file")
+    save(writer, tmp_path, 1)
+    assert gate.reached.wait(PATIENCE)
+    found = newest_local(tmp_path, "0123")
+    assert found is not None
+    assert (found.step, [record.path for record in found.files]) == (1, ["state.pt"])
+    assert newest_local(tmp_path, "4567") is None
+    gate.open()
+    writer.close()
+    assert newest_local(tmp_path, "0123") is None
 
 
-@pytest.mark.parametrize("surface", ["save", "wait", "close"])
+@pytest.mark.parametrize("surface", ["wait", "close"])
 def test_a_failed_upload_surfaces_and_the_checkpoint_does_not_exist(
     new_writer: Callable[..., CheckpointWriter],
     store: ObjectStore,
@@ -215,57 +186,42 @@ def test_a_failed_upload_surfaces_and_the_checkpoint_does_not_exist(
     surface: str,
 ) -> None:
     fail_upload(store, "bad.pt", monkeypatch)
-    writer = new_writer()
+    failures: list[Exception] = []
+    writer = new_writer(failed=failures.append)
     path = save(writer, tmp_path, 1, "bad.pt")
-    action = {"save": lambda: save(writer, tmp_path, 2), "wait": writer.wait, "close": writer.close}[surface]
     with pytest.raises(StorageError, match=r"no space for train-0123/global_step1/bad.pt"):
-        action()
+        getattr(writer, surface)()
+    assert [str(error) for error in failures] == ["no space for train-0123/global_step1/bad.pt"]
     assert steps(store) == []
+    # What comes now stays on local disk.
+    if surface == "wait":
+        save(writer, tmp_path, 2, "good.pt")
+        writer.wait_for_disk()
+        assert steps(store) == []
+    found = newest_local(tmp_path, "0123")
     assert path.is_file()
-    writer.close()  # says it once, and does not hang
-
-
-def test_training_may_go_on_after_a_failed_upload(
-    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_upload(store, "bad.pt", monkeypatch)
-    writer = new_writer()
-    save(writer, tmp_path, 1, "bad.pt")
-    with pytest.raises(StorageError):
-        writer.wait()
-    save(writer, tmp_path, 2, "good.pt")
-    writer.close()
-    assert steps(store) == [2]
+    assert found is not None
+    assert found.step == (2 if surface == "wait" else 1)
 
 
 def test_rank_0_hears_of_another_ranks_failure_at_once(
     new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not wait for the report that cannot come, and neither for the next checkpoint."""
+    """It does not wait for the report that cannot come."""
     fail_upload(store, "bad.pt", monkeypatch)
     first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
-    still_waiting = waited_for_reports(store, monkeypatch)
-    save(first, tmp_path / "0", 1, "good.pt")
-    assert still_waiting(first)
-    first.check()
-    save(second, tmp_path / "1", 1, "bad.pt")
-    assert second._pending is not None
-    assert first._pending is not None
+    save(first, tmp_path, 1, "good.pt")
+    save(second, tmp_path, 1, "bad.pt")
     with pytest.raises(StorageError, match="no space"):
-        second._pending.result(PATIENCE)
-    with pytest.raises(StorageError, match="no space"):
-        second.check()
-    with pytest.raises(CheckpointError, match=r"not published, a file is missing: rank 1: no space for .*bad\.pt"):
-        first._pending.result(PATIENCE)
-    with pytest.raises(CheckpointError, match="not published"):
-        first.check()
+        second.wait()
+    with pytest.raises(CheckpointError, match=r"rank 1: no space for .*bad\.pt"):
+        first.wait()
     assert steps(store) == []
-    first.check()  # says it once
 
 
-def test_an_upload_that_makes_progress_says_so(store: ObjectStore, tmp_path: Path) -> None:
+def test_an_upload_that_makes_progress_says_so(new_writer: Callable[..., CheckpointWriter], tmp_path: Path) -> None:
     beats: list[int] = []
-    writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore(), lambda: beats.append(1))
+    writer = new_writer(heartbeat=lambda: beats.append(1))
     save(writer, tmp_path, 1)
     writer.close()
     assert len(beats) >= 2  # written, and sent
@@ -274,37 +230,23 @@ def test_an_upload_that_makes_progress_says_so(store: ObjectStore, tmp_path: Pat
 def test_a_rank_that_never_reports_is_an_error(
     new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "_REPORT_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(writer_module, "_REPORT_TIMEOUT_SECONDS", -60 * store.config.patience_minutes)
     writer = new_writer(rank=0, world_size=3)
     save(writer, tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"only 1 of 3 ranks have uploaded .*global_step1"):
+    with pytest.raises(CheckpointError, match=r"ranks \[1, 2\] have not written their files"):
         writer.close()
     assert steps(store) == []
 
 
-def test_an_interrupted_close_does_not_wait_for_other_ranks(
-    new_writer: Callable[..., CheckpointWriter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_abandoned_does_not_wait_for_other_ranks(
+    new_writer: Callable[..., CheckpointWriter], tmp_path: Path
 ) -> None:
     writer = new_writer(rank=0, world_size=2)
     save(writer, tmp_path, 1)
-
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(writer, "wait", interrupted)
-    raised: list[BaseException] = []
-
-    def close() -> None:
-        try:
-            writer.close()
-        except KeyboardInterrupt as error:
-            raised.append(error)
-
-    closing = threading.Thread(target=close, daemon=True)
-    closing.start()
-    closing.join(PATIENCE)
-    assert not closing.is_alive()
-    assert len(raised) == 1
+    abandoning = threading.Thread(target=writer.abandon, daemon=True)
+    abandoning.start()
+    abandoning.join(PATIENCE)
+    assert not abandoning.is_alive()
 
 
 def test_old_local_files_go_when_newer_ones_are_uploaded(
@@ -323,34 +265,73 @@ def test_old_local_files_go_when_newer_ones_are_uploaded(
     assert steps(store) == [1, 2, 3]
 
 
-def test_a_checkpoint_waits_for_the_one_before(
-    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
+def test_while_the_store_fails_newer_saves_replace_those_that_wait(
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Host memory holds one copy of the state, not one for every upload that is late."""
     writer = new_writer()
     gate = Gate(store, "put_file")
-    taken: list[Any] = []
-    save(writer, tmp_path, 1)
+    writer.reports.set_behind(True)
+    paths = [save(writer, tmp_path, 1)]
     assert gate.reached.wait(PATIENCE)
-    next_one = threading.Thread(target=writer.save, args=(manifest(2), taken.append), daemon=True)
+    paths += [save(writer, tmp_path, step) for step in (2, 3, 4)]
+    writer.wait_for_disk()
+    gate.open()
+    writer.reports.set_behind(False)
+    writer.close()
+    assert steps(store) == [1, 4]
+    assert [path.is_file() for path in paths] == [True, False, False, True]
+    assert "the store is behind, and step 3 replaces step 2" in caplog.text
+
+
+def test_what_one_rank_replaced_is_not_published(
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_store = ObjectStore(store.config)
+    first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
+    second._uploads._store = second_store
+    gate = Gate(second_store, "put_file")
+    for step in (1, 2, 3):
+        save(first, tmp_path, step, "b.pt")
+        save(second, tmp_path, step, "a.pt")
+        assert gate.reached.wait(PATIENCE)
+        second.reports.set_behind(True)
+    second.wait_for_disk()
+    gate.open()
+    second.reports.set_behind(False)
+    second.wait()
+    first.wait()
+    assert steps(store) == [1, 3]
+
+
+def test_a_save_waits_for_its_place_while_the_store_works(
+    new_writer: Callable[..., CheckpointWriter], store: ObjectStore, tmp_path: Path
+) -> None:
+    """Host memory holds one copy of the state, and no checkpoint is left out because the store is slow."""
+    writer = new_writer()
+    gate = Gate(store, "put_file")
+    for step in (1, 2, 3):
+        save(writer, tmp_path, step)
+    next_one = threading.Thread(target=save, args=(writer, tmp_path, 4), daemon=True)
     next_one.start()
     next_one.join(0.3)
-    assert (next_one.is_alive(), taken) == (True, [])
+    assert next_one.is_alive()
     gate.open()
     next_one.join(PATIENCE)
-    assert (next_one.is_alive(), len(taken)) == (False, 1)
-    assert 1 in steps(store)
+    writer.close()
+    assert steps(store) == [1, 2, 3, 4]
 
 
-def test_a_copy_is_made_in_the_background_and_may_fail(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
-    writer = CheckpointWriter(store, PREFIX, 0, 1, "now", dist.HashStore())
+def test_a_copy_is_made_in_the_background_and_may_fail(
+    new_writer: Callable[..., CheckpointWriter], caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = new_writer()
     threads: list[threading.Thread] = []
 
     def fails() -> None:
         raise StorageError("the store is away")
 
-    writer.copy_in_background(fails)
-    writer.copy_in_background(lambda: threads.append(threading.current_thread()))
+    writer.copy_in_background("first", fails)
+    writer.copy_in_background("second", lambda: threads.append(threading.current_thread()))
     writer.close()
     assert threads
     assert threading.main_thread() not in threads

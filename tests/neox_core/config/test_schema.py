@@ -206,8 +206,9 @@ def test_config_is_frozen() -> None:
 
 
 FIELDS = {
-    "RunConfig": 13,
-    "StorageConfig": 3,
+    "RunConfig": 14,
+    "StorageConfig": 4,
+    "CheckpointsConfig": 3,
     "TokenizerConfig": 4,
     "DataConfig": 21,
     "SourceAmount": 3,
@@ -225,7 +226,7 @@ FIELDS = {
     "ValidationConfig": 2,
     "GuardConfig": 6,
     "TrainChange": 3,
-    "LaunchConfig": 10,
+    "LaunchConfig": 11,
     "EvaluateConfig": 4,
     "EvaluationTask": 10,
     "WandbConfig": 3,

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from neox_core.config import RunConfig, load_config
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
@@ -53,7 +54,7 @@ def test_the_head_costs_what_torch_counts(name: str) -> None:
     dims = ModelDimensions.of(model, length)
 
     def flops(layer: torch.nn.Module) -> int:
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             layer.to("meta")(torch.empty(1, length, model.hidden_size, device="meta"))
         return counter.get_total_flops()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from neox_core.config import RunConfig
 from neox_core.data.indexed import IndexedWriter
-from neox_core.errors import TrainingError
+from neox_core.errors import LlemmaError
 from neox_core.train.job import TrainJob
 
 SOURCES = ("arxiv", "code")
@@ -66,7 +66,7 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
     try:
         with patch.object(Loop, "_step", step), patch.object(CheckpointWriter, "save", save):
             return train(config, job)["started_from_step"], begun
-    except (Killed, TrainingError) as error:
+    except (Killed, LlemmaError) as error:
         return str(error), begun
     finally:
         if dist.is_initialized():

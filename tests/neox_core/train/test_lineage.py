@@ -19,8 +19,8 @@ from neox_core.errors import CheckpointError
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint, weights_identity
 from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
-from tasks.specs import CONVERT, convert_logic
-from tasks.stage import StageSpec
+from tasks.identity.specs import CONVERT, convert_logic
+from tasks.identity.stage import StageSpec
 
 
 def config(*from_steps: int) -> RunConfig:

@@ -106,7 +106,7 @@ class Recorder:
     def log(self, step: int, **values: float) -> None:
         self.rows.append({"step": step, **values})
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: TrainingState, upload: bool = True) -> None:
         self.saved.append(state.step)
         self.states.append(state)
 
@@ -164,6 +164,7 @@ def run(
         metrics=cast(Any, recorder),
         guard=Guard(train.guard, engine.set_loss_limit, recorder.incidents.append),
         save=recorder.save,
+        stop_due=lambda: None,
         go_back=recorder.go_back,
         telemetry=cast(Any, recorder),
         heartbeat=lambda place: None,

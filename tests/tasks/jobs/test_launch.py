@@ -17,6 +17,7 @@ import pytest
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
 from tasks.jobs import local
+from tasks.jobs.executor import Status
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import NoAnswer
@@ -386,7 +387,7 @@ def test_who_follows_a_job_bears_silence(tmp_path: Path, fake_slurm: FakeSlurm) 
     fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 2)
     states = job.while_at_work()
-    assert [next(states) for _ in range(3)] == [None, None, "running"]
+    assert [next(states) for _ in range(3)] == [None, None, Status("running")]
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
     assert list(states) == [None]

@@ -11,12 +11,12 @@ from submitit.core.utils import cloudpickle_dump
 
 from neox_core.artifact import Artifact
 from tasks import evaluate, train
-from tasks.current import note_current
+from tasks.identity.current import note_current
+from tasks.identity.specs import evaluate_spec
+from tasks.identity.stage import StageResult
+from tasks.identity.training import Training, resolve_training
 from tasks.jobs.rank import result_file
 from tasks.jobs.retry import RetryPolicy
-from tasks.specs import evaluate_spec
-from tasks.stage import StageResult
-from tasks.training import Training, resolve_training
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
@@ -32,7 +32,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
         monkeypatch.setattr(module, "require", lambda spec: artifact)
     monkeypatch.setattr(train, "_is_complete", lambda training: True)
     monkeypatch.setattr(train, "_summary", lambda training, folder, result: result)
-    monkeypatch.setattr(train, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr("tasks.follow._POLL_SECONDS", 0.0)
     config = Run(write_run(tmp_path, {"launch": {"executor": "slurm", "ranks_per_node": 1}})).config
     for name in ("prepare-data", "convert"):
         made = Artifact(name, "f" * 64, {}, config.model_dump(mode="json"), (), {})

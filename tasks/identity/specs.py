@@ -5,20 +5,34 @@ Only the first two stages look at raw inputs. The others depend on fingerprints,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from neox_core.config import RunConfig
+from neox_core.errors import ConfigError
 from neox_core.train.identity import shards_logic, training_inputs, training_logic
 from tasks.base import base_digests
-from tasks.stage import StageSpec, digest_cache
+from tasks.identity.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests
 
 STAGES = ("prepare-data", "convert", "train", "evaluate", "export")
 """In their order."""
+StageName = Literal["prepare-data", "convert", "train", "evaluate", "export"]
 PREPARE_DATA, CONVERT, TRAIN, EVALUATE, EXPORT = STAGES
 _DATA_NEWER = ("near_duplicates", "deduplicate_across", "drop_validation_duplicates")
 """Settings that older artifacts lack: named where they are used, so that those keep their identity."""
 _DATA_LOGICAL = ("text_key", "max_rejected", "skip_damaged_files", "deduplicate", "overlap_words", "decontaminate")
+
+
+def stages_between(first: str, last: str) -> tuple[str, ...]:
+    """The stages from one to another, both included.
+
+    Raises:
+        ConfigError: they are in the wrong order.
+    """
+    start, stop = STAGES.index(first), STAGES.index(last)
+    if start > stop:
+        raise ConfigError(f"stop_after {last} comes before start_at {first}: the order is {', '.join(STAGES)}")
+    return STAGES[start : stop + 1]
 
 
 def prepare_logic(config: RunConfig) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from neox_core.artifact import ARTIFACT_FILE, fingerprint
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import DataError, LlemmaError
 from neox_core.progress import silent
-from tasks import stage as stage_module
-from tasks.stage import StageSpec, require, run_stage, try_claim
+from tasks.identity import stage as stage_module
+from tasks.identity.stage import StageSpec, require, run_stage, try_claim
 
 PATIENCE = 60.0
 

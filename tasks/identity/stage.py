@@ -15,7 +15,7 @@ from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
-from tasks.once import LocalPlace, build_unless_verified
+from tasks.identity.once import LocalPlace, build_unless_verified
 
 _CLAIM_SECONDS = 1.0
 """How often a stage that another run is at work on is tried again."""

@@ -17,33 +17,35 @@ from neox_core.data.tokenization.readers.inputs import is_gone
 from neox_core.errors import LlemmaError
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import weights_identity
-from tasks.specs import CONVERT, convert_logic, prepare_logic
-from tasks.stage import StageIdentity, StageResult, find, how_to_run
+from tasks.identity.specs import CONVERT, convert_logic, prepare_logic
+from tasks.identity.stage import StageIdentity, StageResult, find, how_to_run
 
 logger = logging.getLogger(__name__)
 
 _RECORDS = ".current"
+_EARLIER = 20
+"""Artifacts that a record remembers beyond the current one."""
 
 
 def note_current(config: RunConfig, result: StageResult) -> None:
     """Write down what a run of prepare-data or convert has made or found."""
-    artifact = result.artifact
+    artifact, path = result.artifact, _record(config, result.artifact.name)
     record = {"fingerprint": artifact.fingerprint}
     if artifact.name == CONVERT:
         record["weights"] = weights_identity(artifact)
-    write_atomically(_record(config, artifact.name), json.dumps(record))
+    before = [known for known in _records(path) if known["fingerprint"] != artifact.fingerprint][:_EARLIER]
+    write_atomically(path, json.dumps(record | {"earlier": before}))
 
 
 def find_current(config: RunConfig, stage: str) -> StageIdentity | None:
     """The artifact that is current for this configuration, if the stage was ever finished; it is not looked at."""
-    try:
-        record = json.loads(_record(config, stage).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    identity = StageIdentity(stage, record["fingerprint"], config.workdir, record.get("weights"))
-    if stage == CONVERT and identity.weights is None and (identity.folder / ARTIFACT_FILE).is_file():
-        return replace(identity, weights=weights_identity(read_artifact(identity.folder)))  # an older record
-    return identity
+    return next(iter(find_all(config, stage)), None)
+
+
+def find_all(config: RunConfig, stage: str) -> list[StageIdentity]:
+    """The artifact that is current for this configuration and those that were before, from the newest to the oldest:
+    a job may still be at work on what was made of a text that was changed since."""
+    return [_identity(config, stage, record) for record in _records(_record(config, stage))]
 
 
 def current(config: RunConfig, stage: str) -> StageIdentity:
@@ -71,6 +73,23 @@ def outlived(config: RunConfig, stage: str) -> StageResult | None:
         return None
     logger.warning("%s does not exist any more: %s stays what it was, %s", gone[0], stage, artifact.folder)
     return StageResult(artifact, skipped=True)
+
+
+def _identity(config: RunConfig, stage: str, record: dict[str, str]) -> StageIdentity:
+    identity = StageIdentity(stage, record["fingerprint"], config.workdir, record.get("weights"))
+    if stage == CONVERT and identity.weights is None and (identity.folder / ARTIFACT_FILE).is_file():
+        return replace(identity, weights=weights_identity(read_artifact(identity.folder)))  # an older record
+    return identity
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    """What was noted down, from the newest to the oldest."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    earlier = content.pop("earlier", [])
+    return [content, *earlier]
 
 
 def _record(config: RunConfig, stage: str) -> Path:

@@ -14,12 +14,12 @@ from neox_core.config import RunConfig, TrainChange
 from neox_core.errors import ConfigError, DataError, LlemmaError
 from neox_core.progress import silent
 from tasks import preflight
-from tasks.current import current, find_current, note_current, outlived
 from tasks.export import sample_texts
+from tasks.identity.current import current, find_current, note_current, outlived
+from tasks.identity.stage import StageResult
+from tasks.identity.training import find_training, resolve_training
 from tasks.preflight import check_run
 from tasks.prepare import prepare, tokenizer_of
-from tasks.stage import StageResult
-from tasks.training import find_training, resolve_training
 from tests.tasks.test_specs import changed, small_config
 
 WORDS = "Let the group be a ring. "

@@ -10,9 +10,9 @@ import pytest
 from neox_core.config import RunConfig, load_config
 from neox_core.data.order_version import DATA_ORDER
 from neox_core.train.identity import training_fingerprint
-from tasks.specs import CONVERT, PREPARE_DATA
-from tasks.stage import StageIdentity
-from tasks.training import Training, _training
+from tasks.identity.specs import CONVERT, PREPARE_DATA
+from tasks.identity.stage import StageIdentity
+from tasks.identity.training import Training, _training
 
 DATA, WEIGHTS = "d" * 64, "w" * 64
 

@@ -25,8 +25,8 @@ from neox_core.config import (
 from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
 from tasks.base import make_toy_base
-from tasks.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
-from tasks.stage import StageSpec
+from tasks.identity.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
+from tasks.identity.stage import StageSpec
 from tests.neox_core.train.small_training import CONFIG
 
 NOTHING: set[str] = set()
@@ -42,6 +42,10 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "storage.url": ("s3://other/place", NOTHING),
     "storage.endpoint_url": ("http://127.0.0.1:1", NOTHING),
     "storage.region": ("eu-west-1", NOTHING),
+    "storage.patience_minutes": (5.0, NOTHING),
+    "checkpoints.keep_last": (2, NOTHING),
+    "checkpoints.keep_every": (500, NOTHING),
+    "checkpoints.keep_best": (1, NOTHING),
     "tokenizer.end_of_document": ("unk", PREPARE),
     "tokenizer.begin_of_document": (True, PREPARE),
     "data.weight_changes": ((WeightChange(from_step=9, sources=SOURCES),), TRAIN),
@@ -128,6 +132,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "launch.cpus_per_rank": (7, NOTHING),
     "launch.time_limit_minutes": (7, NOTHING),
     "launch.hang_timeout_minutes": (7.0, NOTHING),
+    "launch.max_restarts": (2, NOTHING),
     "launch.partition": ("gpu", NOTHING),
     "launch.account": ("math", NOTHING),
     "launch.slurm_parameters": ({"qos": "high"}, NOTHING),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +14,9 @@ from neox_core.config import RunConfig
 from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.lineage import Ancestor, ancestors, lineage_checkpoints
-from tasks.current import current, find_current
-from tasks.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
-from tasks.stage import StageIdentity, StageSpec
+from tasks.identity.current import current, find_all
+from tasks.identity.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
+from tasks.identity.stage import StageIdentity, StageSpec
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,13 @@ def resolve_training(config: RunConfig) -> Training:
 
 def find_training(config: RunConfig) -> Training | None:
     """As `resolve_training`; None where that raises."""
-    data, weights = (find_current(config, stage) for stage in (PREPARE_DATA, CONVERT))
-    return _training(config, data, weights) if data and weights else None
+    return next(find_trainings(config), None)
+
+
+def find_trainings(config: RunConfig) -> Iterator[Training]:
+    """The training on the current artifacts, if they are known, then those on artifacts that were current before."""
+    for data, weights in itertools.product(find_all(config, PREPARE_DATA), find_all(config, CONVERT)):
+        yield _training(config, data, weights)
 
 
 def _training(config: RunConfig, data: StageIdentity, weights: StageIdentity) -> Training:

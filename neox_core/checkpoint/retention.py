@@ -1,0 +1,86 @@
+"""Which checkpoints are kept, and what is removed from the store: only what a newer complete checkpoint supersedes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from neox_core.checkpoint.manifest import MANIFEST_FILE, checkpoint_step, list_checkpoints, object_key
+from neox_core.config import CheckpointsConfig
+from neox_core.errors import StorageError
+from neox_core.storage.object_store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+
+def superseded(steps: Sequence[int], keep: CheckpointsConfig, losses: Mapping[int, float]) -> list[int]:
+    """The steps whose checkpoints may go.
+
+    Args:
+        steps: of the complete checkpoints. The last one always stays.
+        losses: validation losses by step.
+    """
+    if keep.keep_last is None:
+        return []
+    steps = sorted(steps)
+    kept = set(steps[-keep.keep_last :])
+    if keep.keep_every is not None:
+        kept |= {step for step in steps if step % keep.keep_every == 0}
+    ranked = sorted((losses[step], step) for step in steps if step in losses)
+    kept |= {step for _, step in ranked[: keep.keep_best]}
+    return [step for step in steps if step not in kept]
+
+
+def apply_retention(store: ObjectStore, prefix: str, keep: CheckpointsConfig, losses: Mapping[int, float]) -> None:
+    """Remove a training's superseded checkpoints. What cannot be removed now is removed another time.
+
+    The newest one was looked at before: its files are all there, with their sizes.
+    """
+    if keep.keep_last is None:
+        return
+    try:
+        complete = [manifest.step for manifest in list_checkpoints(store, prefix)]
+        for step in superseded(complete, keep, losses):
+            remove_checkpoint(store, prefix, step)
+            logger.info("removed the checkpoint of step %d, as checkpoints.keep_last and others say", step)
+    except StorageError as error:
+        logger.warning("old checkpoints are not removed: %s", error)
+
+
+def remove_checkpoint(store: ObjectStore, prefix: str, step: int) -> int:
+    """Remove a checkpoint: its manifest first, so that it does not exist while its files go. Returns the bytes."""
+    found = store.list(object_key(prefix, step, "") + "/")
+    manifest = object_key(prefix, step, MANIFEST_FILE)
+    if any(info.key == manifest for info in found):
+        store.delete([manifest])
+    store.delete([info.key for info in found if info.key != manifest])
+    return sum(info.size for info in found)
+
+
+def remove_remains(store: ObjectStore, prefix: str) -> None:
+    """Remove what dead jobs left of a training: unfinished multipart uploads, and files of checkpoints that never were.
+
+    Files without a manifest go if a checkpoint of a later step is complete: nobody is going to complete them. What
+    cannot be removed now is removed another time.
+    """
+    try:
+        store.abort_uploads(f"{prefix}/")
+        complete = [manifest.step for manifest in list_checkpoints(store, prefix)]
+        newest = max(complete, default=0)
+        stray = [key for step, key in _incomplete(store, prefix) if step < newest or "/reports/" in key]
+        store.delete(stray)
+        if stray:
+            logger.info("removed %d files of checkpoints that were never complete", len(stray))
+    except StorageError as error:
+        logger.warning("what earlier jobs left is not removed: %s", error)
+
+
+def _incomplete(store: ObjectStore, prefix: str) -> list[tuple[int, str]]:
+    """Steps and keys of files below folders that have no manifest, and of reports below any."""
+    found = []
+    for info in store.list(f"{prefix}/"):
+        folder, inside, name = info.key.removeprefix(f"{prefix}/").partition("/")
+        if inside and (step := checkpoint_step(folder)) is not None:
+            found.append((step, name, info.key))
+    whole = {step for step, name, _ in found if name == MANIFEST_FILE}
+    return [(step, key) for step, name, key in found if step not in whole or name.startswith("reports/")]

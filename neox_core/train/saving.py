@@ -1,0 +1,80 @@
+"""What a training makes of its saves: how long they take, whether the store is behind, and an end if they fail."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from neox_core.checkpoint.manifest import Manifest
+from neox_core.checkpoint.reports import Reports
+from neox_core.storage.atomic import write_atomically
+from neox_core.train.observe.metrics import METRICS_FILE
+from neox_core.train.stopping import Stop, Stopping
+
+_LOSS = "validation/loss"
+BEHIND_FOLDER = "behind"
+"""In the training's folder: a file of each rank that the store fails, with what is behind since when."""
+
+
+class Saving:
+    """One rank's view of its saves.
+
+    Args:
+        stopping: told of the time that saves take, and asked to stop when one has failed for good.
+        output: the training's folder.
+        rank: this rank.
+        retain: called after each checkpoint that is in the store, with the validation losses by step.
+    """
+
+    def __init__(
+        self, stopping: Stopping, output: Path, rank: int, retain: Callable[[Mapping[int, float]], None]
+    ) -> None:
+        self._output, self._retain = output, retain
+        self._stopping, self._rank = stopping, rank
+        self._path = output / BEHIND_FOLDER / f"rank_{rank}"
+        self._path.unlink(missing_ok=True)
+        self._begun: dict[int, float] = {}
+
+    def begin(self, step: int) -> None:
+        """The save of a step begins."""
+        self._begun[step] = time.time()
+
+    def published(self, manifest: Manifest) -> None:
+        """A checkpoint is in the store."""
+        if begun := self._begun.pop(manifest.step, None):
+            self._stopping.saved(time.time() - begun)
+        self._retain(validation_losses(self._output / METRICS_FILE))
+
+    def failed(self, error: Exception) -> None:
+        """A save has failed for good."""
+        self._stopping.request(Stop("storage", f"rank {self._rank}: {error}"))
+
+    def behind(self, reports: Reports, text: str) -> None:
+        """The store fails this rank, as the text says; an empty one: it works again."""
+        reports.set_behind(bool(text))
+        if text:
+            write_atomically(self._path, text)
+        else:
+            self._path.unlink(missing_ok=True)
+
+
+def validation_losses(metrics: Path) -> dict[int, float]:
+    """By step, as the metrics have them; the last of a step that was repeated."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
+    return {row["step"]: row[_LOSS] for row in rows}
+
+
+def behind(output: Path) -> list[str]:
+    """What is behind in the training of this folder, a line for each rank that the store fails."""
+    found = []
+    for path in sorted((output / BEHIND_FOLDER).glob("rank_*")):
+        try:
+            found.append(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # it has worked again this moment
+            continue
+    return found
