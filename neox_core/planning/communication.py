@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.layer_groups import group_names
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
-from neox_core.planning.memory import rank_norms, rank_parameters
+from neox_core.planning.memory import rank_parameters, replicated_parameters
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
@@ -33,7 +33,7 @@ def step_traffic(
     if config.parallel.pipeline > 1:
         traffic += _pipeline(config, geometry, stage)
     if geometry.data_parallel > 1:
-        parameters, norms = rank_parameters(config, stage), rank_norms(config, stage)
+        parameters, norms = rank_parameters(config, stage), replicated_parameters(config, stage)
         # Matrices by buckets, each to its owner; norms at once.
         traffic["data", "reduce"] = _FP32 * (parameters - norms)
         traffic["data", "reduce-scatter"] = _FP32 * norms
@@ -67,7 +67,8 @@ def _tensor_parallel(
             {
                 ("tensor", "all-gather"): steps * gathers * hidden,
                 ("tensor", "reduce-scatter"): steps * sums * hidden,
-                ("tensor", "all-reduce"): steps * loss + _FP32 * rank_norms(config, stage) // geometry.data_parallel,
+                ("tensor", "all-reduce"): steps * loss
+                + _FP32 * replicated_parameters(config, stage) // geometry.data_parallel,
             }
         )
     traffic = Counter({("tensor", "all-reduce"): steps * (sums * hidden + loss)})

@@ -1,4 +1,4 @@
-"""Parameters and memory per rank, counted from the configuration.
+"""Parameters and memory per rank, counted from the configuration and the model's own layers.
 
 Symbols: L layers, D hidden size, N query heads, K key-value heads, H head width, F intermediate size, V vocabulary,
 each one rank's; TP, PP, DP degrees of tensor, pipeline and data parallelism; B micro batch, T sequence length; e bytes
@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from torch import nn
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, ModelConfig, RunConfig
-from neox_core.model.dimensions import ModelDimensions
+from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.optimizer import update_rule
 from neox_core.optimizer.rule import STATE_BYTES
+from neox_core.parallel.sharding import mark_parameters, sharding_of
 from neox_core.parallel.stages import pipeline_layers
 from neox_core.planning.activations import DTYPE_BYTES, block_bytes, in_flight, working_bytes
 
@@ -26,7 +31,7 @@ _MASTER_BYTES = {"fp32": 4, "packed": 2}
 
 
 def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
-    """Number of parameters: 2·V·D + L·(D·H·(N + 2K) + N·H·D + 3·D·F + 2·D) + D.
+    """Number of parameters. Llama's: 2·V·D + L·(D·H·(N + 2K) + N·H·D + 3·D·F + 2·D) + D.
 
     Q, K, V; attention output; three matrices of SwiGLU; two norms a layer and one at the end; untied input
     embedding and output head, no biases (arXiv 2302.13971, 2307.09288).
@@ -34,17 +39,20 @@ def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
     Args:
         input_embedding: count the input embedding's V·D too. FLOPs are counted without it: a lookup costs none.
     """
-    embeddings = 2 if input_embedding else 1
-    layers = model.num_layers * _layer_parameters(ModelDimensions.of(model, 1))
-    return embeddings * model.vocab_size * model.hidden_size + layers + model.hidden_size
+    layers = {TokenEmbedding: int(input_embedding), TransformerBlock: model.num_layers, FinalNorm: 1, OutputHead: 1}
+    return sum(count * _parameters(model, layer, 1)[0] for layer, count in layers.items())
 
 
-def _layer_parameters(dims: ModelDimensions) -> int:
-    """One rank's part of one transformer layer; norms are replicated."""
-    heads = 2 * dims.num_heads + 2 * dims.num_kv_heads
-    bias = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim if dims.qkv_bias else 0
-    qk_norm = 2 * dims.head_dim if dims.qk_norm else 0
-    return dims.hidden_size * (heads * dims.head_dim + 3 * dims.intermediate_size + 2) + bias + qk_norm
+@cache
+def _parameters(model: ModelConfig, layer_type: type[nn.Module], ranks: int) -> tuple[int, int]:
+    """One tensor-parallel rank's parameters of a layer, and those of them that all ranks have, by their marks."""
+    dims = ModelDimensions.of(model, 1)
+    with torch.device("meta"):
+        layer = layer_type(dims.shard(ranks))
+    mark_parameters(layer, dims, ranks, tokens_split=False)
+    parameters = list(layer.parameters())
+    replicated = [parameter for parameter in parameters if sharding_of(parameter).replicated]
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in replicated)
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,17 @@ def rank_dimensions(config: RunConfig) -> ModelDimensions:
 
 def rank_parameters(config: RunConfig, stage: int) -> int:
     """Parameters on each rank of one pipeline stage."""
-    dims = rank_dimensions(config)
-    vocabulary = dims.vocab_size * dims.hidden_size
-    parameters = stage_layers(config, stage) * _layer_parameters(dims)
-    if stage == 0:
-        parameters += vocabulary
-    if stage == config.parallel.pipeline - 1:
-        parameters += vocabulary + dims.hidden_size
-    return parameters
+    return _stage_parameters(config, stage)[0]
 
 
-def rank_norms(config: RunConfig, stage: int) -> int:
-    """Those of them that are norms: the same on all tensor-parallel ranks."""
-    last = stage == config.parallel.pipeline - 1
-    return (2 * stage_layers(config, stage) + last) * config.model.hidden_size
+def replicated_parameters(config: RunConfig, stage: int) -> int:
+    """Those of them that are the same on all tensor-parallel ranks."""
+    return _stage_parameters(config, stage)[1]
+
+
+def _stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
+    last = int(stage == config.parallel.pipeline - 1)
+    blocks = stage_layers(config, stage)
+    layers = {TokenEmbedding: int(stage == 0), TransformerBlock: blocks, FinalNorm: last, OutputHead: last}
+    each = [(count, _parameters(config.model, layer, config.parallel.tensor)) for layer, count in layers.items()]
+    return sum(count * own for count, (own, _) in each), sum(count * shared for count, (_, shared) in each)

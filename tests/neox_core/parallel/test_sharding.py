@@ -11,7 +11,7 @@ from neox_core.checkpoint.formats.tensor_map import iterate_layers
 from neox_core.config import RunConfig, load_config
 from neox_core.config.families import FAMILIES
 from neox_core.errors import ConfigError
-from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.replicas import partial_elements, replicated_elements
 from neox_core.parallel.sharding import (
@@ -25,7 +25,7 @@ from neox_core.parallel.sharding import (
     set_sharding,
     sharding_of,
 )
-from neox_core.planning.memory import rank_norms, rank_parameters
+from neox_core.planning.memory import rank_parameters, replicated_parameters
 from tests.paths import CONFIGS
 
 CONFIG = load_config(CONFIGS / "llemma_34b.yml")
@@ -51,20 +51,22 @@ def test_checkpoints_split_the_same_dimensions() -> None:
 
 
 @pytest.mark.parametrize("pipeline", [1, 4])
-def test_the_planner_counts_the_same_parameters(pipeline: int) -> None:
+def test_the_planner_counts_llamas_parameters(pipeline: int) -> None:
     config = CONFIG.model_copy(update={"parallel": CONFIG.parallel.model_copy(update={"pipeline": pipeline})})
     layers = config.model.num_layers // pipeline
     config = config.model_copy(
         update={"parallel": config.parallel.model_copy(update={"pipeline_layers": (layers,) * pipeline})}
     )
+    model, ranks = config.model, config.parallel.tensor
     for stage in range(pipeline):
         last = stage == pipeline - 1
-        kinds = [TokenEmbedding] * (stage == 0) + [TransformerBlock] * layers + [FinalNorm, OutputHead] * last
-        parameters = [p for kind in kinds for p in marked(kind, config).parameters()]
-        assert sum(p.numel() for p in parameters) == rank_parameters(config, stage)
-        norms = sum(p.numel() for p in parameters if sharding_of(p).replicated)
-        assert norms == rank_norms(config, stage)
-        assert norms == sum(p.numel() for p in parameters if not sharding_of(p).decays)
+        norms = (2 * layers + last) * model.hidden_size
+        vocabulary = model.hidden_size * model.vocab_size // ranks
+        heads = 2 * model.num_attention_heads // ranks + 2 * max(1, model.num_kv_heads // ranks)
+        block = model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size // ranks)
+        expected = layers * block + norms + ((stage == 0) + last) * vocabulary
+        assert rank_parameters(config, stage) == expected
+        assert replicated_parameters(config, stage) == norms
 
 
 def test_deepspeed_is_told_what_is_split() -> None:
