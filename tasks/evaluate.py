@@ -24,7 +24,7 @@ from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try
 from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
-from tasks.jobs.retry import RetryPolicy
+from tasks.jobs.retry import SchedulerRetry
 from tasks.train import FAILURE_FILE
 
 EVALUATIONS_FILE = "evaluations.json"
@@ -49,7 +49,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
     def build(folder: Path) -> Mapping[str, Any]:
         results: dict[int, dict[str, Any]]
         overlapping = overlapping_items(config, data.folder)
-        results, retry_policy = _inherited(training, folder) | _load(folder), RetryPolicy()
+        results, retry_policy = _inherited(training, folder) | _load(folder), SchedulerRetry()
 
         def report() -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -113,7 +113,7 @@ def _inherited(training: Training, folder: Path) -> dict[int, dict[str, Any]]:
     return results
 
 
-def _training_failed(training: Training, since: float, retry_policy: RetryPolicy) -> bool:
+def _training_failed(training: Training, since: float, retry_policy: SchedulerRetry) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
     What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
@@ -160,7 +160,7 @@ def _run_job(
             time.sleep(0.2)
 
     results: list[dict[str, Any]] = run_to_end(
-        lambda: RetryPolicy().wait_for(submit, meanwhile=report),
+        lambda: SchedulerRetry().wait_for(submit, meanwhile=report),
         follow,
         lambda: 0,
         config.launch.max_restarts,

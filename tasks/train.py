@@ -22,7 +22,7 @@ from tasks.identity.stage import StageResult, how_to_run, require, run_stage
 from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
-from tasks.jobs.retry import RetryPolicy
+from tasks.jobs.retry import SchedulerRetry
 from tasks.report.page import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         result = run_to_end(
-            lambda: RetryPolicy().wait_for(
+            lambda: SchedulerRetry().wait_for(
                 submit, meanwhile=lambda: progress(0.0, "waiting for SLURM, which does not answer")
             ),
             lambda job: follow(job, config, scratch / METRICS_FILE, progress),

@@ -13,7 +13,7 @@ from tasks.jobs.failure import JobFailed, explain, is_final
 from tasks.jobs.rank import read_result, result_file
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import executor_named
-from tasks.jobs.retry import RetryPolicy
+from tasks.jobs.retry import SchedulerRetry
 
 _POLL_SECONDS = 0.5
 """How often it is looked whether there are results."""
@@ -77,7 +77,7 @@ class Job:
         Raises:
             LaunchError: it does not answer for long, or a local job belongs to another host.
         """
-        retry_policy = RetryPolicy()
+        retry_policy = SchedulerRetry()
         while (status := retry_policy.ask(self.status)) is None or status.at_work:
             yield status
 
@@ -88,7 +88,7 @@ class Job:
             JobFailed: a task was cancelled or failed; says which rank failed first, how, and where its log is.
             LaunchError: the scheduler does not answer for long.
         """
-        retry_policy, waiting = RetryPolicy(), set(range(len(self.record.tasks)))
+        retry_policy, waiting = SchedulerRetry(), set(range(len(self.record.tasks)))
         while waiting:
             absent = [task for index in sorted(waiting) if not self._has_returned(task := self.record.tasks[index])]
             # Asked before results are looked for again: a task that has ended by now, and has left none, will not.

@@ -24,7 +24,7 @@ class NoAnswer(LaunchError):
     """The scheduler does not answer, so that nothing can be concluded."""
 
 
-class RetryPolicy:
+class SchedulerRetry:
     """Asks a scheduler, and bears it if some questions in a row are not answered."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import DataError, LlemmaError
 from tasks.jobs.executor import Resources
 from tasks.jobs.launch import Job, JobPlan, attach_or_submit, find_jobs
-from tasks.jobs.retry import RetryPolicy
+from tasks.jobs.retry import SchedulerRetry
 from tasks.tokenization.pool import MadeParts
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def made_in_jobs(
     count = min(len(files), _MAX_TASKS)
     groups = [tuple(largest_first[first::count]) for first in range(count)]
     plan = _plan(groups, settings, folder, jobs)
-    retry_policy = RetryPolicy()
+    retry_policy = SchedulerRetry()
     retry_policy.wait_for(lambda: _end_others(plan))
     job = retry_policy.wait_for(lambda: attach_or_submit(plan))
     for index, (records,) in job.as_completed():

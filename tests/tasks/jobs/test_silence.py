@@ -16,7 +16,7 @@ from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult
 from tasks.identity.training import Training, resolve_training
 from tasks.jobs.rank import result_file
-from tasks.jobs.retry import RetryPolicy
+from tasks.jobs.retry import SchedulerRetry
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
@@ -101,7 +101,7 @@ def test_silence_is_no_failed_training(training: Training, fake_slurm: FakeSlurm
     with pytest.raises(KeyboardInterrupt):
         train.train(training, interrupt)
     (training.scratch / train.FAILURE_FILE).unlink()
-    retry_policy = RetryPolicy()
+    retry_policy = SchedulerRetry()
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
     assert [evaluate._training_failed(training, 0.0, retry_policy) for _ in range(2)] == [False, True]

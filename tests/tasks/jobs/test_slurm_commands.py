@@ -92,7 +92,7 @@ def test_auto_asks_whether_a_controller_answers(
 
 def test_some_silence_is_borne(fake_slurm: FakeSlurm, caplog: pytest.LogCaptureFixture) -> None:
     fake_slurm.squeue("RUNNING")
-    retry_policy, meanwhile = retry.RetryPolicy(), list[str]()
+    retry_policy, meanwhile = retry.SchedulerRetry(), list[str]()
     for _ in range(2):  # an answer ends the count
         fake_slurm.be_silent("squeue", retry._UNANSWERED - 1)
         assert retry_policy.wait_for(state, lambda: meanwhile.append("x")) == "running"
@@ -110,7 +110,7 @@ def test_a_silent_slurm_is_not_asked_all_the_time(fake_slurm: FakeSlurm, monkeyp
     monkeypatch.setattr(retry.time, "monotonic", lambda: now)
     fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 1)
-    retry_policy = retry.RetryPolicy()
+    retry_policy = retry.SchedulerRetry()
     assert [retry_policy.ask(state) for _ in range(9)] == [None] * 9
     assert fake_slurm.questions("squeue") == 1
     now += 60
@@ -123,4 +123,4 @@ def test_only_silence_is_borne(fake_slurm: FakeSlurm) -> None:
         raise LaunchError("job 1 was started on another host")
 
     with pytest.raises(LaunchError, match="another host"):
-        retry.RetryPolicy().ask(question)
+        retry.SchedulerRetry().ask(question)
