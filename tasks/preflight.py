@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 from infra.s3.service import EMBEDDED
+from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, is_json_tokenizer, tokenizer_problem
 from neox_core.config import RunConfig, batch_geometry
 from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
 from tasks.base import check_base
 from tasks.identity.current import current, outlived
-from tasks.identity.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN
+from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
 from tasks.jobs.launch import check_launch
 from tasks.jobs.registry import executor_named
 from tasks.tokenization.array import task_resources
 from tasks.tokenization.estimate import warn_of_repeats
 from tasks.tokenization.tokenize import checked_inputs
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
@@ -49,6 +53,8 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
         ObjectStore(config.storage).check()
     if CONVERT in stages and not outlived(config, CONVERT):
         check_base(config)
+    if EXPORT in stages:
+        note_tokenizer(config.tokenizer.model)
     for stage in (PREPARE_DATA, CONVERT):
         if later and stage not in stages:
             current(config, stage)
@@ -69,6 +75,18 @@ def check_workdir(workdir: Path) -> None:
             f"workdir {workdir} cannot be written: {error.strerror}: set workdir to a folder on a disk with space "
             "where you may write"
         ) from None
+
+
+def note_tokenizer(path: Path) -> None:
+    """Say now what the export will say of it, weeks later."""
+    if path.is_file() and not is_json_tokenizer(path) and (problem := tokenizer_problem(path)):
+        logger.warning(
+            "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file beside the model, "
+            "as %s",
+            path,
+            problem,
+            PLAIN_TOKENIZER,
+        )
 
 
 def _check_warmup(config: RunConfig) -> None:

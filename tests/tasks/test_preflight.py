@@ -12,8 +12,9 @@ from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import ConfigError, LaunchError
 from tasks.jobs.executor import Resources
 from tasks.jobs.slurm import SlurmExecutor
-from tasks.preflight import check_run, check_workdir
+from tasks.preflight import check_run, check_workdir, note_tokenizer
 from tasks.tokenization.estimate import estimated_tokens, warn_of_repeats
+from tests.neox_core.data.tokenization.test_tokenizer import train_model
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 from tests.tasks.tokenization.test_tokenize import small
 
@@ -49,6 +50,14 @@ def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog:
     assert f"source '{poor}' holds about 35 tokens" in message
     assert "lower its weight or train.steps" in message
     assert estimated_tokens([], "none") == 1
+
+
+def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    note_tokenizer(small(tmp_path).tokenizer.model)
+    assert not caplog.records
+    note_tokenizer(train_model(tmp_path, model_type="unigram"))
+    (message,) = caplog.messages
+    assert "is not a BPE model, so no equal tokenizer.json can be written: export gives its own file" in message
 
 
 def test_a_partition_that_the_cluster_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
