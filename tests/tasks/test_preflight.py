@@ -55,9 +55,9 @@ def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog:
 def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     note_tokenizer(small(tmp_path).tokenizer.model)
     assert not caplog.records
-    note_tokenizer(train_model(tmp_path, model_type="unigram"))
+    note_tokenizer(train_model(tmp_path))
     (message,) = caplog.messages
-    assert "is not a BPE model, so no equal tokenizer.json can be written: export gives its own file" in message
+    assert "normalizes text (nmt_nfkc, remove_extra_whitespaces), so no equal tokenizer.json can be written: export gives its own file" in message
 
 
 def test_a_partition_that_the_cluster_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
