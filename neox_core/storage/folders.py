@@ -208,6 +208,19 @@ def storage_at(url: str, storage: StorageConfig | None = None) -> StorageConfig:
     )
 
 
+def check_exists(folder: Folder) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        CheckpointError: there is nothing, or a file.
+    """
+    if folder.exists():
+        return
+    if isinstance(folder, LocalFolder) and folder.path.exists():
+        raise CheckpointError(f"{folder} is a file: give the folder of the checkpoint that it belongs to")
+    raise CheckpointError(f"checkpoint folder {folder} does not exist")
+
+
 def open_folder(location: Location, storage: StorageConfig | None = None) -> Folder:
     """The folder of any location.
 

@@ -57,7 +57,7 @@ def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.L
     assert not caplog.records
     note_tokenizer(train_model(tmp_path))
     (message,) = caplog.messages
-    assert "normalizes text (nmt_nfkc, remove_extra_whitespaces), so no equal tokenizer.json can be written: export gives its own file" in message
+    assert "normalizes text (nmt_nfkc, remove_extra_whitespaces), so no equal tokenizer.json can be written" in message
 
 
 def test_a_partition_that_the_cluster_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

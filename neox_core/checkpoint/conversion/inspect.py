@@ -15,7 +15,7 @@ from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig
 from neox_core.errors import CheckpointError
-from neox_core.storage.folders import Folder, Location, open_folder
+from neox_core.storage.folders import Folder, Location, check_exists, open_folder
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def inspect(location: Location, model: ModelConfig | None = None) -> Description
         CheckpointError: the folder is none of these, or is damaged or inconsistent.
     """
     folder = open_folder(location)
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    check_exists(folder)
     if {PARAMS_FILE, CONFIG_FILE} & set(folder.names()):
         source = open_source(folder)
         return _described("Meta" if source.files.is_meta else "Hugging Face", source.weights)
@@ -67,8 +66,7 @@ def recorded_model(folder: Folder) -> ModelConfig:
     Raises:
         CheckpointError: there is none.
     """
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    check_exists(folder)
     try:
         text = folder.read_text(ARTIFACT_FILE)
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neox_core.errors import CheckpointError
-from neox_core.storage.folders import Folder
+from neox_core.storage.folders import Folder, check_exists
 
 PARAMS_FILE = "params.json"
 CONFIG_FILE = "config.json"
@@ -55,8 +55,7 @@ def model_files(folder: Folder) -> ModelFiles:
     Raises:
         CheckpointError: the folder does not exist or holds neither, or shards are missing.
     """
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    check_exists(folder)
     names = set(folder.names())
     if PARAMS_FILE in names and (_shards(names) or CONFIG_FILE not in names):
         return meta_files_of(folder)
@@ -73,8 +72,7 @@ def meta_files_of(folder: Folder) -> ModelFiles:
     Raises:
         CheckpointError: there are no shards, or their numbers have a gap.
     """
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    check_exists(folder)
     names = set(folder.names())
     if PARAMS_FILE not in names:
         raise CheckpointError(f"{folder} holds no {PARAMS_FILE}: is it a checkpoint in Meta's format?")

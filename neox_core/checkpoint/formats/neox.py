@@ -22,7 +22,7 @@ from neox_core.checkpoint.formats.outputs import OutputFile
 from neox_core.checkpoint.formats.tensor_map import Form, iterate_layers, stored_tensors
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError
-from neox_core.storage.folders import Folder, Location, open_folder
+from neox_core.storage.folders import Folder, Location, check_exists, open_folder
 from neox_core.storage.tensor_reader import StoredTensor, open_tensors
 
 LATEST_FILE = "latest"
@@ -191,8 +191,7 @@ class NeoxCheckpoint:
 
 def _step_folder(folder: Folder) -> Folder:
     """The folder itself if it is a step's, else the one that `latest` names."""
-    if not folder.exists():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+    check_exists(folder)
     names = folder.names()
     if LATEST_FILE not in names:
         if any(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name) for name in names):
