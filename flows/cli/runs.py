@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,8 +17,6 @@ from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import bar, print_records, print_rows
 from neox_core.errors import ConfigError
 
-_INTERRUPTED = 130
-"""The exit code, as shells have it for SIGINT."""
 _STAGES_HELP = "prepare-data, convert, train, evaluate, export; none: all of them, and the report."
 _FORCE_HELP = "Make the stages again, though they are finished; training goes on from its checkpoints."
 
@@ -29,15 +28,27 @@ def run(
     force: Annotated[bool, typer.Option("--force", help=_FORCE_HELP)] = False,
 ) -> None:
     """Run the whole chain, or some of its stages, here and now; finished stages are skipped."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if stages:
             _run_stages(config, _checked(stages), overrides or [], force)
         else:
             _run_chain(config, overrides or [], force)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         line = "interrupted: what is finished or saved stays, and the same command goes on from there"
         Console(stderr=True, soft_wrap=True).print(line)
-        raise typer.Exit(_INTERRUPTED) from None
+        number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None  # as shells have it
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come, and ends the command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def _checked(stages: Sequence[str]) -> list[str]:

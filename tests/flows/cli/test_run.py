@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def test_set_reaches_plan_and_make_base(run: Run, tmp_path: Path) -> None:
     invoke("make-base", str(run.path), "--set", f"base_model.path={tmp_path / 'other'}")
     assert (tmp_path / "other" / "params.json").is_file()
     assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_in_one_line(run: Run, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.prepare.prepare_spec", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    ended = CliRunner().invoke(app, ["run", str(run.path), "prepare-data"])
+    assert ended.exit_code == 128 + number
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("interrupted")]
+    assert "the same command goes on from there" in line
+    assert signal.getsignal(number) is before
