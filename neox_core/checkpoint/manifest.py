@@ -215,6 +215,6 @@ def _download(
         path.unlink()
         logger.warning("%s came with SHA-256 %s (attempt %d of %d)", store.url(key), found, attempt, _FETCHES)
     raise CheckpointError(
-        f"{store.url(key)} is damaged: SHA-256 {found} instead of {record.sha256}, {_FETCHES} times: resume from "
-        "another checkpoint (llemma checkpoint ls shows them, verify tells which are whole)"
+        f"{store.url(key)} is damaged: SHA-256 {found} instead of {record.sha256}, {_FETCHES} times "
+        "(`llemma checkpoint verify` tells which checkpoints are whole)"
     )

@@ -85,12 +85,13 @@ class MasterWeights:
             self.write(start, stop, self.low_precision[start:stop].float())
 
     def count_differences(self, rounded: bool) -> int:
-        """Elements whose parameter is not the master weight; or not its rounding."""
+        """Elements whose parameter is not the master weight; or not its rounding. NaN is as NaN."""
         dtype = self.low_precision.dtype if rounded else torch.float32
-        return sum(
-            int((self.read(start, stop).to(dtype) != self.low_precision[start:stop].to(dtype)).sum())
-            for start, stop in self._ranges()
-        )
+        count = 0
+        for start, stop in self._ranges():
+            master, parameter = self.read(start, stop).to(dtype), self.low_precision[start:stop].to(dtype)
+            count += int(((master != parameter) & ~(master.isnan() & parameter.isnan())).sum())
+        return count
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Pieces that fit on a card that is almost full."""

@@ -106,9 +106,12 @@ def lineage_checkpoints(
     return dict(sorted(found.items()))
 
 
-def newest_checkpoint(store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor]) -> tuple[str, Manifest] | None:
-    """The last of `lineage_checkpoints`, if there is any."""
-    return next(reversed(lineage_checkpoints(store, fingerprint, lineage).values()), None)
+def newest_checkpoint(
+    store: ObjectStore, fingerprint: str, lineage: Sequence[Ancestor], before: float = float("inf")
+) -> tuple[str, Manifest] | None:
+    """The last of `lineage_checkpoints` before a step, if there is any."""
+    found = lineage_checkpoints(store, fingerprint, lineage)
+    return next((found[step] for step in reversed(found) if step < before), None)
 
 
 def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:

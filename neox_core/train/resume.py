@@ -82,19 +82,27 @@ class TrainCheckpoints:
         self.writer.save(manifest, hand_over, self._folder / key, upload)
 
     def resume(self) -> TrainingState:
-        """Load the newest complete checkpoint, if there is one, and return its state.
+        """Load the newest complete checkpoint, if there is one, and return its state. If it is damaged, the one before.
 
         Raises:
-            CheckpointError: it is of other data, or is damaged; or there is none to extend.
+            CheckpointError: it is of other data; or all that there are, are damaged; or there is none to extend.
         """
-        found = self._newest()
+        found, damage = self._newest(), ""
         if found is None:
             self._check_extends()
             return TrainingState(0, open_training_data(self.job.data, self.config))
-        prefix, manifest = found
-        state = self._state(manifest)
-        self._check(prefix, manifest, state)
-        self._load(prefix, manifest)
+        while found:
+            prefix, manifest = found
+            state = self._state(manifest)
+            self._check(prefix, manifest, state)
+            damage = self._fetch(prefix, manifest)
+            if not damage:
+                break
+            logger.error("%s; the checkpoint before it is taken", damage)
+            found = self._newest(before=manifest.step)
+        if damage:
+            raise CheckpointError(f"{damage}; nor is there an earlier checkpoint that is whole")
+        self._load(manifest)
         self._upload_unless_stored(prefix, manifest)
         if self.mesh.local_rank == 0:
             remove_others(self._folder, manifest.step)
@@ -131,17 +139,22 @@ class TrainCheckpoints:
         dist.barrier()
         return self.resume()
 
-    def _newest(self) -> tuple[str, Manifest] | None:
-        """Rank 0 decides for all, so that no two ranks resume from different steps.
+    def _newest(self, before: float = float("inf")) -> tuple[str, Manifest] | None:
+        """Of steps before that one. Rank 0 decides for all, so that no two ranks resume from different steps.
 
         What was skipped after the checkpoint, by this training or by the one whose it is, is in the manifest.
         """
         found: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            if newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors):
+            if newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors, before):
                 found[0] = (newest[0], self._with_skipped(*newest))
             local = newest_local(self._folder, self.job.fingerprint)
-            if local and self._is_own_layout(local) and (newest is None or local.step > newest[1].step):
+            if (
+                local
+                and local.step < before
+                and self._is_own_layout(local)
+                and (newest is None or local.step > newest[1].step)
+            ):
                 found[1] = (self.job.prefix, self._with_skipped(self.job.prefix, local))
         dist.broadcast_object_list(found, src=0)
         stored: tuple[str, Manifest] | None = found[0]
@@ -211,36 +224,49 @@ class TrainCheckpoints:
     def _place(self) -> Place:
         return Place(self.mesh.pipeline_rank, self.mesh.data_rank, self.mesh.tensor_rank)
 
-    def _load(self, prefix: str, manifest: Manifest) -> None:
-        saved = Layout.of_manifest(manifest.layout, self.config.model)
-        key = checkpoint_key(manifest.step)
-        if saved == self._layout:
-            # Weights and metadata once per node, and this rank's own share of the optimizer state.
-            if self.mesh.local_rank == 0:
-                self._download(prefix, manifest, self.engine.shared_file)
-            self._fetch(prefix, manifest, {self._place})
-            self.engine.load_state(self._folder, key)
-            return
-        logger.info("checkpoint of step %d was written by %s, and is read as %s", manifest.step, saved, self._layout)
-        resharding = Resharding(self.config.model, saved, self._layout, self._place)
-        self._fetch(prefix, manifest, resharding.files())
-        self.engine.load_resharded(self._folder, key, manifest.step, resharding)
+    def _fetch(self, prefix: str, manifest: Manifest) -> str:
+        """Bring here what this node needs, each file once per node: weights and metadata, where the layout is the same,
+        and the optimizer's files of some ranks, by the first rank here that needs them.
 
-    def _fetch(self, prefix: str, manifest: Manifest, places: set[Place]) -> None:
-        """Bring the optimizer's files of ranks here: each once per node, by the first rank there that needs it."""
+        Returns:
+            What is damaged, as the first rank says that has found something; the same on all ranks. Nothing: empty.
+        """
+        resharding = self._resharding(manifest)
+        places = resharding.files() if resharding else {self._place}
+        host, tensor_size = socket.gethostname(), manifest.layout["tensor"]
         everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (socket.gethostname(), sorted(places)))
-        before = {
-            place for host, wanted in everyones[: self.mesh.rank] for place in wanted if host == socket.gethostname()
-        }
-        own, tensor_size = places - before, manifest.layout["tensor"]
-        self._download(
-            prefix, manifest, lambda name: any(self.engine.optimizer_file(name, p, tensor_size) for p in own)
-        )
-        dist.barrier()
+        dist.all_gather_object(everyones, (host, sorted(places)))
+        before = {place for other, wanted in everyones[: self.mesh.rank] if other == host for place in wanted}
 
-    def _download(self, prefix: str, manifest: Manifest, wanted: Callable[[str], bool]) -> None:
-        download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.heartbeat)
+        def wanted(name: str) -> bool:
+            own = any(self.engine.optimizer_file(name, place, tensor_size) for place in places - before)
+            return own or (resharding is None and self.mesh.local_rank == 0 and self.engine.shared_file(name))
+
+        damage = ""
+        try:
+            download_checkpoint(self.store, prefix, manifest, self._folder, wanted, self.heartbeat)
+        except CheckpointError as error:
+            damage = str(error)
+        dist.all_gather_object(everyones, damage)
+        return next(filter(None, everyones), "")
+
+    def _load(self, manifest: Manifest) -> None:
+        key = checkpoint_key(manifest.step)
+        if resharding := self._resharding(manifest):
+            logger.info(
+                "checkpoint of step %d was written by %s, and is read as %s",
+                manifest.step,
+                resharding.saved,
+                self._layout,
+            )
+            self.engine.load_resharded(self._folder, key, manifest.step, resharding)
+        else:
+            self.engine.load_state(self._folder, key)
+
+    def _resharding(self, manifest: Manifest) -> Resharding | None:
+        """How to read a checkpoint of another layout; None: it has this one."""
+        saved = Layout.of_manifest(manifest.layout, self.config.model)
+        return None if saved == self._layout else Resharding(self.config.model, saved, self._layout, self._place)
 
     @property
     def _folder(self) -> Path:

@@ -19,7 +19,7 @@ from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
 from neox_core.train.engine.setup import attach_deepspeed, deepspeed_config
 from neox_core.train.engine.training_engine import TrainingEngine
-from neox_core.train.engine.verification import verify_master_weights
+from neox_core.train.engine.verification import verify_loaded
 
 
 def build_engine(
@@ -50,7 +50,7 @@ def build_engine(
         config=settings,
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
-    verify_master_weights(engine, trained=False)
+    verify_loaded(engine)
     norms = GradientNorms(module, engine.optimizer, config.model, mesh)
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
     if mesh.device.type == "cuda" and config.train.precision == "bf16":

@@ -15,7 +15,7 @@ from neox_core.checkpoint.partitions import Place
 from neox_core.checkpoint.resharding import Resharding
 from neox_core.errors import CheckpointError
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
-from neox_core.train.engine.state_files import is_own_file
+from neox_core.train.engine.state_files import is_own_file, read_state
 
 
 class OptimizerFiles:
@@ -43,9 +43,7 @@ class OptimizerFiles:
             paths = [p for p in self._folder.iterdir() if is_own_file(p.name, place, self._resharding.saved.tensor)]
             if len(paths) != 1:
                 raise CheckpointError(f"{self._folder} has {len(paths)} optimizer's files of {place} instead of one")
-            with torch.serialization.safe_globals([fragment_address]):
-                content = torch.load(paths[0], map_location="cpu", mmap=True, weights_only=True)
-            state = content["optimizer_state_dict"]
+            state = read_state(paths[0], mmap=True)["optimizer_state_dict"]
             self._check(paths[0], place, state["param_slice_mappings"])
             self._opened[place] = state
         return self._opened[place]

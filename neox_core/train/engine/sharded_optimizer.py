@@ -205,6 +205,19 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         them."""
         return sum(master.count_differences(trained) for master in self.masters)
 
+    def not_finite(self) -> list[str]:
+        """Names of this rank's parameters, and of its parts of the rule's state, that hold a NaN or an infinity.
+
+        Master weights are not looked at: those that round to finite parameters are finite.
+        """
+        named = {self.param_names[p]: p for group in self.bf16_groups for p in group}
+        for index, handle in enumerate(self.fp32_groups_flat_partition):
+            state = self.optimizer.state[handle]
+            named |= {f"{name} of group {index}": state[name] for name in self.rule.state_names}
+        # The extremes are NaN where there is one, and nothing of the tensor's size is made.
+        finite = torch.stack([torch.stack(tensor.detach().aminmax()).isfinite().all() for tensor in named.values()])
+        return [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
+
     def differs_from_peers(self) -> bool:
         """Whether this rank's parameters are other than its peers': data-parallel ranks have all of them in common,
         tensor-parallel ranks what is replicated, and some of them KV heads. Collective over all ranks."""

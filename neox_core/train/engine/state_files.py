@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from neox_core.checkpoint.partitions import Place
 from neox_core.checkpoint.writer import TakeFile
+from neox_core.errors import CheckpointError
 
 _OPTIMIZER = "optim_states"
 
@@ -37,12 +40,32 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file that this software wrote and whose checksum was verified."""
-        return torch.load(path, map_location=map_location, weights_only=False)
+        """Read one file."""
+        return read_state(Path(path), map_location)
 
     def preserves_storage_sharing(self) -> bool:
         """False: copies share no storage, so DeepSpeed need not clone."""
         return False
+
+
+def read_state(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """A file of a rank's state: tensors, plain values, and where parameters lie; never code, whatever the pickle says.
+
+    Args:
+        mmap: leave tensors on disk until they are used.
+
+    Raises:
+        CheckpointError: it holds something else, or is damaged.
+    """
+    try:
+        with torch.serialization.safe_globals([fragment_address]):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise CheckpointError(
+            f"{path} is not loaded, since it holds more than tensors and plain values, or is damaged ({reason}): such "
+            "a file is none of this software's; look where it comes from"
+        ) from None
 
 
 def is_shared_file(name: str) -> bool:

@@ -75,7 +75,7 @@ class StepEngine(Protocol):
         """Take these weights, and forget all steps before.
 
         Raises:
-            CheckpointError: the fp32 master weights are not the weights that were loaded.
+            CheckpointError: they are not finite, or the fp32 master weights are not the weights that were loaded.
         """
 
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
@@ -85,6 +85,9 @@ class StepEngine(Protocol):
             folder, tag: the files' paths are `folder/tag/<name>`.
             notes: JSON values that are kept with the state.
             take: copies the tensors, or has the current stream copy them, before it returns.
+
+        Raises:
+            TrainingError: `load_state` would not take the state, as of NaNs; nothing is handed over.
         """
 
     def load_state(self, folder: Path, tag: str) -> None:

@@ -28,7 +28,7 @@ from neox_core.train.engine.resharded_state import OptimizerFiles, load_resharde
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
 from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
 from neox_core.train.engine.step_engine import Batches
-from neox_core.train.engine.verification import verify_master_weights
+from neox_core.train.engine.verification import verify_before_save, verify_loaded, verify_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,11 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self.optimizer.forget()
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.agg_train_loss = self.total_loss = None
-        verify_master_weights(self, trained=False)
+        verify_loaded(self)
 
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
         """In DeepSpeed's files; none points at the newest."""
+        verify_before_save(self, tag)
         self.checkpoint_engine = StateFiles(take)
         self.save_checkpoint(str(folder), tag=tag, client_state=dict(notes), save_latest=False)
 

@@ -101,9 +101,7 @@ def test_what_is_wrong_each_time_is_called_damaged(
 ) -> None:
     manifest = publish(store, tmp_path)
     proxy.fail("wrong bytes")
-    with pytest.raises(
-        CheckpointError, match=r"state\.pt is damaged: SHA-256 .* 3 times: resume from another"
-    ) as error:
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged: SHA-256 .* 3 times") as error:
         download_checkpoint(patient, "train", manifest, tmp_path / "fetched", lambda _: True)
     assert "delete" not in str(error.value)
     assert not (tmp_path / "fetched" / "global_step3" / "state.pt").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +125,24 @@ def test_the_newest_complete_checkpoint_is_resumed(
     assert checkpoints(engine, store, job).resume() == TrainingState(10, DATA)
     names = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "layer_00-model_00-model_states.pt"]
     assert engine.loaded == [("global_step10", names)]
+
+
+def test_where_the_newest_is_damaged_the_one_before_is_taken(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (8, 9, 10):
+        publish(store, job, step, LAYOUT)
+    weights = "layer_00-model_00-model_states.pt"
+    for step in (9, 10):
+        store.put_text(f"{job.prefix}/global_step{step}/{weights}", "y")
+    assert checkpoints(engine, store, job).resume() == TrainingState(8, DATA)
+    assert [tag for tag, _ in engine.loaded] == ["global_step8"]
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert [re.search(r"global_step\d+/\S+ is damaged", text) is not None for text in errors] == [True, True]
+    store.put_text(f"{job.prefix}/global_step8/{weights}", "y")
+    shutil.rmtree(job.output)
+    with pytest.raises(CheckpointError, match=r"global_step8/.* is damaged.*nor is there an earlier checkpoint"):
+        checkpoints(engine, store, job).resume()
 
 
 def test_only_own_optimizer_state_is_fetched(one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob) -> None:

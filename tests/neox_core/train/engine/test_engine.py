@@ -46,6 +46,18 @@ def verdict(engine: Any, trained: bool = False) -> str:
     return "equal"
 
 
+def save_verdict(engine: Any) -> str:
+    """What verify_before_save says."""
+    from neox_core.errors import TrainingError
+    from neox_core.train.engine.verification import verify_before_save
+
+    try:
+        verify_before_save(engine, "global_step5")
+    except TrainingError as error:
+        return str(error)
+    return "good"
+
+
 @torch.no_grad()
 def verdicts(engine: Any, rank: int) -> dict[str, str]:
     """Before, during and after faults that exist on rank 1 alone."""
@@ -73,7 +85,19 @@ def verdicts(engine: Any, rank: int) -> dict[str, str]:
             p.copy_(old)
         engine.optimizer.masters[1].reset()
         masters[0][3] += 1.0
-    found["one other master"] = verdict(engine)
+    found["one other master"], found["one other master, saved"] = verdict(engine), save_verdict(engine)
+    if rank == 1:
+        engine.optimizer.masters[0].reset()
+    found["restored again"] = save_verdict(engine)
+    moments = engine.optimizer.optimizer.state[engine.optimizer.fp32_groups_flat_partition[1]]["exp_avg_sq"]
+    if rank == 1:
+        moments[2] = torch.inf
+    found["an infinite moment"] = save_verdict(engine)
+    if rank == 1:
+        moments[2] = 0.0
+        parameters[0].view(-1)[-1] = torch.nan
+        engine.optimizer.masters[0].reset()
+    found["a NaN in a weight"], found["a NaN, loaded"] = save_verdict(engine), verdict(engine, trained=True)
     return found
 
 
@@ -195,6 +219,17 @@ def test_master_weights_are_checked_on_all_ranks(ranks: list[dict[Any, Any]], la
             assert found["a weight that rank 0 owns"].startswith("ranks [1] have loaded other weights")
         assert found["a norm that agrees with its master"].startswith("ranks [1] have loaded other weights")
         assert found["one other master"].startswith(f"1 fp32 master weights differ from the model's weights ({rank} on")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_that_no_start_would_take_is_not_saved(ranks: list[dict[Any, Any]], layout: str) -> None:
+    for found in (result[layout] for result in ranks):
+        assert "1 fp32 master weights do not round to the model's weights" in found["one other master, saved"]
+        assert found["restored again"] == "good"
+        assert "not finite are exp_avg_sq of group 1 on rank 1: the checkpoint before" in found["an infinite moment"]
+        assert re.search(r"not finite are \S*word_embeddings.weight on rank 1:", found["a NaN in a weight"])
+        # With data parallelism, rank 0's copy is another; else a NaN that was saved once is equal to itself.
+        assert found["a NaN, loaded"] == "equal" or layout == "data"
 
 
 def test_recomputation_does_not_change_the_training(ranks: list[dict[Any, Any]]) -> None:
