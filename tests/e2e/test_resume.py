@@ -59,7 +59,8 @@ def when_training_is_under_way(run: Run, store: ObjectStore, act: Callable[[Cont
     metrics = resolve_training(run.config).scratch / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if list_checkpoints(store, prefix_of(run)) and f'{{"step": {INTERVAL + 1},' in metrics.read_text():
+        logged = metrics.is_file() and f'{{"step": {INTERVAL + 1},' in metrics.read_text()
+        if logged and list_checkpoints(store, prefix_of(run)):  # the store is asked late: it runs on the same cores
             report = ControllerReport.read(run.attempts("train")[-1])
             assert report is not None
             act(report)

@@ -38,9 +38,16 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def is_json_tokenizer(path: Path) -> bool:
-    """Whether a tokenizer is a tokenizer.json already, whatever its name."""
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"{")
+    """Whether a tokenizer is a tokenizer.json already, whatever its name.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"{")
+    except OSError as error:
+        raise CheckpointError(f"tokenizer {path} cannot be loaded: {error.strerror}") from None
 
 
 def json_tokenizer(path: Path) -> Any:

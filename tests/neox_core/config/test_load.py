@@ -34,7 +34,7 @@ def message(path: Path) -> str:
         ("train: {sequence_lenght: 5}", "unknown key 'train.sequence_lenght': did you mean 'train.sequence_length'?"),
         ("train: {optimizer: {learning_rte: 5}}", "unknown key 'train.optimizer.learning_rte'"),
         ("data: {sources: {arxiv: {wieght: 5}}}", "did you mean 'data.sources.arxiv.weight'?"),
-        ("model: {xyzzy: 5}", "unknown key 'model.xyzzy'; known keys: num_layers, hidden_size"),
+        ("model: {xyzzy: 5}", "unknown key 'model.xyzzy'; known keys: family, num_layers"),
     ],
 )
 def test_unknown_key_names_the_nearest(extra: str, expected: str, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ FIELDS = {
     "TokenizeJobConfig": 7,
     "BaseModelConfig": 5,
     "RopeScalingConfig": 5,
-    "ModelConfig": 10,
+    "ModelConfig": 13,
     "ParallelConfig": 4,
     "TrainConfig": 24,
     "ProfileConfig": 3,

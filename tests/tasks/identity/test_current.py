@@ -20,7 +20,7 @@ from tasks.identity.stage import StageResult
 from tasks.identity.training import find_training, resolve_training
 from tasks.preflight import check_run
 from tasks.prepare import prepare, tokenizer_of
-from tests.tasks.test_specs import changed, small_config
+from tests.tasks.identity.test_specs import changed, small_config
 
 WORDS = "Let the group be a ring. "
 

@@ -82,6 +82,9 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.rope_theta": (1e4, CONVERT),
     "model.rope_scaling": (RopeScalingConfig(rope_type="linear", factor=2), CONVERT),
     "model.norm_eps": (1e-6, CONVERT),
+    "model.family": ("qwen2", CONVERT),
+    "model.head_dim": (64, CONVERT),
+    "model.sliding_window": (512, CONVERT),
     "parallel.tensor": (1, CONVERT),
     "parallel.sequence": (False, NOTHING),
     "parallel.pipeline": (2, CONVERT),
@@ -321,7 +324,13 @@ def test_missing_inputs_are_errors(tmp_path: Path) -> None:
 def test_a_toys_weights_are_made_when_they_are_missing(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     shutil.rmtree(config.base_model.path)
-    for key, value in {"num_layers": 1, "hidden_size": 16, "vocab_size": 32, "intermediate_size": 32}.items():
+    for key, value in {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "head_dim": 2,
+        "vocab_size": 32,
+        "intermediate_size": 32,
+    }.items():
         config = changed(config, f"model.{key}", value)
     with pytest.raises(ConfigError, match=r"holds no params.json"):
         convert_spec(config)
