@@ -13,6 +13,7 @@ from neox_core.checkpoint.manifest import Manifest
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.progress import Progress
+from neox_core.storage.atomic import write_atomically
 from neox_core.train.job import LOCAL_CHECKPOINTS
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
@@ -27,6 +28,8 @@ from tasks.report.page import read_metrics
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.json"
+"""In the scratch folder: the configuration of the training that has it, for those who look in."""
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
 _INCIDENT_KEYS = ("step", "problem", "action", "loss", "gradient_norm", "ranks", "sources")
@@ -54,6 +57,8 @@ def train(training: Training, progress: Progress) -> StageResult:
 def _train(training: Training, progress: Progress) -> StageResult:
     config, scratch = training.config, training.scratch
     data, weights = require(training.data), require(training.weights)
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_atomically(scratch / CONFIG_FILE, config.model_dump_json())
 
     def submit() -> Job:
         return submit_or_attach(

@@ -140,6 +140,17 @@ def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
         yield claimed
 
 
+def is_claimed(workdir: Path, pattern: str) -> bool:
+    """Whether a run is at work now on anything in a workdir whose name matches."""
+    for path in (workdir / ".claims").glob(pattern):
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
 def _run_claimed(
     spec: StageSpec, build: Callable[[Path], Mapping[str, Any]], still_valid: Callable[[Artifact], bool]
 ) -> StageResult:

@@ -27,6 +27,8 @@ from tasks.report.formats import format_bytes, format_count, format_duration
 from tasks.report.tasks_section import task_context, task_figures
 
 logger = logging.getLogger(__name__)
+REPORT_FILE = "report.html"
+"""In the workdir."""
 _TEMPLATE = "report.html.j2"
 _STEP_METRICS = (
     ("train/lr", "learning rate", ".3~e"),

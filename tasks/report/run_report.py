@@ -13,7 +13,7 @@ from tasks.evaluation.kept_items import BASE_STEP, load_items
 from tasks.evaluation.show import flipped, is_right
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
-from tasks.report.page import ReportData, read_metrics, summary_rows, write_report
+from tasks.report.page import REPORT_FILE, ReportData, read_metrics, summary_rows, write_report
 from tasks.report.tasks_section import flipped_rows
 
 
@@ -28,7 +28,7 @@ class RunReport:
 def write_run_report(config: RunConfig, results: Sequence[StageResult]) -> RunReport:
     """Write `<workdir>/report.html` from the results of all stages, in their order."""
     prepared, converted, trained, evaluated, exported = results
-    path = config.workdir / "report.html"
+    path = config.workdir / REPORT_FILE
     data = ReportData(
         title=config.name,
         config=config.model_dump(mode="json"),

@@ -15,7 +15,7 @@ from neox_core.config import RunConfig, load_config
 from neox_core.errors import DataError, LlemmaError
 from neox_core.progress import silent
 from tasks.identity import stage as stage_module
-from tasks.identity.stage import StageSpec, require, run_stage, try_claim
+from tasks.identity.stage import StageSpec, is_claimed, require, run_stage, try_claim, try_claim_name
 
 PATIENCE = 60.0
 
@@ -155,3 +155,11 @@ def test_a_failed_run_gives_its_claim_back(spec: StageSpec) -> None:
         run_stage(spec, fail, silent)
     with try_claim(spec) as claimed:
         assert claimed
+
+
+def test_whether_anything_is_at_work(tmp_path: Path) -> None:
+    assert not is_claimed(tmp_path, "convert-*")
+    with try_claim_name(tmp_path, "convert-0123"):
+        assert is_claimed(tmp_path, "convert-*")
+        assert not is_claimed(tmp_path, "train-*")
+    assert not is_claimed(tmp_path, "convert-*")
