@@ -6,12 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from neox_core.kernels.arithmetic import arithmetic_type
+
 
 def sdpa(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
     """Causal attention by torch's own choice: q [B,T,N,H], k and v [B,T,K,H] -> [B,T,N,H]"""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    dtype = arithmetic_type(q_BTNH)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return attended.transpose(1, 2).to(q_BTNH.dtype)
 
 
 def cudnn(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:

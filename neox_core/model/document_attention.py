@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neox_core.kernels.arithmetic import arithmetic_type
+
 # The layers of a pipeline stage share a micro batch's mask; with a pipeline, several micro batches are under way.
 _MASKS_KEPT = 8
 
@@ -19,13 +21,14 @@ def masked_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, positions_B
     Args:
         positions_BT: position of each token within its document, which starts where they start again from 0.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    dtype = arithmetic_type(q_BTNH)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda:
         out = _flex_attention()(q, k, v, block_mask=_block_mask(positions_BT), enable_gqa=grouped)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(positions_BT), enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).to(q_BTNH.dtype)
 
 
 @lru_cache(maxsize=_MASKS_KEPT)  # a tensor is hashed by its identity

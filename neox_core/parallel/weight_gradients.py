@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel
 
 
@@ -57,7 +58,7 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     weights = [linear.weight for linear in linears]
     accumulators = [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
     if not accumulators or not torch.is_grad_enabled():
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(product(x, weight) for weight in weights)
     outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for output, weight in zip(outputs, weights, strict=True):
@@ -88,6 +89,13 @@ class _AccumulatingLinears(torch.autograd.Function):
         for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
             d_x.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)  # the product adds: no pass for the sum
         return d_x, None, *[None] * len(weights)
+
+
+@Kernel
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., in] x weight [out, in] -> [..., out]"""
+    dtype = arithmetic_type(x)
+    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 @Kernel

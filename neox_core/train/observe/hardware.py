@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from neox_core.kernels.arithmetic import arithmetic_type
+
 # Dense bf16 tensor-core rates in TFLOP/s, from the vendors' datasheets.
 _PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A10G": 70.0}
 
@@ -24,6 +26,7 @@ def _measured_gemm_flops(device: torch.device, dtype: torch.dtype, repeats: int 
     """Best rate of a square matrix product, in FLOP/s."""
     size = 4096 if device.type == "cuda" else 256  # large enough for the device, and a moment's work
     matrix = torch.randn(size, size, device=device).to(dtype)
+    matrix = matrix.to(arithmetic_type(matrix))
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
