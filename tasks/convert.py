@@ -8,7 +8,7 @@ from typing import Any
 
 from neox_core.config import RunConfig
 from neox_core.progress import Progress
-from tasks.base import make_toy_base
+from tasks.identity.base import make_toy_base
 from tasks.identity.current import note_current, outlived
 from tasks.identity.specs import CONVERT, convert_spec
 from tasks.identity.stage import StageResult, digest_cache, run_stage

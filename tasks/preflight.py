@@ -13,7 +13,7 @@ from neox_core.config import RunConfig, batch_geometry
 from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
-from tasks.base import check_base
+from tasks.identity.base import check_base
 from tasks.identity.current import current, outlived
 from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
 from tasks.jobs.launch import check_launch

@@ -17,7 +17,7 @@ from neox_core.errors import ConfigError
 
 def make_base(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Make the toy base model that base_model.random_seed describes, in Meta's format, if it is not there."""
-    from tasks.base import check_base, make_toy_base
+    from tasks.identity.base import check_base, make_toy_base
 
     loaded = load_config(config, overrides or ())
     make_toy_base(loaded)

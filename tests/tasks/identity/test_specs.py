@@ -24,7 +24,7 @@ from neox_core.config import (
 )
 from neox_core.data.order_version import DATA_ORDER
 from neox_core.errors import ConfigError, DataError
-from tasks.base import make_toy_base
+from tasks.identity.base import make_toy_base
 from tasks.identity.specs import STAGES, convert_spec, evaluate_spec, export_spec, prepare_spec, train_spec
 from tasks.identity.stage import StageSpec
 from tests.neox_core.train.small_training import CONFIG
