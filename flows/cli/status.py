@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import ConfigArgument, SetOption
-from flows.cli.printing import print_records, print_rows
+from flows.cli.printing import bar, print_records, print_rows
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import ConfigError
 
@@ -42,6 +42,20 @@ def logs(config: ConfigArgument, stage: _StageArgument = "train", lines: _LinesO
             last = deque(file, maxlen=lines)
         typer.echo(f"==> {path} <==")
         typer.echo("".join(last).rstrip("\n") + "\n")
+
+
+def doctor(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Look at the surroundings: packages, disk, SLURM, GPUs, object store, W&B; and say how to mend what fails."""
+    from tasks.doctor import examine
+
+    findings = []
+    with bar("doctor") as progress:
+        for finding in examine(load_config(config, overrides or ())):
+            findings.append(finding)
+            progress(0.0, finding.what)
+    print_records("doctor", [{"": f.what, "state": f.state, "found": f.text} for f in findings])
+    if any(finding.state == "fault" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _show_run(config: RunConfig) -> None:

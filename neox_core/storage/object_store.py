@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -209,6 +210,12 @@ class ObjectStore:
                 if not create_bucket or error_code(error) != "NoSuchBucket":
                     raise
                 self._create_bucket(client)
+
+    def clock(self) -> float:
+        """The store's own time, unix seconds, to a second."""
+        with self._errors():
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
+            return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def _create_bucket(self, client: S3Client) -> None:
         # AWS wants the region repeated, but for its first one; other servers want nothing.

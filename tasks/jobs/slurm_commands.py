@@ -27,6 +27,15 @@ def answers() -> bool:
     return re.search(r"\bUP\b", answer.stdout) is not None
 
 
+def has_accounting() -> bool:
+    """Whether SLURM keeps a record of ended jobs.
+
+    Raises:
+        NoAnswer: it does not answer.
+    """
+    return _run(["sacct", "--allocations", "--noheader", "--starttime=now"]).returncode == 0
+
+
 def task_states(tasks: Collection[str]) -> dict[str, Status]:
     """The states of jobs and of arrays' tasks (<array>_<index>): one question to squeue about all of them, and one to
     sacct about those that squeue no longer knows, or knows to have ended.
