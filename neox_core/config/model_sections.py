@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -31,25 +32,50 @@ class BaseModelConfig(Section):
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
 
 
+_ALL = ("rope_type", "factor")
+_YARN = ("beta_fast", "beta_slow", "attention_factor")
+_SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "llama3": (("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("original_max_position_embeddings",), _YARN),
+}
+"""Of each way to scale positions the settings that it needs, and those that it may have beyond."""
+
+
 class RopeScalingConfig(Section):
     """Positions of a model that was extended to longer sequences, as Hugging Face names them (see model/rope.py)."""
 
-    rope_type: Literal["linear", "llama3"] = Field(
-        description="linear: all positions divided by `factor`; llama3: only long wavelengths"
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(
+        description="linear: all positions divided by `factor`; llama3, yarn: only long wavelengths"
     )
     factor: PositiveFloat = Field(description="how many times longer sequences are than those of the first training")
-    low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only, like the next two; Llama 3.1: 1")
-    high_freq_factor: PositiveFloat | None = Field(None, description="Llama 3.1: 4")
-    original_max_position_embeddings: PositiveInt | None = Field(None, description="Llama 3.1: 8192")
+    low_freq_factor: PositiveFloat | None = Field(None, description="llama3 only; Llama 3.1: 1")
+    high_freq_factor: PositiveFloat | None = Field(None, description="llama3 only; Llama 3.1: 4")
+    original_max_position_embeddings: PositiveInt | None = Field(
+        None, description="llama3 and yarn: positions of the first training; Llama 3.1: 8192"
+    )
+    beta_fast: PositiveFloat | None = Field(None, description="yarn only; None: 32")
+    beta_slow: PositiveFloat | None = Field(None, description="yarn only; None: 1")
+    attention_factor: PositiveFloat | None = Field(None, description="yarn only; None: 0.1 ln(factor) + 1")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What was made before yarn's settings existed keeps its identity.
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if value is not None or key not in _YARN}
 
     @model_validator(mode="after")
     def _check(self) -> RopeScalingConfig:
-        blend = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        given = [name for name in blend if getattr(self, name) is not None]
-        if given != (list(blend) if self.rope_type == "llama3" else []):
+        needed, optional = _SCALINGS[self.rope_type]
+        given = [name for name in type(self).model_fields if name not in _ALL and getattr(self, name) is not None]
+        if not set(needed) <= set(given) <= {*needed, *optional}:
+            may = f" and may have {', '.join(optional)}" if optional else ""
             raise ValueError(
-                f"llama3 needs {', '.join(blend)}, and linear takes none; {self.rope_type} has {given or 'none'}"
+                f"{self.rope_type} needs {', '.join(needed) or 'no more'}{may}; {self.rope_type} has "
+                f"{', '.join(given) or 'none'}"
             )
+        if self.beta_fast and self.beta_slow and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}")
         if self.low_freq_factor and self.high_freq_factor and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"

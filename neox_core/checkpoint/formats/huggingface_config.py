@@ -17,7 +17,7 @@ from neox_core.errors import CheckpointError
 
 _DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_NORM_EPS = 1e-6
-_SCALINGS = ("linear", "llama3")
+_SCALINGS = ("linear", "llama3", "yarn")
 _COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim
     intermediate_size vocab_size rms_norm_eps rope_theta rope_parameters rope_scaling attention_bias mlp_bias
     tie_word_embeddings"""
@@ -111,7 +111,7 @@ def _rope_parts(values: Values) -> list[Values]:
         if kind != "default" and kind not in _SCALINGS:
             raise CheckpointError(
                 f"{part.path}: RoPE positions are scaled ({kind}), which this model does not do (it knows "
-                f"{' and '.join(_SCALINGS)}): the weights would compute something else here"
+                f"{', '.join(_SCALINGS)}): the weights would compute something else here"
             )
         part.check_known(_ROPE_KEYS)
     return [part for part in parts if part.content]

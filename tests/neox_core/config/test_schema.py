@@ -35,9 +35,12 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
         ("model: {rope_scaling: {rope_type: llama3, factor: 8}}", "llama3 needs low_freq_factor.*; llama3 has none"),
         (
             "model: {rope_scaling: {rope_type: linear, factor: 8, low_freq_factor: 1}}",
-            r"linear takes none; linear has \['low_freq_factor'\]",
+            r"linear needs no more; linear has low_freq_factor",
         ),
-        ("model: {rope_scaling: {rope_type: yarn, factor: 8}}", "model.rope_scaling.rope_type"),
+        (
+            "model: {rope_scaling: {rope_type: yarn, factor: 8}}",
+            "yarn needs original_max_position_embeddings.*; yarn has none",
+        ),
         ("model: {unpadded_vocab_size: 2049}", "unpadded_vocab_size 2049 exceeds vocab_size 2048"),
         ("model: {intermediate_size: 687}", "parallel.tensor 2 does not divide model.intermediate_size 687"),
         ("model: {vocab_size: 2047}", "parallel.tensor 2 does not divide model.vocab_size 2047"),
@@ -216,7 +219,7 @@ FIELDS = {
     "WeightChange": 2,
     "TokenizeJobConfig": 7,
     "BaseModelConfig": 5,
-    "RopeScalingConfig": 5,
+    "RopeScalingConfig": 8,
     "ModelConfig": 13,
     "ParallelConfig": 4,
     "TrainConfig": 24,

@@ -109,20 +109,26 @@ LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 
 @pytest.mark.parametrize(
     "scaling",
-    [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, **LLAMA3), RopeScaling("llama3", 32.0, 1.0, 2.0, 4096)],
-    ids=["linear", "Llama 3.1", "other numbers"],
+    [
+        RopeScaling("linear", 4.0),
+        RopeScaling("llama3", 8.0, **LLAMA3),
+        RopeScaling("llama3", 32.0, 1.0, 2.0, 4096),
+        RopeScaling("yarn", 4.0, original_max_position_embeddings=4096),
+        RopeScaling("yarn", 16.0, None, None, 2048, 24.0, 2.0, 1.25),
+    ],
+    ids=["linear", "Llama 3.1", "other numbers", "yarn", "yarn with other numbers"],
 )
 def test_scaled_frequencies_are_those_of_transformers(scaling: RopeScaling) -> None:
     parameters = {name: value for name, value in vars(scaling).items() if value is not None} | {"rope_theta": 5e5}
     config = LlamaConfig(head_dim=HEAD_DIM, rope_parameters=parameters)
     expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling.rope_type](config, "cpu")
-    assert attention_factor == 1.0
+    assert scaling.amplitude == pytest.approx(attention_factor)
     frequencies = 5e5 ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-    found = scaling.scaled(frequencies)
+    found = scaling.scaled(frequencies, 5e5)
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
     assert not torch.allclose(found, frequencies, rtol=1e-2)
     # Tables at a late position, from angles in float64.
     cos, sin = rope_tables(HEAD_DIM, POSITIONS, 5e5, scaling)
     angles = (POSITIONS - 1) * found
-    assert float((cos[-1].double() - angles.cos()).abs().max()) <= 1e-7
-    assert float((sin[-1].double() - angles.sin()).abs().max()) <= 1e-7
+    for table, expected in ((cos, angles.cos()), (sin, angles.sin())):
+        assert float((table[-1].double() - scaling.amplitude * expected).abs().max()) <= 1e-7

@@ -353,7 +353,11 @@ def test_new_tokens_and_padding(write_base: WriteBase, tmp_path: Path, method: A
     ("change", "message"),
     [
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"llama3 needs low_freq_factor"),
-        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"positions are scaled \(yarn\).*linear and llama3"),
+        (
+            {"rope_parameters": {"type": "longrope", "factor": 2.0}},
+            r"positions are scaled \(longrope\).*linear, llama3, yarn",
+        ),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, r"yarn needs original_max_position_embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"positions are scaled \(dynamic\)"),
         (
             {

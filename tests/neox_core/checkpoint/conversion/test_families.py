@@ -22,6 +22,16 @@ CASES: dict[str, dict[str, Any]] = {
     "llama 2:1": {"model_type": "llama"},
     "llama 3:1": {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 12},
     "llama 7:1, wide heads": {"model_type": "llama", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
+    "llama with yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 24.0,
+        },
+    },
     "mistral": {"model_type": "mistral", "sliding_window": 4096},
     "qwen2": {"model_type": "qwen2"},
     "qwen2 7:1": {"model_type": "qwen2", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
