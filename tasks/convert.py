@@ -38,7 +38,7 @@ def convert(config: RunConfig, progress: Progress) -> StageResult:
         from neox_core.storage.targets import open_target
 
         base = config.base_model
-        check_tokenizer(config.tokenizer.model, config.model)
+        check_tokenizer(config.tokenizer.file, config.model)
         summary = convert_weights(
             open_folder(base.path, config.storage),
             folder,

@@ -54,7 +54,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if CONVERT in stages and not outlived(config, CONVERT):
         check_base(config)
     if EXPORT in stages:
-        note_tokenizer(config.tokenizer.model)
+        note_tokenizer(config.tokenizer.file)
     for stage in (PREPARE_DATA, CONVERT):
         if later and stage not in stages:
             current(config, stage)

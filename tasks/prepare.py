@@ -51,7 +51,7 @@ def _prepare(config: RunConfig, progress: Progress) -> StageResult:
             parts = claim(config.workdir, PARTS_CLAIM, "the parts of this workdir", progress)
             until_published.enter_context(parts)
             summary = prepare_data(config, folder, config.workdir, progress)
-            _copy_tokenizer(config.tokenizer.model, folder, spec.inputs[TOKENIZER_FILE])
+            _copy_tokenizer(config.tokenizer.file, folder, spec.inputs[TOKENIZER_FILE])
             return summary
 
         spec = prepare_spec(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -53,7 +54,9 @@ class CheckpointsConfig(Section):
 class TokenizerConfig(Section):
     """The base model's tokenizer and the id that ends a document."""
 
-    model: ConfigPath = Field(description="SentencePiece's .model file, or tokenizer.json with byte-level BPE")
+    model: ConfigPath = Field(
+        description="SentencePiece's .model file, a tokenizer.json with byte-level BPE, or the folder of either"
+    )
     end_of_document: str = Field(
         "eos", description="unk: what Llemma's own data has; of a tokenizer.json: the special token, <|endoftext|>"
     )
@@ -61,6 +64,12 @@ class TokenizerConfig(Section):
     engine: Literal["auto", "sentencepiece"] = Field(
         "auto", description="auto: a faster one where its ids are the same"
     )
+
+    @property
+    def file(self) -> Path:
+        """The tokenizer's file; of a folder, SentencePiece's where it has both, since that one says what is right."""
+        found = (self.model / name for name in ("tokenizer.model", "tokenizer.json"))
+        return next((path for path in found if path.is_file()), self.model)
 
 
 class ParallelConfig(Section):

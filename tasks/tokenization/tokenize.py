@@ -50,7 +50,7 @@ def input_digests(config: RunConfig, cache: DigestCache) -> dict[str, str]:
     paths = {file.logical_name: Path(file.location) for file in files if file.logical_name not in remote}
     sets = config.data.evaluation_sets
     paths |= {f"evaluation_sets/{i}/{name}": sets[i] for i, name in enumerate(set_names(sets))}
-    paths["tokenizer.model"] = config.tokenizer.model
+    paths["tokenizer.model"] = config.tokenizer.file
     return remote | dict(zip(paths, cache.digests(paths.values()), strict=True))
 
 
@@ -68,7 +68,7 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
     vocab_size = Tokenizer(config.tokenizer.model_copy(update={"engine": "sentencepiece"})).vocab_size
     if vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"tokenizer {config.tokenizer.model} has {vocab_size} pieces, more than model.vocab_size "
+            f"tokenizer {config.tokenizer.file} has {vocab_size} pieces, more than model.vocab_size "
             f"{config.model.vocab_size}: use the base model's own tokenizer or correct model.vocab_size"
         )
     load_items(data.evaluation_sets, OverlapWords(data.overlap_words, data.overlap_min_words))

@@ -23,10 +23,15 @@ class TokenizerSettings:
     begin_of_document: bool = False
     engine: str = "auto"
 
+    @property
+    def file(self) -> Path:
+        """The tokenizer's file."""
+        return self.model
+
     @classmethod
     def of(cls, config: TokenizerConfig) -> TokenizerSettings:
         """The values of a configuration."""
-        return cls(config.model, config.end_of_document, config.begin_of_document, config.engine)
+        return cls(config.file, config.end_of_document, config.begin_of_document, config.engine)
 
 
 @dataclass(frozen=True)

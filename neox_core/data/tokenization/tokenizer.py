@@ -34,14 +34,14 @@ class Tokenizer:
             ConfigError: the model file is missing, or has no piece for the configured end of document.
             DataError: the file is neither a SentencePiece model nor a tokenizer.json, or takes literal `</s>` in a text for its control piece.
         """
-        self._model = _load(config.model)
+        self._model = _load(config.file)
         self.vocab_size: int = self._model.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self.end_of_document_id = self._end_of_document(config)
         self.start_id: int = self._model.bos_id if self._model.bos_id >= 0 else self.end_of_document_id
         """What a model is given before a text that it is to continue: <s>, or where there is none an ended document."""
         self._begin = self._begin_of_document(config)
-        self._refuse_control_texts(config.model)
+        self._refuse_control_texts(config.file)
         model, own = self._model, f"sentencepiece {sentencepiece.__version__}"
         self._fast: FastEngine | None = None
         if isinstance(model, ByteLevelModel):
@@ -119,6 +119,8 @@ class Tokenizer:
 
 
 def _load(path: Path) -> SentencePieceModel | ByteLevelModel:
+    if path.is_dir():
+        raise ConfigError(f"tokenizer.model {path} holds neither tokenizer.model nor tokenizer.json: correct the path")
     if not path.is_file():
         raise ConfigError(f"tokenizer.model {path} does not exist: correct the path")
     content = path.read_bytes()

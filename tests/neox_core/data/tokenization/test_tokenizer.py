@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,16 @@ def test_model_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="end_of_document is 'eos'"):
         Tokenizer(TokenizerConfig(model=model))
     assert Tokenizer(TokenizerConfig(model=model, end_of_document="unk")).end_of_document_id == 0
+
+
+def test_a_folder_gives_the_tokenizer_that_lies_in_it(tmp_path: Path) -> None:
+    config = TokenizerConfig(model=tmp_path)
+    with pytest.raises(ConfigError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+        Tokenizer(config)
+    shutil.copy(MODEL, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert config.file == tmp_path / "tokenizer.model"
+    ids = [Tokenizer(each).encode("a proof").tolist() for each in (config, TokenizerConfig(model=MODEL))]
+    assert ids[0] == ids[1]
+    (tmp_path / "tokenizer.model").unlink()
+    assert config.file == tmp_path / "tokenizer.json"
