@@ -91,7 +91,6 @@ class _AccumulatingLinears(torch.autograd.Function):
         return d_x, None, *[None] * len(weights)
 
 
-@Kernel
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x weight [out, in] -> [..., out]"""
     dtype = arithmetic_type(x)

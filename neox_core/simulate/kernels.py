@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel, stand_ins
 from neox_core.model import elementwise
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.parallel.loss import whole_vocabulary_losses
-from neox_core.parallel.weight_gradients import add_outer_product, product
+from neox_core.parallel.weight_gradients import add_outer_product
 from neox_core.simulate.recorder import Recorder
 
 
@@ -40,7 +40,7 @@ def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
             causal_attention: _attention,
             whole_vocabulary_losses: compiled(whole_vocabulary_losses, keeps=(0, 1)),
             add_outer_product: _add_outer_product,
-            product: F.linear,
+            arithmetic_type: lambda x: x.dtype,
         }
     )
 

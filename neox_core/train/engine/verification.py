@@ -73,8 +73,13 @@ def verify_before_save(engine: PipelineEngine, tag: str) -> None:
 
 def _not_finite(engine: PipelineEngine) -> str:
     """What is not finite on which rank, in words; an empty text: nothing. The same on all ranks."""
+    own = engine.optimizer.not_finite()
+    count = torch.tensor(len(own), device=engine.device)
+    dist.all_reduce(count)
+    if not int(count):
+        return ""
     everyones: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyones, engine.optimizer.not_finite())
+    dist.all_gather_object(everyones, own)
     found = [f"{name} on rank {rank}" for rank, names in enumerate(everyones) for name in names]
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return ", ".join(found[:_NAMED]) + more

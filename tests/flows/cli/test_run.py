@@ -63,9 +63,13 @@ def test_set_reaches_plan_and_make_base(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_in_one_line(run: Run, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.prepare.prepare_spec", lambda *_: signal.raise_signal(number))
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has in the background
     before = signal.getsignal(number)
-    ended = CliRunner().invoke(app, ["run", str(run.path), "prepare-data"])
+    try:
+        ended = CliRunner().invoke(app, ["run", str(run.path), "prepare-data"])
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert ended.exit_code == 128 + number
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("interrupted")]
     assert "the same command goes on from there" in line
-    assert signal.getsignal(number) is before

@@ -16,6 +16,7 @@ from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ParallelConfig, RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.neox_core.checkpoint.conversion.test_families import CASES, write_model
+from tests.neox_core.train import plain_training
 from tests.neox_core.train.small_training import SEQUENCE, STEPS, config_for, rank_batches, tokens
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1)]
@@ -46,25 +47,12 @@ def plain_loop(folder: Path) -> dict[str, Any]:
     """The same training with transformers' model and nothing of ours but the weights' file."""
     model = whole_llama(open_reference(folder, SEQUENCE, torch.float32))
     parameters = [p.requires_grad_() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        lr=RATE,
-    )
+    optimizer = plain_training.adamw(parameters, RATE)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        batch = torch.from_numpy(tokens(step))
-        output = model(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        loss, norm = plain_training.step(model, optimizer, torch.from_numpy(tokens(step)))
+        losses.append(loss)
+        norms.append(norm)
     return {"losses": losses, "norms": norms}
 
 

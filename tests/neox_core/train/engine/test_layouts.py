@@ -21,6 +21,7 @@ from neox_core.config import RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.golden.losses import GOLDEN, PRECISIONS
 from tests.golden.losses import LAYOUTS as GOLDEN_LAYOUTS
+from tests.neox_core.train import plain_training
 from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS, config_for, rank_batches, tokens
 
 RECOMPUTE = {(1, 1): "none", (2, 1): "selective", (1, 2): "full", (2, 2): "selective", (4, 1): "full"}
@@ -86,15 +87,7 @@ def plain_loop(model: str, base: Path) -> dict[str, Any]:
     config = config_for(model, 1, 1, 1)
     llama = llama_from_meta(base, MODELS[model], SEQUENCE)
     parameters = list(llama.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        lr=1.0,
-    )
+    optimizer = plain_training.adamw(parameters, 1.0)
     ids = torch.from_numpy(tokens(1))[:, :-1]
     with torch.no_grad():
         logits = llama(ids).logits.numpy()
@@ -107,14 +100,9 @@ def plain_loop(model: str, base: Path) -> dict[str, Any]:
             rate = peak * (floor + (1 - floor) * cosine)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = torch.from_numpy(tokens(step))
-        output = llama(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        loss, norm = plain_training.step(llama, optimizer, torch.from_numpy(tokens(step)))
+        losses.append(loss)
+        norms.append(norm)
     return {"losses": losses, "norms": norms, "logits": logits}
 
 
