@@ -48,7 +48,7 @@ def stage_views(config: RunConfig) -> list[StageView]:
 def begun_runs(workdir: Path) -> list[RunConfig]:
     """The configurations whose trainings were begun in a workdir, the one that was at work last first."""
     found = sorted((workdir / "scratch").glob(f"{TRAIN}-*/{CONFIG_FILE}"), key=_last_work, reverse=True)
-    return [RunConfig.model_validate_json(path.read_text(encoding="utf-8")) for path in found]
+    return [RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))) for path in found]
 
 
 def stage_jobs(config: RunConfig, stage: str) -> list[Job]:
