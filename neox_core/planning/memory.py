@@ -127,7 +127,7 @@ def rank_parameters(config: RunConfig, stage: int) -> int:
 
 
 def copied_parameters(config: RunConfig, stage: int) -> int:
-    """Parameters on each rank of a stage that another stage's optimizer has: a tied output head far from the embedding."""
+    """Parameters on each rank of a stage that another stage's optimizer has: a tied head far from the embedding."""
     if not config.model.tied_embeddings or not 0 < stage == config.parallel.pipeline - 1:
         return 0
     return _parameters(config.model, OutputHead, config.parallel.tensor)[0]

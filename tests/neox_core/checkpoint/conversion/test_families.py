@@ -126,7 +126,7 @@ def test_another_head_than_the_embedding_is_caught(tmp_path: Path) -> None:
     convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
     another_head(tmp_path / "neox", model)
     export_huggingface(tmp_path / "neox", tmp_path / "hf", model, None, 256)
-    with pytest.raises(CheckpointError, match="logits of .* differ"):
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
         prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "hf", model)
 
 

@@ -18,7 +18,7 @@ from neox_core.checkpoint.conversion.proof import prove_conversion
 from neox_core.checkpoint.formats.model_files import model_files
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ParallelConfig
-from neox_core.errors import CheckpointError
+from neox_core.errors import CheckpointError, ConfigError
 from neox_core.storage.folders import LocalFolder
 
 WriteBase = Callable[..., Any]
