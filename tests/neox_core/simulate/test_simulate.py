@@ -31,11 +31,11 @@ def changed(layers: int, accumulation: int, pipeline: int, **train: Any) -> RunC
 
 
 def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
-    """Another configuration with two layers."""
+    """Another configuration with a few layers, enough that a peak is not where the embedding goes backward."""
     config = load_config(CONFIGS / f"{name}.yml")
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"num_layers": 2} | model),
+            "model": config.model.model_copy(update={"num_layers": 2 if pipeline == 1 else 6} | model),
             "train": config.train.model_copy(update={"global_batch_tokens": 8192 * 64}),
             "parallel": config.parallel.model_copy(update={"pipeline": pipeline}),
         }
