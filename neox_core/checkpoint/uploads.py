@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neox_core.artifact import FileRecord
-from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, checkpoint_step, publish_manifest
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_step, object_key, publish_manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.object_store import ObjectStore
@@ -43,10 +43,12 @@ class Uploads:
 
     Args:
         store: where to; it is what bears failures.
-        prefix: key below which `global_stepN/` lies.
+        prefix: key below which the checkpoints lie.
         rank: this rank; rank 0 publishes the manifests.
         reports: of all ranks.
+        stopped: once it is set, an upload under way ends.
         heartbeat: called as an upload makes progress.
+        may_publish: called on rank 0 before each manifest is published; raises if this job must not.
         published: called on rank 0 with each manifest that was published, in this thread.
         failed: called with what ended an upload for good; nothing is uploaded afterwards.
     """
@@ -57,12 +59,15 @@ class Uploads:
         prefix: str,
         rank: int,
         reports: Reports,
+        stopped: threading.Event,
         heartbeat: Callable[[], None],
+        may_publish: Callable[[], None],
         published: Callable[[Manifest], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._store, self._prefix, self._rank, self._reports = store, prefix, rank, reports
-        self._heartbeat, self._published, self._failed = heartbeat, published, failed
+        self._stopped, self._heartbeat, self._may_publish = stopped, heartbeat, may_publish
+        self._published, self._failed = published, failed
         self._changed = threading.Condition()
         self._waiting: LocalCheckpoint | None = None
         self._copies: dict[str, Callable[[], None]] = {}
@@ -143,10 +148,9 @@ class Uploads:
 
     def _upload(self, checkpoint: LocalCheckpoint) -> None:
         started, manifest = time.monotonic(), checkpoint.manifest
-        key = f"{self._prefix}/{checkpoint_key(manifest.step)}"
         for record in checkpoint.records:
             path = checkpoint.folder / record.path
-            self._store.put_file(path, f"{key}/{record.path}", lambda _: self._heartbeat())
+            self._store.put_file(path, object_key(self._prefix, manifest.name, record.path), self._progress)
         self._reports.tell(checkpoint.serial, "uploaded", "")
         if self._rank == 0:
             if replaced := [text for text in self._reports.collect(checkpoint.serial, "uploaded") if text]:
@@ -166,7 +170,14 @@ class Uploads:
             if all(other.folder != old.folder for other in (*self._kept, self._waiting) if other):
                 _remove(old)  # else a training that went back has saved that step again
 
+    def _progress(self, sent: int) -> None:
+        """Some bytes went out."""
+        self._heartbeat()
+        if self._stopped.is_set():
+            raise CheckpointError("stopped while files were being uploaded")
+
     def _publish(self, manifest: Manifest) -> None:
+        self._may_publish()
         for attempt in range(1, _LISTINGS + 1):
             try:
                 publish_manifest(self._store, self._prefix, manifest)

@@ -41,12 +41,13 @@ class CheckpointWriter:
 
     Args:
         store: where checkpoints go; it bears failures of its own.
-        prefix: key below which `global_stepN/` lies.
+        prefix: key below which the checkpoints lie.
         rank: this rank.
         world_size: number of ranks whose reports make a checkpoint complete.
         channel: a torch.distributed store that the ranks of this job share, and no others.
         heartbeat: called as an upload makes progress.
         stopped: once it is set, nothing waits any more.
+        may_publish: called on rank 0, in a thread, before each manifest is published; raises if this job must not.
         published: called on rank 0, in a thread, with each manifest that was published.
         failed: called, in a thread, with what ended the saving for good.
     """
@@ -60,6 +61,7 @@ class CheckpointWriter:
         channel: Any,
         heartbeat: Callable[[], None] = lambda: None,
         stopped: threading.Event | None = None,
+        may_publish: Callable[[], None] = lambda: None,
         published: Callable[[Manifest], None] = lambda _: None,
         failed: Callable[[Exception], None] = lambda _: None,
     ) -> None:
@@ -67,7 +69,9 @@ class CheckpointWriter:
         self._stop = stopped or threading.Event()
         timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
         self.reports = Reports(channel, rank, world_size, self._stop, timeout)
-        self._uploads = Uploads(store, prefix, rank, self.reports, heartbeat, published, self._failed)
+        self._uploads = Uploads(
+            store, prefix, rank, self.reports, self._stop, heartbeat, may_publish, published, self._failed
+        )
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saves = 0
