@@ -212,8 +212,10 @@ def superseded_jobs(config: RunConfig, whole: TrainJob, job: TrainJob, ports: li
 
     def other_comes() -> None:
         if os.environ["RANK"] == "0":
-            Lease(config.storage, job.prefix, lambda _: None)
             channel, deadline = shared_store("stopping"), time.monotonic() + 60
+            while not list_checkpoints(ObjectStore(config.storage), job.prefix) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            Lease(config.storage, job.prefix, lambda _: None)
             while not channel.check(["request"]) and time.monotonic() < deadline:
                 time.sleep(0.1)
 
