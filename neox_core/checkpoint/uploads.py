@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from neox_core.storage.patient_store import StoreGivenUp
 logger = logging.getLogger(__name__)
 
 _KEPT_LOCALLY = 2
+_LOW_PRIORITY = 10
 _LISTINGS = 3
 """Of files that are missing each time, before the checkpoint is called incomplete."""
 
@@ -115,6 +118,7 @@ class Uploads:
         self._thread.join()
 
     def _run(self) -> None:
+        stand_back()
         while True:
             with self._changed:
                 while not (self._closed or self._waiting or self._copies):
@@ -193,6 +197,12 @@ class Uploads:
         logger.warning("%s", reason)
         self._reports.tell(old.serial, "uploaded", reason)
         _remove(old)
+
+
+def stand_back() -> None:
+    """Let this thread's work wait for that of others, such as compute on CPUs."""
+    with contextlib.suppress(OSError):  # Linux has a priority for each thread
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
 
 
 def _remove(checkpoint: LocalCheckpoint) -> None:
