@@ -23,7 +23,7 @@ from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import MODELS, SEQUENCE, config_for, tokens
 
 STEPS = 6
-MODEL = MODELS["gqa"].model_copy(update={"hidden_size": 512, "intermediate_size": 1024, "num_kv_heads": 2})
+MODEL = MODELS["gqa"].model_copy(update={"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "num_kv_heads": 2})
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 one_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 two_gpus = [pytest.mark.multi_gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 STEPS, INTERVAL = 9, 4
-SIZES = {"hidden_size": 1024, "num_layers": 6, "intermediate_size": 2816, "num_kv_heads": 4}
+SIZES = {"hidden_size": 1024, "head_dim": 128, "num_layers": 6, "intermediate_size": 2816, "num_kv_heads": 4}
 """Weights that fill more memory than all else, so that a second copy of anything would show."""
 
 
