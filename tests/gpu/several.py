@@ -123,12 +123,16 @@ def train(layout: Layout, variants: list[Variant], shards: dict[int, Path]) -> d
 
 
 def train_once(run: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
-    """Some steps and a validation, then a step that a NaN on the last rank spoils."""
+    """Some steps, a validation, steps of half the batch, and one that a NaN on the last rank spoils."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
     from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.engine.outcome import applied_of
 
     gc.collect()
+    before = 0
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     engine = build_engine(run, mesh, batch_geometry(run), NeoxCheckpoint(shards).layer)
     micro_batches = batch_geometry(run).accumulation_steps
     data, losses, norms = batches(run, mesh.data_rank), [], []
@@ -137,15 +141,19 @@ def train_once(run: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
         losses.append(float(engine.train_batch(data)))
         norms.append(float(engine.get_global_grad_norm()))
     losses.append(float(engine.eval_batch(batches(run, mesh.data_rank), num_micro_batches=micro_batches)))
-    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    peak = torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else 0
     graphs = engine._graphs
     replayed = graphs is not None and graphs._graphs is not None
+    engine.set_accumulation_steps(max(1, micro_batches // 2))
+    halved = [float(engine.train_batch(data)) for _ in range(3)]
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if mesh.rank == mesh.world_size - 1:
         next(p for p in engine.module.parameters() if p.ndim > 1).data[0, 0] = math.nan
     engine.train_batch(data)
     finite = [(p, weights[name]) for name, p in engine.module.named_parameters() if bool(p.isfinite().all())]
     found = {
-        "losses": losses, "norms": norms, "replayed": replayed, "applied": bool(applied_of(engine.outcome)),
+        "losses": losses, "norms": norms, "halved": halved, "replayed": replayed, "peak": peak,
+        "applied": bool(applied_of(engine.outcome)),
         "kept": all(bool((p == before).all()) for p, before in finite),
     }  # fmt: skip
     engine.close()
