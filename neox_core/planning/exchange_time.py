@@ -1,0 +1,99 @@
+"""How long the exchanges of a step take, and how much of that nothing hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
+from neox_core.planning.hardware import Hardware
+from neox_core.planning.memory import rank_parameters
+
+SKEW = 1.25
+"""Exchanges within a step, in the time of such exchanges alone: ranks come to them at different times."""
+_BUCKET_BYTES = 128 * 2**20
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class ExchangeTime:
+    """Seconds in which nothing runs beside an exchange, and in which something does."""
+
+    exposed: float
+    hidden: float = 0.0
+
+
+def tensor_exchange(
+    config: RunConfig,
+    geometry: BatchGeometry,
+    hardware: Hardware,
+    stage: int,
+    modes: Sequence[ActivationCheckpointing],
+) -> ExchangeTime:
+    """A micro batch's exchanges of hidden states between tensor-parallel ranks, as communication.py counts them.
+
+    Without sequence parallelism, a sum is an all-reduce, twice what a gathering sends.
+    """
+    ranks = config.parallel.tensor
+    if ranks == 1:
+        return ExchangeTime(0.0)
+    sent = hidden_bytes(config) * (ranks - 1) / ranks
+    ends = (stage == 0) + (stage == config.parallel.pipeline - 1)
+    sums = sum(5 if mode == "full" else 4 for mode in modes) + ends
+    gathers = sum(4 if mode == "none" else 6 for mode in modes) + ends
+    if not config.parallel.sequence:
+        sums, gathers = 2 * sums, 0
+    across = _across(geometry, config, span=ranks, groups=1)
+    seconds = SKEW * (sums + gathers) * _collective(hardware, sent, across, config)
+    return ExchangeTime(seconds)
+
+
+def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardware) -> ExchangeTime:
+    """A micro batch's hidden states from the stage before, and their gradients back to it: computation waits."""
+    if config.parallel.pipeline == 1:
+        return ExchangeTime(0.0)
+    sent = hidden_bytes(config) / config.parallel.tensor
+    across = geometry.data_parallel * config.parallel.tensor >= config.launch.ranks_per_node
+    groups = config.launch.ranks_per_node
+    bandwidth_shared = sent * groups / hardware.network + hardware.network_latency
+    return ExchangeTime(2 * SKEW * (bandwidth_shared if across else hardware.link.seconds(sent)))
+
+
+def data_exchange(
+    config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float
+) -> ExchangeTime:
+    """A step's reduction of gradients, beside the last backward pass but for a bucket, and gathering of parameters.
+
+    Args:
+        backward: seconds of a micro batch's backward pass.
+    """
+    ranks = geometry.data_parallel
+    if ranks == 1:
+        return ExchangeTime(0.0)
+    parameters = rank_parameters(config, stage) * (ranks - 1) / ranks
+    across = _across(geometry, config, span=ranks * config.parallel.tensor, groups=config.parallel.tensor)
+    reduction = _collective(hardware, _FP32 * parameters, across, config)
+    bucket = _collective(hardware, min(_BUCKET_BYTES, _FP32 * parameters), across, config)
+    gathering = _collective(hardware, DTYPE_BYTES[config.train.precision] * parameters, across, config)
+    hidden = min(reduction - bucket, backward)
+    return ExchangeTime(SKEW * (reduction - hidden + gathering), hidden)
+
+
+def hidden_bytes(config: RunConfig) -> int:
+    """Bytes of a micro batch's hidden states."""
+    return DTYPE_BYTES[config.train.precision] * config.model.hidden_size * micro_batch_tokens(config)
+
+
+def _across(geometry: BatchGeometry, config: RunConfig, span: int, groups: int) -> int:
+    """How many groups share a node's network when ranks that lie `span` apart exchange; 0: they are on one node."""
+    node = config.launch.ranks_per_node
+    return 0 if span <= node or geometry.world_size <= node else min(groups, node)
+
+
+def _collective(hardware: Hardware, sent: float, groups_across: int, config: RunConfig) -> float:
+    """Seconds in which each rank sends so many bytes around a ring, which the slowest link holds up."""
+    within = hardware.link.seconds(sent)
+    if not groups_across:
+        return within
+    return max(within, sent * groups_across / hardware.network + hardware.network_latency)
