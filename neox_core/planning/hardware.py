@@ -38,7 +38,7 @@ class Hardware:
     gemm: float
     """FLOP/s of bf16 products at a model's shapes, on all GPUs of a node at once."""
     attention_forward: float
-    """FLOP/s of causal attention, by the multiplications that it does: 2·N·H·T per token."""
+    """FLOP/s of causal attention alone, by the multiplications that it does: 2·N·H·T per token."""
     attention_backward: float
     """The same of its backward pass, which does 2.5 times as many."""
     memory: float
@@ -101,9 +101,9 @@ _H200 = Hardware(
     memory_gib=139.8,
     peak=989 * TERA,
     gemm=662 * TERA,
-    attention_forward=500 * TERA,
-    attention_backward=415 * TERA,
-    memory=4.1 * TERA,
+    attention_forward=588 * TERA,
+    attention_backward=488 * TERA,
+    memory=4.29 * TERA,
     link=_nvlink(1.0),
     network=400 * GIGA,
     network_latency=30e-6,
@@ -112,12 +112,12 @@ _H200 = Hardware(
 )
 _A100 = Hardware(
     name="a100-80gb",
-    memory_gib=79.2,
+    memory_gib=80.0,
     peak=312 * TERA,
     gemm=245 * TERA,
     attention_forward=190 * TERA,
     attention_backward=160 * TERA,
-    memory=1.7 * TERA,
+    memory=1.78 * TERA,
     link=_nvlink(0.55),
     network=50 * GIGA,
     network_latency=40e-6,
@@ -129,9 +129,9 @@ CARDS = {
     for card in (
         # Llemma's: less memory, and slower. Not measured here, as the other A100: from published figures of cuBLAS,
         # FlashAttention 2 (arXiv 2307.08691) and NCCL, with 4 network cards of 100 Gbit/s a node.
-        replace(_A100, name="a100-40gb", memory_gib=39.4, memory=1.35 * TERA),
+        replace(_A100, name="a100-40gb", memory_gib=40.0, memory=1.38 * TERA),
         _A100,
-        replace(_H200, name="h100", memory_gib=79.1, memory=2.85 * TERA),
+        replace(_H200, name="h100", memory_gib=79.1, memory=2.99 * TERA),
         _H200,
     )
 }

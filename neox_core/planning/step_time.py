@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, batch_geometry, largest_batch
+from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
-from neox_core.planning.exchange_time import ExchangeTime, data_exchange, stage_exchange, tensor_exchange
+from neox_core.planning.exchange_time import data_exchange, stage_exchange, tensor_exchange
 from neox_core.planning.hardware import Hardware
-from neox_core.planning.memory import rank_dimensions, rank_parameters
+from neox_core.planning.memory import RESERVED_BYTES, rank_dimensions, rank_parameters
+from neox_core.planning.plan import flops_per_token
 from neox_core.planning.work import head_time, layer_time
 
 GAPS = 0.012
@@ -60,6 +62,34 @@ class Prediction:
     hidden: float
     """Seconds of exchanges that run beside computation."""
     tokens_per_second_per_gpu: float
+
+    def utilisation(self, config: RunConfig, hardware: Hardware) -> float:
+        """Model FLOPs (full attention) per second and GPU, of the peak."""
+        return self.tokens_per_second_per_gpu * flops_per_token(config.model, config.train.sequence_length) / hardware.peak
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The parts as (what, seconds and share), those that take time."""
+        total = self.time.total
+        parts = [(part.name.replace("_", " "), getattr(self.time, part.name)) for part in fields(self.time)]
+        rows = [(name, f"{seconds:.3f} s, {seconds / total:.1%}") for name, seconds in parts if seconds]
+        return [
+            *rows,
+            ("step", f"{total:.3f} s = {self.tokens_per_second_per_gpu:,.0f} tokens/s on each GPU"),
+            ("exchanges beside computation", f"{self.hidden:.3f} s more"),
+        ]
+
+
+def predict_run(config: RunConfig, hardware: Hardware, nodes: int | None = None) -> Prediction:
+    """Predict a run's first steps on a number of nodes (default: launch.nodes), with what its largest batch computes
+    again.
+
+    Raises:
+        ConfigError: the nodes don't divide the batch.
+    """
+    available = hardware.memory_gib * 2**30 - RESERVED_BYTES
+    largest = largest_batch(config, nodes)
+    modes = [layer_modes(config, largest, stage, available) for stage in range(config.parallel.pipeline)]
+    return predict(config, batch_geometry(config, nodes), hardware, modes)
 
 
 def predict(

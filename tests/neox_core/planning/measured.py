@@ -1,14 +1,20 @@
 """Steps that were measured (docs/performance.md, docs/lab-diary.md): what the planner's prediction is held against.
 
-All with a sequence of 4,096 and bf16 parameters. NCCL alone exchanged hidden states.
+    python -m tests.neox_core.planning.measured
+
+prints the table. All with a sequence of 4,096 and bf16 parameters. NCCL alone exchanged hidden states.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, load_config
+from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, batch_geometry, load_config
+from neox_core.planning.activation_checkpointing import layer_modes
+from neox_core.planning.hardware import CARDS
+from neox_core.planning.step_time import Prediction, predict
 from tests.paths import CONFIGS
 
 SEQUENCE = 4096
@@ -55,6 +61,19 @@ class Row:
                 "launch": base.launch.model_copy(update={"nodes": 1, "ranks_per_node": self.gpus}),
             }
         )
+
+    def predicted(self) -> Prediction:
+        """The planner's, by the card's figures."""
+        config = self.config()
+        geometry = batch_geometry(config)
+        modes = [layer_modes(config, geometry, stage, None) for stage in range(self.pipeline)]
+        return predict(config, geometry, CARDS[self.card], modes)
+
+    def __str__(self) -> str:
+        graphs = "graphs" if self.graphs else ""
+        layout = f"TP {self.tensor} PP {self.pipeline} DP {self.data}"
+        words = (self.card, self.model, f"{self.layers} layers", layout, f"micro batch {self.micro_batch}", self.mode)
+        return ", ".join((*words, *filter(None, (graphs, self.note))))
 
 
 def without_overlap(parallel: ParallelConfig) -> ParallelConfig:
@@ -112,3 +131,16 @@ ROWS = [
     Row("h200", "7b", 32, 2, at(11525), tensor=2, graphs=True),
     Row("h200", "7b", 32, 4, at(11817), tensor=2, graphs=True),
 ]
+
+
+def table() -> str:
+    """Each row in seconds, measured and predicted, as Markdown."""
+    lines = ["| step | measured | predicted | |", "|---|---:|---:|---:|"]
+    for row in ROWS:
+        found = row.predicted().time.total
+        lines.append(f"| {row} | {row.seconds:.3f} | {found:.3f} | {found / row.seconds - 1:+.1%} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")
