@@ -24,6 +24,7 @@ from neox_core.planning.hardware import CARDS, Hardware, Link
 _SIZES = (1 << 18, 1 << 22, 1 << 23, 1 << 24, 1 << 25, 1 << 26, 1 << 28)
 """Bytes that each rank sends."""
 _COPY_BYTES = 1 << 30
+_CPU_GIB = 16.0
 _SHRUNK = 64
 """By which sizes are smaller on CPUs."""
 
@@ -95,7 +96,7 @@ def _measure(rank: int, ranks: int, folder: str, config: RunConfig, seconds: flo
     link = _link(device, ranks, shrunk) if ranks > 1 else []
     if rank == 0:
         names = ("gemm", "attention_forward", "attention_backward", "memory")
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpus else 1.0
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpus else _CPU_GIB
         found = dict(zip(names, rates.tolist(), strict=True)) | {"memory_gib": memory, "link": link}
         (Path(folder) / "found").write_text(json.dumps(found))
     dist.barrier()
