@@ -90,6 +90,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
+    parser.add_argument("--overlap", choices=["auto", "off"], default="auto")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)
     parser.add_argument("--table", action="store_true", help="print the slowest kernels")
     return parser.parse_args(arguments)
@@ -116,7 +117,9 @@ def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
         update={
             "train": train,
             "launch": launch,
-            "parallel": config.parallel.model_copy(update={"tensor": options.tp, "pipeline": options.pp}),
+            "parallel": config.parallel.model_copy(
+                update={"tensor": options.tp, "pipeline": options.pp, "overlap": options.overlap}
+            ),
             "model": config.model.model_copy(update={"num_layers": layers}),
         }
     )
@@ -187,6 +190,7 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "activation_checkpointing": config.train.activation_checkpointing,
         "master_weights": config.train.master_weights,
         "cuda_graphs": config.train.cuda_graphs,
+        "overlap": config.parallel.overlap,
         "step_seconds": round(seconds, 4),
         "tokens_per_second": round(rate, 1),
         "mfu_causal": round(rate * causal / peak, 4),
