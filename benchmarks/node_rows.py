@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.train_step import parse_options, run_config
-from neox_core.config import ParallelConfig, RunConfig, batch_geometry
+from neox_core.config import RunConfig, batch_geometry
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import RESERVED_BYTES, stage_memory
@@ -16,7 +16,6 @@ from neox_core.planning.step_time import predict
 MICRO_BATCHES = (1, 2, 4)
 MODES = ("none", "selective", "full")
 TOY = ("--tokens", "1024", "--sequence-length", "64", "--steps", "3", "--gemm-seconds", "0.2")
-HAS_OVERLAP = "overlap" in ParallelConfig.model_fields
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def rows(gpus: int, hardware: Hardware, models: Sequence[str], toy: bool) -> Ite
 def _switched(row: Row, tensor: int) -> Iterator[Row]:
     yield row
     yield Row(row.gpus, (*row.arguments, "--cuda-graphs", "off"))
-    if tensor > 1 and HAS_OVERLAP:
+    if tensor > 1:
         yield Row(row.gpus, (*row.arguments, "--overlap", "off"))
 
 
@@ -130,7 +129,7 @@ def _line(result: dict[str, Any], hardware: Hardware) -> str:
         config.train.micro_batch_size,
         config.train.activation_checkpointing,
         config.train.cuda_graphs,
-        getattr(config.parallel, "overlap", "") if config.parallel.tensor > 1 else "",
+        config.parallel.overlap if config.parallel.tensor > 1 else "",
         f"{measured:,.0f}",
         f"{predicted:,.0f}",
         f"{predicted / measured - 1:+.1%}",

@@ -89,16 +89,17 @@ def _measure(rank: int, ranks: int, folder: str, config: RunConfig, seconds: flo
     gemm = sustained_gemm(config.model, config.parallel.tensor, tokens, device, seconds)
     if on_gpus:
         torch.cuda.empty_cache()
-    forward, backward = _attention(config, max(128, config.train.sequence_length // shrunk), device, seconds / 8)
-    rates = torch.tensor([gemm, forward, backward, _copy(device, _COPY_BYTES // shrunk, seconds / 8)], dtype=torch.float64)
-    rates = rates.to(device)
+    length = max(128, config.train.sequence_length // shrunk)
+    copied = _copy(device, _COPY_BYTES // shrunk, seconds / 8)
+    found = [gemm, *_attention(config, length, device, seconds / 8), copied]
+    rates = torch.tensor(found, dtype=torch.float64, device=device)
     dist.all_reduce(rates, dist.ReduceOp.MIN)
     link = _link(device, ranks, shrunk) if ranks > 1 else []
     if rank == 0:
         names = ("gemm", "attention_forward", "attention_backward", "memory")
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpus else _CPU_GIB
-        found = dict(zip(names, rates.tolist(), strict=True)) | {"memory_gib": memory, "link": link}
-        (Path(folder) / "found").write_text(json.dumps(found))
+        figures = dict(zip(names, rates.tolist(), strict=True)) | {"memory_gib": memory, "link": link}
+        (Path(folder) / "found").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
 

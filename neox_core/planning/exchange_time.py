@@ -9,12 +9,12 @@ from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import rank_parameters
+from neox_core.planning.work import ELEMENTWISE_SHARE
 
 SKEW = 1.25
 """Exchanges within a step, in the time of such exchanges alone: ranks come to them at different times."""
-OVERLAPPED = 0.95
-"""Of exchanges by copy engines, measured alone, what ran beside the products: 111 of 112 us of a gathering, 83 of 92 of
-a sum (docs/lab-diary.md). What ranks wait for each other stays."""
+_BARRIER = 2.0
+"""Of a barrier before an exchange by copy engines, in latencies of the link."""
 _BUCKET_BYTES = 128 * 2**20
 _FP32 = 4
 
@@ -33,32 +33,41 @@ def tensor_exchange(
     hardware: Hardware,
     stage: int,
     modes: Sequence[ActivationCheckpointing],
+    products: float,
 ) -> ExchangeTime:
     """A micro batch's exchanges of hidden states between tensor-parallel ranks, as communication.py counts them.
 
-    Without sequence parallelism, a sum is an all-reduce, twice what a gathering sends.
+    Without sequence parallelism, a sum is an all-reduce, twice what a gathering sends. Exchanges by copy engines run
+    beside products, but for their barriers and copies.
+
+    Args:
+        products: seconds of a layer's forward products, which four exchanges share.
     """
     ranks = config.parallel.tensor
     if ranks == 1:
         return ExchangeTime(0.0)
-    sent = hidden_bytes(config) * (ranks - 1) / ranks
     ends = (stage == 0) + (stage == config.parallel.pipeline - 1)
     sums = sum(5 if mode == "full" else 4 for mode in modes) + ends
     gathers = sum(4 if mode == "none" else 6 for mode in modes) + ends
     if not config.parallel.sequence:
         sums, gathers = 2 * sums, 0
-    across = _across(geometry, config, span=ranks, groups=1)
-    each = _collective(hardware, sent, across)
-    beside = sum(11 if mode == "full" else 8 for mode in modes) if _overlaps(config) else 0
-    hidden = OVERLAPPED * beside * each
-    return ExchangeTime(SKEW * (sums + gathers) * each - hidden, hidden)
+    sent = hidden_bytes(config) * (ranks - 1) / ranks
+    each = _collective(hardware, sent, _across(geometry, config, span=ranks, groups=1))
+    if not overlaps(config):
+        return ExchangeTime(SKEW * (sums + gathers) * each)
+    beside = sum(11 if mode == "full" else 8 for mode in modes)  # gathering a norm's result again is not
+    hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
+    # A gathering copies a part twice; a sum reads what came from all ranks and writes a part.
+    copied = hidden_bytes(config) * (ranks + 6) / (2 * ranks) / (ELEMENTWISE_SHARE * hardware.memory)
+    added = _BARRIER * hardware.link.seconds(0) + copied + each - hidden
+    return ExchangeTime(SKEW * (sums + gathers - beside) * each + beside * added, beside * hidden)
 
 
-def _overlaps(config: RunConfig) -> bool:
-    """The exchanges before and after a layer's products run beside these, but for gathering a norm's result again."""
+def overlaps(config: RunConfig) -> bool:
+    """Tensor-parallel ranks' exchanges run beside a layer's products."""
     parallel = config.parallel
-    wanted = getattr(parallel, "overlap", "off") == "auto"
-    return wanted and parallel.sequence and parallel.tensor <= config.launch.ranks_per_node
+    several = 1 < parallel.tensor <= config.launch.ranks_per_node
+    return parallel.overlap == "auto" and parallel.sequence and several
 
 
 def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardware) -> ExchangeTime:

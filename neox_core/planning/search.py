@@ -1,4 +1,4 @@
-"""The fastest layouts of a run that fit the memory: tensor x pipeline x data parallelism, micro batch, recomputation."""
+"""The fastest layouts of a run that fit: tensor x pipeline x data parallelism, micro batch, recomputation."""
 
 from __future__ import annotations
 

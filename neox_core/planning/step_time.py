@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
-from neox_core.planning.exchange_time import data_exchange, stage_exchange, tensor_exchange
+from neox_core.planning.exchange_time import data_exchange, overlaps, stage_exchange, tensor_exchange
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import RESERVED_BYTES, rank_dimensions, rank_parameters
 from neox_core.planning.plan import flops_per_token
@@ -17,6 +17,8 @@ from neox_core.planning.work import head_time, layer_time
 
 GAPS = 0.012
 """Share of a micro batch in which a GPU does nothing although nothing keeps it: 0.9 to 1.1% measured on an H200."""
+SHARED_POWER = 0.05
+"""By which a layer's products take longer when exchanges run beside them: a power-capped card gives them less."""
 _OPTIMIZER_BYTES = 32
 """Read and written for each of a rank's own parameters by the update, its gradient cleared; 4 more for the norm."""
 _HOST_MODE = {"none": 1.0, "selective": 1.4, "full": 1.7}
@@ -65,7 +67,8 @@ class Prediction:
 
     def utilisation(self, config: RunConfig, hardware: Hardware) -> float:
         """Model FLOPs (full attention) per second and GPU, of the peak."""
-        return self.tokens_per_second_per_gpu * flops_per_token(config.model, config.train.sequence_length) / hardware.peak
+        flops = flops_per_token(config.model, config.train.sequence_length)
+        return self.tokens_per_second_per_gpu * flops / hardware.peak
 
     def rows(self) -> list[tuple[str, str]]:
         """The parts as (what, seconds and share), those that take time."""
@@ -136,12 +139,14 @@ def _micro_batch(
     dims, tokens = rank_dimensions(config), micro_batch_tokens(config)
     last = stage == config.parallel.pipeline - 1
     layers = [layer_time(config, dims, mode, hardware) for mode in modes]
-    between = tensor_exchange(config, geometry, hardware, stage, modes)
+    forward = tokens * layers[0].products / 3
+    between = tensor_exchange(config, geometry, hardware, stage, modes, forward)
     sent = stage_exchange(config, geometry, hardware)
     parts = {
         name: tokens * sum(getattr(layer, name) for layer in layers)
         for name in ("products", "attention", "elementwise", "recomputation")
     }
+    parts["products"] *= 1 + SHARED_POWER * overlaps(config)
     parts["products"] += tokens * head_time(dims, hardware) * last
     parts |= {"tensor_exchange": between.exposed, "pipeline_exchange": sent.exposed}
     parts["gaps"] = GAPS * _total(parts)

@@ -40,7 +40,7 @@ MODEL = MODELS["gqa"].model_copy(
         "num_layers": max(4, RANKS),
         "hidden_size": 8 * HEAD_DIM,
         "head_dim": HEAD_DIM,
-        "intermediate_size": 16 * HEAD_DIM,
+        "intermediate_size": 8 * HEAD_DIM,
         "num_kv_heads": 8,
     }
 )
@@ -79,8 +79,8 @@ class Variant:
             cuda_graphs="auto" if self.graphs else "off", global_batch_tokens=SEQUENCE * BATCH,
         )  # fmt: skip
         optimizer = base.train.optimizer.model_copy(update={"lr": LEARNING_RATE})
-        settings = {"tensor": layout[0], "pipeline": layout[1], "sequence": self.sequence}
-        settings |= {"overlap": "auto" if self.overlap else "off"} if "overlap" in ParallelConfig.model_fields else {}
+        settings: dict[str, Any] = {"tensor": layout[0], "pipeline": layout[1], "sequence": self.sequence}
+        settings["overlap"] = "auto" if self.overlap else "off"
         return base.model_copy(
             update={
                 "model": MODEL.model_copy(update={"num_kv_heads": self.kv_heads}),

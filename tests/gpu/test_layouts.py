@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 shards[kv_heads] = folder / f"shards {kv_heads}"
                 make_random_base(model, folder / f"base {kv_heads}", seed=7)
                 convert(folder / f"base {kv_heads}", shards[kv_heads], model, parallel)
-            done[layout] = run_ranks(train, math.prod(layout), layout, variants(layout), shards)
+            done[layout] = run_ranks(train, math.prod(layout), layout, variants(layout), shards, timeout=500)
         if isinstance(done[layout], AssertionError):
             raise done[layout]
         return done[layout]

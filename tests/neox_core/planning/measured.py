@@ -2,7 +2,7 @@
 
     python -m tests.neox_core.planning.measured
 
-prints the table. All with a sequence of 4,096 and bf16 parameters. NCCL alone exchanged hidden states.
+prints the table. All with a sequence of 4,096 and bf16 parameters.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Row:
     data: int = 1
     mode: ActivationCheckpointing = "none"
     graphs: bool = False
+    overlap: bool = False
     note: str = ""
 
     @property
@@ -52,12 +53,13 @@ class Row:
             "activation_checkpointing": self.mode,
             "cuda_graphs": "auto" if self.graphs else "off",
         }
-        parallel = ParallelConfig(tensor=self.tensor, pipeline=self.pipeline)
+        overlap: Literal["auto", "off"] = "auto" if self.overlap else "off"
+        parallel = ParallelConfig(tensor=self.tensor, pipeline=self.pipeline, overlap=overlap)
         return base.model_copy(
             update={
                 "model": base.model.model_copy(update={"num_layers": self.layers}),
                 "train": base.train.model_copy(update=train),
-                "parallel": without_overlap(parallel),
+                "parallel": parallel,
                 "launch": base.launch.model_copy(update={"nodes": 1, "ranks_per_node": self.gpus}),
             }
         )
@@ -70,15 +72,10 @@ class Row:
         return predict(config, geometry, CARDS[self.card], modes)
 
     def __str__(self) -> str:
-        graphs = "graphs" if self.graphs else ""
+        switches = ("graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
         layout = f"TP {self.tensor} PP {self.pipeline} DP {self.data}"
         words = (self.card, self.model, f"{self.layers} layers", layout, f"micro batch {self.micro_batch}", self.mode)
-        return ", ".join((*words, *filter(None, (graphs, self.note))))
-
-
-def without_overlap(parallel: ParallelConfig) -> ParallelConfig:
-    """No exchange beside products: nothing else was there when these steps were measured."""
-    return parallel.model_copy(update={"overlap": "off"})
+        return ", ".join((*words, *filter(None, switches)))
 
 
 def at(tokens_per_second: float, tokens: int = 65536) -> float:
@@ -130,6 +127,12 @@ ROWS = [
     Row("h200", "7b", 8, 1, 0.499, QUARTER, tensor=2, mode="full", graphs=True),
     Row("h200", "7b", 32, 2, at(11525), tensor=2, graphs=True),
     Row("h200", "7b", 32, 4, at(11817), tensor=2, graphs=True),
+    Row("h200", "7b", 32, 2, at(11686), tensor=2, graphs=True, note="beside the next"),
+    Row("h200", "7b", 32, 2, at(12437), tensor=2, graphs=True, overlap=True),
+    Row("h200", "7b", 32, 8, at(12953), tensor=2, graphs=True, overlap=True),
+    Row("h200", "34b", 8, 2, at(15102), tensor=2, graphs=True),
+    Row("h200", "34b", 8, 2, at(15681), tensor=2, graphs=True, overlap=True),
+    Row("h200", "34b", 8, 4, at(15949), tensor=2, graphs=True, overlap=True),
 ]
 
 
