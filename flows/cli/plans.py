@@ -11,6 +11,7 @@ import typer
 from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import print_rows, wide_console
 from neox_core.config import batch_geometry, load_config
+from neox_core.errors import ConfigError
 
 
 def plan(
@@ -52,6 +53,8 @@ def plan(
 
     loaded = load_config(config, overrides or ())
     if calibrate is not None:
+        if calibrate.exists():
+            raise ConfigError(f"--calibrate {calibrate} exists: give another file, or read it with --hardware")
         measure(loaded).save(calibrate)
     card = load_hardware(str(calibrate or hardware))
     card = replace(card, memory_gib=gpu_memory or card.memory_gib)

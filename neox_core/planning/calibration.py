@@ -14,8 +14,8 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from neox_core.config import ModelConfig, RunConfig
 from neox_core.kernels.attention import AUTO, attention_function
@@ -39,7 +39,7 @@ def calibrate(config: RunConfig, seconds: float = 8.0) -> Hardware:
     ranks = torch.cuda.device_count() if on_gpus else 2
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, config, seconds)
-        torch.multiprocessing.spawn(_measure, arguments, ranks)  # type: ignore[no-untyped-call]
+        spawn(_measure, arguments, ranks)  # type: ignore[no-untyped-call]
         found = json.loads((Path(folder) / "found").read_text())
     link = found.pop("link")
     name = torch.cuda.get_device_name() if on_gpus else "cpu"
@@ -82,8 +82,8 @@ def _measure(rank: int, ranks: int, folder: str, config: RunConfig, seconds: flo
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=ranks)
+    backend, meeting = "nccl" if on_gpus else "gloo", f"file://{folder}/store"
+    dist.init_process_group(backend, meeting, rank=rank, world_size=ranks)
     shrunk = 1 if on_gpus else _SHRUNK
     tokens = config.train.micro_batch_size * config.train.sequence_length // shrunk
     gemm = sustained_gemm(config.model, config.parallel.tensor, tokens, device, seconds)

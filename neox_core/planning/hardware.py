@@ -69,8 +69,8 @@ def load_hardware(name_or_file: str) -> Hardware:
     try:
         found = json.loads(Path(name_or_file).read_text())
         link = Link(tuple((float(sent), float(seconds)) for sent, seconds in found.pop("link")["points"]))
-        figures = {key: value if key == "name" else float(value) for key, value in found.items()}
-        hardware = Hardware(link=link, **figures)
+        name = str(found.pop("name"))
+        hardware = Hardware(name=name, link=link, **{key: float(value) for key, value in found.items()})
     except OSError as error:
         raise ConfigError(f"hardware {name_or_file}: neither a file nor one of {', '.join(CARDS)}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,7 +26,7 @@ _HOST_MODE = {"none": 1.0, "selective": 1.4, "full": 1.7}
 _HOST_ALONE = 0.5
 """Python of a layer on one tensor-parallel rank, in that of one whose ranks exchange tokens."""
 _HOST_LAG = 0.2
-"""By which the slowest of twice as many ranks, for which the others wait, is slower."""
+"""By which the slowest of twice as many ranks of a host, for which the others wait, is slower."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _host(
     if config.train.cuda_graphs == "auto":
         return 0.0
     layer = hardware.host_layer * (_HOST_ALONE if config.parallel.tensor == 1 else 1.0)
-    waiting = 1 + _HOST_LAG * max(0.0, math.log2(geometry.world_size / 2)) if config.parallel.tensor > 1 else 1.0
+    together = min(geometry.world_size, config.launch.ranks_per_node)
+    waiting = 1 + _HOST_LAG * max(0.0, math.log2(together / 2)) if config.parallel.tensor > 1 else 1.0
     return waiting * (hardware.host_micro_batch + layer * sum(_HOST_MODE[mode] for mode in modes))
 
 
