@@ -4,8 +4,10 @@
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
-# A worker per core, up to 8; tests that share something stay together, in the order of tests/conftest.py.
-PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+# A worker more than cores, up to 8, since tests wait for each other's ranks and servers about half of the time; tests
+# that share something stay together, in the order of tests/conftest.py.
+WORKERS := $(shell cores=$$(nproc); echo $$((cores < 7 ? cores + 1 : 8)))
+PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # mkdocs-material would print its own news.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed

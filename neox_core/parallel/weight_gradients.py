@@ -56,7 +56,7 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     Biases are not added.
     """
     weights = [linear.weight for linear in linears]
-    accumulators = [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
+    accumulators = accumulators_of(*linears)
     if not accumulators or not torch.is_grad_enabled():
         return tuple(product(x, weight) for weight in weights)
     outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
@@ -64,6 +64,11 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         for output, weight in zip(outputs, weights, strict=True):
             torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
     return outputs
+
+
+def accumulators_of(*linears: nn.Linear) -> list[Accumulator]:
+    """Those that are set."""
+    return [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
 
 
 class _AccumulatingLinears(torch.autograd.Function):

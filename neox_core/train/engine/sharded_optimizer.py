@@ -86,6 +86,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         """A loss above it stops the update too."""
         self.group_squares: Callable[[], Tensor] = partial(torch.zeros, 0, device=mesh.device)
         """This rank's share of the squared gradient norm of groups of layers, [groups]."""
+        self.copied: torch.cuda.Event | None = None
+        """Of a stream that copies the state: the next update waits for it."""
         self.outcome = torch.zeros(0)
         """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
@@ -167,6 +169,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         loss, norm = total[1], total[2].sqrt()
         applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share
+        if self.copied is not None:
+            self.copied.wait(torch.cuda.current_stream())
+            self.copied = None
         self._update(torch.where(applied, scale, 0.0).float(), applied)
         self.gather()
         self.clear_hp_grads()
@@ -247,9 +252,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         return any(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """As DeepSpeed's, with the master weights in fp32."""
+        """As DeepSpeed's, with the master weights as what copies them in fp32."""
         state = super().state_dict()
-        state["single_partition_of_fp32_groups"] = [master.to_host() for master in self.masters]
+        state["single_partition_of_fp32_groups"] = list(self.masters)
         return state
 
     def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:
