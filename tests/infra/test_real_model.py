@@ -1,4 +1,4 @@
-"""A pretrained model with tied embeddings, from Hugging Face's folder to shards and back. Minutes; by its marker only."""
+"""A pretrained model with tied embeddings, from Hugging Face's folder to shards and back. Minutes, by its marker."""
 
 from __future__ import annotations
 
