@@ -44,10 +44,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 def killed_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[int | None]:
     """Call `function(*args)` on ranks that end themselves on the way; their exit codes."""
     context = _process_context()
+    queue = context.Queue()
     environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes = [
-        context.Process(target=_rank, args=(function, rank, environment, context.Queue(), args), daemon=True)
+        context.Process(target=_rank, args=(function, rank, environment, queue, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
