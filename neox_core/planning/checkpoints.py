@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.optimizer import update_rule
-from neox_core.planning.memory import DTYPE_BYTES, STATE_BYTES, rank_parameters
+from neox_core.optimizer.rule import STATE_BYTES
+from neox_core.planning.activations import DTYPE_BYTES
+from neox_core.planning.memory import rank_parameters
 from neox_core.units import format_bytes
 
 _FP32 = 4

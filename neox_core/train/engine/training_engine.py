@@ -59,7 +59,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         if reason := why_not(self, self._mesh.device):
             logger.info("CUDA graphs: off, since %s", reason)
         else:
-            self._graphs = GraphedStage(self, reduces=self._mesh.data_size > 1)
+            self._graphs = GraphedStage(self, reduces=self.optimizer.overlaps)
 
     def close(self) -> None:
         """Graphs refer to communicators, whose end would wait for theirs."""
