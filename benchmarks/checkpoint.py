@@ -33,7 +33,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from benchmarks.train_step import CONFIGS, _batches, _random_weights, _synchronize
+from benchmarks.train_step import CONFIGS, _batches, _random_weights
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig, StorageConfig, batch_geometry, load_config
@@ -220,6 +220,11 @@ def _rates(store: ObjectStore, folder: Path) -> dict[str, Any]:
         for name in ("upload", "download"):
             found[f"{name}_ratio"] = round(found[f"{name}_mb_per_s"] / found[f"s5cmd_{name}_mb_per_s"], 3)
     return found
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _rate(action: Any) -> float:

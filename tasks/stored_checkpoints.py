@@ -23,7 +23,7 @@ from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.folders import S3Folder
-from neox_core.train.job import LOCAL_CHECKPOINTS
+from neox_core.train.job import local_checkpoints
 from neox_core.train.local_copy import newest_local
 from tasks.identity.training import Training, resolve_training
 
@@ -64,7 +64,7 @@ def stored_checkpoints(training: Training) -> list[StoredCheckpoint]:
             files[incomplete] += 1
     for step, size in sizes.items():
         found.append(StoredCheckpoint(step, "incomplete", files[step], size, training.prefix))
-    folder = training.scratch / LOCAL_CHECKPOINTS
+    folder = local_checkpoints(training.config, training.scratch)
     if (local := newest_local(folder, training.fingerprint)) and local.step not in lineage:
         size, place = sum(record.size for record in local.files), str(folder / local.name)
         found.append(StoredCheckpoint(local.step, "only on local disk", len(local.files), size, place, local))
@@ -126,7 +126,7 @@ def remove(training: Training, step: int, force: bool) -> int:
         raise CheckpointError(
             f"step {step} is the newest complete checkpoint, from which training would go on: give --force to remove it"
         )
-    folders = (training.scratch / LOCAL_CHECKPOINTS).glob("global_step*")
+    folders = local_checkpoints(training.config, training.scratch).glob("global_step*")
     local = [folder for folder in folders if checkpoint_step(folder.name) == step]
     removed = remove_checkpoint(training.store, training.prefix, step)
     if not removed and not local:

@@ -14,7 +14,7 @@ from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
-from neox_core.train.job import LOCAL_CHECKPOINTS
+from neox_core.train.job import local_checkpoints
 from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
 from tasks.follow import follow, share_done
@@ -87,7 +87,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
         for path in (scratch / METRICS_FILE, scratch / INCIDENTS_FILE):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        shutil.rmtree(scratch / LOCAL_CHECKPOINTS, ignore_errors=True)  # the store has them
+        shutil.rmtree(local_checkpoints(config, scratch), ignore_errors=True)  # the store has them
         return _summary(training, folder, result)
 
     return run_stage(training.spec, build, progress, still_valid=lambda _: _is_complete(training))

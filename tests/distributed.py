@@ -41,6 +41,24 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
+def killed_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[int | None]:
+    """Call `function(*args)` on ranks that end themselves on the way; their exit codes."""
+    context = _process_context()
+    queue = context.Queue()
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        context.Process(target=_rank, args=(function, rank, environment, queue, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
 def rendezvous_ports(count: int) -> list[int]:
     """Ports of stores through which ranks find each other, one for each process group.
 

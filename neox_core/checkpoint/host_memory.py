@@ -35,6 +35,11 @@ class HostBuffers:
         """A save begins; nobody needs the last one's copies any more."""
         self._used = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this save's copies so far."""
+        return sum(buffer.numel() for buffer in self._buffers[: self._used])
+
     def copy(self, value: Any) -> Any:
         """All tensors in nested containers, copied; from a GPU by the current stream, which may not be done yet."""
         if isinstance(value, Tensor):

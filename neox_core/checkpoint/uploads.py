@@ -37,6 +37,8 @@ class LocalCheckpoint:
     folder: Path
     records: tuple[FileRecord, ...]
     """The files that this rank uploads."""
+    problem: str = ""
+    """Why this rank has no files, so that there is no such checkpoint."""
 
 
 class Uploads:
@@ -110,6 +112,14 @@ class Uploads:
             if self._failure:
                 raise self._failure
 
+    def free_disk(self) -> bool:
+        """Remove local files that the store has, which are kept for a quick resume. Whether there were any."""
+        with self._changed:
+            kept, self._kept = self._kept, []
+        for checkpoint in kept:
+            _remove(checkpoint)
+        return any(checkpoint.records for checkpoint in kept)
+
     def close(self) -> None:
         """End the thread after what it is at."""
         with self._changed:
@@ -155,7 +165,7 @@ class Uploads:
         for record in checkpoint.records:
             path = checkpoint.folder / record.path
             self._store.put_file(path, object_key(self._prefix, manifest.name, record.path), self._progress)
-        self._reports.tell(checkpoint.serial, "uploaded", "")
+        self._reports.tell(checkpoint.serial, "uploaded", checkpoint.problem)
         if self._rank == 0:
             if replaced := [text for text in self._reports.collect(checkpoint.serial, "uploaded") if text]:
                 logger.warning("the checkpoint of step %d is not published: %s", manifest.step, replaced[0])
@@ -168,11 +178,13 @@ class Uploads:
                 step = checkpoint_step(path.parent.name)
                 if step is not None and step <= manifest.step:
                     path.unlink(missing_ok=True)
-        self._kept.append(checkpoint)
-        while len(self._kept) > _KEPT_LOCALLY:
-            old = self._kept.pop(0)
-            if all(other.folder != old.folder for other in (*self._kept, self._waiting) if other):
-                _remove(old)  # else a training that went back has saved that step again
+        with self._changed:
+            self._kept.append(checkpoint)
+            old = [self._kept.pop(0) for _ in range(len(self._kept) - _KEPT_LOCALLY)]
+            used = {other.folder for other in (*self._kept, self._waiting) if other}
+        for kept in old:
+            if kept.folder not in used:
+                _remove(kept)  # else a training that went back has saved that step again
 
     def _progress(self, sent: int) -> None:
         """Some bytes went out."""

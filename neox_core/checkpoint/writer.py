@@ -9,8 +9,10 @@ the files; when all ranks have done that, rank 0 publishes the manifest, and the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,7 +89,8 @@ class CheckpointWriter:
         )
         self._buffers = HostBuffers()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=stand_back)
-        self._writing: Future[None] | None = None
+        self._writing: Future[str] | None = None
+        self._problem = ""
         self._saves = 0
 
     def save(
@@ -123,24 +126,32 @@ class CheckpointWriter:
         """
         self._uploads.copy(name, copy)
 
-    def wait_for_disk(self) -> None:
+    def wait_for_disk(self) -> str:
         """Wait until the last save is on local disk.
 
+        Returns:
+            Why it is not, of a disk that was full; empty if it is.
+
         Raises:
-            CheckpointError, OSError: it could not be written.
+            CheckpointError, OSError: it could not be written for another reason.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            self._problem = writing.result()
+        return self._problem
 
-    def wait(self) -> None:
+    def wait(self) -> str:
         """Wait until the last save is in the store.
+
+        Returns:
+            As `wait_for_disk`.
 
         Raises:
             StorageError, CheckpointError, OSError: it is not, and will not be.
         """
-        self.wait_for_disk()
+        problem = self.wait_for_disk()
         self._uploads.wait()
+        return problem
 
     def close(self) -> None:
         """Finish what is under way and stop the threads.
@@ -164,19 +175,43 @@ class CheckpointWriter:
             self.reports.give_up(str(error))
             self._tell_failed(error)
 
-    def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> None:
+    def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> str:
+        """The problem, if the disk is full: then there is no such checkpoint, and training goes on."""
         try:
-            records = tuple(self._write_file(file) for file in staged)
-            self.reports.tell(serial, "written", json.dumps([asdict(record) for record in records]))
+            records, problem = self._write_or_explain(staged, folder)
+            self.reports.tell(serial, "written", json.dumps(problem or [asdict(record) for record in records]))
             if self._rank == 0:
-                texts = self.reports.collect(serial, "written")
-                manifest = completed(manifest, [tuple(FileRecord(**r) for r in json.loads(text)) for text in texts])
-                write_atomically(folder / MANIFEST_FILE, manifest.to_json())
+                reports = [json.loads(text) for text in self.reports.collect(serial, "written")]
+                problem = problem or next((found for found in reports if isinstance(found, str)), "")
+                if not problem:
+                    manifest = completed(manifest, [tuple(FileRecord(**r) for r in found) for found in reports])
+                    write_atomically(folder / MANIFEST_FILE, manifest.to_json())
         except Exception as error:  # all ranks must hear of it
             self._failed(error)
             raise
         if upload:
-            self._uploads.put(LocalCheckpoint(serial, manifest, folder, records))
+            self._uploads.put(LocalCheckpoint(serial, manifest, folder, records, problem))
+        return problem
+
+    def _write_or_explain(self, staged: list[StagedFile], folder: Path) -> tuple[tuple[FileRecord, ...], str]:
+        """All files; or none, and why, if they do not fit even where older ones have made room."""
+        need = self._buffers.nbytes
+        while True:
+            try:
+                return tuple(self._write_file(file) for file in staged), ""
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            for file in staged:
+                file.path.unlink(missing_ok=True)
+            if not self._uploads.free_disk():
+                free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
+                problem = (
+                    f"{folder} is not saved: rank {self._rank} needs {need:,} bytes ({need / 1e9:.1f} GB) there, and "
+                    f"the disk has {free:,} ({free / 1e9:.1f} GB) left: free some, or name another launch.scratch"
+                )
+                logger.error("%s; the training continues", problem)
+                return (), problem
 
     def _write_file(self, file: StagedFile) -> FileRecord:
         if file.copied is not None:

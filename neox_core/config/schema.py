@@ -112,6 +112,11 @@ class LaunchConfig(Section):
     hang_timeout_minutes: PositiveFloat = Field(
         10.0, description="minutes without a step on any rank, after which the job ends"
     )
+    scratch: ConfigPath | None = Field(
+        None,
+        description="folder on each node's own disk for checkpoints on their way to and from the store; None: in "
+        "workdir, which all nodes share",
+    )
     partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
     account: str | None = Field(None, description="SLURM's account; None: yours")
     slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")

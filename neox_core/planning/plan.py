@@ -9,6 +9,7 @@ from neox_core.config import BatchGeometry, ModelConfig, RunConfig, batch_geomet
 from neox_core.errors import ConfigError
 from neox_core.parallel.stages import stage_costs
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
+from neox_core.planning.checkpoints import CheckpointNeeds, checkpoint_needs
 from neox_core.planning.communication import Collective, group_size, sent_bytes, step_traffic
 from neox_core.planning.memory import RESERVED_BYTES, Memory, parameter_count, stage_memory
 from neox_core.units import format_bytes, format_count, format_digits, format_flop, format_seconds
@@ -69,6 +70,7 @@ class Plan:
     causal_flops_per_token: int
     utilisation: float
     peak_tflops: float
+    saves: CheckpointNeeds
 
     @property
     def fullest_stage(self) -> int:
@@ -118,7 +120,7 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, value with unit), in the order in which one reads it."""
-        return [*self._batch_rows(), *self._memory_rows(), *self._time_rows()]
+        return [*self._batch_rows(), *self._memory_rows(), *self.saves.rows(), *self._time_rows()]
 
     def _batch_rows(self) -> list[tuple[str, str]]:
         batch = self.batch
@@ -227,6 +229,7 @@ def plan(
         causal_flops_per_token=flops_per_token(config.model, config.train.sequence_length, causal=True),
         utilisation=utilisation,
         peak_tflops=peak_tflops,
+        saves=checkpoint_needs(config, batch),
     )
 
 

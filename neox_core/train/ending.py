@@ -24,9 +24,11 @@ def ended(
         return SupersededError(reason)
     if stopped.stop.kind == "storage":
         store.stopped.set()
-        writer.wait_for_disk()
+        problem = writer.wait_for_disk()
         dist.barrier()
         writer.abandon()
+        if problem:
+            return StorageError(f"{reason}; and {problem}")
         return StorageError(f"{reason}; step {stopped.step} is saved in {job.output}: run again when the store is back")
     last_upload(writer, watchdog)
     return StoppedError(f"stopped after step {stopped.step}, which is saved: {reason}; run again to go on")
@@ -42,9 +44,11 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
     watchdog.beat("last upload")
     problem, superseded = "", False
     try:
-        writer.wait()
+        problem = writer.wait()
     except LlemmaError as error:
         problem, superseded = str(error), isinstance(error, SupersededError)
+        if not superseded:
+            problem += "; the last save is on local disk: run again when the store is back"
     problems: list[tuple[str, bool]] = [("", False)] * dist.get_world_size()
     dist.all_gather_object(problems, (problem, superseded))
     writer.abandon()
@@ -52,4 +56,4 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
         if other_job:
             raise SupersededError(text)
         if text:
-            raise StorageError(f"{text}; the last save is on local disk: run again when the store is back")
+            raise StorageError(text)

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox_core.checkpoint.manifest import training_prefix
+from neox_core.config import RunConfig
 from neox_core.train.lineage import Ancestor
 
-LOCAL_CHECKPOINTS = "checkpoints"
-"""Folder, in a training's own, of checkpoints on their way to and from the store."""
+_CHECKPOINTS = "checkpoints"
+
+
+def local_checkpoints(config: RunConfig, output: Path) -> Path:
+    """Folder of checkpoints on their way to and from the store: in the training's own, or on each node's disk.
+
+    Args:
+        output: the training's own folder.
+    """
+    scratch = config.launch.scratch
+    return (output if scratch is None else scratch / output.name) / _CHECKPOINTS
 
 
 @dataclass(frozen=True)

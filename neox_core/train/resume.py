@@ -27,7 +27,7 @@ from neox_core.parallel.stages import pipeline_layers
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
-from neox_core.train.job import LOCAL_CHECKPOINTS, TrainJob
+from neox_core.train.job import TrainJob, local_checkpoints
 from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
 from neox_core.train.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
 
@@ -99,14 +99,15 @@ class TrainCheckpoints:
             prefix, manifest = found
             state = self._state(manifest)
             self._check(prefix, manifest, state)
-            damage = self._fetch(prefix, manifest)
+            resharding = self._resharding(manifest)
+            damage = self._fetch(prefix, manifest, resharding)
             if not damage:
                 break
             logger.error("%s; the checkpoint before it is taken", damage)
             found = self._newest(before=manifest.step)
         if damage:
             raise CheckpointError(f"{damage}; nor is there an earlier checkpoint that is whole")
-        self._load(manifest)
+        self._load(manifest, resharding)
         self._upload_unless_stored(prefix, manifest)
         if self.mesh.local_rank == 0:
             remove_others(self._folder, manifest.name)
@@ -229,14 +230,13 @@ class TrainCheckpoints:
     def _place(self) -> Place:
         return Place(self.mesh.pipeline_rank, self.mesh.data_rank, self.mesh.tensor_rank)
 
-    def _fetch(self, prefix: str, manifest: Manifest) -> str:
+    def _fetch(self, prefix: str, manifest: Manifest, resharding: Resharding | None) -> str:
         """Bring here what this node needs, each file once per node: weights and metadata, where the layout is the same,
         and the optimizer's files of some ranks, by the first rank here that needs them.
 
         Returns:
             What is damaged, as the first rank says that has found something; the same on all ranks. Nothing: empty.
         """
-        resharding = self._resharding(manifest)
         places = resharding.files() if resharding else {self._place}
         host, tensor_size = socket.gethostname(), manifest.layout["tensor"]
         everyones: list[Any] = [None] * dist.get_world_size()
@@ -255,9 +255,9 @@ class TrainCheckpoints:
         dist.all_gather_object(everyones, damage)
         return next(filter(None, everyones), "")
 
-    def _load(self, manifest: Manifest) -> None:
+    def _load(self, manifest: Manifest, resharding: Resharding | None) -> None:
         key = manifest.name
-        if resharding := self._resharding(manifest):
+        if resharding:
             logger.info(
                 "checkpoint of step %d was written by %s, and is read as %s",
                 manifest.step,
@@ -275,4 +275,4 @@ class TrainCheckpoints:
 
     @property
     def _folder(self) -> Path:
-        return self.job.output / LOCAL_CHECKPOINTS
+        return local_checkpoints(self.config, self.job.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from neox_core.train.ending import ended, last_upload
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Guard
-from neox_core.train.job import TrainJob
+from neox_core.train.job import TrainJob, local_checkpoints
 from neox_core.train.loop import Loop
 from neox_core.train.observe.hardware import peak_flops
 from neox_core.train.observe.incidents import IncidentLog
@@ -108,6 +109,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             start = checkpoints.resume()
         _steps(config, job, geometry, engine, start, Services(store, checkpoints, stopping, saving, watchdog))
     engine.close()
+    if config.launch.scratch and mesh.local_rank == 0:
+        shutil.rmtree(local_checkpoints(config, job.output), ignore_errors=True)  # the store has them
     return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections import OrderedDict
@@ -336,3 +337,51 @@ def test_a_copy_is_made_in_the_background_and_may_fail(
     assert threads
     assert threading.main_thread() not in threads
     assert "the store is away; the training continues" in caplog.text
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, *full: str) -> None:
+    """Let files in folders with these names find no space."""
+    through = writer_module._save_atomically
+
+    def save_atomically(content: Any, path: Path) -> None:
+        if path.parent.name in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        through(content, path)
+
+    monkeypatch.setattr(writer_module, "_save_atomically", save_atomically)
+
+
+def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
+    new_writer: Callable[..., CheckpointWriter],
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of one rank, for all; files that the store has make room first."""
+    fill_disk(monkeypatch, "global_step2")
+    first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
+    old = []
+    for step in (1, 2, 3):
+        old.append(save(first, tmp_path / "first", step, "b.pt"))
+        save(second, tmp_path / ("second" if step != 2 else "first"), step, "a.pt")
+        assert bool(first.wait()) == (step == 2)
+        assert bool(second.wait()) == (step == 2)
+    assert steps(store) == [1, 3]
+    assert not old[0].exists()
+    where = tmp_path / "first" / "global_step2"
+    assert f"{where} is not saved: rank 0 needs 12 bytes (0.0 GB) there, and the disk has " in caplog.text
+    assert "the training continues" in caplog.text
+
+
+def test_memory_is_used_again(new_writer: Callable[..., CheckpointWriter], tmp_path: Path) -> None:
+    writer = new_writer()
+    places = []
+    for step in (1, 2):
+        save(writer, tmp_path, step, value=float(step))
+        places.append([buffer.data_ptr() for buffer in writer._buffers._buffers])
+    writer.close()
+    assert places[0] == places[1]
+    assert writer._buffers.nbytes == 12
+    values = [torch.load(tmp_path / f"global_step{step}" / "state.pt")["weight"][0].item() for step in (1, 2)]
+    assert values == [1.0, 2.0]

@@ -242,3 +242,18 @@ def test_the_largest_batch_needs_the_memory() -> None:
     assert memory[0][0] < memory[1][0]
     assert memory[1] == memory[2]
     assert plan(grown).batch == plan(small).batch
+
+
+def test_saves_of_the_34b() -> None:
+    """14 bytes a parameter: bf16, fp32 master weights and two moments. Its 80 checkpoints were 38 TB."""
+    made = plan(load("llemma_34b"))
+    assert made.saves.checkpoint == pytest.approx(14 * made.parameters, rel=0.01)
+    assert made.saves.local_disk == 3 * made.saves.checkpoint
+    rows = dict(made.rows())
+    assert rows["bucket at the end"].startswith(f"{made.saves.count:,} checkpoints = ")
+    config = load("llemma_34b")
+    few = config.model_copy(update={"checkpoints": config.checkpoints.model_copy(update={"keep_last": 3})})
+    assert plan(few).saves.count == 3
+    often = few.checkpoints.model_copy(update={"keep_every": 4 * config.train.checkpoint_interval})
+    found = plan(few.model_copy(update={"checkpoints": often})).saves.count
+    assert found == 3 + config.train.steps // (4 * config.train.checkpoint_interval)

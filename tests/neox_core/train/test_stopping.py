@@ -24,7 +24,7 @@ from neox_core.storage.object_store import ObjectStore
 from neox_core.train.job import TrainJob
 from neox_core.train.local_copy import newest_local
 from neox_core.train.stopping import LOCAL_END_TIME, Stop, Stopping, end_time
-from tests.distributed import rendezvous_ports, run_ranks
+from tests.distributed import killed_ranks, rendezvous_ports, run_ranks
 from tests.faulty_s3 import faulty_s3
 from tests.neox_core.train.small_jobs import rows, train_job, write_data
 from tests.neox_core.train.test_rollback import config
@@ -242,3 +242,34 @@ def test_a_job_stops_when_another_one_of_its_training_comes(
     assert names == [f"global_step{INTERVAL}-1", f"global_step{STEPS}-3"]
     values = [{step: row["train/loss"] for step, row in rows(job).items()} for job in (whole, job)]
     assert values[0] == values[1]
+
+
+def killed_in_upload(config: RunConfig, job: TrainJob, port: int) -> None:
+    """Every rank dies when one of its files of the first checkpoint is in the store, and the others are not."""
+    whole, sent = ObjectStore.put_file, []
+
+    def put_file(self: ObjectStore, path: Path, key: str, on_bytes: Any = None) -> None:
+        if sent:
+            os._exit(9)
+        sent.append(key)
+        whole(self, path, key, on_bytes)
+
+    with patch.object(ObjectStore, "put_file", put_file), after_step(INTERVAL + 1, lambda: time.sleep(60)):
+        train_job(config, job, None, port)
+
+
+def test_a_job_that_dies_in_an_upload_loses_no_save(
+    storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
+) -> None:
+    run = small_config(storage_config)
+    job = prepare(run, tmp_path)
+    assert killed_ranks(killed_in_upload, 2, run, job, rendezvous_ports(1)[0]) == [9, 9]
+    left = {info.key.removeprefix(f"{job.prefix}/").split("/")[0] for info in store.list(f"{job.prefix}/")}
+    assert left == {"lease.json", "metrics.jsonl", f"global_step{INTERVAL}-1"}
+    assert list_checkpoints(store, job.prefix) == []
+    for found in run_ranks(train_job, 2, run, job, None, rendezvous_ports(1)[0]):
+        assert found == (INTERVAL, list(range(INTERVAL + 1, STEPS + 1)))
+    names = [manifest.name for manifest in list_checkpoints(store, job.prefix)]
+    assert names == [f"global_step{INTERVAL}-2", f"global_step{STEPS}-2"]
+    left = {info.key.removeprefix(f"{job.prefix}/").split("/")[0] for info in store.list(f"{job.prefix}/")}
+    assert left - set(names) == {"lease.json", "metrics.jsonl", f"global_step{INTERVAL}-1"}
