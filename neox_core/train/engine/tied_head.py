@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neox_core.parallel.layers import ChunkedHead, SplitEmbedding
 from neox_core.parallel.mesh import Mesh
-from neox_core.parallel.weight_gradients import Accumulator
+from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator
 
 _PIECE = 1 << 24
 """Elements that are sent at a time: 64 MiB of gradient."""
@@ -47,7 +47,7 @@ class TiedHead:
         """Give the embedding the head's gradient too. All micro batches are through, and nothing is averaged yet."""
         if self.peer is None:
             return
-        for piece in self.gradient.view(-1).split(_PIECE):
+        for piece in torch.split(self.gradient.view(-1), _PIECE):
             if self.has_embedding:
                 received = torch.empty_like(piece)
                 dist.recv(received, self.peer)
@@ -77,6 +77,7 @@ def tie_head(module: nn.Module, optimizer: Any, mesh: Mesh) -> TiedHead | None:
     """
     embedding = next((x.word_embeddings.weight for x in module.modules() if isinstance(x, SplitEmbedding)), None)
     head = next((x.final_linear for x in module.modules() if isinstance(x, ChunkedHead)), None)
+    assert head is None or isinstance(head, AccumulatingLinear), "parallelize gives every head a place for its buffer"
     first, last = mesh.peers("pipeline")[0], mesh.peers("pipeline")[-1]
     if embedding is not None:
         gradient = _gradient_of(embedding, optimizer)
