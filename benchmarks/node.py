@@ -43,30 +43,31 @@ def main() -> None:
     options = _options()
     deadline = time.monotonic() + 60 * options.minutes
     gpus = options.gpus or torch.cuda.device_count() or 2
-    results = {result["key"]: result for result in _read(options.results)}
     hardware = _hardware(options, gpus)
-    models = ("tiny",) if options.toy else MODELS
-    left = 0
-    if not options.table:
-        wanted: list[Row | str] = [*rows(gpus, hardware, models, options.toy), *(() if options.toy else models)]
-        for row in wanted:
-            key = row if isinstance(row, str) else row.key
-            found = results.get(f"peers of {key}" if isinstance(row, str) else key)
-            if found and not ("failed" in found and options.retry):
-                continue
-            limit = PEER_SECONDS if isinstance(row, str) else ROW_SECONDS
-            if time.monotonic() + limit > deadline:
-                left += 1
-                continue
-            result = _peers(row) if isinstance(row, str) else _measure(row)
-            results[result["key"]] = result
-            with options.results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            sys.stdout.write(f"{result['key']}: {result.get('tokens_per_second', result.get('failed', ''))}\n")
-            sys.stdout.flush()
+    left = 0 if options.table else _measure_rows(options, gpus, hardware, deadline)
+    results = {result["key"]: result for result in _read(options.results)}
     sys.stdout.write(table(list(results.values()), hardware) + "\n")
     if left:
         sys.stdout.write(f"{left} rows are left: run the same command again\n")
+
+
+def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, deadline: float) -> int:
+    """Measure rows that are not there; returns the number of those that there was no time for."""
+    results, left = {result["key"]: result for result in _read(options.results)}, 0
+    models = ("tiny",) if options.toy else MODELS
+    wanted: list[Row | str] = [*rows(gpus, hardware, models, options.toy), *(() if options.toy else models)]
+    for row in wanted:
+        key = f"peers of {row}" if isinstance(row, str) else row.key
+        if key in results and not ("failed" in results[key] and options.retry):
+            continue
+        if time.monotonic() + (PEER_SECONDS if isinstance(row, str) else ROW_SECONDS) > deadline:
+            left += 1
+            continue
+        result = _peers(row) if isinstance(row, str) else _measure(row)
+        _append(options.results, result)
+        sys.stdout.write(f"{key}: {result.get('tokens_per_second', result.get('failed', result.get('peers')))}\n")
+        sys.stdout.flush()
+    return left
 
 
 def _options() -> argparse.Namespace:
@@ -89,6 +90,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             sys.stderr.write(f"{path}: a line is incomplete, as after a call that was ended: {line[:60]}\n")
     return found
+
+
+def _append(path: Path, result: dict[str, Any]) -> None:
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        between = b"" if file.read(1) in (b"", b"\n") else b"\n"  # what was cut off stays a line of its own
+        file.write(between + json.dumps(result).encode() + b"\n")
 
 
 def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:

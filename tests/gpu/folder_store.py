@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -11,15 +12,16 @@ from unittest.mock import patch
 
 from neox_core.config import RunConfig, StorageConfig
 from neox_core.storage.atomic import atomic_file
+from neox_core.storage.conditional_store import VersionedText
 from neox_core.storage.object_store import ObjectInfo
 from neox_core.train.job import TrainJob
 from tests.neox_core.train.small_jobs import train_job
 
 
 class FolderStore:
-    """A PatientStore in the folder that the URL ends with."""
+    """A ConditionalStore in the folder that the URL ends with."""
 
-    def __init__(self, config: StorageConfig, on_wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: StorageConfig, *others: Any, **named: Any) -> None:
         self.config, self.stopped = config, threading.Event()
         self.on_behind: Callable[[str], None] = lambda _: None
         self._folder = Path("/" + config.url.removeprefix("s3://folder/"))
@@ -44,6 +46,21 @@ class FolderStore:
     def get_text(self, key: str) -> str | None:
         return (self._folder / key).read_text() if (self._folder / key).is_file() else None
 
+    def read(self, key: str) -> VersionedText | None:
+        text = self.get_text(key)
+        return None if text is None else VersionedText(text, hashlib.sha256(text.encode()).hexdigest())
+
+    def replace(self, key: str, text: str, etag: str | None) -> str | None:
+        present = self.read(key)
+        return self.overwrite(key, text) if etag == (present and present.etag) else None
+
+    def overwrite(self, key: str, text: str) -> str:
+        self.put_text(key, text)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def is_conditional(self, key: str) -> bool:
+        return True  # one rank alone writes
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         files = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
         found = [ObjectInfo(str(path.relative_to(self._folder)), path.stat().st_size) for path in files]
@@ -62,5 +79,6 @@ class FolderStore:
 
 def run_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
     """As `train_job`, with checkpoints in a folder."""
-    with patch("neox_core.train.run.PatientStore", FolderStore):
+    stores = ("neox_core.train.run.PatientStore", "neox_core.checkpoint.lease.ConditionalStore")
+    with patch(stores[0], FolderStore), patch(stores[1], FolderStore):
         return train_job(config, job, kill_at, port)
