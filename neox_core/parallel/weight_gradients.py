@@ -122,14 +122,14 @@ def accept_accumulators(module: nn.Module) -> None:
 
 
 def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
-    """Let every linear layer of a module add its weight gradient to DeepSpeed's fp32 accumulators.
+    """Let every linear layer of a module that has no accumulator add its weight gradient to DeepSpeed's.
 
     Args:
         optimizer: the ShardedOptimizer, which owns the accumulators.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
     for linear in module.modules():
-        if isinstance(linear, AccumulatingLinear):
+        if isinstance(linear, AccumulatingLinear) and linear.accumulator is None:
             group, index = places[id(linear.weight)]
             buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
             linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index))
