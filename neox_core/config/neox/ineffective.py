@@ -1,4 +1,4 @@
-"""GPT-NeoX's keys that change nothing here, each with the reason; and those whose values ask for something else."""
+"""GPT-NeoX's keys that change nothing here, each with the reason; what asks for something else is refused before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from neox_core.config.neox.keys import (
     Fixed,
 )
 from neox_core.config.neox.settings import NeoxSettings, require_known
-from neox_core.errors import ConfigError
 
 Ineffective = tuple[str, Any, str]
 """Key, value, and why it changes nothing here."""
@@ -26,62 +25,27 @@ def ineffective_keys(settings: NeoxSettings) -> list[Ineffective]:
     """The keys that are set and change nothing, with the reason.
 
     Raises:
-        ConfigError: a key's value, or GPT-NeoX's default for it, asks for something that is not done here.
+        ConfigError: a key within a section is unknown.
     """
     found: list[Ineffective] = []
     for key, value in settings.values.items():
         if value is None:
             found.append((key, None, "null is as if it were not set"))
         elif key in OFF:
-            _require_off(key, value)
             found.append((key, value, f"it is off here too: {OFF[key]}"))
         elif key in INEFFECTIVE:
             found.append((key, value, INEFFECTIVE[key]))
-    found += _fixed(settings.values, FIXED, today=settings.today)
+    found += _fixed(settings.values, FIXED)
     found += _precision(settings) + _placement(settings)
-    _require_dense_attention(settings)
     found += _zero_optimization(settings.mapping("zero_optimization"))
     found += _data_types(settings.mapping("data_types"))
     return found
 
 
-def _fixed(
-    values: Mapping[str, Any], table: Mapping[str, Fixed], prefix: str = "", today: bool = False
-) -> Iterator[Ineffective]:
-    """The keys of `table` that are set, once the values of all of them, or GPT-NeoX's defaults, are found accepted."""
+def _fixed(values: Mapping[str, Any], table: Mapping[str, Fixed], prefix: str = "") -> Iterator[Ineffective]:
     for key, rule in table.items():
-        value = values.get(key)
-        default = rule.default_today if today and rule.default_today is not None else rule.default
-        effective = default if value is None else value
-        if effective is not None and not any(_same(effective, accepted) for accepted in rule.accepted):
-            source = " (GPT-NeoX's default, as the files don't set it)" if value is None else ""
-            raise ConfigError(
-                f"GPT-NeoX key {prefix + key!r} is {effective!r}{source}, which is not supported: {rule.reason}; "
-                f"accepted: {', '.join(map(repr, rule.accepted))}"
-            )
-        if value is not None:
-            yield prefix + key, value, f"always so: {rule.reason}"
-
-
-def _same(value: Any, accepted: Any) -> bool:
-    """Equality that keeps True and 1 apart, but not 0 and 0.0."""
-    return bool(value == accepted) and isinstance(value, bool) == isinstance(accepted, bool)
-
-
-def _require_off(key: str, value: Any) -> None:
-    if value and not (isinstance(value, dict) and value.get("enabled") is False):
-        raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not supported: {OFF[key]}; remove it")
-
-
-def _require_dense_attention(settings: NeoxSettings) -> None:
-    """attention_config: [[[kinds], repeats], ...]."""
-    config = settings.get("attention_config")
-    kinds = {kind for block in config or [] for kind in (block[0] if isinstance(block, list) else [block])}
-    if other := sorted(map(str, kinds - {"global", "flash"})):
-        raise ConfigError(
-            f"GPT-NeoX key 'attention_config' names {other}, which is not supported: attention is dense and causal, "
-            "which GPT-NeoX calls 'global' or 'flash'"
-        )
+        if values.get(key) is not None:
+            yield prefix + key, values[key], f"always so: {rule.reason}"
 
 
 def _precision(settings: NeoxSettings) -> list[Ineffective]:

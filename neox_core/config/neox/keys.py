@@ -64,6 +64,7 @@ FIXED: Mapping[str, Fixed] = {
     "zero_stage": Fixed((0, 1, 2), "ZeRO stage 1 is used; stages 0 and 2 give the same numbers"),
     "model_arch": Fixed(("gpt2",), "a decoder is the only architecture"),
     "moe_num_experts": Fixed((1,), "there are no experts"),
+    "num_experts": Fixed((1,), "there are no experts"),
     "context_parallel_size": Fixed((1,), "sequences are not split for attention"),
     "dataset_impl": Fixed(("gpt2",), "documents are packed into full sequences"),
     "train_impl": Fixed(("normal",), "the loss is next-token cross-entropy"),
@@ -82,10 +83,12 @@ OFF: Mapping[str, str] = _by_key(
     {
         "attention and MLP follow each other, each with its own norm": "gpt_j_residual gpt_j_tied",
         "attention scores are scaled by the head's width alone": "apply_query_key_layer_scaling",
-        "attention is Llama's": "use_qk_layernorm rotary_interleaved sliding_window_width",
+        "every position attends to all before it": "sliding_window_width",
+        "attention is Llama's": "use_qk_layernorm rotary_interleaved",
         "attention is dense": "sparsity_config sparse_attention",
         "layers do not share parameters": "num_unique_layers",
-        "all parameters are trained": "soft_prompt_tuning",
+        "all parameters are trained": "soft_prompt_tuning adapter_config",
+        "documents are read from left to right": "fim_rate extra_sentinel_tokens",
         "the loss is computed in fp32": "fp16_lm_cross_entropy",
         "training is in bf16 or fp32": "te_fp8 amp",
         "the optimizer is AdamW with fp32 states": "use_bnb_optimizer sparse_gradients prescale_gradients",
@@ -102,7 +105,6 @@ OFF: Mapping[str, str] = _by_key(
             te_fp8_mha""",
         "the recipe is the same for the whole run": """curriculum_learning data_efficiency elasticity
             compression_training""",
-        "DeepSpeed is configured here, so that nothing in it changes the numbers": "deepspeed_extra_args",
         "the length of a run is given in steps": "train_epochs",
         "the length of the decay is given in steps, by lr_decay_iters": "lr_decay_fraction",
         "checkpoints come at a fixed interval": "extra_save_iters",
@@ -123,7 +125,9 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
             moe_token_dropping create_moe_param_group moe_use_residual moe_glu moe_lbl_in_fp32 moe_jitter_eps
             enable_expert_tensor_parallelism moe_aux_loss_coeff""",
         "the loss is next-token cross-entropy, to which it does not belong": """dpo_fp32 dpo_reference_free dpo_beta
-            kto_fp32 kto_desirable_weight kto_undesirable_weight kto_beta z_loss allow_chopped""",
+            kto_fp32 kto_desirable_weight kto_undesirable_weight kto_beta z_loss allow_chopped fp32_reinforce kl_impl
+            kl_div_beta reinforce_leave_one_out online_dataserver_ips online_dataserver_ports serve_model_weights
+            weight_server_port""",
         "weights come from base_model": """init_method init_method_std output_layer_init_method
             use_cpu_initialization""",
         "the output head is split over the vocabulary; the numbers are the same": "output_layer_parallelism",
@@ -135,7 +139,8 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
         "tables of rotary positions are in no checkpoint here": "rotary_save_freqs_buffer",
         "the feature that it belongs to is off": """te_fp8_format te_fp8_wgrad te_fp8_amax_history_len
             te_fp8_amax_compute_algo te_fp8_margin param_sharing_style weighted_sampler_alpha base_shapes_file
-            mup_width_scale mup_rp_embedding_mult""",
+            mup_width_scale mup_rp_embedding_mult mup_lr mup_std mup_d_model_base mup_hidden_size mup_save
+            coord_check_nsteps coord_check_nseeds""",
         "each block is one checkpointed unit (train.activation_checkpointing)": """checkpoint_num_layers
             partition_activations synchronize_each_layer contiguous_checkpointing profile_backward
             deepspeed_activation_checkpointing activation_checkpointing""",
@@ -154,7 +159,7 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
         "the flow decides what runs": """do_train do_valid do_test save_iters exit_interval config_files git_hash
             user_script""",
         "W&B runs are named after the run; the host is W&B's own setting": """wandb_group wandb_host
-            wandb_init_all_ranks wandb""",
+            wandb_run_name wandb_init_all_ranks wandb""",
         "metrics go to W&B and to metrics.jsonl": """use_comet comet_workspace comet_project comet_experiment_name
             comet_tags comet_others comet_experiment tensorboard_dir tensorboard csv_monitor log_dir
             log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states log_gradient_noise_scale
@@ -165,7 +170,8 @@ INEFFECTIVE: Mapping[str, str] = _by_key(
             deepscale_config deepspeed_mpi deepspeed_slurm adlr_autoresume adlr_autoresume_interval onnx_safe
             autotuning autotuning_run""",
         "launch describes the job; SLURM places it": """hostfile include exclude master_port master_addr force_multi
-            detect_nvlink_pairs no_ssh_check comment account""",
+            detect_nvlink_pairs no_ssh_check ssh_port comment account""",
+        "of DeepSpeed's own settings it holds only such as change no numbers": "deepspeed_extra_args",
         "bf16 needs no loss scaling": "loss_scale loss_scale_window hysteresis min_scale dynamic_loss_scale",
         "it concerns text generation": """text_gen_type temperature top_p top_k return_logits maximum_tokens
             prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks
@@ -193,17 +199,9 @@ DATA_TYPES: Mapping[str, Fixed] = {
     "grad_accum_dtype": Fixed(("fp32",), "gradients are always accumulated in fp32"),
 }
 
-PRECISION_KEYS: Mapping[str, frozenset[str]] = {
-    "bf16": frozenset(_by_key({"": "enabled immediate_grad_update"})),
-    "fp16": frozenset(
-        _by_key(
-            {
-                "": """enabled type fp16 auto_cast loss_scale loss_scale_window hysteresis consecutive_hysteresis
-                    min_loss_scale initial_scale_power fp16_master_weights_and_grads"""
-            }
-        )
-    ),
-}
+_SCALING = """enabled type fp16 bf16 auto_cast loss_scale loss_scale_window hysteresis consecutive_hysteresis
+    min_loss_scale initial_scale_power fp16_master_weights_and_grads immediate_grad_update"""
+PRECISION_KEYS: Mapping[str, frozenset[str]] = {section: frozenset(_SCALING.split()) for section in ("bf16", "fp16")}
 """Keys within bf16 and fp16; only `enabled` and `type` say anything about a run here."""
 
 KNOWN_KEYS = MAPPED | FIXED.keys() | OFF.keys() | INEFFECTIVE.keys()

@@ -7,6 +7,7 @@ from typing import Any
 
 from neox_core.config.neox.mlp import intermediate_size
 from neox_core.config.neox.names import source_names
+from neox_core.config.neox.recipe import optimizer, precision, schedule
 from neox_core.config.neox.settings import NeoxSettings, as_number
 from neox_core.errors import ConfigError
 
@@ -64,8 +65,13 @@ def _vocab_size(settings: NeoxSettings, folder: Path) -> int:
                 "(CodeLlama 7B and 13B: 32016; 34B: 32000)",
             )
         )
-    divisor = settings.default("make_vocab_size_divisible_by", "model.vocab_size") * _tensor(settings)
+    divisor = _divisor(settings) * _tensor(settings)
     return int(-(-size // divisor) * divisor)
+
+
+def _divisor(settings: NeoxSettings) -> int:
+    given = settings.whole("make_vocab_size_divisible_by")
+    return given or int(settings.default("make_vocab_size_divisible_by", "model.vocab_size"))
 
 
 def _tensor(settings: NeoxSettings) -> int:
@@ -74,13 +80,13 @@ def _tensor(settings: NeoxSettings) -> int:
 
 def parallel_section(settings: NeoxSettings) -> dict[str, Any]:
     """Degrees of parallelism; GPT-NeoX writes 0 for no pipeline."""
-    return {"tensor": _tensor(settings), "pipeline": settings.whole("pipe_parallel_size") or 1}
+    return {"tensor": _tensor(settings), "pipeline": settings.whole("pipe_parallel_size", least=0) or 1}
 
 
 def launch_section(settings: NeoxSettings) -> dict[str, Any]:
     """Nodes and GPUs. GPT-NeoX's files seldom name them; then a run of Llemma's size is assumed."""
     ranks = settings.whole("num_gpus") or _LLEMMA_GPUS_PER_NODE
-    nodes, world = settings.whole("num_nodes"), settings.whole("world_size", "global_num_gpus")
+    nodes, world = settings.whole("num_nodes", least=-1), settings.whole("world_size", "global_num_gpus")
     if nodes is None or nodes < 1:
         nodes = world // ranks if world else None
     if nodes is None:
@@ -108,14 +114,14 @@ def train_section(settings: NeoxSettings, launch: dict[str, Any], parallel: dict
         "sequence_length": length,
         "global_batch_tokens": _sequences(settings, micro, launch, parallel) * length,
         "micro_batch_size": micro,
-        "optimizer": _optimizer(settings),
-        "schedule": _schedule(settings, steps),
+        "optimizer": optimizer(settings),
+        "schedule": schedule(settings, steps),
         "validation": {
             "interval": settings.default("eval_interval", "train.validation.interval"),
             "iterations": settings.default("eval_iters", "train.validation.iterations"),
         },
         "checkpoint_interval": settings.need("checkpoint_factor", "save_interval"),
-        "precision": _precision(settings),
+        "precision": precision(settings),
         "gradient_clip": settings.default("gradient_clipping", "train.gradient_clip", "clip_grad"),
         "activation_checkpointing": "full" if checkpointing else "none",
         "log_interval": settings.default("log_interval", "train.log_interval"),
@@ -143,70 +149,11 @@ def _sequences(settings: NeoxSettings, micro: int, launch: dict[str, Any], paral
     return sequences
 
 
-def _optimizer(settings: NeoxSettings) -> dict[str, Any]:
-    optimizer = settings.mapping("optimizer")
-    params = dict(optimizer.pop("params", None) or {})
-    kind = optimizer.pop("type", "Adam")
-    if str(kind).lower() not in ("adam", "adamw"):
-        raise ConfigError(f"GPT-NeoX key 'optimizer.type' is {kind!r}, which is not supported: use Adam")
-    if "lr" not in params:
-        raise ConfigError("GPT-NeoX key 'optimizer.params.lr' is not in the files: add it")
-    if settings.get("lr") not in (None, params["lr"]):
-        raise ConfigError(f"GPT-NeoX keys lr {settings.get('lr')!r} and optimizer.params.lr {params['lr']!r} disagree")
-    decay = params.pop("weight_decay", None)
-    section = {
-        "lr": as_number("optimizer.params.lr", params.pop("lr")),
-        "betas": [as_number("optimizer.params.betas", beta) for beta in params.pop("betas", (0.9, 0.999))],
-        "eps": as_number("optimizer.params.eps", params.pop("eps", 1e-8)),
-    }
-    section["weight_decay"] = (
-        settings.default("weight_decay", "train.optimizer.weight_decay") if decay is None else decay
-    )
-    for name, accepted in (("adam_w_mode", True), ("bias_correction", True), ("torch_adam", None), ("amsgrad", False)):
-        value = params.pop(name, accepted)
-        if accepted is not None and value is not accepted:
-            raise ConfigError(f"GPT-NeoX key 'optimizer.params.{name}' is {value!r}, which is not supported: remove it")
-    if rest := [*optimizer, *params]:
-        raise ConfigError(
-            f"GPT-NeoX key 'optimizer' holds {rest}, which are unknown: known are lr, betas, eps, weight_decay"
-        )
-    return section
-
-
-def _schedule(settings: NeoxSettings, steps: int) -> dict[str, Any]:
-    decay_steps = settings.whole("lr_decay_iters") or steps
-    warmup_steps = settings.whole("warmup_iters")
-    if warmup_steps is None:
-        warmup_steps = round(
-            as_number("warmup", settings.default("warmup", "train.schedule.warmup_steps")) * decay_steps
-        )
-    elif settings.get("warmup") is not None:
-        raise ConfigError("GPT-NeoX keys warmup and warmup_iters are both set: keep one")
-    ratio = settings.number("decay_lr_to")
-    if ratio is None:
-        lr = as_number("optimizer.params.lr", settings.mapping("optimizer")["params"]["lr"])
-        ratio = as_number("min_lr", settings.default("min_lr", "train.schedule.min_lr_ratio")) / lr
-    elif settings.get("min_lr") is not None:
-        raise ConfigError("GPT-NeoX keys min_lr and decay_lr_to are both set: keep one")
-    return {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "min_lr_ratio": ratio}
-
-
-def _precision(settings: NeoxSettings) -> str:
-    """bf16 or fp32, from precision, bf16 and fp16, which must agree."""
-    bf16, fp16 = settings.mapping("bf16"), settings.mapping("fp16")
-    enabled_fp16 = bool(fp16.get("enabled")) and fp16.get("type") != "bfloat16"
-    enabled_bf16 = bool(bf16.get("enabled")) or (bool(fp16.get("enabled")) and not enabled_fp16)
-    asked = settings.get("precision")
-    if enabled_fp16 or asked == "fp16":
-        raise ConfigError("GPT-NeoX files ask for fp16, which is not supported: set precision: bfloat16 and bf16")
-    if asked not in (None, "bfloat16", "fp32") or (asked == "fp32" and enabled_bf16):
-        raise ConfigError(f"GPT-NeoX keys precision {asked!r}, bf16 {bf16} and fp16 {fp16} disagree: keep one")
-    return "bf16" if enabled_bf16 or asked == "bfloat16" else "fp32"
-
-
 def data_section(settings: NeoxSettings) -> dict[str, Any]:
     """Sources and weights. Token files become source names; the text they were made from must be supplied."""
-    paths = settings.get("train_data_paths") or [settings.need("data_path", "train_data_paths")]
+    if settings.get("train_data_paths") and settings.get("data_path"):
+        raise ConfigError("GPT-NeoX keys data_path and train_data_paths are both set: keep one")
+    paths = settings.get("train_data_paths") or [settings.need("data_path")]
     weights = settings.get("train_data_weights") or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise ConfigError(f"GPT-NeoX has {len(paths)} train_data_paths but {len(weights)} train_data_weights")

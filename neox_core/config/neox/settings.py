@@ -77,12 +77,14 @@ class NeoxSettings:
         value = self.get(*keys)
         return None if value is None else as_number(keys[0], value)
 
-    def whole(self, *keys: str) -> int | None:
-        """Like `get`, for a whole number."""
+    def whole(self, *keys: str, least: int = 1) -> int | None:
+        """Like `get`, for a whole number from `least` on."""
         value = self.number(*keys)
-        if value is not None and not value.is_integer():
-            raise ConfigError(f"GPT-NeoX key {keys[0]!r} is {value!r}, which is not a whole number")
-        return None if value is None else int(value)
+        if value is None:
+            return None
+        if not value.is_integer() or value < least:
+            raise ConfigError(f"GPT-NeoX key {keys[0]!r} is {value!r}, which is not a whole number from {least} on")
+        return int(value)
 
     def need_whole(self, *keys: str) -> int:
         """Like `whole`, but the value must be there."""
@@ -102,6 +104,8 @@ class NeoxSettings:
 def as_number(key: str, value: Any) -> float:
     """The value as a number; `key` names it in the error."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not a number") from None
@@ -111,7 +115,8 @@ def read_settings(paths: Sequence[Path]) -> NeoxSettings:
     """Read and merge the files; `-` and `_` are the same in keys, as GPT-NeoX has it.
 
     Raises:
-        ConfigError: a file cannot be read, a key is unknown, or two files give a key different values.
+        ConfigError: a file cannot be read, a key is unknown, two files give a key different values, or a value is of
+            another kind than the key's (a path where a list of them belongs).
     """
     if not paths:
         raise ConfigError("no GPT-NeoX file given: name at least one")
@@ -131,7 +136,27 @@ def read_settings(paths: Sequence[Path]) -> NeoxSettings:
                 )
             require_known(key, KNOWN_KEYS, str(path))
             spelt[key], origin[key], values[key] = str(written), path, value
+    _require_kinds(values)
     return NeoxSettings(values)
+
+
+_TEXT = ("data_path", "vocab_file", "s3_path", "launcher", "attention_type", "wandb_project", "wandb_team")
+_PATHS = ("train_data_paths", "valid_data_paths", "test_data_paths")
+
+
+def _require_kinds(values: Mapping[str, Any]) -> None:
+    """Text where text belongs, lists where lists do: a path in place of a list would be read letter by letter."""
+    for key, value in values.items():
+        if value is None:
+            continue
+        if key in _TEXT and not (isinstance(value, str) and value):
+            raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not text")
+        if key in _PATHS and not (isinstance(value, list) and value and all(isinstance(path, str) for path in value)):
+            raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not a list of paths")
+        if key == "train_data_weights" and not (isinstance(value, list) and value):
+            raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not a list of numbers")
+        if key == "checkpoint_activations" and not isinstance(value, bool):
+            raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}: give true or false")
 
 
 def require_known(key: str, known: Iterable[str], where: str) -> None:

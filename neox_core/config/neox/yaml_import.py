@@ -14,6 +14,7 @@ import yaml
 from neox_core.config.batch import batch_geometry
 from neox_core.config.load import parse_config
 from neox_core.config.neox.ineffective import Ineffective, ineffective_keys
+from neox_core.config.neox.refusals import require_supported
 from neox_core.config.neox.sections import (
     data_section,
     launch_section,
@@ -47,6 +48,7 @@ def import_neox(paths: Sequence[Path]) -> NeoxImport:
             is not done here; or the result is not a configuration that can be run.
     """
     settings = read_settings(paths)
+    require_supported(settings)
     ineffective = ineffective_keys(settings)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", paths[0].stem).lstrip("._-") or "run"
     settings.todo.append(("workdir", "name a folder that all nodes share"))

@@ -311,14 +311,23 @@ def todays(folder: Path, *removed: str, **changes: Any) -> NeoxImport:
 
 
 def test_todays_gated_mlp_is_a_third_as_wide_as_its_intermediate_size(tmp_path: Path) -> None:
-    """The values of GPT-NeoX's configs/llama2 (7B, 13B, 70B), whose widths are 11008, 13824 and 28672."""
-    for hidden, given, width in ((4096, 32768, 11008), (5120, 41472, 13824), (8192, 86016, 28672)):
+    """The values of GPT-NeoX's configs/llama2 (7B, 13B, 70B) and configs/llama/30B, and those models' widths."""
+    for hidden, given, width in (
+        (4096, 32768, 11008),
+        (5120, 41472, 13824),
+        (8192, 86016, 28672),
+        (6656, 53248, 17920),
+    ):
         found = todays(tmp_path, hidden_size=hidden, intermediate_size=given).config["model"]
         assert found["intermediate_size"] == width
     assert todays(tmp_path, "intermediate_size").config["model"]["intermediate_size"] == 11008  # of 4 x 8192
     found = todays(tmp_path, "intermediate_size", expansion_factor=10.5).config["model"]
     assert found["intermediate_size"] == 28672
     assert todays(tmp_path, mlp_multiple_of=1).config["model"]["intermediate_size"] == 28672
+    # Of its configurations for Llama 3 8B: the multiple is the width itself.
+    assert (
+        todays(tmp_path, intermediate_size=14336, mlp_multiple_of=14336).config["model"]["intermediate_size"] == 14336
+    )
     # A file with mlp_type means the width itself, as before.
     assert do_import(tmp_path, intermediate_size=22016).config["model"]["intermediate_size"] == 22016
 
