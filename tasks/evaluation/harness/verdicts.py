@@ -7,7 +7,7 @@ from typing import Any
 
 from neox_core.evaluation.answers.extract import extract_answer
 from neox_core.evaluation.answers.judge import Judge
-from neox_core.evaluation.scores import Score, shares
+from neox_core.evaluation.scores import Score, scores, shares
 
 
 def generated_record(
@@ -36,8 +36,10 @@ def task_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     """Share of items answered rightly, with 95% intervals over items.
 
     `greedy`; `majority`, of the samples of each; `sample`, the mean over samples; `accuracy` of choices; and the
-    harness's own verdicts as `harness NAME`.
+    harness's own verdicts as `harness NAME`. Of gold solutions `bits_per_byte`.
     """
+    if any("log_likelihood" in record for record in records):
+        return scores(records)
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in _values(record).items():
