@@ -13,6 +13,7 @@ import argparse
 import random
 import re
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,10 +39,14 @@ def main() -> None:
     seconds = time.monotonic() - started
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own, judging = (usage.ru_utime + usage.ru_stime for usage in used)
-    print(f"CPU time: {own:.1f} s here with start and imports, {judging:.1f} s in the processes that compare")
-    print(f"{len(pairs):,} answers in {seconds:.1f} s, {len(pairs) / seconds:,.0f} a second; {dict(reasons)}")
+    sys.stdout.write(
+        f"CPU time: {own:.1f} s here with start and imports, {judging:.1f} s in the processes that compare\n"
+    )
+    sys.stdout.write(
+        f"{len(pairs):,} answers in {seconds:.1f} s, {len(pairs) / seconds:,.0f} a second; {dict(reasons)}\n"
+    )
     for spent, sample in sorted(times[1:], reverse=True)[:5]:
-        print(f"  slowest: {spent:.3f} s  {sample!r}")
+        sys.stdout.write(f"  slowest: {spent:.3f} s  {sample!r}\n")
 
 
 def answers(count: int, hostile_share: float) -> Iterator[tuple[str, str]]:
@@ -54,8 +59,13 @@ def answers(count: int, hostile_share: float) -> Iterator[tuple[str, str]]:
             given = f"{draw.choice(HOSTILE)}+{number}"
         elif number >= len(table):
             shift = draw.randint(1, 900)
-            gold, given = (re.sub(r"\d+", lambda found: str(int(found[0]) + shift), text) for text in (gold, given))
+            gold, given = shifted(gold, shift), shifted(given, shift)
         yield gold, f"So it is.\nFinal Answer: The final answer is {given}. I hope it is correct."
+
+
+def shifted(text: str, shift: int) -> str:
+    """The text with other numbers in it."""
+    return re.sub(r"\d+", lambda found: str(int(found[0]) + shift), text)
 
 
 if __name__ == "__main__":

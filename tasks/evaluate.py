@@ -18,13 +18,22 @@ from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
-from tasks.evaluation.kept_items import compare, inherit_items, keep_items
+from tasks.evaluation.generation import (
+    GenerationJob,
+    answers_so_far,
+    finish,
+    generate_rank,
+    progress_text,
+    steps_to_generate,
+)
+from tasks.evaluation.jobs import Report, follow_to_end
+from tasks.evaluation.kept_items import GENERATED, compare, generated_folder, inherit_items, keep_items
 from tasks.identity.specs import EVALUATE, evaluate_spec
 from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
 from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
-from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
+from tasks.prepare import tokenizer_of
 from tasks.train import FAILURE_FILE
 
 EVALUATIONS_FILE = "evaluations.json"
@@ -51,21 +60,33 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
         overlapping = overlapping_items(config, data.folder)
         results, retry_policy = _inherited(training, folder) | _load(folder), SchedulerRetry()
 
-        def report() -> None:
+        def report(text: str = "") -> None:
             """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
             step = max(results, default=_BASE_STEP)
-            text = _describe(results[step]) if results else "waiting for the base weights' evaluation"
+            text = text or (_describe(results[step]) if results else "waiting for the base weights' evaluation")
             progress(step / config.train.steps, text)
 
-        while config.train.steps not in results:
-            todo = [(prefix, step) for step, prefix in _available(training).items() if step not in results]
+        while True:
+            available = _available(training)
+            todo = [(prefix, step) for step, prefix in available.items() if step not in results]
             if todo:
                 for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
                     for result in _run_job(spec, data, weights, prefix, [step for _, step in found], report):
-                        results[result["step"]] = without_overlap(folder, keep_items(folder, result), overlapping)
+                        kept = keep_items(folder, result)
+                        left = without_overlap(folder, kept["step"], kept["tasks"], overlapping)
+                        results[kept["step"]] = kept | {"tasks": left}
                     results = compare(folder, results)
                     _store(folder, results)
                 continue
+            if waiting := steps_to_generate(config, results, available):
+                step = waiting[0]
+                written = _generate(training, spec, folder, step, available[step], report)
+                results[step] = results[step] | {GENERATED: without_overlap(folder, step, written, overlapping)}
+                results = compare(folder, results)
+                _store(folder, results)
+                continue
+            if config.train.steps in results:
+                break
             if _training_failed(training, started, retry_policy):
                 report()  # raises if it is an interruption of both that has ended training
                 raise LlemmaError(
@@ -130,7 +151,7 @@ def _training_failed(training: Training, since: float, retry_policy: SchedulerRe
 
 
 def _run_job(
-    spec: StageSpec, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Callable[[], None]
+    spec: StageSpec, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Report
 ) -> list[dict[str, Any]]:
     """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
     config = spec.config
@@ -154,19 +175,37 @@ def _run_job(
             config.parallel.tensor,
         )
 
-    def follow(job: Job) -> None:
-        for _ in job.while_at_work():
-            report()
-            time.sleep(0.2)
-
-    results: list[dict[str, Any]] = run_to_end(
-        lambda: SchedulerRetry().wait_for(submit, meanwhile=report),
-        follow,
-        lambda: 0,
-        config.launch.max_restarts,
-        lambda why: report(),
-    )[0]
+    results: list[dict[str, Any]] = follow_to_end(submit, report, config.launch.max_restarts)
     return results
+
+
+def _generate(training: Training, spec: StageSpec, folder: Path, step: int, prefix: str, report: Report) -> Any:
+    """Let a checkpoint write answers, in a job of one rank; returns what the artifact keeps of it."""
+    config, weights = spec.config, require(training.weights)
+    key = _key_prefix(spec) + fingerprint("generate-job", {"prefix": prefix, "step": step}, {})[:56]
+    job = GenerationJob(
+        step,
+        weights.folder,
+        prefix,
+        tokenizer_of(require(training.data)),
+        weights.summary.get("special_ids") or {},
+        config.workdir / "scratch" / f"generate-{key[:16]}",
+        generated_folder(folder, step),
+    )
+
+    def submit() -> Job:
+        return submit_or_attach(
+            config.launch, config.workdir / "jobs", "generate", key, generate_rank, (config, job), 1, 1
+        )
+
+    found = follow_to_end(
+        submit,
+        report,
+        config.launch.max_restarts,
+        lambda: answers_so_far(job.out),
+        lambda: progress_text(job),
+    )
+    return finish(folder, step, found)
 
 
 def evaluate_rank(

@@ -82,6 +82,7 @@ def show(
     task: Annotated[str, typer.Argument(help="Which evaluation set.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the last of the run.")] = None,
     against: Annotated[int | None, typer.Option(help="Another checkpoint, shown beside it.")] = None,
+    beside: Annotated[Path | None, typer.Option(help="Another --out folder, shown beside it.")] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers; of solutions the least likely.")] = False,
     first: Annotated[int, typer.Option(help="Number of the first row.")] = 1,
     count: Annotated[int, typer.Option(help="Rows.")] = 10,
@@ -91,7 +92,7 @@ def show(
     from tasks.evaluation.show import checkpoint_rows, generated_items, rows
 
     if what.is_dir():
-        found = rows(generated_items(what, task), wrong=wrong)
+        found = rows(generated_items(what, task), generated_items(beside, task) if beside else (), wrong)
     else:
         from neox_core.config import load_config
         from tasks.identity.specs import evaluate_spec

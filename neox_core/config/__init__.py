@@ -2,7 +2,7 @@
 
 from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, largest_batch, sequences_before
 from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
-from neox_core.config.evaluation_sections import EvaluateConfig, EvaluationTask
+from neox_core.config.evaluation_sections import EvaluateConfig, EvaluationTask, GenerationConfig
 from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EvaluationTask",
+    "GenerationConfig",
     "GuardConfig",
     "LaunchConfig",
     "ModelConfig",

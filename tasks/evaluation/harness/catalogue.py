@@ -6,13 +6,14 @@ filters stay the harness's. It has none for the likelihood of gold solutions: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from neox_core.config import GenerationConfig
 from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 from tasks.evaluation.harness.documents import Document, gsm8k, minerva, minif2f, mmlu, write_documents
@@ -63,6 +64,24 @@ TASKS = {
 """By name."""
 
 
+def check_tasks(names: Iterable[str]) -> None:
+    """Whether all are offered.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"unknown task {name!r}: there are {', '.join(TASKS)}")
+
+
+def set_files(generate: GenerationConfig) -> list[Path]:
+    """The files that tasks read; of those that are not known none."""
+    known = [TASKS[name] for name in generate.tasks if name in TASKS]
+    names = dict.fromkeys(name for task in known for name in (task.file, task.shots_file) if name is not None)
+    return [generate.data / name for name in names]
+
+
 def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
     """Write the task files and their documents.
 
@@ -78,9 +97,7 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
     """
     folder = settings.out / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in settings.tasks:
-        if name not in TASKS:
-            raise ConfigError(f"unknown task {name!r}: there are {', '.join(TASKS)}")
+    check_tasks(settings.tasks)
     for name in settings.tasks:
         task = TASKS[name]
         sources = {"test": task.file} | ({"train": task.shots_file} if task.shots_file else {})

@@ -42,6 +42,8 @@ class HarnessSettings:
     """Of a generated answer."""
     backend: str = "hf"
     """lm-evaluation-harness's name of it: hf or vllm."""
+    identity: str | None = None
+    """What stands for the model's content; None: its files' names, sizes and times."""
     dtype: str = "auto"
     """In which the model computes: auto is that of its weights; or float32, bfloat16, float16."""
 
@@ -79,8 +81,9 @@ def claim_folder(settings: HarnessSettings) -> None:
 
 def _identity(settings: HarnessSettings) -> dict[str, Any]:
     """What the generated texts depend on. The tasks do not count: others can be added."""
-    identity = asdict(settings) | {"model": str(settings.model.resolve()), "weights": _weights(settings.model)}
-    return {key: value for key, value in identity.items() if key not in ("data", "out", "tasks")}
+    weights = settings.identity or _weights(settings.model)
+    identity = asdict(settings) | {"model": str(settings.model.resolve()), "weights": weights}
+    return {key: value for key, value in identity.items() if key not in ("data", "out", "tasks", "identity")}
 
 
 def _weights(model: Path) -> str:
