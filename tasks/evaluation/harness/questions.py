@@ -12,7 +12,7 @@ from neox_core.evaluation.scores import solution_record
 from neox_core.progress import Progress
 from tasks.evaluation.harness.catalogue import TASKS, HarnessTask
 from tasks.evaluation.harness.model import fitting_batch
-from tasks.evaluation.harness.responses import answer_all
+from tasks.evaluation.harness.responses import Answer, answer_all
 from tasks.evaluation.harness.settings import HarnessSettings
 from tasks.evaluation.harness.verdicts import generated_record
 
@@ -27,6 +27,7 @@ class Questions:
     def __init__(self, settings: HarnessSettings, name: str, task: Any, model: Any, progress: Progress) -> None:
         self._settings, self._name, self._task, self._model, self._progress = settings, name, task, model, progress
         self._kind = TASKS[name].kind
+        self._through = 0
         task.build_all_requests(limit=settings.limit)
         self._requests: list[Any] = task.instances
         # Long prompts first, so that memory fails at once; the order is the same in every call.
@@ -142,12 +143,16 @@ class Questions:
 
         return self._ask(way, answer)
 
-    def _ask(self, way: str, answer: Any) -> dict[int, Any]:
-        started, total = time.monotonic(), len(self._batches)
+    def _ask(self, way: str, answer: Answer) -> dict[int, Any]:
+        started, total, before = time.monotonic(), len(self._batches), self._through
 
-        def finished(count: int) -> None:
-            left = (time.monotonic() - started) / count * (total - count)
-            self._progress(count / total, f"{way}, batch {count} of {total}, {left:.0f} s left")
+        def finished(count: int, asked: int) -> None:
+            self._through = before + count
+            ways = 1 + self._settings.samples if self._kind == "written" else 1
+            share = self._through / (total * ways)
+            left = total * ways - self._through
+            eta = f", {(time.monotonic() - started) / asked * left:.0f} s left" if asked else ""
+            self._progress(share, f"{way}, batch {count} of {total}{eta}")
 
         return answer_all(self._settings.out / self._name / f"{way}.jsonl", self._batches, answer, finished)
 
