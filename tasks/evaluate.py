@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.artifact import Artifact, fingerprint
+from neox_core.checkpoint.scores import publish_scores
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
@@ -27,7 +28,7 @@ from tasks.evaluation.generation import (
     steps_to_generate,
 )
 from tasks.evaluation.jobs import Report, follow_to_end
-from tasks.evaluation.kept_items import GENERATED, compare, generated_folder, inherit_items, keep_items
+from tasks.evaluation.kept_items import GENERATED, compare, generated_folder, inherit_items, keep_items, scored_tasks
 from tasks.identity.specs import EVALUATE, evaluate_spec
 from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
 from tasks.identity.training import Training
@@ -75,6 +76,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
                         kept = keep_items(folder, result)
                         left = without_overlap(folder, kept["step"], kept["tasks"], overlapping)
                         results[kept["step"]] = kept | {"tasks": left}
+                        _publish(training, prefix, results[kept["step"]])
                     results = compare(folder, results)
                     _store(folder, results)
                 continue
@@ -82,6 +84,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
                 step = waiting[0]
                 written = _generate(training, spec, folder, step, available[step], report)
                 results[step] = results[step] | {GENERATED: without_overlap(folder, step, written, overlapping)}
+                _publish(training, available[step], results[step])
                 results = compare(folder, results)
                 _store(folder, results)
                 continue
@@ -98,6 +101,12 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
         return {"evaluations": [results[step] for step in sorted(results)]}
 
     return run_stage(spec, build, progress)
+
+
+def _publish(training: Training, prefix: str, result: Mapping[str, Any]) -> None:
+    """Put a checkpoint's scores beside its manifest in the store."""
+    if result["step"] != _BASE_STEP and (tasks := scored_tasks(result)):
+        publish_scores(training.store, prefix, result["step"], tasks)
 
 
 def evaluation_jobs(spec: StageSpec) -> list[Job]:

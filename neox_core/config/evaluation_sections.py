@@ -8,6 +8,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringCo
 
 from neox_core.config.section import NAME, ConfigPath, Section
 
+WRITTEN = ", written"
+"""Ends the name of a task of `generate`, beside those of `tasks`."""
+METRICS = {
+    "solution": ("bits_per_byte",),
+    "choices": ("accuracy", "calibrated_accuracy", "log_likelihood", "calibrated_log_likelihood"),
+    "written": ("greedy", "majority", "sample"),
+}
+"""By kind of task."""
+
 
 class EvaluationTask(Section):
     """Items that are scored by the likelihood of given texts; nothing is generated."""
@@ -71,3 +80,11 @@ class EvaluateConfig(Section):
         {}, description="evaluation sets by name"
     )
     generate: GenerationConfig | None = Field(None, description="answers written by chosen checkpoints; None: none")
+
+    def scores(self) -> list[str]:
+        """TASK/METRIC of all that a checkpoint is scored on."""
+        found = [(name, metric) for name, task in self.tasks.items() for metric in METRICS[task.kind]]
+        if self.generate:
+            metrics = (*METRICS["written"][: 3 if self.generate.samples else 1], "accuracy", "bits_per_byte")
+            found += [(f"{name}{WRITTEN}", metric) for name in self.generate.tasks for metric in metrics]
+        return [f"{name}/{metric}" for name, metric in found]

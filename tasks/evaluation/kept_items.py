@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from neox_core.config import WRITTEN
 from neox_core.errors import DataError
 from neox_core.evaluation.scores import differences
 from neox_core.storage.atomic import write_atomically
@@ -20,7 +21,6 @@ from neox_core.storage.atomic import write_atomically
 ITEMS = "items"
 GENERATED = "generated"
 """Of a result, and of the folder: what `evaluate.generate` made."""
-_WRITTEN = ", written"
 BASE_STEP = 0
 Result = dict[str, Any]
 """A checkpoint's evaluation, as in evaluations.json."""
@@ -28,7 +28,7 @@ Result = dict[str, Any]
 
 def written_name(task: str) -> str:
     """The name of a task whose answers are written, beside those that are scored by likelihood."""
-    return task + _WRITTEN
+    return task + WRITTEN
 
 
 def scored_tasks(result: Result) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def generated_folder(folder: Path, step: int) -> Path:
 
 def items_file(folder: Path, task: str, step: int) -> Path:
     """Where a checkpoint's records lie."""
-    if task.endswith(_WRITTEN):
-        return generated_folder(folder, step) / task.removesuffix(_WRITTEN) / "items.jsonl"
+    if task.endswith(WRITTEN):
+        return generated_folder(folder, step) / task.removesuffix(WRITTEN) / "items.jsonl"
     return folder / ITEMS / task / f"step-{step:06d}.jsonl"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from neox_core.config import RunConfig
+from neox_core.config import VALIDATION, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import shards_logic, training_inputs, training_logic
 from tasks.evaluation.harness.catalogue import set_files
@@ -114,5 +114,10 @@ def _item_digests(config: RunConfig) -> dict[str, str]:
 
 
 def export_spec(config: RunConfig, training: str) -> StageSpec:
-    """The exported model depends on the training (its fingerprint), and through it on the tokenizer."""
-    return StageSpec(EXPORT, config, {}, {TRAIN: training})
+    """The exported model depends on the training (its fingerprint), and through it on the tokenizer; the best one by a
+    score on the evaluation too."""
+    if config.export.checkpoint == "last":
+        return StageSpec(EXPORT, config, {}, {TRAIN: training})
+    best_by = config.checkpoints.best_by
+    scored = {} if best_by == VALIDATION else {EVALUATE: evaluate_spec(config, training).fingerprint}
+    return StageSpec(EXPORT, config, {"best_by": best_by}, {TRAIN: training} | scored)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 INCIDENTS_FILE = "incidents.jsonl"
+_LOSS = "validation/loss"
 _SHOWN = ("train/", "validation/", "guard/")
 _WANDB_URL = "https://api.wandb.ai"
 _CONNECT_SECONDS = 5.0
@@ -85,6 +86,15 @@ class MetricsLog:
         if not self._active:
             return lambda: None
         return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+
+
+def validation_losses(metrics: Path) -> dict[int, float]:
+    """By step, as the metrics have them; the last of a step that was repeated."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
+    return {row["step"]: row[_LOSS] for row in rows}
 
 
 def _end_last_line(path: Path) -> None:
