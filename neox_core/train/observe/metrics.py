@@ -50,7 +50,7 @@ class MetricsLog:
         _end_last_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         if config.wandb.mode != "disabled":
-            self._wandb = _start_wandb(config, folder, run_id)
+            self._wandb = start_wandb(config, folder, run_id, config.name)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -107,7 +107,8 @@ def _end_last_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
+def start_wandb(config: RunConfig, folder: Path, run_id: str, name: str) -> Any:
+    """A run of W&B, gone on with if there is one with this id; offline where W&B cannot be reached."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -121,7 +122,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
         mode=mode,
         project=config.wandb.project,
         entity=config.wandb.entity,
-        name=config.name,
+        name=name,
         id=run_id[:16],
         resume="allow",
         dir=folder,
