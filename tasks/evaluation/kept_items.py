@@ -31,7 +31,7 @@ def written_name(task: str) -> str:
     return task + WRITTEN
 
 
-def scored_tasks(result: Result) -> dict[str, Any]:
+def scored_tasks(result: Mapping[str, Any]) -> dict[str, Any]:
     """All that a checkpoint was scored on."""
     found: dict[str, Any] = result.get("tasks", {}) | result.get(GENERATED, {})
     return found
