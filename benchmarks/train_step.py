@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.planning.calibration import sustained_gemm, synchronize
 from neox_core.planning.memory import parameter_count
 from neox_core.planning.plan import flops_per_token
 from neox_core.train.engine.deepspeed_engine import build_engine
@@ -44,13 +45,15 @@ ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 
 def main() -> None:
     """Run the benchmark and print its figures."""
-    options = _options()
+    options = parse_options()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    config = _config(options)
+    config = run_config(options, int(os.environ["WORLD_SIZE"]))
     device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
-    gemm = _slowest(_sustained_gemm(config, device, options.gemm_seconds))
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    dist.barrier()
+    gemm = _slowest(sustained_gemm(config.model, options.tp, tokens, device, options.gemm_seconds))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # recomputation `auto` looks at what is free
     engine = build_engine(config, mesh, batch_geometry(config), _random_weights(config, device))
@@ -72,7 +75,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
@@ -86,16 +90,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
+    parser.add_argument("--overlap", choices=["auto", "off"], default="auto")
     parser.add_argument("--gemm-seconds", type=float, default=8.0)
     parser.add_argument("--table", action="store_true", help="print the slowest kernels")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
+def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
+    """What is run on a number of GPUs."""
     name, layers = MODELS[options.model]
     config = load_config(CONFIGS / name)
     layers = options.layers or layers or config.model.num_layers
-    ranks = int(os.environ["WORLD_SIZE"])
     train = config.train.model_copy(
         update={
             "global_batch_tokens": options.tokens * ranks,
@@ -112,7 +117,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
         update={
             "train": train,
             "launch": launch,
-            "parallel": config.parallel.model_copy(update={"tensor": options.tp, "pipeline": options.pp}),
+            "parallel": config.parallel.model_copy(
+                update={"tensor": options.tp, "pipeline": options.pp, "overlap": options.overlap}
+            ),
             "model": config.model.model_copy(update={"num_layers": layers}),
         }
     )
@@ -148,37 +155,6 @@ def _batches(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def _sustained_gemm(config: RunConfig, device: torch.device, seconds: float) -> float:
-    """FLOP/s of a rank's matrix products (forward, input gradient, weight gradient), over its second half."""
-    model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
-    ranks = config.parallel.tensor
-    fused = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim // ranks
-    h, f = model.hidden_size, model.intermediate_size // ranks
-    shapes = [(fused, h), (h, h // ranks), (f, h), (f, h), (h, f)]
-    weights = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
-    inputs = {size: torch.randn(tokens, size, device=device).bfloat16() for shape in shapes for size in shape}
-
-    def once() -> None:
-        for weight in weights:
-            out, into = weight.shape
-            inputs[into] @ weight.t()
-            inputs[out] @ weight
-            inputs[out].t() @ inputs[into]
-
-    flops = 3 * sum(2 * tokens * out * into for out, into in shapes)
-    dist.barrier()
-    start, counted, rate = time.perf_counter(), 0, 0.0
-    for half in (0, 1):
-        begin, counted = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds * (half + 1) / 2:
-            for _ in range(8):
-                once()
-            counted += 8
-            _synchronize(device)
-        rate = counted * flops / (time.perf_counter() - begin)
-    return rate
-
-
 def _slowest(rate: float) -> float:
     rates: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(rates, rate)
@@ -187,12 +163,12 @@ def _slowest(rate: float) -> float:
 
 def _timed(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
     """Seconds of a step, and of the host until all of it was launched."""
-    _synchronize(device)
+    synchronize(device)
     dist.barrier()
     start = time.perf_counter()
     engine.train_batch(batches)
     launched = time.perf_counter() - start
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, launched
 
 
@@ -214,6 +190,7 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "activation_checkpointing": config.train.activation_checkpointing,
         "master_weights": config.train.master_weights,
         "cuda_graphs": config.train.cuda_graphs,
+        "overlap": config.parallel.overlap,
         "step_seconds": round(seconds, 4),
         "tokens_per_second": round(rate, 1),
         "mfu_causal": round(rate * causal / peak, 4),
@@ -229,11 +206,6 @@ def _report(result: dict[str, Any]) -> None:
     for name, value in result.items():
         sys.stdout.write(f"{name:24} {value}\n")
     sys.stdout.write(json.dumps(result) + "\n")
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

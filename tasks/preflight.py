@@ -20,7 +20,7 @@ from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES
 from tasks.jobs.launch import check_launch
 from tasks.jobs.registry import executor_named
 from tasks.tokenization.array import task_resources
-from tasks.tokenization.estimate import warn_of_repeats
+from tasks.tokenization.estimate import check_repeats
 from tasks.tokenization.tokenize import checked_inputs
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
         if config.data.slurm:
             executor_named(config.data.slurm.executor).check(task_resources(config.data.slurm))
-        warn_of_repeats(checked_inputs(config), config)
+        check_repeats(checked_inputs(config), config)
     if later and config.storage.endpoint_url != EMBEDDED:
         ObjectStore(config.storage).check()
     if CONVERT in stages and not outlived(config, CONVERT):

@@ -13,7 +13,6 @@ from infra.s3.service import storage_service
 from neox_core.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
-    checkpoint_key,
     checkpoint_step,
     download_checkpoint,
     object_key,
@@ -67,7 +66,7 @@ def stored_checkpoints(training: Training) -> list[StoredCheckpoint]:
         found.append(StoredCheckpoint(step, "incomplete", files[step], size, training.prefix))
     folder = training.scratch / LOCAL_CHECKPOINTS
     if (local := newest_local(folder, training.fingerprint)) and local.step not in lineage:
-        size, place = sum(record.size for record in local.files), str(folder / checkpoint_key(local.step))
+        size, place = sum(record.size for record in local.files), str(folder / local.name)
         found.append(StoredCheckpoint(local.step, "only on local disk", len(local.files), size, place, local))
     return sorted(found, key=lambda entry: entry.step)
 
@@ -92,7 +91,7 @@ def verify(training: Training, step: int | None, progress: Progress) -> tuple[in
     total, done, damaged = sum(record.size for record in manifest.files), 0, []
     folder = S3Folder(training.store)
     for record in manifest.files:
-        content = folder.content(object_key(prefix, manifest.step, record.path))
+        content = folder.content(object_key(prefix, manifest.name, record.path))
 
         def read(count: int, path: str = record.path) -> None:
             nonlocal done
@@ -127,9 +126,11 @@ def remove(training: Training, step: int, force: bool) -> int:
         raise CheckpointError(
             f"step {step} is the newest complete checkpoint, from which training would go on: give --force to remove it"
         )
-    local = training.scratch / LOCAL_CHECKPOINTS / checkpoint_key(step)
+    folders = (training.scratch / LOCAL_CHECKPOINTS).glob("global_step*")
+    local = [folder for folder in folders if checkpoint_step(folder.name) == step]
     removed = remove_checkpoint(training.store, training.prefix, step)
-    if not removed and not local.exists():
+    if not removed and not local:
         raise CheckpointError(f"there is nothing of step {step} in {training.store.url(training.prefix)}")
-    shutil.rmtree(local, ignore_errors=True)
+    for folder in local:
+        shutil.rmtree(folder, ignore_errors=True)
     return removed

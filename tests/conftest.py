@@ -77,6 +77,17 @@ def store(storage_config: StorageConfig) -> ObjectStore:
     return ObjectStore(storage_config)
 
 
+@pytest.fixture(scope="session")
+def ceph_endpoint() -> Iterator[S3Endpoint]:
+    """Ceph's object gateway, started once per test session (about 20 s)."""
+    from tests.ceph_s3 import ceph_s3, missing_programs
+
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)} (packages radosgw, ceph-mon and ceph-osd)")
+    with tempfile.TemporaryDirectory(prefix="ceph-") as folder, ceph_s3(Path(folder)) as endpoint:
+        yield endpoint
+
+
 @pytest.fixture
 def no_aws_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No credentials but those of the environment."""

@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import print_rows, wide_console
-from neox_core.config import load_config
+from neox_core.config import batch_geometry, load_config
+from neox_core.errors import ConfigError
 
 
 def plan(
     config: ConfigArgument,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; default: launch.nodes.")] = None,
-    utilisation: Annotated[float, typer.Option(min=1e-3, help="Model FLOPs utilisation to reckon with.")] = 0.4,
-    peak_tflops: Annotated[float, typer.Option(min=1e-3, help="Peak bf16 TFLOP/s of one GPU; A100: 312.")] = 312.0,
-    gpu_memory: Annotated[float, typer.Option(min=1e-3, help="GiB of one GPU's memory; A100: 40 or 80.")] = 40.0,
+    hardware: Annotated[
+        str, typer.Option(help="a100-40gb, a100-80gb, h100, h200, or a file that --calibrate wrote.")
+    ] = "a100-40gb",
+    utilisation: Annotated[
+        float | None, typer.Option(min=1e-3, help="Model FLOPs utilisation to reckon with; default: as predicted.")
+    ] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=1e-3, help="Peak bf16 TFLOP/s of one GPU; default: the hardware's.")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1e-3, help="GiB of one GPU's memory; default: the hardware's.")
+    ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Also run a step at full size without data, and measure.")
     ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Also show the ten fastest layouts of these nodes that fit.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Measure this node first, write its figures to this file, and use them.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Will it fit, how long will it take, what is sent, is the batch still what it should be?"""
     from flows.cli.plan_tables import memory_table, traffic_table
+    from flows.cli.plan_times import best_table, time_table
     from neox_core.evaluation.cost import cost_rows
+    from neox_core.planning.calibration import calibrate as measure
+    from neox_core.planning.hardware import load_hardware
     from neox_core.planning.plan import plan as make_plan
+    from neox_core.planning.search import choice_of, fastest
+    from neox_core.planning.step_time import predict_run
     from neox_core.simulate import simulate as run_simulation
 
     loaded = load_config(config, overrides or ())
-    made = make_plan(loaded, nodes, utilisation, peak_tflops, gpu_memory)
+    if calibrate is not None:
+        if calibrate.exists():
+            raise ConfigError(f"--calibrate {calibrate} exists: give another file, or read it with --hardware")
+        measure(loaded).save(calibrate)
+    card = load_hardware(str(calibrate or hardware))
+    card = replace(card, memory_gib=gpu_memory or card.memory_gib)
+    predicted = predict_run(loaded, card, nodes)
+    peak = peak_tflops or card.peak / 1e12
+    reached = predicted.utilisation(loaded, replace(card, peak=peak * 1e12)) / batch_geometry(loaded, nodes).busy
+    share = utilisation or min(1.0, reached)
+    made = make_plan(loaded, nodes, share, peak, card.memory_gib)
     print_rows(f"plan of {config}", [*made.rows(), *cost_rows(loaded)])
     found = run_simulation(loaded, nodes, made.gpu_memory) if simulate else []
     console = wide_console()
     console.print(memory_table(made, found))
     console.print(traffic_table(made, found))
+    console.print(time_table(predicted, card))
+    if best:
+        console.print(best_table(choice_of(loaded, card, nodes), fastest(loaded, card, nodes), card, loaded))
 
 
 def data_plan(config: ConfigArgument, overrides: SetOption = None) -> None:

@@ -55,7 +55,7 @@ def verify(config: ConfigArgument, step: _StepOption = None, overrides: SetOptio
 @checkpoint_app.command("fetch")
 def fetch(
     config: ConfigArgument,
-    to: Annotated[Path, typer.Option("--to", help="Folder, in which global_stepN appears.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder, in which the checkpoint's own appears.")],
     step: _StepOption = None,
     overrides: SetOption = None,
 ) -> None:

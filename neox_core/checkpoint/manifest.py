@@ -1,4 +1,6 @@
-"""Checkpoints in the object store: `<prefix>/global_stepN/<files>`, and `manifest.json` last.
+"""Checkpoints in the object store: `<prefix>/global_stepN-A/<files>`, and `manifest.json` last.
+
+A is the number of the job that has saved it, among the training's (lease.py); without `-A`, it has none.
 
 A checkpoint exists when its manifest is there and every file that it lists has the size that it says. Anything else
 is a checkpoint in the making, or the remains of one: never used, and never deleted here.
@@ -19,12 +21,12 @@ from typing import Any
 from neox_core.artifact import FileRecord
 from neox_core.errors import CheckpointError
 from neox_core.storage.digest import sha256_of
-from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.object_store import ObjectInfos, ObjectStore
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
-_FOLDER = re.compile(r"global_step(\d+)")
+_FOLDER = re.compile(r"global_step(\d+)(?:-(\d+))?")
 _FETCHES = 3
 """Of content that is wrong each time, before it is called damaged."""
 _PARALLEL = 4  # files at a time; large ones are also cut into parts
@@ -52,6 +54,13 @@ class Manifest:
     """Sequences among the consumed that training went back from: after_step, first, count of each window."""
     guard: Mapping[str, Any] = field(default_factory=dict)
     """What the guard decides by."""
+    attempt: int = 0
+    """Number of the job that has saved it, among the training's; 0: it had none."""
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return checkpoint_key(self.step, self.attempt)
 
     def to_json(self) -> str:
         """As it is stored."""
@@ -82,9 +91,9 @@ def training_prefix(fingerprint: str) -> str:
     return f"train-{fingerprint[:16]}"
 
 
-def checkpoint_key(step: int) -> str:
-    """Name of a step's checkpoint, as NeoX and DeepSpeed have it."""
-    return f"global_step{step}"
+def checkpoint_key(step: int, attempt: int = 0) -> str:
+    """Name of a step's checkpoint, as NeoX and DeepSpeed have it, with the number of the job that has saved it."""
+    return f"global_step{step}" + (f"-{attempt}" if attempt else "")
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -93,9 +102,19 @@ def checkpoint_step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def object_key(prefix: str, step: int, name: str) -> str:
-    """Key of one file of a checkpoint, relative to the store."""
-    return "/".join(part for part in (prefix.strip("/"), checkpoint_key(step), name) if part)
+def checkpoint_attempt(name: str) -> int:
+    """The number of the job that has saved the checkpoint of this name; 0 if there is none."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[2] or 0) if match else 0
+
+
+def object_key(prefix: str, checkpoint: str, name: str) -> str:
+    """Key of one file of a checkpoint, relative to the store.
+
+    Args:
+        checkpoint: its name.
+    """
+    return "/".join(part for part in (prefix.strip("/"), checkpoint, name) if part)
 
 
 def publish_manifest(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
@@ -105,44 +124,58 @@ def publish_manifest(store: ObjectStore, prefix: str, manifest: Manifest) -> Non
         CheckpointError: a file is missing or has another size; nothing is published.
         StorageError: the store cannot be reached.
     """
-    sizes = {info.key: info.size for info in store.list(object_key(prefix, manifest.step, "") + "/")}
+    sizes = {info.key: info.size for info in store.list(object_key(prefix, manifest.name, "") + "/")}
     if problem := _first_problem(sizes, prefix, manifest):
         raise CheckpointError(
-            f"{store.url(object_key(prefix, manifest.step, ''))} is incomplete and is not published: {problem}"
+            f"{store.url(object_key(prefix, manifest.name, ''))} is incomplete and is not published: {problem}"
         )
-    store.put_text(object_key(prefix, manifest.step, MANIFEST_FILE), manifest.to_json())
+    store.put_text(object_key(prefix, manifest.name, MANIFEST_FILE), manifest.to_json())
 
 
 def list_checkpoints(store: ObjectStore, prefix: str) -> list[Manifest]:
     """The complete checkpoints, sorted by step; incomplete ones are logged and left alone.
 
+    Of a step that several jobs have saved, the last job's.
+
     Raises:
         StorageError: the store cannot be reached.
     """
-    base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-    sizes = {info.key: info.size for info in store.list(base)}
+    return complete_among(store, prefix, store.list(listing_key(prefix)))
+
+
+def listing_key(prefix: str) -> str:
+    """What all keys of a training begin with."""
+    return f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+
+def complete_among(store: ObjectStore, prefix: str, listed: ObjectInfos) -> list[Manifest]:
+    """As `list_checkpoints`, of what `listing_key` has listed already."""
+    base = listing_key(prefix)
+    sizes = {info.key: info.size for info in listed}
     folders = {key.removeprefix(base).rpartition("/")[0].split("/")[0] for key in sizes}
-    steps = sorted(step for folder in folders if (step := checkpoint_step(folder)) is not None)
+    names = [folder for folder in folders if checkpoint_step(folder) is not None]
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        found = pool.map(partial(_read_complete, store, prefix, sizes), steps)
-        return [manifest for manifest in found if manifest]
+        found = pool.map(partial(_read_complete, store, prefix, sizes), names)
+        whole = sorted((m for m in found if m), key=lambda manifest: (manifest.step, manifest.attempt))
+    return list({manifest.step: manifest for manifest in whole}.values())
 
 
-def _read_complete(store: ObjectStore, prefix: str, sizes: Mapping[str, int], step: int) -> Manifest | None:
-    key = object_key(prefix, step, MANIFEST_FILE)
+def _read_complete(store: ObjectStore, prefix: str, sizes: Mapping[str, int], name: str) -> Manifest | None:
+    key = object_key(prefix, name, MANIFEST_FILE)
     try:
         manifest = _read_manifest(store, key) if key in sizes else None
     except CheckpointError as error:
         logger.warning("%s ignored: %s", store.url(key), error)
         return None
     if manifest is None:
-        logger.info("%s has no manifest (yet): ignored", store.url(object_key(prefix, step, "")))
+        logger.info("%s has no manifest (yet): ignored", store.url(object_key(prefix, name, "")))
         return None
-    problem = _first_problem(sizes, prefix, manifest)
-    if manifest.step != step:
-        problem = f"its manifest is of step {manifest.step}"
+    if manifest.name != name:
+        problem: str | None = f"its manifest is of step {manifest.step}, job {manifest.attempt}"
+    else:
+        problem = _first_problem(sizes, prefix, manifest)
     if problem:
-        logger.warning("%s is incomplete and ignored: %s", store.url(object_key(prefix, step, "")), problem)
+        logger.warning("%s is incomplete and ignored: %s", store.url(object_key(prefix, name, "")), problem)
         return None
     return manifest
 
@@ -161,7 +194,7 @@ def _read_manifest(store: ObjectStore, key: str) -> Manifest | None:
 
 def _first_problem(sizes: Mapping[str, int], prefix: str, manifest: Manifest) -> str | None:
     for record in manifest.files:
-        size = sizes.get(object_key(prefix, manifest.step, record.path))
+        size = sizes.get(object_key(prefix, manifest.name, record.path))
         if size is None:
             return f"{record.path} is missing"
         if size != record.size:
@@ -177,7 +210,7 @@ def download_checkpoint(
     wanted: Callable[[str], bool],
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Bring the wanted files of a checkpoint to `folder`/global_stepN, in parallel, and verify each one's SHA-256.
+    """Bring the wanted files of a checkpoint to `folder`/<its name>, in parallel, and verify each one's SHA-256.
 
     Files that are there already, with the right size and SHA-256, are not fetched again.
 
@@ -186,27 +219,27 @@ def download_checkpoint(
         heartbeat: called as the download makes progress.
 
     Returns:
-        `folder`/global_stepN.
+        That folder.
 
     Raises:
         CheckpointError: a file's content is not what the manifest says.
         StorageError: a file cannot be fetched.
     """
-    target = folder / checkpoint_key(manifest.step)
+    target = folder / manifest.name
     target.mkdir(parents=True, exist_ok=True)
     records = [record for record in manifest.files if wanted(record.path)]
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        list(pool.map(partial(_download, store, prefix, manifest.step, target, heartbeat), records))
+        list(pool.map(partial(_download, store, object_key(prefix, manifest.name, ""), target, heartbeat), records))
     return target
 
 
 def _download(
-    store: ObjectStore, prefix: str, step: int, target: Path, heartbeat: Callable[[], None], record: FileRecord
+    store: ObjectStore, checkpoint: str, target: Path, heartbeat: Callable[[], None], record: FileRecord
 ) -> None:
     path = target / record.path
     if path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256:
         return
-    key = object_key(prefix, step, record.path)
+    key = f"{checkpoint}/{record.path}"
     for attempt in range(1, _FETCHES + 1):
         store.get_file(key, path, lambda _: heartbeat())
         found = sha256_of(path)

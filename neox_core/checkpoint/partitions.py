@@ -108,7 +108,7 @@ def flat_groups(model: ModelConfig, layout: Layout, stage: int, tensor_rank: int
     """The flat groups of a stage on a tensor-parallel rank."""
     parameters: tuple[list[FlatParameter], ...] = tuple([] for _ in range(GROUPS))
     for layer in iterate_layers(model):
-        if layout.has_layer(stage, layer):
+        if layout.has_layer(stage, layer) and not layer.tied:
             for stored in stored_tensors(layer, model, Form.NEOX, layout.tensor, tensor_rank):
                 group = parameters[len(stored.shape) == 1]
                 group.append(FlatParameter(layer.index, stored, group[-1].end if group else 0))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from neox_core.checkpoint.manifest import MANIFEST_FILE, checkpoint_step, list_checkpoints, object_key
+from neox_core.checkpoint.manifest import (
+    MANIFEST_FILE,
+    checkpoint_key,
+    checkpoint_step,
+    complete_among,
+    list_checkpoints,
+    listing_key,
+    object_key,
+)
 from neox_core.checkpoint.scores import ranking, read_scores
 from neox_core.config import VALIDATION, CheckpointsConfig
 from neox_core.errors import StorageError
@@ -57,26 +65,31 @@ def apply_retention(store: ObjectStore, prefix: str, keep: CheckpointsConfig, lo
 
 
 def remove_checkpoint(store: ObjectStore, prefix: str, step: int) -> int:
-    """Remove a checkpoint: its manifest first, so that it does not exist while its files go. Returns the bytes."""
-    found = store.list(object_key(prefix, step, "") + "/")
-    manifest = object_key(prefix, step, MANIFEST_FILE)
-    if any(info.key == manifest for info in found):
-        store.delete([manifest])
-    store.delete([info.key for info in found if info.key != manifest])
+    """Remove a step's checkpoint, whichever jobs have saved it: manifests first, so that it does not exist while its
+    files go. Returns the bytes."""
+    found = [
+        info
+        for info in store.list(object_key(prefix, checkpoint_key(step), ""))
+        if checkpoint_step(info.key.removeprefix(listing_key(prefix)).split("/")[0]) == step
+    ]
+    manifests = [info.key for info in found if info.key.endswith(f"/{MANIFEST_FILE}")]
+    store.delete(manifests)
+    store.delete([info.key for info in found if info.key not in manifests])
     return sum(info.size for info in found)
 
 
 def remove_remains(store: ObjectStore, prefix: str) -> None:
     """Remove what dead jobs left of a training: unfinished multipart uploads, and files of checkpoints that never were.
 
-    Files without a manifest go if a checkpoint of a later step is complete: nobody is going to complete them. What
-    cannot be removed now is removed another time.
+    Files without a manifest go if a checkpoint of the same step or of a later one is complete: nobody is going to
+    complete them. What cannot be removed now is removed another time.
     """
     try:
         store.abort_uploads(f"{prefix}/")
-        complete = [manifest.step for manifest in list_checkpoints(store, prefix)]
-        newest = max(complete, default=0)
-        stray = [key for step, key in _incomplete(store, prefix) if step < newest or "/reports/" in key]
+        listed = store.list(listing_key(prefix))
+        newest = max((manifest.step for manifest in complete_among(store, prefix, listed)), default=0)
+        keys = [info.key for info in listed]
+        stray = [key for step, key in _incomplete(prefix, keys) if step <= newest or "/reports/" in key]
         store.delete(stray)
         if stray:
             logger.info("removed %d files of checkpoints that were never complete", len(stray))
@@ -84,12 +97,12 @@ def remove_remains(store: ObjectStore, prefix: str) -> None:
         logger.warning("what earlier jobs left is not removed: %s", error)
 
 
-def _incomplete(store: ObjectStore, prefix: str) -> list[tuple[int, str]]:
+def _incomplete(prefix: str, keys: Sequence[str]) -> list[tuple[int, str]]:
     """Steps and keys of files below folders that have no manifest, and of reports below any."""
     found = []
-    for info in store.list(f"{prefix}/"):
-        folder, inside, name = info.key.removeprefix(f"{prefix}/").partition("/")
+    for key in keys:
+        folder, inside, name = key.removeprefix(listing_key(prefix)).partition("/")
         if inside and (step := checkpoint_step(folder)) is not None:
-            found.append((step, name, info.key))
-    whole = {step for step, name, _ in found if name == MANIFEST_FILE}
-    return [(step, key) for step, name, key in found if step not in whole or name.startswith("reports/")]
+            found.append((step, folder, name, key))
+    whole = {folder for _, folder, name, _ in found if name == MANIFEST_FILE}
+    return [(step, key) for step, folder, name, key in found if folder not in whole or name.startswith("reports/")]

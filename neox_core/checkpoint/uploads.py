@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neox_core.artifact import FileRecord
-from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, checkpoint_step, publish_manifest
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_step, object_key, publish_manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.object_store import ObjectStore
@@ -19,6 +21,7 @@ from neox_core.storage.patient_store import StoreGivenUp
 logger = logging.getLogger(__name__)
 
 _KEPT_LOCALLY = 2
+_LOW_PRIORITY = 10
 _LISTINGS = 3
 """Of files that are missing each time, before the checkpoint is called incomplete."""
 
@@ -43,10 +46,12 @@ class Uploads:
 
     Args:
         store: where to; it is what bears failures.
-        prefix: key below which `global_stepN/` lies.
+        prefix: key below which the checkpoints lie.
         rank: this rank; rank 0 publishes the manifests.
         reports: of all ranks.
+        stopped: once it is set, an upload under way ends.
         heartbeat: called as an upload makes progress.
+        may_publish: called on rank 0 before each manifest is published; raises if this job must not.
         published: called on rank 0 with each manifest that was published, in this thread.
         failed: called with what ended an upload for good; nothing is uploaded afterwards.
     """
@@ -57,12 +62,15 @@ class Uploads:
         prefix: str,
         rank: int,
         reports: Reports,
+        stopped: threading.Event,
         heartbeat: Callable[[], None],
+        may_publish: Callable[[], None],
         published: Callable[[Manifest], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._store, self._prefix, self._rank, self._reports = store, prefix, rank, reports
-        self._heartbeat, self._published, self._failed = heartbeat, published, failed
+        self._stopped, self._heartbeat, self._may_publish = stopped, heartbeat, may_publish
+        self._published, self._failed = published, failed
         self._changed = threading.Condition()
         self._waiting: LocalCheckpoint | None = None
         self._copies: dict[str, Callable[[], None]] = {}
@@ -110,6 +118,7 @@ class Uploads:
         self._thread.join()
 
     def _run(self) -> None:
+        stand_back()
         while True:
             with self._changed:
                 while not (self._closed or self._waiting or self._copies):
@@ -143,10 +152,9 @@ class Uploads:
 
     def _upload(self, checkpoint: LocalCheckpoint) -> None:
         started, manifest = time.monotonic(), checkpoint.manifest
-        key = f"{self._prefix}/{checkpoint_key(manifest.step)}"
         for record in checkpoint.records:
             path = checkpoint.folder / record.path
-            self._store.put_file(path, f"{key}/{record.path}", lambda _: self._heartbeat())
+            self._store.put_file(path, object_key(self._prefix, manifest.name, record.path), self._progress)
         self._reports.tell(checkpoint.serial, "uploaded", "")
         if self._rank == 0:
             if replaced := [text for text in self._reports.collect(checkpoint.serial, "uploaded") if text]:
@@ -166,7 +174,14 @@ class Uploads:
             if all(other.folder != old.folder for other in (*self._kept, self._waiting) if other):
                 _remove(old)  # else a training that went back has saved that step again
 
+    def _progress(self, sent: int) -> None:
+        """Some bytes went out."""
+        self._heartbeat()
+        if self._stopped.is_set():
+            raise CheckpointError("stopped while files were being uploaded")
+
     def _publish(self, manifest: Manifest) -> None:
+        self._may_publish()
         for attempt in range(1, _LISTINGS + 1):
             try:
                 publish_manifest(self._store, self._prefix, manifest)
@@ -182,6 +197,12 @@ class Uploads:
         logger.warning("%s", reason)
         self._reports.tell(old.serial, "uploaded", reason)
         _remove(old)
+
+
+def stand_back() -> None:
+    """Let this thread's work wait for that of others, such as compute on CPUs."""
+    with contextlib.suppress(OSError):  # Linux has a priority for each thread
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
 
 
 def _remove(checkpoint: LocalCheckpoint) -> None:

@@ -1,6 +1,7 @@
 """Saves checkpoints while training continues: to host memory, from there to local disk, and from there to the store.
 
-Each rank's files are copied to host memory, while training waits. A thread then writes and hashes them; when all ranks
+Each rank's files are copied to host memory, which is reused: on GPUs beside the next step, on CPUs while training
+waits. A thread, which stands back behind the compute, then writes and hashes them; when all ranks
 have done so, rank 0 writes the manifest beside them, and the checkpoint exists on local disk. Another thread uploads
 the files; when all ranks have done that, rank 0 publishes the manifest, and the checkpoint exists in the store.
 """
@@ -13,16 +14,17 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neox_core.artifact import FileRecord
+from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest
 from neox_core.checkpoint.reports import Reports
-from neox_core.checkpoint.uploads import LocalCheckpoint, Uploads, completed
+from neox_core.checkpoint.uploads import LocalCheckpoint, Uploads, completed, stand_back
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
@@ -31,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 _REPORT_TIMEOUT_SECONDS = 3600.0
 """For which a rank's report may be missing, beyond what the store may be away."""
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file's content in host memory."""
+
+    content: Any
+    path: Path
+    copied: torch.cuda.Event | None
+    """When it is all there."""
+
 
 TakeFile = Callable[[Any, Path], None]
 """Takes one file's content, nested containers with tensors, and its path."""
@@ -41,12 +54,13 @@ class CheckpointWriter:
 
     Args:
         store: where checkpoints go; it bears failures of its own.
-        prefix: key below which `global_stepN/` lies.
+        prefix: key below which the checkpoints lie.
         rank: this rank.
         world_size: number of ranks whose reports make a checkpoint complete.
         channel: a torch.distributed store that the ranks of this job share, and no others.
         heartbeat: called as an upload makes progress.
         stopped: once it is set, nothing waits any more.
+        may_publish: called on rank 0, in a thread, before each manifest is published; raises if this job must not.
         published: called on rank 0, in a thread, with each manifest that was published.
         failed: called, in a thread, with what ended the saving for good.
     """
@@ -60,6 +74,7 @@ class CheckpointWriter:
         channel: Any,
         heartbeat: Callable[[], None] = lambda: None,
         stopped: threading.Event | None = None,
+        may_publish: Callable[[], None] = lambda: None,
         published: Callable[[Manifest], None] = lambda _: None,
         failed: Callable[[Exception], None] = lambda _: None,
     ) -> None:
@@ -67,8 +82,11 @@ class CheckpointWriter:
         self._stop = stopped or threading.Event()
         timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
         self.reports = Reports(channel, rank, world_size, self._stop, timeout)
-        self._uploads = Uploads(store, prefix, rank, self.reports, heartbeat, published, self._failed)
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._uploads = Uploads(
+            store, prefix, rank, self.reports, self._stop, heartbeat, may_publish, published, self._failed
+        )
+        self._buffers = HostBuffers()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=stand_back)
         self._writing: Future[None] | None = None
         self._saves = 0
 
@@ -87,10 +105,9 @@ class CheckpointWriter:
             CheckpointError, OSError: the checkpoint before could not be written to local disk.
         """
         self.wait_for_disk()  # host memory holds one copy of the state only
-        staged: list[tuple[Any, Path]] = []
-        hand_over(lambda content, path: staged.append((_to_host(content), path)))
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # for the copies
+        self._buffers.begin()
+        staged: list[StagedFile] = []
+        hand_over(lambda content, path: staged.append(StagedFile(self._buffers.copy(content), path, _copied())))
         self._saves += 1
         self._writing = self._executor.submit(self._write, staged, manifest, folder, self._saves, upload)
 
@@ -147,11 +164,9 @@ class CheckpointWriter:
             self.reports.give_up(str(error))
             self._tell_failed(error)
 
-    def _write(
-        self, staged: list[tuple[Any, Path]], manifest: Manifest, folder: Path, serial: int, upload: bool
-    ) -> None:
+    def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> None:
         try:
-            records = tuple(self._write_file(content, path) for content, path in staged)
+            records = tuple(self._write_file(file) for file in staged)
             self.reports.tell(serial, "written", json.dumps([asdict(record) for record in records]))
             if self._rank == 0:
                 texts = self.reports.collect(serial, "written")
@@ -163,10 +178,12 @@ class CheckpointWriter:
         if upload:
             self._uploads.put(LocalCheckpoint(serial, manifest, folder, records))
 
-    def _write_file(self, content: Any, path: Path) -> FileRecord:
-        _save_atomically(content, path)
+    def _write_file(self, file: StagedFile) -> FileRecord:
+        if file.copied is not None:
+            file.copied.synchronize()
+        _save_atomically(file.content, file.path)
         self._heartbeat()
-        return FileRecord(path.name, path.stat().st_size, sha256_of(path))
+        return FileRecord(file.path.name, file.path.stat().st_size, sha256_of(file.path))
 
 
 def _save_atomically(content: Any, path: Path) -> None:
@@ -176,14 +193,6 @@ def _save_atomically(content: Any, path: Path) -> None:
         torch.save(content, file)
 
 
-def _to_host(value: Any) -> Any:
-    """Copy all tensors in nested containers to host memory, where a copy from the GPU runs asynchronously."""
-    if isinstance(value, torch.Tensor):
-        if value.device.type == "cpu":
-            return value.detach().clone()
-        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        return type(value)((key, _to_host(item)) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_to_host(item) for item in value)
-    return value
+def _copied() -> torch.cuda.Event | None:
+    """When the current stream has copied what it was given so far; None: at once."""
+    return torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]

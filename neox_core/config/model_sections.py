@@ -106,6 +106,8 @@ class ModelConfig(Section):
         None, description="mistral only: positions that attention reaches back; sequences must not be longer"
     )
 
+    tied_embeddings: bool = Field(False, description="the output head's weight is the embedding's, as in small models")
+
     @property
     def differences(self) -> Family:
         """In what the model differs from Llama."""
@@ -146,6 +148,7 @@ class ModelConfig(Section):
             "family": "llama",
             "head_dim": self.hidden_size // self.num_attention_heads,
             "sliding_window": None,
+            "tied_embeddings": False,
         }
         content: dict[str, Any] = handler(self)
         return {key: value for key, value in content.items() if key not in defaults or value != defaults[key]}

@@ -62,6 +62,11 @@ class ParallelConfig(Section):
         1, description="ranks that share each matrix, at most those of one node, since they talk in every layer"
     )
     sequence: bool = Field(True, description="tensor-parallel ranks split the tokens between attention and MLP too")
+    overlap: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: where tensor-parallel ranks split tokens and share a host, the GPUs' copy engines exchange "
+        "them beside the matrix products; off: NCCL does, before and after these",
+    )
     pipeline: PositiveInt = Field(1, description="stages of layers, one after the other; 1: all layers on each rank")
     pipeline_layers: tuple[PositiveInt, ...] | None = Field(
         None, description="transformer layers of each stage; None: balanced, with the output head counted"

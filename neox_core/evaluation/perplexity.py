@@ -90,7 +90,7 @@ def _download(store: ObjectStore, job: EvaluateJob, step: int, mesh: Mesh) -> Pa
     if mesh.local_rank == 0:
         download_checkpoint(store, job.prefix, manifests[step], job.scratch, lambda name: name.startswith("layer_"))
     dist.barrier()
-    return job.scratch / f"global_step{step}"
+    return job.scratch / manifests[step].name
 
 
 def _evaluate(config: RunConfig, job: EvaluateJob, weights: LayerWeights, mesh: Mesh) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class ModelDimensions:
     qkv_bias: bool = False
     qk_norm: bool = False
     """Each head's query and key are normalized."""
+    tied_embeddings: bool = False
+    """The output head's weight is the embedding's."""
 
     @classmethod
     def of(cls, model: ModelConfig, sequence_length: int, attention: str = AUTO) -> ModelDimensions:
@@ -53,6 +55,7 @@ class ModelDimensions:
             grouped_qkv=model.grouped_qkv,
             qkv_bias=model.differences.qkv_bias,
             qk_norm=model.differences.qk_norm,
+            tied_embeddings=model.tied_embeddings,
         )
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:

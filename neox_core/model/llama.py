@@ -126,7 +126,7 @@ class FinalNorm(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Logits over the vocabulary; its weights are not tied to the embedding."""
+    """Logits over the vocabulary. Who builds the layers ties its weight to the embedding's, where the model does."""
 
     def __init__(self, dims: ModelDimensions) -> None:
         super().__init__()

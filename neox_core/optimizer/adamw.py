@@ -35,7 +35,8 @@ class AdamW:
         if gradient.is_cuda:
             from neox_core.optimizer.adamw_kernel import launch
 
-            launch(weights, gradient, exp_avg, exp_avg_sq, self._factors(scale, step).float(), self, step)
+            constants = self.beta1, self.beta2, self.eps, 1 - step.lr * step.weight_decay
+            launch(weights, gradient, exp_avg, exp_avg_sq, self._factors(scale, step).float(), constants)
             return
         clip, rate, bias_correction2_sqrt = self._factors(scale, step).tolist()
         if not clip > 0:

@@ -3,17 +3,11 @@
 # Triton reads a kernel's annotations when it compiles, so they must not be strings.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from neox_core.optimizer.master_weights import MasterWeights
-from neox_core.optimizer.rule import UpdateStep
-
-if TYPE_CHECKING:
-    from neox_core.optimizer.adamw import AdamW
 
 _BLOCK = 2048
 
@@ -24,14 +18,15 @@ def launch(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     factors: Tensor,
-    rule: "AdamW",
-    step: UpdateStep,
+    constants: tuple[float, float, float, float],
 ) -> None:
     """Run the kernel over a partition.
 
     Args:
         factors: gradient factor, lr / (1 - beta1^number), sqrt(1 - beta2^number), fp32 [3].
+        constants: beta1, beta2, eps and the weights' factor, 1 - lr x weight decay.
     """
+    beta1, beta2, eps, decay = constants
     size = gradient.numel()
     _adamw[(triton.cdiv(size, _BLOCK),)](
         weights.low_precision,
@@ -41,10 +36,10 @@ def launch(
         exp_avg_sq,
         factors,
         size,
-        1 - step.lr * step.weight_decay,
-        rule.beta1,
-        rule.beta2,
-        rule.eps,
+        decay,
+        beta1,
+        beta2,
+        eps,
         PACKED=weights.packed,
         BLOCK=_BLOCK,
         num_warps=8,

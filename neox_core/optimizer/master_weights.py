@@ -67,11 +67,22 @@ class MasterWeights:
             self.storage[start:stop] = master
             self.low_precision[start:stop] = master.to(self.low_precision.dtype)
 
+    def numel(self) -> int:
+        """Number of parameters."""
+        return self.low_precision.numel()
+
+    def copy_to(self, host: Tensor) -> None:
+        """Fill a flat fp32 tensor in host memory, or have the current stream do so if that is pinned."""
+        if not self.packed:
+            host.copy_(self.storage, non_blocking=True)
+            return
+        for start, stop in self._ranges():
+            host[start:stop].copy_(self.read(start, stop), non_blocking=True)
+
     def to_host(self) -> Tensor:
         """All fp32 numbers, in host memory."""
-        host = torch.empty(self.low_precision.numel(), dtype=torch.float32)
-        for start, stop in self._ranges():
-            host[start:stop] = self.read(start, stop)
+        host = torch.empty(self.numel(), dtype=torch.float32)
+        self.copy_to(host)
         return host
 
     def load(self, master: Tensor) -> None:

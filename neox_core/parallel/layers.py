@@ -13,7 +13,7 @@ from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBl
 from neox_core.model.add_norm import add_norm
 from neox_core.model.llama import RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
-from neox_core.parallel.tensor_parallel import SplitRegion, gathered
+from neox_core.parallel.tensor_parallel import SplitRegion
 from neox_core.parallel.weight_gradients import linear_outputs
 
 Passed = Tensor | tuple[Tensor, Tensor]
@@ -96,20 +96,25 @@ class FusedBlock(PipelineLayer):
 
     def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         attention, recomputed = self.attention, self.checkpointing.recomputed
-        return self._leave(
-            attention.dense(
-                recomputed(attention.attend, attention.query_key_value(self._enter(normed_BTD)), positions_BT)
-            )
+        return self._project_out(
+            recomputed(attention.attend, *self._project_in(normed_BTD, attention.query_key_value), positions_BT),
+            attention.dense,
         )
 
     def _mlp(self, normed_BTD: Tensor) -> Tensor:
         mlp, recomputed = self.mlp, self.checkpointing.recomputed
-        return self._leave(mlp.w2(recomputed(mlp.activate, *linear_outputs(self._enter(normed_BTD), mlp.w1, mlp.w3))))
+        return self._project_out(recomputed(mlp.activate, *self._project_in(normed_BTD, mlp.w1, mlp.w3)), mlp.w2)
 
-    def _enter(self, x_BTD: Tensor) -> Tensor:
+    def _project_in(self, normed_BTD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         if self.region is None:
-            return x_BTD
-        return self.checkpointing.repeatable(self.region.enter(x_BTD), gathered, x_BTD, self.region.group)
+            products = linear_outputs(normed_BTD, *linears)
+        else:
+            products = self.region.enter_linears(normed_BTD, self.checkpointing.repeatable, *linears)
+        return tuple(p if x.bias is None else p + x.bias for p, x in zip(products, linears, strict=True))
+
+    def _project_out(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
+        product: Tensor = linear(x_BTI) if self.region is None else self.region.linear_leaves(x_BTI, linear)
+        return product
 
 
 class LastNorm(PipelineLayer):

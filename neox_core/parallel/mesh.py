@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from neox_core.config.schema import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
+from neox_core.parallel.overlap.exchange import Exchange
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, can_exchange
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """As torchrun sets them."""
@@ -42,6 +44,8 @@ class Mesh:
     device: torch.device
     sequence_parallel: bool = False
     """Tensor-parallel ranks split the tokens between attention and MLP."""
+    exchange: Exchange | None = None
+    """How tensor-parallel ranks exchange tokens beside their products; None: they don't."""
 
     @property
     def layout(self) -> dict[str, int]:
@@ -125,6 +129,9 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         )
     replica, tensor_rank = divmod(rank, parallel.tensor)
     pipeline_rank, data_rank = divmod(replica, data_size)
+    group = neighbours_group(parallel.tensor)
+    sequence = parallel.sequence and parallel.tensor > 1
+    overlaps = sequence and parallel.overlap == "auto" and can_exchange(group, device)
     return Mesh(
         rank=rank,
         local_rank=_local_rank(),
@@ -135,9 +142,10 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         pipeline_size=parallel.pipeline,
         data_rank=data_rank,
         data_size=data_size,
-        tensor_group=neighbours_group(parallel.tensor),
+        tensor_group=group,
         device=device,
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        sequence_parallel=sequence,
+        exchange=SymmetricExchange(group, device) if overlaps else None,
     )
 
 

@@ -32,6 +32,9 @@ class Sharding:
     shared_rows: tuple[range, ...] = ()
     """Rows of a split parameter that some of the ranks have in common, each with a part of their gradient."""
 
+    tied: bool = False
+    """Another layer's parameter, by which alone the optimizer knows it."""
+
     @property
     def decays(self) -> bool:
         """Whether weight decay applies: to matrices, not to norms and biases."""
@@ -109,6 +112,8 @@ def mark_parameters(layer: nn.Module, dims: ModelDimensions, ranks: int, tokens_
     for name, parameter in layer.named_parameters():
         if name in table:
             sharding = table[name]
+            if isinstance(layer, OutputHead):
+                sharding = replace(sharding, tied=dims.tied_embeddings)
             if sharding.replicated:
                 sharding = replace(sharding, partial_gradient=sharding.partial_gradient or tokens_split)
             set_sharding(parameter, sharding)

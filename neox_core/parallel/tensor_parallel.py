@@ -13,14 +13,18 @@ whatever the sequence they belong to, so that nothing is copied; a rank's part h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.overlap.exchange import Exchange
+from neox_core.parallel.overlap.linears import gathered_outputs, summed_output
+from neox_core.parallel.weight_gradients import accumulators_of, linear_outputs
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -107,21 +111,22 @@ def _scattered(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True)
 class SplitRegion:
-    """How hidden states enter a region whose weights the ranks split, and how its partial sums leave it.
-
-    Each is a call of its own, so that a block can compute something else while the ranks exchange.
-    """
+    """How hidden states enter a region whose weights the ranks split, and how its partial sums leave it."""
 
     group: dist.ProcessGroup
     rank: int
     """Index in the group."""
     tokens_split: bool
     """The ranks split the tokens outside of the region."""
+    exchange: Exchange | None = None
+    """Moves split tokens beside the products that read or make them; None: collectives do, before or after these."""
 
     @classmethod
     def of(cls, mesh: Mesh) -> SplitRegion | None:
         """The mesh's; None if one rank has all weights."""
-        return cls(mesh.tensor_group, mesh.tensor_rank, mesh.sequence_parallel) if mesh.tensor_size > 1 else None
+        if mesh.tensor_size == 1:
+            return None
+        return cls(mesh.tensor_group, mesh.tensor_rank, mesh.sequence_parallel, mesh.exchange)
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """What every rank's part of the region reads: the hidden states of all tokens."""
@@ -130,3 +135,29 @@ class SplitRegion:
     def leave(self, partial_BTD: Tensor) -> Tensor:
         """The sum of the ranks' partial sums, or this rank's tokens of it."""
         return scatter_sum(partial_BTD, self.group) if self.tokens_split else sum_over_ranks(partial_BTD, self.group)
+
+    def enter_linears(
+        self, x_BTD: Tensor, repeatable: Callable[..., Tensor], *linears: nn.Linear
+    ) -> tuple[Tensor, ...]:
+        """Products with linear layers of what enters, without biases.
+
+        Args:
+            repeatable: is told what enters, and how it is made again (NoCheckpointing.repeatable).
+        """
+
+        def keep(entered_BTD: Tensor) -> Tensor:
+            return repeatable(entered_BTD, gathered, x_BTD, self.group)
+
+        if self.exchange is not None and _exchangeable(*linears):
+            return gathered_outputs(x_BTD, self.exchange, keep, *linears)
+        return linear_outputs(keep(self.enter(x_BTD)), *linears)
+
+    def linear_leaves(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
+        """The sum of the ranks' products, or this rank's tokens of it."""
+        if self.exchange is not None and _exchangeable(linear):
+            return summed_output(x_BTI, self.exchange, linear)
+        return self.leave(linear(x_BTI))
+
+
+def _exchangeable(*linears: nn.Linear) -> bool:
+    return bool(accumulators_of(*linears)) or not torch.is_grad_enabled()

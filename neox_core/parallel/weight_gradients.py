@@ -56,7 +56,7 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     Biases are not added.
     """
     weights = [linear.weight for linear in linears]
-    accumulators = [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
+    accumulators = accumulators_of(*linears)
     if not accumulators or not torch.is_grad_enabled():
         return tuple(product(x, weight) for weight in weights)
     outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
@@ -64,6 +64,11 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         for output, weight in zip(outputs, weights, strict=True):
             torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
     return outputs
+
+
+def accumulators_of(*linears: nn.Linear) -> list[Accumulator]:
+    """Those that are set."""
+    return [a for linear in linears if (a := getattr(linear, "accumulator", None)) is not None]
 
 
 class _AccumulatingLinears(torch.autograd.Function):
@@ -117,14 +122,14 @@ def accept_accumulators(module: nn.Module) -> None:
 
 
 def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
-    """Let every linear layer of a module add its weight gradient to DeepSpeed's fp32 accumulators.
+    """Let every linear layer of a module that has no accumulator add its weight gradient to DeepSpeed's.
 
     Args:
         optimizer: the ShardedOptimizer, which owns the accumulators.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
     for linear in module.modules():
-        if isinstance(linear, AccumulatingLinear):
+        if isinstance(linear, AccumulatingLinear) and linear.accumulator is None:
             group, index = places[id(linear.weight)]
             buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
             linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index))

@@ -26,8 +26,9 @@ def layer_modes(
         return _modes(layers, 0, layers)
     costs = _costs(config)
     choices = [_modes(none, selective, layers) for none in range(layers + 1) for selective in range(layers + 1 - none)]
-    fitting = [modes for modes in choices if _needed(config, geometry, stage, modes) <= available]
-    return min(fitting, key=lambda modes: sum(costs[mode] for mode in modes), default=_modes(0, 0, layers))
+    cheapest_first = sorted(choices, key=lambda modes: sum(costs[mode] for mode in modes))
+    fitting = (modes for modes in cheapest_first if _needed(config, geometry, stage, modes) <= available)
+    return next(fitting, _modes(0, 0, layers))
 
 
 def describe_modes(modes: Sequence[ActivationCheckpointing]) -> str:

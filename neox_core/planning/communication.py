@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.layer_groups import group_names
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
-from neox_core.planning.memory import rank_parameters, replicated_parameters
+from neox_core.planning.memory import copied_parameters, rank_parameters, replicated_parameters
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
@@ -82,7 +82,14 @@ def _pipeline(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter
     """Hidden states go to the next stage and gradients to the one before."""
     neighbours = (stage > 0) + (stage < config.parallel.pipeline - 1)
     size = geometry.accumulation_steps * neighbours * _hidden(config) // config.parallel.tensor
-    return Counter({("pipeline", "send"): size, ("pipeline", "receive"): size})
+    traffic = Counter({("pipeline", "send"): size, ("pipeline", "receive"): size})
+    # A tied head's gradient goes to the first stage, whose weight comes back.
+    last = config.parallel.pipeline - 1
+    if copied := copied_parameters(config, last) if stage in (0, last) else 0:
+        sizes = (_FP32 * copied, DTYPE_BYTES[config.train.precision] * copied)
+        traffic["pipeline", "send"] += sizes[stage == 0]
+        traffic["pipeline", "receive"] += sizes[stage != 0]
+    return traffic
 
 
 def sent_bytes(collective: Collective, size: int, ranks: int) -> int:

@@ -33,13 +33,14 @@ _MASTER_BYTES = {"fp32": 4, "packed": 2}
 def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
     """Number of parameters. Llama's: 2·V·D + L·(D·H·(N + 2K) + N·H·D + 3·D·F + 2·D) + D.
 
-    Q, K, V; attention output; three matrices of SwiGLU; two norms a layer and one at the end; untied input
-    embedding and output head, no biases (arXiv 2302.13971, 2307.09288).
+    Q, K, V; attention output; three matrices of SwiGLU; two norms a layer and one at the end; input embedding and
+    output head, which count once where they are tied; no biases (arXiv 2302.13971, 2307.09288).
 
     Args:
         input_embedding: count the input embedding's V·D too. FLOPs are counted without it: a lookup costs none.
     """
-    layers = {TokenEmbedding: int(input_embedding), TransformerBlock: model.num_layers, FinalNorm: 1, OutputHead: 1}
+    embedding = int(input_embedding and not model.tied_embeddings)
+    layers = {TokenEmbedding: embedding, TransformerBlock: model.num_layers, FinalNorm: 1, OutputHead: 1}
     return sum(count * _parameters(model, layer, 1)[0] for layer, count in layers.items())
 
 
@@ -95,12 +96,12 @@ def stage_memory(
         modes: activation checkpointing of each of its layers.
     """
     dims = rank_dimensions(config)
-    parameters = rank_parameters(config, stage)
+    parameters, copied = rank_parameters(config, stage), copied_parameters(config, stage)
     shard = -(-parameters // geometry.data_parallel)
     layers = stage_layers(config, stage)
     return Memory(
-        weights=DTYPE_BYTES[config.train.precision] * parameters,
-        gradients=_FP32 * parameters,
+        weights=DTYPE_BYTES[config.train.precision] * (parameters + copied),
+        gradients=_FP32 * (parameters + copied),
         # In fp32 the parameters are their own master weights.
         master=0 if config.train.precision == "fp32" else _MASTER_BYTES[config.train.master_weights] * shard,
         optimizer=len(update_rule(config.train.optimizer).state_names) * STATE_BYTES * shard,
@@ -121,8 +122,15 @@ def rank_dimensions(config: RunConfig) -> ModelDimensions:
 
 
 def rank_parameters(config: RunConfig, stage: int) -> int:
-    """Parameters on each rank of one pipeline stage."""
+    """Parameters that the optimizer has on each rank of one pipeline stage."""
     return _stage_parameters(config, stage)[0]
+
+
+def copied_parameters(config: RunConfig, stage: int) -> int:
+    """Parameters on each rank of a stage that another stage's optimizer has: a tied head far from the embedding."""
+    if not config.model.tied_embeddings or not 0 < stage == config.parallel.pipeline - 1:
+        return 0
+    return _parameters(config.model, OutputHead, config.parallel.tensor)[0]
 
 
 def replicated_parameters(config: RunConfig, stage: int) -> int:
@@ -133,6 +141,7 @@ def replicated_parameters(config: RunConfig, stage: int) -> int:
 def _stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
     last = int(stage == config.parallel.pipeline - 1)
     blocks = stage_layers(config, stage)
-    layers = {TokenEmbedding: int(stage == 0), TransformerBlock: blocks, FinalNorm: last, OutputHead: last}
+    head = 0 if config.model.tied_embeddings else last
+    layers = {TokenEmbedding: int(stage == 0), TransformerBlock: blocks, FinalNorm: last, OutputHead: head}
     each = [(count, _parameters(config.model, layer, config.parallel.tensor)) for layer, count in layers.items()]
     return sum(count * own for count, (own, _) in each), sum(count * shared for count, (_, shared) in each)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neox_core.checkpoint.manifest import Manifest, checkpoint_key, list_checkpoints, training_prefix
+from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_prefix
 from neox_core.config import RunConfig, TrainConfig
 from neox_core.data.dataset import MixtureDataset
 from neox_core.errors import CheckpointError
@@ -124,7 +124,7 @@ def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
         found = manifest.consumed.get(name)
         if found != expected:
             raise CheckpointError(
-                f"{checkpoint_key(manifest.step)} was trained on {found} of source {name!r}, but the mixture of this "
+                f"{manifest.name} was trained on {found} of source {name!r}, but the mixture of this "
                 f"configuration takes {expected} up to there: state changes of weights in data.weight_changes only, "
                 "and only for steps to come"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from neox_core.artifact import FileRecord
-from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest
 from neox_core.errors import CheckpointError
 from neox_core.storage.digest import sha256_of
 
@@ -29,9 +29,9 @@ def newest_local(folder: Path, fingerprint: str) -> Manifest | None:
         except CheckpointError as error:
             logger.warning("%s ignored: %s", path, error)
             continue
-        if manifest.fingerprint == fingerprint and path.parent.name == checkpoint_key(manifest.step):
+        if manifest.fingerprint == fingerprint and path.parent.name == manifest.name:
             found.append(manifest)
-    return max(found, key=lambda manifest: manifest.step, default=None)
+    return max(found, key=lambda manifest: (manifest.step, manifest.attempt), default=None)
 
 
 def here_on_all_ranks(folder: Path, records: Iterable[FileRecord]) -> bool:
@@ -60,10 +60,10 @@ def upload_shares(folder: Path, manifest: Manifest) -> tuple[FileRecord, ...]:
     return tuple(found)
 
 
-def remove_others(folder: Path, step: int) -> None:
-    """Remove this node's files of other steps' checkpoints, which no job needs once this step was resumed."""
+def remove_others(folder: Path, name: str) -> None:
+    """Remove this node's files of other checkpoints, which no job needs once the one of this name was resumed."""
     for path in folder.glob("global_step*"):
-        if path.name != checkpoint_key(step):
+        if path.name != name:
             shutil.rmtree(path, ignore_errors=True)
 
 

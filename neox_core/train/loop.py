@@ -52,7 +52,7 @@ class Loop:
 
         Raises:
             TrainingError: the guard stops training; the state is not saved.
-            StopAtBoundary: training was told to stop; the state is saved.
+            StopAtBoundary: training was told to stop; the state is saved, unless another job is at work.
         """
         if state.step == 0:
             self._validate(0)
@@ -123,10 +123,10 @@ class Loop:
         return save
 
     def _stop(self, state: TrainingState, stop: Stop, saved: bool) -> None:
-        """Save, unless that was done; without the store if it was given up."""
+        """Save, unless that was done, or another job saves now; without the store if it was given up."""
         self.guard.drain()
         upload = stop.kind != "storage"
-        if not (saved and upload):
+        if stop.kind != "superseded" and not (saved and upload):
             self.heartbeat(f"checkpoint of step {state.step}")
             self.save(replace(state, guard=self.guard.state()), upload)
         self.telemetry.flush()

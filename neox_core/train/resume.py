@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from neox_core.artifact import software
-from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, checkpoint_key, download_checkpoint
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, download_checkpoint
 from neox_core.checkpoint.partitions import Layout, Place
 from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import CheckpointWriter
@@ -60,6 +60,10 @@ class TrainCheckpoints:
     writer: CheckpointWriter
     heartbeat: Callable[[], None] = lambda: None
     """Called as a download makes progress."""
+    attempt: int = 0
+    """Number of this job among the training's; 0: it has none."""
+    check_lease: Callable[[], None] = lambda: None
+    """Called on rank 0 before anything but a save is written; raises if this job must not."""
 
     def save(self, state: TrainingState, upload: bool = True) -> None:
         """Save the state after a step, and start its upload if there is to be one."""
@@ -75,11 +79,11 @@ class TrainCheckpoints:
             software=software(),
             skipped=[asdict(window) for window in state.skipped],
             guard=state.guard,
+            attempt=self.attempt,
         )
         notes = {"sequences_consumed": sequences}
-        key = checkpoint_key(state.step)
-        hand_over = partial(self.engine.save_state, self._folder, key, notes)
-        self.writer.save(manifest, hand_over, self._folder / key, upload)
+        hand_over = partial(self.engine.save_state, self._folder, manifest.name, notes)
+        self.writer.save(manifest, hand_over, self._folder / manifest.name, upload)
 
     def resume(self) -> TrainingState:
         """Load the newest complete checkpoint, if there is one, and return its state. If it is damaged, the one before.
@@ -105,7 +109,7 @@ class TrainCheckpoints:
         self._load(manifest)
         self._upload_unless_stored(prefix, manifest)
         if self.mesh.local_rank == 0:
-            remove_others(self._folder, manifest.step)
+            remove_others(self._folder, manifest.name)
         if prefix != self.job.prefix and self.mesh.rank == 0:
             inherit_records(self.store, self.job.prefix, prefix, manifest.step, self.job.output)
         consumed = first_sequence(self.config.train, state.step + 1, state.skipped)
@@ -135,6 +139,7 @@ class TrainCheckpoints:
         skipped = (*skipped, SkippedSequences(manifest.step, first, end - first))
         if self.mesh.rank == 0:
             record = {"step": manifest.step, "skipped": [asdict(window) for window in skipped]}
+            self.check_lease()
             self.store.put_text(f"{self.job.prefix}/{_SKIPPED_FILE}", json.dumps(record))
         dist.barrier()
         return self.resume()
@@ -161,7 +166,7 @@ class TrainCheckpoints:
         on_disk: tuple[str, Manifest] | None = found[1]
         if on_disk is None:
             return stored
-        folder = self._folder / checkpoint_key(on_disk[1].step)
+        folder = self._folder / on_disk[1].name
         if not here_on_all_ranks(folder, [record for record in on_disk[1].files if self._wanted(record.path)]):
             logger.warning("%s is not whole on local disk: not used", folder)
             return stored
@@ -177,12 +182,12 @@ class TrainCheckpoints:
         return Layout.of_manifest(manifest.layout, self.config.model) == self._layout
 
     def _upload_unless_stored(self, prefix: str, manifest: Manifest) -> None:
-        """Bring a checkpoint to the store that was on local disk only."""
-        folder = self._folder / checkpoint_key(manifest.step)
+        """Bring a checkpoint to the store that was on local disk only, under this job's number."""
+        folder = self._folder / manifest.name
         is_local: list[bool] = [prefix == self.job.prefix and (folder / MANIFEST_FILE).is_file()]
         dist.broadcast_object_list(is_local, src=0)
         if is_local[0]:
-            self.writer.upload(manifest, folder, upload_shares(folder, manifest))
+            self.writer.upload(replace(manifest, attempt=self.attempt), folder, upload_shares(folder, manifest))
 
     def _with_skipped(self, prefix: str, manifest: Manifest) -> Manifest:
         for key in dict.fromkeys((self.job.prefix, prefix)):
@@ -208,7 +213,7 @@ class TrainCheckpoints:
     def _check(self, prefix: str, manifest: Manifest, state: TrainingState) -> None:
         before = [window for window in state.skipped if window.after_step < manifest.step]
         expected = first_sequence(self.config.train, manifest.step + 1, before)
-        where = f"checkpoint {self.store.url(prefix)}/{checkpoint_key(manifest.step)}"
+        where = f"checkpoint {self.store.url(prefix)}/{manifest.name}"
         if manifest.sequences_consumed != expected:
             raise CheckpointError(
                 f"{where} had consumed {manifest.sequences_consumed} sequences, but this configuration takes "
@@ -251,7 +256,7 @@ class TrainCheckpoints:
         return next(filter(None, everyones), "")
 
     def _load(self, manifest: Manifest) -> None:
-        key = checkpoint_key(manifest.step)
+        key = manifest.name
         if resharding := self._resharding(manifest):
             logger.info(
                 "checkpoint of step %d was written by %s, and is read as %s",

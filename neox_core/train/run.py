@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
+from neox_core.checkpoint.lease import JobLease, leased
 from neox_core.checkpoint.retention import apply_retention, remove_remains
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
-from neox_core.errors import ConfigError, LlemmaError, StoppedError, StorageError, TrainingError
+from neox_core.errors import ConfigError, TrainingError
 from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.precision import parameter_dtype
 from neox_core.parallel.shared_store import shared_store
 from neox_core.storage.patient_store import PatientStore
 from neox_core.train.dry_run import dry_run, memory_explained, zero_weights
+from neox_core.train.ending import ended, last_upload
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Guard
@@ -91,17 +94,41 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     engine = _engine(config, job, mesh, geometry, watchdog)
     store = PatientStore(config.storage, watchdog.beat)
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
-    saving, writer = _saving(config, job, mesh, store, stopping, watchdog)
-    watchdog.beat("resuming")
-    if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
-        remove_remains(store, job.prefix)
-    checkpoints = TrainCheckpoints(config, job, store, mesh, engine, writer, watchdog.beat)
-    with memory_explained(config, geometry, mesh):
-        start = checkpoints.resume()
+    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
+    saving = Saving(stopping, job.output, mesh.rank, retain)
+    with _ending(store), leased(config.storage, job.prefix, mesh.rank, saving.superseded) as lease:
+        writer = _writer(job, mesh, store, saving, lease, watchdog)
+        watchdog.beat("resuming")
+        if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
+            remove_remains(store, job.prefix)
+        checkpoints = TrainCheckpoints(
+            config, job, store, mesh, engine, writer, watchdog.beat, lease.number, lease.check
+        )
+        with memory_explained(config, geometry, mesh):
+            start = checkpoints.resume()
+        _steps(config, job, geometry, engine, start, Services(store, checkpoints, stopping, saving, watchdog))
+    engine.close()
+    return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
 
+
+@dataclass(frozen=True)
+class Services:
+    """What a training uses beside its engine."""
+
+    store: PatientStore
+    checkpoints: TrainCheckpoints
+    stopping: Stopping
+    saving: Saving
+    watchdog: Watchdog
+
+
+def _steps(
+    config: RunConfig, job: TrainJob, geometry: BatchGeometry, engine: StepEngine, start: TrainingState, use: Services
+) -> None:
+    """All steps that are left, up to the last upload."""
+    mesh, writer = use.checkpoints.mesh, use.checkpoints.writer
     with (
-        _ending(store),
-        MetricsLog(config, job.output, store, job.prefix, job.fingerprint, mesh.rank) as metrics,
+        MetricsLog(config, job.output, use.store, job.prefix, job.fingerprint, mesh.rank) as metrics,
         Telemetry(
             config,
             mesh,
@@ -110,19 +137,19 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             start.data.mixture,
             metrics,
             StepProfiler(config.train.profile, job.output, mesh.rank),
-            peak_flops(device, parameter_dtype(config)) * mesh.world_size,
+            peak_flops(mesh.device, parameter_dtype(config)) * mesh.world_size,
         ) as telemetry,
     ):
         incidents = IncidentLog(
-            job.output, store, job.prefix, metrics, engine.gradient_groups, mesh, writer.copy_in_background
+            job.output, use.store, job.prefix, metrics, engine.gradient_groups, mesh, writer.copy_in_background
         )
 
         def save(state: TrainingState, upload: bool) -> None:
-            saving.begin(state.step)
+            use.saving.begin(state.step)
             telemetry.flush()
             if upload:
                 writer.copy_in_background("metrics", metrics.backup())
-            checkpoints.save(state, upload)
+            use.checkpoints.save(state, upload)
 
         loop = Loop(
             engine=engine,
@@ -133,30 +160,25 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
             metrics=metrics,
             guard=Guard(config.train.guard, engine.set_loss_limit, incidents.record),
             save=save,
-            stop_due=stopping.due,
-            go_back=checkpoints.go_back,
+            stop_due=use.stopping.due,
+            go_back=use.checkpoints.go_back,
             telemetry=telemetry,
-            heartbeat=watchdog.beat,
+            heartbeat=use.watchdog.beat,
         )
         try:
-            with memory_explained(config, geometry, mesh), stopping.signals():
+            with memory_explained(config, geometry, mesh), use.stopping.signals():
                 loop.run(start)
         except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
-            _last_upload(writer, watchdog)
+            last_upload(writer, use.watchdog)
             raise
         except StopAtBoundary as stopped:
-            raise _stopped(stopped, job, store, writer, watchdog) from None
-        _last_upload(writer, watchdog)
-    engine.close()
-    return {"started_from_step": start.step, "prefix": store.url(job.prefix)}
+            raise ended(stopped, job, use.store, writer, use.watchdog) from None
+        last_upload(writer, use.watchdog)
 
 
-def _saving(
-    config: RunConfig, job: TrainJob, mesh: Mesh, store: PatientStore, stopping: Stopping, watchdog: Watchdog
-) -> tuple[Saving, CheckpointWriter]:
-    """What writes checkpoints, and what looks at how that goes."""
-    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
-    saving = Saving(stopping, job.output, mesh.rank, retain)
+def _writer(
+    job: TrainJob, mesh: Mesh, store: PatientStore, saving: Saving, lease: JobLease, watchdog: Watchdog
+) -> CheckpointWriter:
     writer = CheckpointWriter(
         store,
         job.prefix,
@@ -165,11 +187,12 @@ def _saving(
         shared_store("checkpoints"),
         watchdog.beat,
         store.stopped,
+        lease.check,
         saving.published,
         saving.failed,
     )
     store.on_behind = partial(saving.behind, writer.reports)
-    return saving, writer
+    return writer
 
 
 @contextlib.contextmanager
@@ -179,36 +202,6 @@ def _ending(store: PatientStore) -> Iterator[None]:
         yield
     finally:
         store.stopped.set()
-
-
-def _stopped(
-    stopped: StopAtBoundary, job: TrainJob, store: PatientStore, writer: CheckpointWriter, watchdog: Watchdog
-) -> LlemmaError:
-    """Bring the last save to where it is safe; the error that ends the job. Collective over all ranks."""
-    reason = stopped.stop.reason
-    if stopped.stop.kind == "storage":
-        store.stopped.set()
-        writer.wait_for_disk()
-        dist.barrier()
-        writer.abandon()
-        return StorageError(f"{reason}; step {stopped.step} is saved in {job.output}: run again when the store is back")
-    _last_upload(writer, watchdog)
-    return StoppedError(f"stopped after step {stopped.step}, which is saved: {reason}; run again to go on")
-
-
-def _last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
-    """Wait for it. Collective over all ranks: rank 0 publishes the manifest, and nobody leaves before."""
-    watchdog.beat("last upload")
-    problem = ""
-    try:
-        writer.wait()
-    except LlemmaError as error:
-        problem = str(error)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    writer.abandon()
-    if failed := [text for text in problems if text]:
-        raise StorageError(f"{failed[0]}; the last save is on local disk: run again when the store is back")
 
 
 def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometry, watchdog: Watchdog) -> StepEngine:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.storage.atomic import write_atomically
@@ -47,7 +48,14 @@ class Saving:
 
     def failed(self, error: Exception) -> None:
         """A save has failed for good."""
-        self._stopping.request(Stop("storage", f"rank {self._rank}: {error}"))
+        if isinstance(error, SupersededError):
+            self.superseded(error)
+        else:
+            self._stopping.request(Stop("storage", f"rank {self._rank}: {error}"))
+
+    def superseded(self, error: SupersededError) -> None:
+        """Another job of this training is at work."""
+        self._stopping.request(Stop("superseded", str(error)))
 
     def behind(self, reports: Reports, text: str) -> None:
         """The store fails this rank, as the text says; an empty one: it works again."""

@@ -36,13 +36,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 class Stop:
     """Why training stops."""
 
-    kind: Literal["interrupted", "storage"]
-    """interrupted: it can go on at once; storage: the object store was given up."""
+    kind: Literal["interrupted", "storage", "superseded"]
+    """interrupted: it can go on at once; storage: the object store was given up; superseded: another job of this
+    training is at work, so that nothing is saved."""
     reason: str
 
 
 class StopAtBoundary(Exception):
-    """Training stops on all ranks after this step, whose state was handed over to be saved."""
+    """Training stops on all ranks after this step, whose state was handed over to be saved unless another job is at
+    work."""
 
     def __init__(self, stop: Stop, step: int) -> None:
         super().__init__(stop.reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from neox_core.config import RunConfig, sequences_before
 from neox_core.data.dataset import consumption
@@ -18,38 +18,69 @@ _BYTES_PER_TOKEN = 3.0
 """Of English text and code; fewer for mathematics. An estimate errs by half."""
 _PACKED = 3.5
 """Bytes of text in a byte of a compressed file."""
+_NO_BOUND = 1 << 62
 
 
-def warn_of_repeats(files: Sequence[InputFile], config: RunConfig) -> None:
-    """Warn of each source that the run would, by the size of its files, repeat more than data.max_epochs times.
+def check_repeats(files: Sequence[InputFile], config: RunConfig) -> None:
+    """Look for sources that the run would repeat more than data.max_epochs times, by the size of their files.
 
-    The ledger refuses it when the tokens are counted.
+    Where an estimate says so, it is a warning: the ledger refuses it when the tokens are counted.
+
+    Raises:
+        ConfigError: even with a token for each byte, which is the most that there can be.
     """
-    tokens = {name: estimated_tokens(files, name) for name in config.data.sources}
-    total = sequences_before(config.train, config.train.steps + 1)
-    try:
-        taken = training_mixture(config, tokens.__getitem__).consumed(total)
-    except (ConfigError, DataError):
-        return  # amounts in epochs that add up only when tokens are counted
-    for name, sequences in taken.items():
-        epochs = consumption(sequences, config.train.sequence_length, tokens[name])["epochs"]
-        if epochs > config.data.max_epochs:
+    limit = config.data.max_epochs
+    for name, epochs in _epochs(files, config, most_tokens).items():
+        if epochs > limit:
+            raise ConfigError(
+                f"source {name!r}: its files hold {most_tokens(files, name):,} bytes, so that the run would repeat it "
+                f"at least {epochs:.3g} times, more than data.max_epochs {limit:g}: lower its weight or train.steps, "
+                "add text, or raise data.max_epochs"
+            )
+    for name, epochs in _epochs(files, config, estimated_tokens).items():
+        if epochs > limit:
             logger.warning(
                 "source %r holds about %s tokens by the size of its files, and the run would repeat it about %.3g "
                 "times, more than data.max_epochs %g: unless the estimate is far off, prepare-data will end with an "
                 "error; lower its weight or train.steps, or raise data.max_epochs",
                 name,
-                f"{tokens[name]:,}",
+                f"{estimated_tokens(files, name):,}",
                 epochs,
-                config.data.max_epochs,
+                limit,
             )
+
+
+def _epochs(
+    files: Sequence[InputFile], config: RunConfig, tokens_of: Callable[[Sequence[InputFile], str], int]
+) -> dict[str, float]:
+    """How often the run would repeat each source; empty where amounts add up only when tokens are counted."""
+    tokens = {name: tokens_of(files, name) for name in config.data.sources}
+    total = sequences_before(config.train, config.train.steps + 1)
+    try:
+        taken = training_mixture(config, tokens.__getitem__).consumed(total)
+    except (ConfigError, DataError):
+        return {}
+    return {
+        name: consumption(sequences, config.train.sequence_length, tokens[name])["epochs"]
+        for name, sequences in taken.items()
+    }
+
+
+def most_tokens(files: Sequence[InputFile], source: str) -> int:
+    """More than a source's training split can hold; no bound for packed files, whose text may be of any size."""
+    sizes = [(_NO_BOUND if _is_packed(file) else file.size) for file in _training(files, source)]
+    return max(1, sum(sizes))
 
 
 def estimated_tokens(files: Sequence[InputFile], source: str) -> int:
     """Tokens of a source's training split; at least 1."""
-    sizes = (
-        file.size * (_PACKED if file.name.endswith((*COMPRESSIONS, ".parquet")) else 1.0)
-        for file in files
-        if (file.source, file.split) == (source, "train")
-    )
+    sizes = (file.size * (_PACKED if _is_packed(file) else 1.0) for file in _training(files, source))
     return max(1, int(sum(sizes) / _BYTES_PER_TOKEN))
+
+
+def _training(files: Sequence[InputFile], source: str) -> list[InputFile]:
+    return [file for file in files if (file.source, file.split) == (source, "train")]
+
+
+def _is_packed(file: InputFile) -> bool:
+    return file.name.endswith((*COMPRESSIONS, ".parquet"))

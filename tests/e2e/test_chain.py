@@ -111,15 +111,15 @@ def test_each_checkpoint_on_s3_has_a_manifest_and_its_files(chain: Chain, store:
     prefix = chain.run.stage_folder("train").name
     sizes = {info.key: info.size for info in store.list(f"{prefix}/")}
     for step in CHECKPOINTS:
-        text = store.get_text(f"{prefix}/global_step{step}/manifest.json")
+        text = store.get_text(f"{prefix}/global_step{step}-1/manifest.json")
         manifest = json.loads(text or "null")
         assert manifest["sequences_consumed"] == step * GLOBAL_BATCH
         assert manifest["layout"] == {"tensor": 2, "pipeline": 1, "data": 1}
-        listed = {f"{prefix}/global_step{step}/{file['path']}": file["size"] for file in manifest["files"]}
-        stored = {key: size for key, size in sizes.items() if f"/global_step{step}/" in key}
-        assert stored == listed | {f"{prefix}/global_step{step}/manifest.json": len(text or "")}
+        listed = {f"{prefix}/global_step{step}-1/{file['path']}": file["size"] for file in manifest["files"]}
+        stored = {key: size for key, size in sizes.items() if f"/global_step{step}-1/" in key}
+        assert stored == listed | {f"{prefix}/global_step{step}-1/manifest.json": len(text or "")}
     folders = {key.split("/")[1] for key in sizes}
-    assert folders == {"metrics.jsonl", *(f"global_step{step}" for step in CHECKPOINTS)}
+    assert folders == {"metrics.jsonl", "lease.json", *(f"global_step{step}-1" for step in CHECKPOINTS)}
 
 
 def test_the_base_and_each_checkpoint_are_evaluated(chain: Chain) -> None:
@@ -152,7 +152,7 @@ def test_the_export_is_the_last_checkpoint_and_loads_in_transformers(
     shards = []
     for rank in (0, 1):
         name = f"layer_06-model_{rank:02d}-model_states.pt"
-        store.get_file(f"{chain.run.stage_folder('train').name}/global_step{STEPS}/{name}", tmp_path / name)
+        store.get_file(f"{chain.run.stage_folder('train').name}/global_step{STEPS}-1/{name}", tmp_path / name)
         shards.append(torch.load(tmp_path / name)["final_linear.weight"])
     assert torch.equal(head, torch.cat(shards))
 

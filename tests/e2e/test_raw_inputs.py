@@ -12,7 +12,7 @@ from flows.llemma_pretrain import llemma_pretrain
 from flows.prepare_data import prepare_data
 from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
-from neox_core.checkpoint.manifest import object_key
+from neox_core.checkpoint.manifest import checkpoint_key, object_key
 from neox_core.storage.object_store import ObjectStore
 from tasks.identity.training import resolve_training
 from tests.e2e.conftest import Chain
@@ -38,7 +38,7 @@ def test_the_chain_resumes_and_skips_without_its_raw_inputs(chain: Chain, tmp_pa
         (tmp_path / "tokenizer.model").unlink()
 
         store, prefix = ObjectStore(storage), resolve_training(run.config).prefix
-        store.delete([info.key for info in store.list(object_key(prefix, STEPS, ""))])
+        store.delete([info.key for info in store.list(object_key(prefix, checkpoint_key(STEPS), ""))])
         report = llemma_pretrain(path)
         made = {artifact: artifact.stat().st_mtime_ns for artifact in run.workdir.glob("*/artifact.json")}
         assert llemma_pretrain(path).rows == report.rows

@@ -18,7 +18,7 @@ import pytest
 from flows.train import train
 from infra.s3.service import storage_service
 from neox_core.artifact import read_artifact
-from neox_core.checkpoint.manifest import list_checkpoints, object_key
+from neox_core.checkpoint.manifest import checkpoint_key, list_checkpoints, object_key
 from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
 from tasks.identity.training import resolve_training
@@ -40,7 +40,7 @@ def test_training_resumes_from_s3_alone(chain: Chain, copied: Callable[..., Run]
     with storage_service(run.config.storage, run.workdir) as storage:
         store = ObjectStore(storage)
         assert [manifest.step for manifest in list_checkpoints(store, prefix_of(run))] == [INTERVAL, STEPS]
-        store.delete([info.key for info in store.list(object_key(prefix_of(run), STEPS, ""))])
+        store.delete([info.key for info in store.list(object_key(prefix_of(run), checkpoint_key(STEPS), ""))])
         result = train(str(run.path))
         assert [manifest.step for manifest in list_checkpoints(store, prefix_of(run))] == [INTERVAL, STEPS]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from infra.s3.service import storage_service
-from neox_core.checkpoint.manifest import list_checkpoints, object_key
+from neox_core.checkpoint.manifest import checkpoint_key, list_checkpoints, object_key
 from neox_core.progress import silent
 from neox_core.storage.object_store import ObjectStore
 from tasks.convert import convert
@@ -51,7 +51,7 @@ def test_under_torchrun_it_resumes_the_checkpoints_of_the_flow(
 ) -> None:
     run, store = served
     prefix = chain.run.stage_folder("train").name
-    store.delete([info.key for info in store.list(object_key(prefix, STEPS, ""))])
+    store.delete([info.key for info in store.list(object_key(prefix, checkpoint_key(STEPS), ""))])
     path = served_config(run, store, {})
     data, weights = run.stage_folder("prepare-data"), run.stage_folder("convert")
     ended = start(TORCHRUN, path, data, weights, tmp_path / "output")

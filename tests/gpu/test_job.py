@@ -5,11 +5,8 @@ pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ import torch
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationConfig
-from neox_core.storage.object_store import ObjectInfo
 from neox_core.train.job import TrainJob
 from tests.distributed import rendezvous_ports, run_ranks
-from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
+from tests.gpu.folder_store import run_job
+from tests.neox_core.train.small_jobs import SOURCES, rows, write_data
 from tests.neox_core.train.small_training import MODELS, config_for
 
 pytestmark = [
@@ -28,42 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 STEPS, INTERVAL = 9, 4
-SIZES = {"hidden_size": 1024, "num_layers": 6, "intermediate_size": 2816, "num_kv_heads": 4}
+SIZES = {"hidden_size": 1024, "head_dim": 128, "num_layers": 6, "intermediate_size": 2816, "num_kv_heads": 4}
 """Weights that fill more memory than all else, so that a second copy of anything would show."""
-
-
-class FolderStore:
-    """What a job uses of an object store, in the folder that the URL ends with: the server is not what is tested."""
-
-    def __init__(self, config: StorageConfig) -> None:
-        self._folder = Path("/" + config.url.removeprefix("s3://folder/"))
-
-    def url(self, key: str = "") -> str:
-        return str(self._folder / key)
-
-    def put_file(self, path: Path, key: str, on_bytes: Callable[[int], None]) -> None:
-        self.put_text(key, "")
-        shutil.copyfile(path, self._folder / key)
-
-    def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._folder / key, path)
-
-    def put_text(self, key: str, text: str) -> None:
-        (self._folder / key).parent.mkdir(parents=True, exist_ok=True)
-        (self._folder / key).write_text(text)
-
-    def get_text(self, key: str) -> str | None:
-        return (self._folder / key).read_text() if (self._folder / key).is_file() else None
-
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
-        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
-        found = [ObjectInfo(str(path.relative_to(self._folder)), path.stat().st_size) for path in files]
-        return [info for info in found if info.key.startswith(prefix)]
-
-    def delete(self, keys: list[str]) -> None:
-        for key in keys:
-            (self._folder / key).unlink()
 
 
 def config(folder: Path) -> RunConfig:
@@ -80,11 +43,6 @@ def config(folder: Path) -> RunConfig:
             "wandb": base.wandb.model_copy(update={"mode": "disabled"}),
         }
     )
-
-
-def run_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
-    with patch("neox_core.train.run.ObjectStore", FolderStore):
-        return train_job(config, job, kill_at, port)
 
 
 def test_a_killed_job_goes_on_with_the_same_losses_in_the_same_memory(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from neox_core.errors import ConfigError, LaunchError
 from tasks.jobs.executor import Resources
 from tasks.jobs.slurm import SlurmExecutor
 from tasks.preflight import check_run, check_workdir, note_tokenizer
-from tasks.tokenization.estimate import estimated_tokens, warn_of_repeats
+from tasks.tokenization.estimate import check_repeats, estimated_tokens
 from tests.neox_core.data.tokenization.test_tokenizer import train_model
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 from tests.tasks.tokenization.test_tokenize import small
@@ -42,14 +42,16 @@ def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog:
     config = with_train(small(tmp_path), steps=10**6)
     sizes = dict.fromkeys(config.data.sources, 10**12)
     files = [InputFile(name, "train", "a.jsonl", f"/in/{name}", size) for name, size in sizes.items()]
-    warn_of_repeats(files, config)
+    check_repeats(files, config)
     assert not caplog.records
     poor = files[0].source
-    warn_of_repeats([InputFile(poor, "train", "a.jsonl.zst", "/in/a", 30), *files[1:]], config)
+    check_repeats([InputFile(poor, "train", "a.jsonl.zst", "/in/a", 30), *files[1:]], config)
     (message,) = caplog.messages
     assert f"source '{poor}' holds about 35 tokens" in message
     assert "lower its weight or train.steps" in message
     assert estimated_tokens([], "none") == 1
+    with pytest.raises(ConfigError, match=rf"'{poor}': its files hold 30 bytes, .* raise data.max_epochs"):
+        check_repeats([InputFile(poor, "train", "a.jsonl", "/in/a", 30), *files[1:]], config)
 
 
 def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from neox_core.artifact import Artifact, FileRecord
-from neox_core.checkpoint.manifest import Manifest, object_key, publish_manifest
+from neox_core.checkpoint.manifest import Manifest, checkpoint_key, object_key, publish_manifest
 from neox_core.config import StorageConfig, load_config
 from neox_core.storage.object_store import ObjectStore
 from tasks.identity.current import note_current
@@ -42,12 +42,12 @@ def path(tmp_path: Path, storage_config: StorageConfig) -> Path:
     training = resolve_training(config)
     for step in (4, 8):
         publish(training.store, training.prefix, training.fingerprint, step)
-    training.store.put_text(object_key(training.prefix, 12, "state.pt"), "half")
+    training.store.put_text(object_key(training.prefix, checkpoint_key(12), "state.pt"), "half")
     return path
 
 
 def publish(store: ObjectStore, prefix: str, fingerprint: str, step: int) -> None:
-    store.put_bytes(object_key(prefix, step, "state.pt"), CONTENT)
+    store.put_bytes(object_key(prefix, checkpoint_key(step), "state.pt"), CONTENT)
     files = (FileRecord("state.pt", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),)
     publish_manifest(store, prefix, Manifest(step, 8 * step, files, layout={}, fingerprint=fingerprint, config={}))
 
@@ -75,7 +75,7 @@ def test_damage_is_found(llemma: Command, path: Path) -> None:
     status, output, _ = llemma("verify")
     assert (status, "every file is as it was written" in output) == (0, True)
     training = resolve_training(load_config(path))
-    training.store.put_bytes(object_key(training.prefix, 4, "state.pt"), CONTENT[:-1] + b"?")
+    training.store.put_bytes(object_key(training.prefix, checkpoint_key(4), "state.pt"), CONTENT[:-1] + b"?")
     assert llemma("verify", "--step", "8")[0] == 0
     status, _, error = llemma("verify", "--step", "4")
     assert (status, "step 4: 1 files are not what was written: state.pt" in error) == (1, True)

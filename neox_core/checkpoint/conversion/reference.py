@@ -268,6 +268,7 @@ def whole_llama(reference: Reference) -> Any:
     for number in range(reference.config.num_hidden_layers):
         state |= {f"model.layers.{number}.{name}": make() for name, make in reference.layer(number).items()}
     llama.load_state_dict(state, strict=True, assign=True)
+    llama.tie_weights()  # where config.json says so; assigning made two of them
     return llama.eval()
 
 

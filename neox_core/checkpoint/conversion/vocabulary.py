@@ -21,6 +21,7 @@ from neox_core.errors import ConfigError
 NewTokens = Literal["mean", "normal", "zeros"]
 _STD = 0.02
 _CHUNK_ROWS = 1024
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def new_rows(method: NewTokens, weights: ModelWeights) -> NewRows:
@@ -37,8 +38,9 @@ def new_rows(method: NewTokens, weights: ModelWeights) -> NewRows:
         elif method == "zeros":
             out.zero_()
         else:
+            name = _EMBEDDING if weights.model.tied_embeddings else whole
             for number, row in enumerate(rows):
-                generator = torch.Generator().manual_seed(row + len(whole) * 2**32)
+                generator = torch.Generator().manual_seed(row + len(name) * 2**32)
                 out[number].copy_(torch.randn(out.shape[1], generator=generator) * _STD)
 
     return fill

@@ -49,9 +49,8 @@ class HuggingFaceCheckpoint:
         tensors = {
             name: tensor for name, tensor in _open_all(folder, self.files).items() if not name.endswith(_ROPE_TABLE)
         }
-        tied = config.get("tie_word_embeddings") is True
-        self._tied_head: StoredTensor | None = tensors.get(_OUTPUT) if tied else None
-        if tied:
+        self._tied_head: StoredTensor | None = tensors.get(_OUTPUT) if self.model.tied_embeddings else None
+        if self.model.tied_embeddings:
             tensors[_OUTPUT] = tensors.get(_EMBEDDING)
         locator = Locator(str(folder), self.model, Form.HUGGINGFACE, 1, hint=f"is {CONFIG_FILE} this model's?")
         locator.add(0, lambda _, name: tensors.get(name))
@@ -96,7 +95,8 @@ def _open_all(folder: Folder, found: ModelFiles) -> dict[str, Any]:
 
 def huggingface_files(weights: ModelWeights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:
     """The files of weights: one, or several of whole layers that stay under `limit` bytes where one layer does."""
-    groups = list(_group(list(iterate_layers(model)), model, dtype.itemsize, limit))
+    layers = [layer for layer in iterate_layers(model) if not layer.tied]
+    groups = list(_group(layers, model, dtype.itemsize, limit))
     names = (
         [WEIGHTS_FILE]
         if len(groups) == 1

@@ -68,6 +68,7 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
             rope_theta=_rope_theta(values),
             rope_scaling=_rope_scaling(values),
             norm_eps=values.number("rms_norm_eps", _DEFAULT_NORM_EPS),
+            tied_embeddings=values.flag("tie_word_embeddings"),
         )
 
 
@@ -88,7 +89,6 @@ def _family(values: Values, name: Any) -> Family:
     for key, value in expected.items():
         if found[key] not in (None, value):
             raise CheckpointError(f"{values.path}: {key} is {found[key]!r}, but only {value!r} is supported")
-    values.flag("tie_word_embeddings")
     return FAMILIES[name]
 
 
@@ -172,7 +172,7 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
         rms_norm_eps=model.norm_eps,
         max_position_embeddings=sequence_length,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
-        tie_word_embeddings=False,
+        tie_word_embeddings=model.tied_embeddings,
         **further,
     )
 

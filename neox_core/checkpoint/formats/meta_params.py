@@ -72,6 +72,8 @@ def meta_params(model: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: Meta's format has no words for it.
     """
+    if model.tied_embeddings:
+        raise ConfigError("Meta's format has no word for tied embeddings: export to Hugging Face's format")
     if model.family != "llama" or model.head_dim * model.num_attention_heads != model.hidden_size:
         raise ConfigError(
             f"Meta's format holds Llama with heads of hidden_size / num_attention_heads, not {model.family} with heads "

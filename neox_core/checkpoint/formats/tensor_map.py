@@ -128,6 +128,8 @@ class Layer:
     tensors: tuple[TensorLayout, ...]
     meta_prefix: str
     huggingface_prefix: str
+    tied: bool = False
+    """Its tensor is the embedding's: NeoX's files have both, Hugging Face's and the optimizer one."""
 
     def name(self, tensor: TensorLayout, form: Form) -> str:
         """Full name of one of its tensors in a form's files; NeoX's lacks `sequential.{index}.`, which not all have."""
@@ -147,7 +149,7 @@ def iterate_layers(model: ModelConfig) -> Iterator[Layer]:
     for number in range(layers):
         yield Layer(number + 2, block, f"layers.{number}.", f"model.layers.{number}.")
     yield Layer(layers + 3, _FINAL_NORM, "", "model.")
-    yield Layer(layers + 4, _OUTPUT, "", "")
+    yield Layer(layers + 4, _OUTPUT, "", "", model.tied_embeddings)
 
 
 @dataclass(frozen=True)

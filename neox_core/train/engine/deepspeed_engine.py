@@ -18,6 +18,7 @@ from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
 from neox_core.train.engine.setup import attach_deepspeed, deepspeed_config
+from neox_core.train.engine.tied_head import tie_head
 from neox_core.train.engine.training_engine import TrainingEngine
 from neox_core.train.engine.verification import verify_loaded
 
@@ -50,6 +51,8 @@ def build_engine(
         config=settings,
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
+    if config.model.tied_embeddings:
+        engine.optimizer.tied_head = tie_head(module, engine.optimizer, mesh)
     verify_loaded(engine)
     norms = GradientNorms(module, engine.optimizer, config.model, mesh)
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
@@ -76,7 +79,8 @@ class ParameterGroups(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
-        decays = [(parameter, sharding_of(parameter, name).decays) for name, parameter in module.named_parameters()]
+        marked = [(parameter, sharding_of(parameter, name)) for name, parameter in module.named_parameters()]
+        decays = [(parameter, sharding.decays) for parameter, sharding in marked if not sharding.tied]
         groups: list[dict[str, Any]] = [
             {"params": [p for p, decayed in decays if decayed], "weight_decay": config.weight_decay},
             {"params": [p for p, decayed in decays if not decayed], "weight_decay": 0.0},

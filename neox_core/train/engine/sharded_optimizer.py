@@ -17,6 +17,7 @@ from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
 from neox_core.train.engine.outcome import pack_outcome
+from neox_core.train.engine.tied_head import TiedHead
 
 MATRICES, NORMS = 0, 1
 """Parameter groups: with weight decay and without. How ranks hold a parameter, its mark says (parallel/sharding.py)."""
@@ -77,12 +78,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self._summed: list[ReplicatedGradients] = []
         for rank, gradient, group in zip(own, self.fp32_groups_gradient_flat_partition, self.bf16_groups, strict=True):
             self._replicate(gradient, rank * gradient.numel(), group)
+        self.tied_head: TiedHead | None = None
+        """Of a model with tied embeddings, where this stage has a part in it."""
         self.loss_share = torch.zeros((), device=mesh.device)
         """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
         self.loss_limit = torch.full((), torch.inf, device=mesh.device)
         """A loss above it stops the update too."""
         self.group_squares: Callable[[], Tensor] = partial(torch.zeros, 0, device=mesh.device)
         """This rank's share of the squared gradient norm of groups of layers, [groups]."""
+        self.copied: torch.cuda.Event | None = None
+        """Of a stream that copies the state: the next update waits for it."""
         self.outcome = torch.zeros(0)
         """Of the last step, see outcome.py."""
         if mesh.device.type == "cuda":
@@ -116,9 +121,16 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         if group == MATRICES:
             self.reduction.on_gradient(parameter)
 
+    @property
+    def overlaps(self) -> bool:
+        """What is complete is averaged while the last backward pass of a step goes on. Not where a part of the
+        embedding's gradient is still to come from another stage."""
+        awaits = self.tied_head is not None and self.tied_head.awaits_gradient
+        return self._mesh.data_size > 1 and not awaits
+
     def begin_reduction(self) -> None:
-        """The last backward pass of a step comes: what is complete can be reduced meanwhile."""
-        if self._mesh.data_size > 1:
+        """The last backward pass of a step comes."""
+        if self.overlaps:
             self.reduction.begin()
 
     @torch.no_grad()
@@ -128,8 +140,10 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         Args:
             begun: by `begin_reduction`; False: the matrices' are averaged already.
         """
+        if self.tied_head is not None:
+            self.tied_head.sum_gradients()
         if self._mesh.data_size > 1:
-            if begun:
+            if begun or not self.overlaps:
                 self.reduction.finish()
             norms, group = self.fp32_groups_gradients_flat[NORMS], self.real_dp_process_group[NORMS]
             own = self.fp32_groups_gradient_flat_partition[NORMS]
@@ -155,6 +169,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         loss, norm = total[1], total[2].sqrt()
         applied = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self.loss_limit)
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) / share
+        if self.copied is not None:
+            self.copied.wait(torch.cuda.current_stream())
+            self.copied = None
         self._update(torch.where(applied, scale, 0.0).float(), applied)
         self.gather()
         self.clear_hp_grads()
@@ -186,11 +203,13 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             state["step"] += applied
 
     def gather(self) -> None:
-        """Give every data-parallel rank the others' updated parameters."""
-        if self._mesh.data_size == 1:
-            return
-        for flat, master, group in zip(self.bf16_groups_flat, self.masters, self.real_dp_process_group, strict=True):
-            dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+        """Give every data-parallel rank the others' updated parameters, and a tied head the embedding's."""
+        if self._mesh.data_size > 1:
+            groups = self.real_dp_process_group
+            for flat, master, group in zip(self.bf16_groups_flat, self.masters, groups, strict=True):
+                dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+        if self.tied_head is not None:
+            self.tied_head.copy_weight()
 
     def forget(self) -> None:
         """Take the parameters as the master weights, and be as before the first step."""
@@ -233,9 +252,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         return any(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """As DeepSpeed's, with the master weights in fp32."""
+        """As DeepSpeed's, with the master weights as what copies them in fp32."""
         state = super().state_dict()
-        state["single_partition_of_fp32_groups"] = [master.to_host() for master in self.masters]
+        state["single_partition_of_fp32_groups"] = list(self.masters)
         return state
 
     def _load_legacy_checkpoint(self, states: list[Any], load_optimizer_states: bool, load_from_fp32: bool) -> None:

@@ -84,7 +84,8 @@ class StepEngine(Protocol):
         Args:
             folder, tag: the files' paths are `folder/tag/<name>`.
             notes: JSON values that are kept with the state.
-            take: copies the tensors, or has the current stream copy them, before it returns.
+            take: copies the tensors, or has the current stream copy them, before it returns. Numbers that are not a
+                tensor in memory come as what copies them (checkpoint/host_memory.py).
 
         Raises:
             TrainingError: `load_state` would not take the state, as of NaNs; nothing is handed over.

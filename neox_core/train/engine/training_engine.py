@@ -47,6 +47,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
         self._backward_passes = self._evaluated = 0
         self._graphs: GraphedStage | None = None
+        self._copies = torch.cuda.Stream() if mesh.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._on_phase: Callable[[str], None] = _nobody
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
@@ -58,7 +59,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         if reason := why_not(self, self._mesh.device):
             logger.info("CUDA graphs: off, since %s", reason)
         else:
-            self._graphs = GraphedStage(self, reduces=self._mesh.data_size > 1)
+            self._graphs = GraphedStage(self, reduces=self.optimizer.overlaps)
 
     def close(self) -> None:
         """Graphs refer to communicators, whose end would wait for theirs."""
@@ -118,10 +119,15 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         verify_loaded(self)
 
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
-        """In DeepSpeed's files; none points at the newest."""
+        """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, beside the next step up
+        to its update."""
         verify_before_save(self, tag)
-        self.checkpoint_engine = StateFiles(take)
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream())
+        self.checkpoint_engine = StateFiles(take, self._copies)
         self.save_checkpoint(str(folder), tag=tag, client_state=dict(notes), save_latest=False)
+        if self._copies is not None:
+            self.optimizer.copied = self._copies.record_event()
 
     def load_state(self, folder: Path, tag: str) -> None:
         """From DeepSpeed's files."""

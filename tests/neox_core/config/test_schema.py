@@ -221,7 +221,7 @@ FIELDS = {
     "BaseModelConfig": 5,
     "RopeScalingConfig": 8,
     "ModelConfig": 13,
-    "ParallelConfig": 4,
+    "ParallelConfig": 5,
     "TrainConfig": 24,
     "ProfileConfig": 3,
     "OptimizerConfig": 5,

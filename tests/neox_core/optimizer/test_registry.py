@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.config import OptimizerConfig, RunConfig, batch_geometry
 from neox_core.errors import ConfigError
 from neox_core.optimizer import MasterWeights, UpdateStep, register_optimizer, update_rule
@@ -72,7 +73,7 @@ def train_rank(shards: Path, folder: Path) -> dict[str, Any]:
 
     def write(content: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
+        torch.save(HostBuffers().copy(content), path)
 
     engine.save_state(folder, "global_step2", {}, write)
     torch.distributed.barrier()

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from neox_core.checkpoint.formats.huggingface_config import transformers_config
 from neox_core.config import BatchGeometry, ModelConfig, RunConfig, TrainChange, load_config
 from neox_core.errors import ConfigError
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
@@ -33,29 +34,20 @@ def memory_of(config: RunConfig, geometry: BatchGeometry, stage: int) -> Memory:
     return stage_memory(config, geometry, stage, layer_modes(config, geometry, stage, None))
 
 
-def transformers_model(model: ModelConfig) -> LlamaForCausalLM:
+def transformers_model(model: ModelConfig) -> Any:
     with torch.device("meta"):
-        return LlamaForCausalLM(
-            LlamaConfig(
-                num_hidden_layers=model.num_layers,
-                hidden_size=model.hidden_size,
-                num_attention_heads=model.num_attention_heads,
-                num_key_value_heads=model.num_kv_heads,
-                intermediate_size=model.intermediate_size,
-                vocab_size=model.vocab_size,
-                tie_word_embeddings=False,
-            )
-        )
+        return AutoModelForCausalLM.from_config(transformers_config(model, sequence_length=8))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "llama3_8b", "qwen3_8b", "smollm2"])
 def test_parameter_count_equals_transformers(name: str) -> None:
     model = load(name).model
     reference = transformers_model(model)
     total = sum(parameter.numel() for parameter in reference.parameters())
     embedding = reference.get_input_embeddings().weight.numel()
     assert parameter_count(model) == total
-    assert parameter_count(model, input_embedding=False) == total - embedding
+    # A tied head is multiplied with as any other.
+    assert parameter_count(model, input_embedding=False) == total - (0 if model.tied_embeddings else embedding)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (8, 4), (4, 5), (16, 1)])

@@ -30,11 +30,26 @@ def changed(layers: int, accumulation: int, pipeline: int, **train: Any) -> RunC
     )
 
 
+def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
+    """Another configuration with two layers."""
+    config = load_config(CONFIGS / f"{name}.yml")
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"num_layers": 2} | model),
+            "train": config.train.model_copy(update={"global_batch_tokens": 8192 * 64}),
+            "parallel": config.parallel.model_copy(update={"pipeline": pipeline}),
+        }
+    )
+
+
 @pytest.mark.parametrize(
     "config",
     [
         pytest.param(changed(2, 2, pipeline=1, activation_checkpointing="full"), id="TP 8 x DP 32"),
         pytest.param(changed(5, 4, pipeline=4, activation_checkpointing="selective"), id="TP 8 x PP 4 x DP 8"),
+        pytest.param(of("llama3_8b", tied_embeddings=True), id="tied embeddings, on one stage"),
+        pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),
+        pytest.param(of("qwen3_8b"), id="Qwen 3"),
     ],
 )
 def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:

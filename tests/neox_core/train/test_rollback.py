@@ -17,7 +17,7 @@ import pytest
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
-from neox_core.checkpoint.manifest import list_checkpoints, object_key
+from neox_core.checkpoint.manifest import checkpoint_key, list_checkpoints, object_key
 from neox_core.config import DataConfig, GuardConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences
@@ -71,7 +71,7 @@ def train_jobs(config: RunConfig, jobs: list[tuple[TrainJob, int | None]], ports
     for (job, kill_at), port in zip(jobs, ports, strict=True):
         if job is jobs[-1][0] and os.environ["RANK"] == "0":  # which decides from where a job resumes
             store = ObjectStore(config.storage)
-            store.delete([info.key for info in store.list(object_key(job.prefix, STEPS, ""))])
+            store.delete([info.key for info in store.list(object_key(job.prefix, checkpoint_key(STEPS), ""))])
         with poisonous():
             results.append(train_job(config, job, kill_at, port))
     return results

@@ -129,7 +129,7 @@ def test_a_store_that_stays_away_ends_the_job_with_a_checkpoint_on_disk(
     run = small_config(storage_config)
     job = prepare(run, tmp_path)
     with faulty_s3(str(storage_config.endpoint_url)) as proxy:
-        proxy.trigger = (f"global_step{INTERVAL}/", "503")
+        proxy.trigger = (f"global_step{INTERVAL}-1/", "503")
         storage = storage_config.model_copy(update={"endpoint_url": proxy.url, "patience_minutes": 0.02})
         away = run.model_copy(update={"storage": storage})
         results = run_ranks(without_store, 2, away, run, job, rendezvous_ports(2))
@@ -201,3 +201,44 @@ def test_the_scheduler_says_when_the_job_ends() -> None:
     assert end_time({LOCAL_END_TIME: "1700000000.5"}) == 1700000000.5
     assert end_time({"SLURM_JOB_END_TIME": "Unknown"}) is None
     assert end_time({}) is None
+
+
+def superseded_jobs(config: RunConfig, whole: TrainJob, job: TrainJob, ports: list[int]) -> list[Any]:
+    """An undisturbed job; one in whose midst another job of its training comes; and one to the end."""
+    from neox_core.checkpoint.lease import Lease
+    from neox_core.parallel.shared_store import shared_store
+
+    found = [train_job(config, whole, None, ports[0])]
+
+    def other_comes() -> None:
+        if os.environ["RANK"] == "0":
+            channel, deadline = shared_store("stopping"), time.monotonic() + 60
+            while not list_checkpoints(ObjectStore(config.storage), job.prefix) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            Lease(config.storage, job.prefix, lambda _: None)
+            while not channel.check(["request"]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    with after_step(INTERVAL + 1, other_comes):
+        found.append(train_job(config, job, None, ports[1]))
+    found.append(train_job(config, job, None, ports[2]))
+    return found
+
+
+def test_a_job_stops_when_another_one_of_its_training_comes(
+    storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
+) -> None:
+    run = small_config(storage_config)
+    whole = prepare(run, tmp_path)
+    job = replace(whole, fingerprint="b" * 64, output=tmp_path / "superseded")
+    for _, (message, begun), (started, again) in run_ranks(superseded_jobs, 2, run, whole, job, rendezvous_ports(3)):
+        assert "is written by another job of this training now, number 2" in message
+        assert "this one, number 1, stops" in message
+        assert "\n" not in message
+        assert INTERVAL + 1 <= begun[-1] < STEPS
+        # What it had done since its last save is done again, by the job that came then.
+        assert (started, again) == (INTERVAL, list(range(INTERVAL + 1, STEPS + 1)))
+    names = [manifest.name for manifest in list_checkpoints(store, job.prefix)]
+    assert names == [f"global_step{INTERVAL}-1", f"global_step{STEPS}-3"]
+    values = [{step: row["train/loss"] for step, row in rows(job).items()} for job in (whole, job)]
+    assert values[0] == values[1]

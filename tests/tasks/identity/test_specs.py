@@ -87,6 +87,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.sliding_window": (512, CONVERT),
     "parallel.tensor": (1, CONVERT),
     "parallel.sequence": (False, NOTHING),
+    "parallel.overlap": ("off", NOTHING),
     "parallel.pipeline": (2, CONVERT),
     "parallel.pipeline_layers": ((3, 1), NOTHING),
     "train.steps": (101, TRAIN),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,6 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
     "llama 2:1": {"model_type": "llama"},
     "llama 3:1": {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 12},
     "llama 7:1, wide heads": {"model_type": "llama", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
+    "llama tied": {
+        "model_type": "llama",
+        "hidden_size": 96,
+        "num_attention_heads": 12,
+        "tie_word_embeddings": True,
+    },
     "llama with yarn": {
         "model_type": "llama",
         "rope_parameters": {
@@ -73,6 +79,8 @@ def test_round_trip_keeps_every_bit(case: str, tensor: int, pipeline: int, tmp_p
     export_huggingface(tmp_path / "neox", tmp_path / "hf", model, None, 256)
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert exported.keys() == original.keys()
+    tied = json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == ("lm_head.weight" not in exported)
     assert all(torch.equal(exported[name], value) for name, value in original.items())
     assert open_source(tmp_path / "hf").model == model
 
@@ -102,6 +110,35 @@ def wrong_groups(weights: dict[str, torch.Tensor]) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     by_group = weights[name].view(4, 3, 8, -1)
     weights[name] = by_group.transpose(0, 1).reshape(weights[name].shape).contiguous()
+
+
+def another_head(shards: Path, model: ModelConfig) -> None:
+    """The head of a tied model, changed in NeoX's files, which have it beside the embedding."""
+    (path,) = shards.rglob("mp_rank_00_model_states.pt")
+    content = torch.load(path)
+    content["module"][f"sequential.{model.num_layers + 4}.final_linear.weight"][7] *= 1.1
+    torch.save(content, path)
+
+
+def test_another_head_than_the_embedding_is_caught(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", **CASES["llama tied"])
+    model = open_source(tmp_path / "base").model
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    another_head(tmp_path / "neox", model)
+    export_huggingface(tmp_path / "neox", tmp_path / "hf", model, None, 256)
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "hf", model)
+
+
+@pytest.mark.parametrize("method", ["mean", "normal", "zeros"])
+def test_new_tokens_of_a_tied_model_are_tied(method: Literal["mean", "normal", "zeros"], tmp_path: Path) -> None:
+    write_model(tmp_path / "base", **CASES["llama tied"])
+    model = open_source(tmp_path / "base").model.model_copy(update={"vocab_size": 132})
+    convert(
+        tmp_path / "base", tmp_path / "neox", model, ParallelConfig(), base_vocab_size=128, new_tokens=method
+    )  # fmt: skip
+    weights = NeoxCheckpoint(tmp_path / "neox").weights(model)
+    assert torch.equal(weights.tensor("lm_head.weight"), weights.tensor("model.embed_tokens.weight"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +186,7 @@ def test_a_mistral_without_a_window_key_has_the_family_s_default(tmp_path: Path)
 
 def test_later_settings_leave_the_identity_of_older_models(model_of: Callable[..., ModelConfig]) -> None:
     content = model_of().model_dump(mode="json")
-    assert not content.keys() & {"family", "head_dim", "sliding_window"}
+    assert not content.keys() & {"family", "head_dim", "sliding_window", "tied_embeddings"}
     assert ModelConfig(**content) == model_of()
     changed = model_of(family="qwen3", head_dim=32)
     assert ModelConfig(**changed.model_dump(mode="json")) == changed
@@ -160,3 +197,5 @@ def test_metas_format_has_no_words_for_other_families(model_of: Callable[..., Mo
 
     with pytest.raises(ConfigError, match="not qwen2 with heads of 8"):
         meta_params(model_of(family="qwen2"))
+    with pytest.raises(ConfigError, match="no word for tied embeddings"):
+        meta_params(model_of(tied_embeddings=True))

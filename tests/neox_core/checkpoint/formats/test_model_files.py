@@ -18,7 +18,7 @@ from neox_core.checkpoint.conversion.proof import prove_conversion
 from neox_core.checkpoint.formats.model_files import model_files
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ParallelConfig
-from neox_core.errors import CheckpointError
+from neox_core.errors import CheckpointError, ConfigError
 from neox_core.storage.folders import LocalFolder
 
 WriteBase = Callable[..., Any]
@@ -85,14 +85,17 @@ def test_a_tied_model_with_another_head(write_base: WriteBase, tmp_path: Path) -
     base = huggingface(write_base, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match=r"says tie_word_embeddings, but lm_head\.weight is not model\.embed"):
+    with pytest.raises(ConfigError, match=r"tied_embeddings False \(source: True\)"):
         convert(folder, tmp_path / "again", base.model, ParallelConfig())
+    model = base.model.model_copy(update={"tied_embeddings": True})
+    with pytest.raises(CheckpointError, match=r"says tie_word_embeddings, but lm_head\.weight is not model\.embed"):
+        convert(folder, tmp_path / "again", model, ParallelConfig())
     assert not (tmp_path / "again").exists()
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors")
-    convert(folder, tmp_path / "again", base.model, ParallelConfig())
-    assert prove_conversion(folder, NeoxCheckpoint(tmp_path / "again"), base.model)
+    convert(folder, tmp_path / "again", model, ParallelConfig())
+    assert prove_conversion(folder, NeoxCheckpoint(tmp_path / "again"), model)
 
 
 def test_norms_in_fp32_beside_half_weights_are_rounded(write_base: WriteBase, tmp_path: Path) -> None:

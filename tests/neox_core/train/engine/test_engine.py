@@ -12,6 +12,7 @@ from torch import nn
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.config import OptimizerConfig, ParallelConfig, RunConfig, batch_geometry
 from neox_core.parallel.sharding import ROWS, TOKEN_NORM, set_sharding
 from neox_core.train.engine.deepspeed_engine import ParameterGroups
@@ -135,7 +136,7 @@ def moments(engine: Any) -> list[int]:
 def write(content: Any, path: Path) -> None:
     """Save a file of the state."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    torch.save(HostBuffers().copy(content), path)
 
 
 def go_on_and_resume(config: RunConfig, shards: Path, folder: Path) -> list[Any]:

@@ -19,13 +19,18 @@ from tests.neox_core.checkpoint.conversion.test_families import CASES, write_mod
 from tests.neox_core.train import plain_training
 from tests.neox_core.train.small_training import SEQUENCE, STEPS, config_for, rank_batches, tokens
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1)]
-TRAINED = ["llama 3:1", "mistral", "qwen2", "qwen3", "qwen3 3:1"]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
+IN_PRODUCTS = [(1, 1, 1), (2, 2, 1)]
+TRAINED = ["llama 3:1", "llama tied", "mistral", "qwen2", "qwen3", "qwen3 3:1"]
 RATE = 1e-3
 
 
-def train_rank(config: RunConfig, shards: Path, in_products: bool) -> dict[str, Any]:
-    """One rank's losses and gradient norms."""
+def train_rank(runs: list[tuple[RunConfig, Path]], in_products: bool) -> list[dict[str, Any]]:
+    """One rank's losses and gradient norms in each training; its gradients by autograd or added by the products."""
+    return [_train(config, shards, in_products) for config, shards in runs]
+
+
+def _train(config: RunConfig, shards: Path, in_products: bool) -> dict[str, Any]:
     from neox_core.parallel.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
 
@@ -56,15 +61,26 @@ def plain_loop(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
+    """Every family's base, and what a plain loop makes of it."""
+    folders = {case: tmp_path_factory.mktemp("base") for case in TRAINED}
+    for case, folder in folders.items():
+        write_model(folder, **CASES[case])
+    return {folder: plain_loop(folder) for folder in folders.values()}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_equals_a_plain_loop(case: str, layout: tuple[int, int, int], tmp_path: Path) -> None:
-    write_model(tmp_path / "base", **CASES[case])
-    model = open_source(tmp_path / "base").model
-    config = config_for("gqa", *layout, activation_checkpointing="selective").model_copy(update={"model": model})
-    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig(tensor=layout[0], pipeline=layout[1]))
-    expected = plain_loop(tmp_path / "base")
-    for in_products in (False, True):
-        for rank in run_ranks(train_rank, math.prod(layout), config, tmp_path / "neox", in_products):
-            np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
-            np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=1e-5)
+def test_training_equals_a_plain_loop(
+    layout: tuple[int, int, int], bases: dict[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    runs = []
+    for number, base in enumerate(bases):
+        model, shards = open_source(base).model, tmp_path / str(number)
+        config = config_for("gqa", *layout, activation_checkpointing="selective").model_copy(update={"model": model})
+        convert(base, shards, model, ParallelConfig(tensor=layout[0], pipeline=layout[1]))
+        runs.append((config, shards))
+    for rank in run_ranks(train_rank, math.prod(layout), runs, layout in IN_PRODUCTS):
+        for case, found, expected in zip(TRAINED, rank, bases.values(), strict=True):
+            np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5, err_msg=case)
+            np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-5, err_msg=case)

@@ -13,6 +13,7 @@ import torch
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.checkpoint.partitions import Layout, Place, flat_groups
 from neox_core.config import RunConfig, batch_geometry
 from tests.distributed import run_ranks
@@ -39,7 +40,7 @@ KINDS = [
 def write(content: Any, path: Path) -> None:
     """Save a file of the state."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    torch.save(HostBuffers().copy(content), path)
 
 
 class Run:

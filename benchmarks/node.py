@@ -1,0 +1,135 @@
+"""Measures a node of any number of GPUs, call by call, and holds the planner's predictions against what it finds.
+
+    python -m benchmarks.node results.jsonl                 # as many rows as fit 9 minutes; again: those that are left
+    python -m benchmarks.node results.jsonl --minutes 55
+    python -m benchmarks.node results.jsonl --table         # what there is, measured and predicted
+    python -m benchmarks.node toy.jsonl --toy               # two ranks on CPUs, to try it
+
+First the node itself (`llemma plan --calibrate`: products, attention and copies on all GPUs at once, exchanges), whose
+figures also go to `results.hardware.json`, for `llemma plan --hardware`. Then one training step after the other
+(benchmarks/train_step.py): one GPU, and every layout that divides the GPUs, of the 7B (all layers where memory allows)
+and of a slice of the 34B, with the micro batch and recomputation that the planner takes for the fastest, with CUDA
+graphs and overlap and without each; then the peers (benchmarks/peers.py). Each row is one line of JSON, written when it
+is there; a row that failed is not tried again unless `--retry` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.node_rows import Row, rows, table
+from benchmarks.train_step import parse_options, run_config
+from neox_core.planning.calibration import calibrate
+from neox_core.planning.hardware import Hardware, load_hardware
+
+ROOT = Path(__file__).parents[1]
+MODELS = ("7b", "34b-slice")
+ROW_SECONDS, PEER_SECONDS = 150, 420
+"""What a row may take at most; none is begun with less time left."""
+
+
+def main() -> None:
+    """Measure what is not in the file yet, for as long as there is time, and print the table."""
+    options = _options()
+    deadline = time.monotonic() + 60 * options.minutes
+    gpus = options.gpus or torch.cuda.device_count() or 2
+    results = {result["key"]: result for result in _read(options.results)}
+    hardware = _hardware(options, gpus)
+    models = ("tiny",) if options.toy else MODELS
+    left = 0
+    if not options.table:
+        wanted: list[Row | str] = [*rows(gpus, hardware, models, options.toy), *(() if options.toy else models)]
+        for row in wanted:
+            key = row if isinstance(row, str) else row.key
+            found = results.get(f"peers of {key}" if isinstance(row, str) else key)
+            if found and not ("failed" in found and options.retry):
+                continue
+            limit = PEER_SECONDS if isinstance(row, str) else ROW_SECONDS
+            if time.monotonic() + limit > deadline:
+                left += 1
+                continue
+            result = _peers(row) if isinstance(row, str) else _measure(row)
+            results[result["key"]] = result
+            with options.results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            sys.stdout.write(f"{result['key']}: {result.get('tokens_per_second', result.get('failed', ''))}\n")
+            sys.stdout.flush()
+    sys.stdout.write(table(list(results.values()), hardware) + "\n")
+    if left:
+        sys.stdout.write(f"{left} rows are left: run the same command again\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="file to which rows are added")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all rows of this call")
+    parser.add_argument("--gpus", type=int, help="fewer than there are")
+    parser.add_argument("--retry", action="store_true", help="measure rows again that failed")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    parser.add_argument("--toy", action="store_true", help="a model of two layers, on CPUs where there is no GPU")
+    return parser.parse_args()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Of rows that are there more than once, the last counts; a line that was cut off does not."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            sys.stderr.write(f"{path}: a line is incomplete, as after a call that was ended: {line[:60]}\n")
+    return found
+
+
+def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
+    """This node's figures, measured once."""
+    path = options.results.with_suffix(".hardware.json")
+    if not path.exists():
+        name = "tiny" if options.toy else "7b"
+        shapes = run_config(parse_options([name, "--micro-batch", "2"]), gpus)
+        calibrate(shapes, seconds=0.2 if options.toy else 8.0).save(path)
+    return load_hardware(str(path))
+
+
+def _measure(row: Row) -> dict[str, Any]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row.gpus)]
+    found = _run([*launch, "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
+    return found | {"key": row.key, "gpus": row.gpus, "arguments": row.arguments, "time": time.time()}
+
+
+def _peers(model: str) -> dict[str, Any]:
+    found = _run([sys.executable, "-m", "benchmarks.peers", model, "--micro-batch", "2"], PEER_SECONDS)
+    rates = {"peers": found["tokens_per_second"]} if "tokens_per_second" in found else found
+    return rates | {"key": f"peers of {model}", "time": time.time()}
+
+
+def _run(command: list[str], limit: float) -> dict[str, Any]:
+    """The JSON of a command's last such line, or how it failed. All that it started ends with it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        err += f"\nended after {limit} s"
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    if lines:  # a rank that does not end after its result does not spoil it
+        result: dict[str, Any] = json.loads(lines[-1])
+        return result
+    return {"failed": f"{out[-500:]}{err[-1500:]}"}
+
+
+if __name__ == "__main__":
+    main()

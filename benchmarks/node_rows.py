@@ -1,0 +1,145 @@
+"""What `benchmarks/node.py` measures on a number of GPUs, and the table of it beside the planner's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.train_step import parse_options, run_config
+from neox_core.config import RunConfig, batch_geometry
+from neox_core.planning.activation_checkpointing import layer_modes
+from neox_core.planning.hardware import Hardware
+from neox_core.planning.memory import RESERVED_BYTES, stage_memory
+from neox_core.planning.step_time import predict
+
+MICRO_BATCHES = (1, 2, 4)
+MODES = ("none", "selective", "full")
+TOY = ("--tokens", "1024", "--sequence-length", "64", "--steps", "3", "--gemm-seconds", "0.2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of `benchmarks.train_step`."""
+
+    gpus: int
+    arguments: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of results."""
+        return f"{self.gpus} x {' '.join(self.arguments)}"
+
+    @property
+    def config(self) -> RunConfig:
+        """What it runs."""
+        return run_config(parse_options(self.arguments), self.gpus)
+
+
+def rows(gpus: int, hardware: Hardware, models: Sequence[str], toy: bool) -> Iterator[Row]:
+    """One GPU, then every layout that divides the GPUs; each with graphs and overlap, and without one of them."""
+    for model in models:
+        for count in dict.fromkeys((1, gpus)):
+            for tensor in _powers_of_two(count):
+                for pipeline in _powers_of_two(count // tensor):
+                    row = _fastest(model, count, tensor, pipeline, hardware, toy)
+                    if row is not None:
+                        yield from _switched(row, tensor)
+
+
+def _switched(row: Row, tensor: int) -> Iterator[Row]:
+    yield row
+    yield Row(row.gpus, (*row.arguments, "--cuda-graphs", "off"))
+    if tensor > 1:
+        yield Row(row.gpus, (*row.arguments, "--overlap", "off"))
+
+
+def _fastest(model: str, gpus: int, tensor: int, pipeline: int, hardware: Hardware, toy: bool) -> Row | None:
+    """The layout with the micro batch and recomputation that are predicted to be fastest, in as many layers as fit."""
+    degrees = ("--tp", str(tensor), "--pp", str(pipeline), *(TOY if toy else ()))
+    whole = Row(gpus, (model, *degrees)).config.model.num_layers
+    for layers in (whole, whole * 3 // 4, whole // 2, whole // 4):
+        if layers < pipeline:
+            continue
+        candidates = [
+            Row(gpus, (model, "--layers", str(layers), *degrees, "--micro-batch", str(size), _MODE, mode))
+            for size in MICRO_BATCHES
+            for mode in MODES
+        ]
+        if fitting := [row for row in candidates if _divides(row.config) and planned_bytes(row) <= _room(hardware)]:
+            return min(fitting, key=lambda row: predicted_seconds(row, hardware))
+    return None
+
+
+_MODE = "--activation-checkpointing"
+
+
+def _room(hardware: Hardware) -> float:
+    return hardware.memory_gib * 2**30 - RESERVED_BYTES
+
+
+def _divides(config: RunConfig) -> bool:
+    model, train, parallel = config.model, config.train, config.parallel
+    heads = model.num_attention_heads % parallel.tensor == 0 and model.vocab_size % parallel.tensor == 0
+    data = config.launch.world_size // (parallel.tensor * parallel.pipeline)
+    return heads and train.global_batch_tokens % (train.sequence_length * train.micro_batch_size * data) == 0
+
+
+def planned_bytes(row: Row) -> int:
+    """The planner's memory of the fullest GPU."""
+    config = row.config
+    geometry = batch_geometry(config)
+    stages = range(config.parallel.pipeline)
+    modes = [layer_modes(config, geometry, stage, None) for stage in stages]
+    return max(stage_memory(config, geometry, stage, modes[stage]).total for stage in stages)
+
+
+def predicted_seconds(row: Row, hardware: Hardware) -> float:
+    """The planner's time of a step."""
+    config = row.config
+    geometry = batch_geometry(config)
+    modes = [layer_modes(config, geometry, stage, None) for stage in range(config.parallel.pipeline)]
+    return predict(config, geometry, hardware, modes).time.total
+
+
+def table(results: Sequence[dict[str, Any]], hardware: Hardware) -> str:
+    """Every row that was measured, as Markdown."""
+    names = "model, layers|GPUs|TP|PP|micro batch|computed again|graphs|overlap|tokens/s/GPU|predicted||of GEMM|exposed"
+    lines = [f"| {' | '.join((*names.split('|'), 'peak GiB', 'planned'))} |", "|" + "---|" * (names.count("|") + 3)]
+    lines += [_line(result, hardware) for result in results if "tokens_per_second" in result and "arguments" in result]
+    for result in results:
+        if "failed" in result:
+            lines.append(f"\nfailed: {result['key']}: {result['failed'][-200:]}")
+        elif "peers" in result:
+            rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["peers"].items())
+            lines.append(f"\n{result['key']}, tokens/s: {rates}")
+    return "\n".join(lines)
+
+
+def _line(result: dict[str, Any], hardware: Hardware) -> str:
+    row = Row(result["gpus"], tuple(result["arguments"]))
+    config, measured = row.config, result["tokens_per_second"]
+    predicted = config.train.global_batch_tokens / row.gpus / predicted_seconds(row, hardware)
+    exposed = result.get("parts_seconds", {}).get("exposed")
+    cells = (
+        f"{row.arguments[0]}, {config.model.num_layers}",
+        row.gpus,
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        config.train.micro_batch_size,
+        config.train.activation_checkpointing,
+        config.train.cuda_graphs,
+        config.parallel.overlap if config.parallel.tensor > 1 else "",
+        f"{measured:,.0f}",
+        f"{predicted:,.0f}",
+        f"{predicted / measured - 1:+.1%}",
+        f"{result['ratio_to_gemm']:.3f}" if result.get("ratio_to_gemm") else "",
+        "" if exposed is None else f"{exposed / result['step_seconds']:.1%}",
+        result["peak_memory_gib"],
+        f"{planned_bytes(row) / 2**30:.1f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length()) if limit % 2**power == 0]

@@ -1,0 +1,1 @@
+"""Tensor-parallel ranks exchange hidden states beside their own matrix products."""

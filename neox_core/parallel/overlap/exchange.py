@@ -1,0 +1,51 @@
+"""How rows of a tensor travel between tensor-parallel ranks while these compute.
+
+A product of gathered rows can begin with the rank's own; a product whose rows are summed over the ranks can begin with
+those that others wait for (the ring of Megatron-LM's and of arXiv 2409.15241, over copies in place of collectives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gathering(Protocol):
+    """All ranks' rows, on their way."""
+
+    whole_ND: Tensor
+    """[ranks x rows, D], to be read when all have arrived."""
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows, their values) that may be read now: a rank's own first. To be exhausted."""
+
+
+class Scattering(Protocol):
+    """A sum over the ranks, of which each gets its rows."""
+
+    def sends(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows that another rank gets, where to write this rank's part of their sum), for each of them.
+
+        Sent when the next is asked for. To be exhausted.
+        """
+
+    def others_sum(self) -> Tensor:
+        """What the other ranks sent, [rows, D], summed in fp32 and rounded once; the caller's own to change."""
+
+
+class Exchange(Protocol):
+    """Moves rows between the ranks. All ranks begin the same exchanges in the same order."""
+
+    rank: int
+    """This rank's place among those that exchange."""
+    size: int
+    """How many they are."""
+
+    def begin_gather(self, rows_MD: Tensor) -> Gathering:
+        """Begin to fetch all ranks' rows."""
+
+    def begin_scatter(self, rows: int, width: int, dtype: torch.dtype) -> Scattering:
+        """Begin a sum of which each rank gets `rows`."""

@@ -1,0 +1,139 @@
+"""Exchanges between the GPUs of one host by their copy engines, which take no processors from the products.
+
+Collectives do: NCCL's kernels wait until a product leaves room for them. Here a rank puts what others need into memory
+that all can address (torch's symmetric memory), and each fetches it by plain copies on a stream beside the products.
+
+Memory is used again without asking everybody, since gathers and sums take turns, each with a place of its own: a rank
+that has passed the barrier of one has seen that all were through with the one before. Two of a kind in a row, as when a
+block is computed again, have a barrier between them. Barriers, a few microseconds each, stand between the products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["gather", "scatter"]
+
+
+class SymmetricExchange:
+    """The exchanges of one group of ranks, whose GPUs can read each other's memory.
+
+    Args:
+        group: the ranks.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        """Of the copies alone: a barrier there would wait until a product leaves it a processor."""
+        self._memory: dict[Kind, Any] = {}
+        self._outgrown: list[Any] = []
+        """What recorded work may still use."""
+        self._last: Kind | None = None
+
+    def begin_gather(self, rows_MD: Tensor) -> _Gathering:
+        """See Exchange."""
+        return _Gathering(self, self._begin("gather", rows_MD.nbytes), rows_MD)
+
+    def begin_scatter(self, rows: int, width: int, dtype: torch.dtype) -> _Scattering:
+        """See Exchange."""
+        received = torch.empty(self.size - 1, rows, width, dtype=dtype, device=self.device)
+        return _Scattering(self, self._begin("scatter", received.nbytes), received)
+
+    def _begin(self, kind: Kind, size: int) -> Any:
+        memory = self._memory.get(kind)
+        if memory is None or memory.buffer_size < size:
+            self._outgrown.append(memory)
+            memory = self._memory[kind] = _shared_memory(size, self.group, self.device)
+        if kind == self._last:
+            memory.barrier(channel=0)
+        self._last = kind
+        return memory
+
+
+class _Gathering:
+    def __init__(self, exchange: SymmetricExchange, memory: Any, rows_MD: Tensor) -> None:
+        self._exchange, self._rows = exchange, rows_MD
+        rank, ranks, stream = exchange.rank, exchange.size, exchange.stream
+        self.whole_ND = rows_MD.new_empty(ranks * len(rows_MD), rows_MD.shape[1])
+        memory.get_buffer(rank, rows_MD.shape, rows_MD.dtype).copy_(rows_MD)
+        memory.barrier(channel=0)
+        stream.wait_stream(torch.cuda.current_stream())
+        self.whole_ND[self._of(rank)].copy_(rows_MD)
+        self._arrived: list[tuple[slice, torch.cuda.Event]] = []
+        with torch.cuda.stream(stream):
+            for peer in _others(rank, ranks):
+                self.whole_ND[self._of(peer)].copy_(memory.get_buffer(peer, rows_MD.shape, rows_MD.dtype))
+                self._arrived.append((self._of(peer), stream.record_event()))
+
+    def _of(self, rank: int) -> slice:
+        return slice(rank * len(self._rows), (rank + 1) * len(self._rows))
+
+    def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
+        """See Gathering."""
+        yield self._of(self._exchange.rank), self._rows
+        for rows, event in self._arrived:
+            torch.cuda.current_stream().wait_event(event)
+            yield rows, self.whole_ND[rows]
+
+
+class _Scattering:
+    def __init__(self, exchange: SymmetricExchange, memory: Any, received: Tensor) -> None:
+        self._exchange, self._memory, self._received = exchange, memory, received
+
+    def sends(self) -> Iterator[tuple[slice, Tensor]]:
+        """See Scattering. What is for the peer `step` places on lies at place `step` of this rank's memory."""
+        rank, ranks, stream = self._exchange.rank, self._exchange.size, self._exchange.stream
+        rows = self._received.shape[1]
+        for step, peer in enumerate(_others(rank, ranks)):
+            yield slice(peer * rows, (peer + 1) * rows), self._place(rank, step)
+            self._memory.barrier(channel=step)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._received[step].copy_(self._place((rank - step - 1) % ranks, step))
+
+    def _place(self, rank: int, step: int) -> Tensor:
+        shape = self._received.shape[1:]
+        place: Tensor = self._memory.get_buffer(rank, shape, self._received.dtype, step * math.prod(shape))
+        return place
+
+    def others_sum(self) -> Tensor:
+        """See Scattering."""
+        torch.cuda.current_stream().wait_stream(self._exchange.stream)
+        return self._received[0] if len(self._received) == 1 else self._received.sum(0)
+
+
+def _others(rank: int, ranks: int) -> Iterator[int]:
+    """All but the rank, each rank's in another order, so that no two fetch from one at a time."""
+    return ((rank + step) % ranks for step in range(1, ranks))
+
+
+def _shared_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Memory that all ranks of the group can address. Collective."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # where torch keeps it, public name or not
+
+    return symmetric_memory.rendezvous(symmetric_memory.empty(size, dtype=torch.uint8, device=device), group)
+
+
+def can_exchange(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group are on one host, whose GPUs read each other's memory. Collective."""
+    if device.type != "cuda":
+        return False
+    import socket
+
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (socket.gethostname(), _reads_all_peers()), group=group)
+    return len({host for host, _ in found}) == 1 and all(reads for _, reads in found)
+
+
+def _reads_all_peers() -> bool:
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    return all(torch.cuda.can_device_access_peer(own, peer) for peer in range(count) if peer != own)

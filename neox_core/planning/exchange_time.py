@@ -1,0 +1,119 @@
+"""How long the exchanges of a step take, and how much of that nothing hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
+from neox_core.planning.hardware import Hardware
+from neox_core.planning.memory import rank_parameters
+from neox_core.planning.work import ELEMENTWISE_SHARE
+
+SKEW = 1.25
+"""Exchanges within a step, in the time of such exchanges alone: ranks come to them at different times."""
+_BARRIER = 2.0
+"""Of a barrier before an exchange by copy engines, in latencies of the link."""
+_BUCKET_BYTES = 128 * 2**20
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class ExchangeTime:
+    """Seconds in which nothing runs beside an exchange, and in which something does."""
+
+    exposed: float
+    hidden: float = 0.0
+
+
+def tensor_exchange(
+    config: RunConfig,
+    geometry: BatchGeometry,
+    hardware: Hardware,
+    stage: int,
+    modes: Sequence[ActivationCheckpointing],
+    products: float,
+) -> ExchangeTime:
+    """A micro batch's exchanges of hidden states between tensor-parallel ranks, as communication.py counts them.
+
+    Without sequence parallelism, a sum is an all-reduce, twice what a gathering sends. Exchanges by copy engines run
+    beside products, but for their barriers and copies.
+
+    Args:
+        products: seconds of a layer's forward products, which four exchanges share.
+    """
+    ranks = config.parallel.tensor
+    if ranks == 1:
+        return ExchangeTime(0.0)
+    ends = (stage == 0) + (stage == config.parallel.pipeline - 1)
+    sums = sum(5 if mode == "full" else 4 for mode in modes) + ends
+    gathers = sum(4 if mode == "none" else 6 for mode in modes) + ends
+    if not config.parallel.sequence:
+        sums, gathers = 2 * sums, 0
+    sent = hidden_bytes(config) * (ranks - 1) / ranks
+    each = _collective(hardware, sent, _across(geometry, config, span=ranks, groups=1))
+    if not overlaps(config):
+        return ExchangeTime(SKEW * (sums + gathers) * each)
+    beside = sum(11 if mode == "full" else 8 for mode in modes)  # gathering a norm's result again is not
+    hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
+    # A gathering copies a part twice; a sum reads what came from all ranks and writes a part.
+    copied = hidden_bytes(config) * (ranks + 6) / (2 * ranks) / (ELEMENTWISE_SHARE * hardware.memory)
+    added = _BARRIER * hardware.link.seconds(0) + copied + each - hidden
+    return ExchangeTime(SKEW * (sums + gathers - beside) * each + beside * added, beside * hidden)
+
+
+def overlaps(config: RunConfig) -> bool:
+    """Tensor-parallel ranks' exchanges run beside a layer's products."""
+    parallel = config.parallel
+    several = 1 < parallel.tensor <= config.launch.ranks_per_node
+    return parallel.overlap == "auto" and parallel.sequence and several
+
+
+def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardware) -> ExchangeTime:
+    """A micro batch's hidden states from the stage before, and their gradients back to it: computation waits."""
+    if config.parallel.pipeline == 1:
+        return ExchangeTime(0.0)
+    sent = hidden_bytes(config) / config.parallel.tensor
+    across = geometry.data_parallel * config.parallel.tensor >= config.launch.ranks_per_node
+    shared = sent * config.launch.ranks_per_node / hardware.network + hardware.network_latency
+    return ExchangeTime(2 * SKEW * (shared if across else hardware.link.seconds(sent)))
+
+
+def data_exchange(
+    config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float
+) -> ExchangeTime:
+    """A step's reduction of gradients, beside the last backward pass but for a bucket, and gathering of parameters.
+
+    Args:
+        backward: seconds of a micro batch's backward pass.
+    """
+    ranks = geometry.data_parallel
+    if ranks == 1:
+        return ExchangeTime(0.0)
+    parameters = rank_parameters(config, stage) * (ranks - 1) / ranks
+    across = _across(geometry, config, span=ranks * config.parallel.tensor, groups=config.parallel.tensor)
+    reduction = _collective(hardware, _FP32 * parameters, across)
+    bucket = _collective(hardware, min(_BUCKET_BYTES, _FP32 * parameters), across)
+    gathering = _collective(hardware, DTYPE_BYTES[config.train.precision] * parameters, across)
+    hidden = min(reduction - bucket, backward)
+    return ExchangeTime(SKEW * (reduction - hidden + gathering), hidden)
+
+
+def hidden_bytes(config: RunConfig) -> int:
+    """Bytes of a micro batch's hidden states."""
+    return DTYPE_BYTES[config.train.precision] * config.model.hidden_size * micro_batch_tokens(config)
+
+
+def _across(geometry: BatchGeometry, config: RunConfig, span: int, groups: int) -> int:
+    """How many groups share a node's network when ranks that lie `span` apart exchange; 0: they are on one node."""
+    node = config.launch.ranks_per_node
+    return 0 if span <= node or geometry.world_size <= node else min(groups, node)
+
+
+def _collective(hardware: Hardware, sent: float, groups_across: int) -> float:
+    """Seconds in which each rank sends so many bytes around a ring, which the slowest link holds up."""
+    within = hardware.link.seconds(sent)
+    if not groups_across:
+        return within
+    return max(within, sent * groups_across / hardware.network + hardware.network_latency)

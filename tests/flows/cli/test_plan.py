@@ -1,0 +1,64 @@
+"""`llemma plan`: the predicted step, figures from a file, and the fastest layouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_core.planning.hardware import CARDS
+from tests.flows.cli.command import run_command
+from tests.paths import ROOT
+
+CONFIG = str(ROOT / "configs/llemma_7b.yml")
+
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Its status, output and errors."""
+    return lambda *words: run_command(monkeypatch, capsys, "plan", CONFIG, *words)
+
+
+def rate(shown: str) -> float:
+    (found,) = re.findall(r"= ([\d,]+) tokens/s on each GPU", shown)
+    return float(found.replace(",", ""))
+
+
+def test_the_step_is_predicted_for_the_hardware(plan: Plan, tmp_path: Path) -> None:
+    status, shown, err = plan("--hardware", "h200")
+    assert status == 0, err
+    assert "a step on h200, predicted" in shown
+    assert f"of 989 TFLOP/s = {rate(shown):,.0f} tokens/s" in shown, "the plan's time is the prediction's"
+    replace(CARDS["h200"], gemm=2 * CARDS["h200"].gemm, name="mine").save(tmp_path / "mine.json")
+    assert rate(plan("--hardware", str(tmp_path / "mine.json"))[1]) > 1.1 * rate(shown)
+    assert "40% of 989 TFLOP/s" in plan("--hardware", "h200", "--utilisation", "0.4")[1]
+
+
+def test_the_fastest_layouts_are_shown_beside_llemmas(plan: Plan) -> None:
+    status, shown, _ = plan("--best")
+    assert status == 0
+    assert "the fastest layouts on 256 a100-40gb" in shown
+    assert len(re.findall(r"│ (?:10|[1-9]) +│", shown)) == 10
+    assert "as configured" in shown
+    assert "Llemma reached 2,416 tokens/s/GPU" in shown
+
+
+def test_a_file_of_figures_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "figures"
+    path.write_text("mine")
+    status, _, err = plan("--calibrate", str(path))
+    assert status != 0
+    assert "exists: give another file" in err
+    assert path.read_text() == "mine"
+
+
+def test_unknown_hardware(plan: Plan) -> None:
+    status, _, err = plan("--hardware", "abacus")
+    assert status != 0
+    assert "abacus: neither a file nor one of a100-40gb" in err

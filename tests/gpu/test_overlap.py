@@ -1,0 +1,109 @@
+"""Exchanges by the GPUs' copy engines: a block's results are those of collectives, also from a CUDA graph.
+
+pytest -m multi_gpu tests/gpu/test_overlap.py
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neox_core.config import ActivationCheckpointing, LaunchConfig
+from neox_core.model import ModelDimensions
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, can_exchange
+from tests.distributed import run_ranks
+from tests.neox_core.parallel.overlap.blocks import run_block
+
+GPUS = torch.cuda.device_count()
+MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DIMS = ModelDimensions(
+    hidden_size=1024, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048, vocab_size=8,
+    rope_theta=1e4, norm_eps=1e-5, sequence_length=2048,
+)  # fmt: skip
+
+pytestmark = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")]
+
+
+def joined() -> SymmetricExchange:
+    from neox_core.parallel.mesh import init_distributed
+
+    device = init_distributed(LaunchConfig(device="cuda"))
+    group = dist.group.WORLD
+    assert group is not None
+    assert can_exchange(group, device)
+    return SymmetricExchange(group, device)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def blocks() -> dict[Any, list[str]]:
+    """What differs by more than rounding, of several runs, in which memory is used again and again."""
+    exchange, found = joined(), dict[Any, list[str]]()
+    for dtype, tolerance in TOLERANCE.items():
+        for mode in MODES:
+            expected = run_block(DIMS, mode, None, "cuda", dtype)
+            runs = [run_block(DIMS, mode, exchange, "cuda", dtype) for _ in range(4)]
+            found[dtype, mode] = [
+                f"run {index}, {name}: {error}"
+                for index, run in enumerate(runs)
+                for name in expected.keys() - {"called"}
+                if not (error := difference(run[name], expected[name])) < tolerance
+            ]
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_block() -> None:
+    for found in run_ranks(blocks, GPUS):
+        assert set(found) == {(dtype, mode) for dtype in TOLERANCE for mode in MODES}
+        assert not any(found.values()), found
+
+
+def replays() -> list[float]:
+    """Largest differences of gathered rows and summed products, replayed with new values each time."""
+    exchange = joined()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows, total = (torch.zeros(512, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gathered = torch.zeros(size * 512, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def once() -> None:
+        gathering = exchange.begin_gather(rows)
+        for there, values in gathering.arrivals():
+            gathered[there] = values
+        gathered.copy_((gathered + gathering.whole_ND) / 2)
+        scattering = exchange.begin_scatter(512, 1024, torch.bfloat16)
+        for there, place in scattering.sends():
+            torch.add(gathered[there], rank, out=place)
+        torch.add(gathered[rank * 512 : (rank + 1) * 512], rank, out=total)
+        total.add_(scattering.others_sum())
+
+    once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        once()
+    differences = []
+    for turn in range(200):
+        rows.fill_(float(8 * (turn % 4) + rank))
+        graph.replay()
+        own = 8 * (turn % 4) + torch.arange(size, device="cuda").repeat_interleave(512)
+        differences += [
+            float((gathered - own[:, None]).abs().max()),
+            float((total - sum(8 * (turn % 4) + rank + other for other in range(size))).abs().max()),
+        ]
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+    return differences
+
+
+def test_replayed_exchanges() -> None:
+    """Values are small integers, which bf16 holds."""
+    for differences in run_ranks(replays, GPUS):
+        assert len(differences) == 400
+        assert max(differences) == 0

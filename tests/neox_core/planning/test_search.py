@@ -1,0 +1,48 @@
+"""The fastest layouts: that they fit, that nothing which fits is faster, and Llemma's own beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.planning.hardware import CARDS
+from neox_core.planning.memory import RESERVED_BYTES
+from neox_core.planning.plan import plan
+from neox_core.planning.search import REACHED, choice_of, fastest
+from tests.paths import CONFIGS
+
+A100 = CARDS["a100-40gb"]
+
+
+def load(name: str) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yml")
+
+
+@pytest.mark.parametrize("name", ["llemma_7b", "llemma_34b"])
+def test_the_fastest_fit_and_beat_llemma(name: str) -> None:
+    config = load(name)
+    found = fastest(config, A100)
+    assert len(found) == 10
+    rates = [choice.prediction.tokens_per_second_per_gpu for choice in found]
+    assert rates == sorted(rates, reverse=True)
+    for choice in found:
+        assert choice.memory + RESERVED_BYTES <= A100.memory_gib * 2**30
+        assert choice.memory == plan(choice.config, gpu_memory_gib=A100.memory_gib).memory.total
+        assert choice.geometry == batch_geometry(choice.config)
+        assert choice.geometry.world_size == 256
+        assert choice.config.parallel.tensor <= 8
+    own = choice_of(config, A100)
+    assert own is not None
+    assert rates[0] >= own.prediction.tokens_per_second_per_gpu
+    assert rates[0] > REACHED[config.model.num_layers, config.model.hidden_size]
+
+
+def test_more_memory_is_never_slower_and_too_little_finds_nothing() -> None:
+    config = load("llemma_7b")
+    first = [fastest(config, replace(A100, memory_gib=size), 2, 1) for size in (24.0, 40.0, 80.0)]
+    seconds = [choices[0].prediction.time.total for choices in first]
+    assert seconds == sorted(seconds, reverse=True)
+    assert fastest(config, replace(A100, memory_gib=5.0), 2) == []
+    assert choice_of(config, replace(A100, memory_gib=5.0), 2) is None

@@ -1,0 +1,88 @@
+"""Predicted steps against measured ones, and what must make them longer or shorter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from neox_core.config import load_config
+from neox_core.planning.hardware import CARDS
+from neox_core.planning.step_time import Prediction, predict_run
+from tests.neox_core.planning.measured import ROWS, Row, table
+from tests.paths import CONFIGS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_within_a_tenth_of_what_was_measured(row: Row) -> None:
+    assert row.predicted().time.total == pytest.approx(row.seconds, rel=0.10)
+
+
+def test_on_average_within_three_percent() -> None:
+    errors = [row.predicted().time.total / row.seconds - 1 for row in ROWS]
+    assert abs(sum(errors) / len(errors)) < 0.02, table()
+    assert sum(map(abs, errors)) / len(errors) < 0.03, table()
+
+
+def test_exposed_exchanges_are_those_of_the_profiles() -> None:
+    """0.40 to 0.57 s, 0.33 to 0.43 s and 0.19 to 0.25 s on two ranks, and 0.89 s with graphs."""
+    found = {
+        (row.model, row.micro_batch, row.graphs): row.predicted().time.tensor_exchange
+        for row in ROWS
+        if row.tensor == 2 and row.data == 1 and row.mode == "none" and (row.layers == 32 or row.model == "34b")
+        if row.card == "h200" and not row.overlap and not (row.micro_batch == 4 and row.graphs)
+    }
+    assert 0.40 <= found["7b", 1, False] <= 0.57
+    assert 0.33 <= found["7b", 4, False] <= 0.43
+    assert 0.19 <= found["34b", 2, False] <= 0.25
+    assert found["7b", 2, True] == pytest.approx(0.89, rel=0.1)
+
+
+def run(name: str = "llemma_34b", nodes: int | None = None, card: str = "h200", **changes: Any) -> Prediction:
+    config = load_config(CONFIGS / f"{name}.yml")
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, field = key.split("__")
+        sections.setdefault(section, {})[field] = value
+    updated = {section: getattr(config, section).model_copy(update=values) for section, values in sections.items()}
+    config = config.model_copy(update=updated)
+    return predict_run(config, CARDS[card], nodes)
+
+
+def test_the_rate_is_that_of_the_step() -> None:
+    found = run()
+    assert found.tokens_per_second_per_gpu == pytest.approx(4194304 / 256 / found.time.total)
+    config = load_config(CONFIGS / "llemma_34b.yml")
+    assert found.utilisation(config, CARDS["h200"]) == pytest.approx(found.utilisation(config, CARDS["h100"]))
+
+
+def test_a_bubble_is_the_other_stages_micro_batch() -> None:
+    many, few = (run(parallel__pipeline=4, train__micro_batch_size=size).time for size in (1, 4))
+    assert many.bubble < few.bubble < 5 * many.bubble
+    assert run().time.bubble == 0.0
+
+
+def test_what_takes_longer() -> None:
+    base = run(train__activation_checkpointing="none")
+    assert run(train__activation_checkpointing="full").time.recomputation > 3 * base.time.attention / 4
+    assert base.time.recomputation == 0.0
+    assert run(card="a100-80gb").time.products > 2 * base.time.products
+    on_one_node, on_many = (run("llemma_7b", nodes, "a100-80gb").time.data_exchange for nodes in (1, 32))
+    assert on_many > 4 * on_one_node, "the network is slower"
+    without = run(parallel__sequence=False)
+    assert without.time.elementwise > base.time.elementwise
+
+
+def test_python_keeps_no_gpu_waiting_with_graphs() -> None:
+    slow = next(row for row in ROWS if row.note == "waits for Python")
+    assert slow.predicted().time.host > 0.1 * slow.seconds
+    assert replace(slow, graphs=True).predicted().time.host == 0.0
+
+
+def test_exchanges_beside_products_are_hidden() -> None:
+    row = next(row for row in ROWS if row.overlap)
+    beside, alone = row.predicted(), replace(row, overlap=False).predicted()
+    assert beside.hidden > 0.7 * alone.time.tensor_exchange
+    assert 0.3 < alone.time.total - beside.time.total < 0.6, "0.34 s of 5.6 s"
+    assert alone.hidden == 0.0
