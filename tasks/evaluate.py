@@ -98,7 +98,7 @@ class _Scores:
                 self.results[step] = kept | {
                     "tasks": without_overlap(self._folder, step, kept["tasks"], self._overlapping)
                 }
-                self._tell(step, prefix)
+                self._tell(step)
             self._store()
         return bool(todo)
 
@@ -110,15 +110,16 @@ class _Scores:
             self.results[step] = self.results[step] | {
                 GENERATED: without_overlap(self._folder, step, written, self._overlapping)
             }
-            self._tell(step, available[step])
+            self._tell(step)
             self._store()
         return bool(waiting)
 
-    def _tell(self, step: int, prefix: str) -> None:
+    def _tell(self, step: int) -> None:
         """Put a checkpoint's scores beside its manifest, and into W&B."""
         tasks = scored_tasks(self.results[step])
-        if step != _BASE_STEP and tasks:
-            publish_scores(self._training.store, prefix, step, tasks)
+        if tasks and (found := self._training.lineage_checkpoints().get(step)):
+            prefix, manifest = found
+            publish_scores(self._training.store, prefix, manifest.name, tasks)
         self._score_log.log(self.results[step])
 
     def _store(self) -> None:

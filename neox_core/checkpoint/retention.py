@@ -54,10 +54,10 @@ def apply_retention(store: ObjectStore, prefix: str, keep: CheckpointsConfig, lo
     if keep.keep_last is None:
         return
     try:
-        complete = [manifest.step for manifest in list_checkpoints(store, prefix)]
+        complete = list_checkpoints(store, prefix)
         if keep.keep_best and keep.best_by != VALIDATION:
             losses = ranking(keep.best_by, read_scores(store, prefix, complete))
-        for step in superseded(complete, keep, losses):
+        for step in superseded([manifest.step for manifest in complete], keep, losses):
             remove_checkpoint(store, prefix, step)
             logger.info("removed the checkpoint of step %d, as checkpoints.keep_last and others say", step)
     except StorageError as error:

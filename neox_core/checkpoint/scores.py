@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from neox_core.checkpoint.manifest import object_key
+from neox_core.checkpoint.manifest import Manifest, object_key
 from neox_core.errors import StorageError
 from neox_core.storage.object_store import ObjectStore
 
@@ -19,21 +19,21 @@ Tasks = Mapping[str, Mapping[str, Any]]
 """By task the items and the metrics, each with value, low and high."""
 
 
-def publish_scores(store: ObjectStore, prefix: str, step: int, tasks: Tasks) -> None:
+def publish_scores(store: ObjectStore, prefix: str, checkpoint: str, tasks: Tasks) -> None:
     """Put a checkpoint's scores beside its manifest. What cannot be written now is logged: evaluation keeps it too."""
     try:
-        store.put_text(object_key(prefix, step, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True))
+        store.put_text(object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True))
     except StorageError as error:
-        logger.warning("the scores of step %d are not beside its manifest: %s", step, error)
+        logger.warning("the scores of %s are not beside its manifest: %s", checkpoint, error)
 
 
-def read_scores(store: ObjectStore, prefix: str, steps: Iterable[int]) -> dict[int, Tasks]:
-    """The scores of those checkpoints that have any.
+def read_scores(store: ObjectStore, prefix: str, manifests: Iterable[Manifest]) -> dict[int, Tasks]:
+    """By step the scores of those checkpoints that have any.
 
     Raises:
         StorageError: the store cannot be reached.
     """
-    texts = {step: store.get_text(object_key(prefix, step, SCORES_FILE)) for step in steps}
+    texts = {found.step: store.get_text(object_key(prefix, found.name, SCORES_FILE)) for found in manifests}
     return {step: json.loads(text) for step, text in texts.items() if text is not None}
 
 
