@@ -39,7 +39,7 @@ def main() -> None:
 def call_harness(out: Path, settings: dict[str, Any], tasks: list[str], batch_size: int) -> dict[str, Any]:
     """Its own loop, on the task files of the evaluation."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    import lm_eval
+    import lm_eval.tasks
     import torch
 
     manager = lm_eval.tasks.TaskManager(include_path=str(out / "tasks"), include_defaults=False)
