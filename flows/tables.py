@@ -6,6 +6,7 @@ from typing import Any
 
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
+from tasks.evaluation.kept_items import scored_tasks
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
 
@@ -34,7 +35,7 @@ def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
     for evaluation in result.artifact.summary["evaluations"]:
         step = evaluation["step"]
         rows += [{"step": step, "source": source, **values} for source, values in evaluation["sources"].items()]
-        for task, scored in evaluation.get("tasks", {}).items():
+        for task, scored in scored_tasks(evaluation).items():
             for metric, score in scored["metrics"].items():
                 change = scored.get("from_base", {}).get(metric, {})
                 compared = {"from base": change["value"], "p": change["p"]} if change else {}

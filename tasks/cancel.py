@@ -8,7 +8,7 @@ from functools import partial
 
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
-from tasks.evaluate import evaluation_jobs
+from tasks.evaluation.jobs import evaluation_jobs
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import try_claim, try_claim_name
 from tasks.identity.training import find_trainings

@@ -10,20 +10,21 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact, fingerprint
-from neox_core.config import RunConfig
+from neox_core.checkpoint.scores import publish_scores
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
-from tasks.evaluation.kept_items import compare, inherit_items, keep_items
-from tasks.identity.specs import EVALUATE, evaluate_spec
+from tasks.evaluation.generation import steps_to_generate
+from tasks.evaluation.jobs import evaluate_steps, generate_answers
+from tasks.evaluation.kept_items import GENERATED, compare, inherit_items, keep_items, scored_tasks
+from tasks.evaluation.score_log import ScoreLog
+from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
 from tasks.identity.training import Training
-from tasks.jobs.launch import Job, find_job, find_jobs, submit_or_attach
-from tasks.jobs.restarts import run_to_end
+from tasks.jobs.launch import find_job
 from tasks.jobs.retry import SchedulerRetry
 from tasks.train import FAILURE_FILE
 
@@ -43,49 +44,88 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
         LaunchError: an evaluation job failed, or SLURM does not answer for long.
     """
     started, config = time.time(), training.config
-    data, weights = require(training.data), require(training.weights)
+    require(training.data), require(training.weights)
     spec = evaluate_spec(config, training.fingerprint)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        results: dict[int, dict[str, Any]]
-        overlapping = overlapping_items(config, data.folder)
-        results, retry_policy = _inherited(training, folder) | _load(folder), SchedulerRetry()
-
-        def report() -> None:
-            """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
-            step = max(results, default=_BASE_STEP)
-            text = _describe(results[step]) if results else "waiting for the base weights' evaluation"
-            progress(step / config.train.steps, text)
-
-        while config.train.steps not in results:
-            todo = [(prefix, step) for step, prefix in _available(training).items() if step not in results]
-            if todo:
-                for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
-                    for result in _run_job(spec, data, weights, prefix, [step for _, step in found], report):
-                        results[result["step"]] = without_overlap(folder, keep_items(folder, result), overlapping)
-                    results = compare(folder, results)
-                    _store(folder, results)
-                continue
-            if _training_failed(training, started, retry_policy):
-                report()  # raises if it is an interruption of both that has ended training
-                raise LlemmaError(
-                    f"training ended before step {config.train.steps}; evaluated so far: steps {sorted(results)}. "
-                    "Go on with both: `llemma run CONFIG train evaluate`"
-                )
-            _wait(config.evaluate.poll_seconds, report)
-        report()
-        return {"evaluations": [results[step] for step in sorted(results)]}
+        retry_policy = SchedulerRetry()
+        with ScoreLog(config, training.scratch, spec.fingerprint) as score_log:
+            found = _Scores(training, spec, folder, score_log, progress)
+            while True:
+                available = _available(training)
+                if found.evaluate_new(available) or found.generate_next(available):
+                    continue
+                if config.train.steps in found.results:
+                    break
+                if _training_failed(training, started, retry_policy):
+                    found.report()  # raises if it is an interruption of both that has ended training
+                    raise LlemmaError(
+                        f"training ended before step {config.train.steps}; evaluated so far: steps "
+                        f"{sorted(found.results)}. Go on with both: `llemma run CONFIG train evaluate`"
+                    )
+                _wait(config.evaluate.poll_seconds, found.report)
+            found.report()
+        return {"evaluations": [found.results[step] for step in sorted(found.results)]}
 
     return run_stage(spec, build, progress)
 
 
-def evaluation_jobs(spec: StageSpec) -> list[Job]:
-    """All jobs of this evaluation."""
-    return find_jobs(spec.config.workdir / "jobs", _key_prefix(spec))
+class _Scores:
+    """What the checkpoints were scored, by step, and what has still to be."""
 
+    def __init__(
+        self, training: Training, spec: StageSpec, folder: Path, score_log: ScoreLog, progress: Progress
+    ) -> None:
+        self._training, self._spec, self._folder = training, spec, folder
+        self._score_log, self._progress = score_log, progress
+        self._overlapping = overlapping_items(spec.config, require(training.data).folder)
+        self.results: dict[int, dict[str, Any]] = _inherited(training, folder) | _load(folder)
 
-def _key_prefix(spec: StageSpec) -> str:
-    return spec.fingerprint[:8]
+    def report(self, text: str = "", /) -> None:
+        """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
+        step = max(self.results, default=_BASE_STEP)
+        waiting = "waiting for the base weights' evaluation"
+        text = text or (_describe(self.results[step]) if self.results else waiting)
+        self._progress(step / self._spec.config.train.steps, text)
+
+    def evaluate_new(self, available: Mapping[int, str]) -> bool:
+        """Evaluate the checkpoints that were not; False if there are none."""
+        todo = [(prefix, step) for step, prefix in available.items() if step not in self.results]
+        for prefix, found in groupby(sorted(todo), key=itemgetter(0)):
+            for result in evaluate_steps(self._spec, self._training, prefix, [step for _, step in found], self.report):
+                kept = keep_items(self._folder, result)
+                step = kept["step"]
+                self.results[step] = kept | {
+                    "tasks": without_overlap(self._folder, step, kept["tasks"], self._overlapping)
+                }
+                self._tell(step)
+            self._store()
+        return bool(todo)
+
+    def generate_next(self, available: Mapping[int, str]) -> bool:
+        """Let the first checkpoint that is to write answers do so; False if there is none."""
+        waiting = steps_to_generate(self._spec.config, self.results, available)
+        for step in waiting[:1]:
+            written = generate_answers(self._training, self._spec, self._folder, step, available[step], self.report)
+            self.results[step] = self.results[step] | {
+                GENERATED: without_overlap(self._folder, step, written, self._overlapping)
+            }
+            self._tell(step)
+            self._store()
+        return bool(waiting)
+
+    def _tell(self, step: int) -> None:
+        """Put a checkpoint's scores beside its manifest, and into W&B."""
+        tasks = scored_tasks(self.results[step])
+        if tasks and (found := self._training.lineage_checkpoints().get(step)):
+            prefix, manifest = found
+            publish_scores(self._training.store, prefix, manifest.name, tasks)
+        self._score_log.log(self.results[step])
+
+    def _store(self) -> None:
+        self.results = compare(self._folder, self.results)
+        ordered = [self.results[step] for step in sorted(self.results)]
+        write_atomically(self._folder / EVALUATIONS_FILE, json.dumps(ordered, indent=1))
 
 
 def _wait(seconds: float, report: Callable[[], None]) -> None:
@@ -129,71 +169,12 @@ def _training_failed(training: Training, since: float, retry_policy: SchedulerRe
     return job is not None and retry_policy.ask(job.state) in ("failed", "cancelled") and impatient
 
 
-def _run_job(
-    spec: StageSpec, data: Artifact, weights: Artifact, prefix: str, steps: list[int], report: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
-    config = spec.config
-    counts = {
-        source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
-    }
-    # Keys of one evaluation begin alike, so that its jobs can be found (see `evaluation_jobs`).
-    key = _key_prefix(spec) + fingerprint("evaluate-job", {"prefix": prefix, "steps": steps}, {})[:56]
-    # A folder of its own: a job that outlived its flow may still be reading and deleting the same checkpoints.
-    scratch = config.workdir / "scratch" / f"evaluate-{key[:16]}"
-
-    def submit() -> Job:
-        return submit_or_attach(
-            config.launch,
-            config.workdir / "jobs",
-            EVALUATE,
-            key,
-            evaluate_rank,
-            (config, data.folder, weights.folder, prefix, tuple(steps), counts, scratch),
-            1,
-            config.parallel.tensor,
-        )
-
-    def follow(job: Job) -> None:
-        for _ in job.while_at_work():
-            report()
-            time.sleep(0.2)
-
-    results: list[dict[str, Any]] = run_to_end(
-        lambda: SchedulerRetry().wait_for(submit, meanwhile=report),
-        follow,
-        lambda: 0,
-        config.launch.max_restarts,
-        lambda why: report(),
-    )[0]
-    return results
-
-
-def evaluate_rank(
-    config: RunConfig,
-    data: Path,
-    weights: Path,
-    prefix: str,
-    steps: tuple[int, ...],
-    counts: dict[str, dict[str, int]],
-    scratch: Path,
-) -> list[dict[str, Any]]:
-    """What each rank of the job runs; torch is imported by the ranks alone, as in `train_rank`."""
-    from neox_core.evaluation.perplexity import EvaluateJob, evaluate_checkpoints
-
-    return evaluate_checkpoints(config, EvaluateJob(data, weights, prefix, steps, counts, scratch))
-
-
 def _load(folder: Path) -> dict[int, dict[str, Any]]:
     """Results that an interrupted call left."""
     path = folder / EVALUATIONS_FILE
     if not path.is_file():
         return {}
     return {result["step"]: result for result in json.loads(path.read_text(encoding="utf-8"))}
-
-
-def _store(folder: Path, results: Mapping[int, dict[str, Any]]) -> None:
-    write_atomically(folder / EVALUATIONS_FILE, json.dumps([results[step] for step in sorted(results)], indent=1))
 
 
 def _describe(result: Mapping[str, Any]) -> str:

@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from neox_core.checkpoint.manifest import download_checkpoint
-from neox_core.config import RunConfig
+from neox_core.checkpoint.manifest import Manifest, download_checkpoint
+from neox_core.checkpoint.scores import ranking
+from neox_core.config import VALIDATION, RunConfig
 from neox_core.data.dataset import token_prefix
 from neox_core.data.indexed import IndexedDataset
+from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
-from tasks.identity.specs import export_spec
+from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
+from tasks.evaluation.kept_items import BASE_STEP, scored_tasks
+from tasks.identity.specs import evaluate_spec, export_spec
 from tasks.identity.stage import StageResult, digest_cache, require, run_stage
 from tasks.identity.training import Training
 from tasks.prepare import tokenizer_of
@@ -23,7 +27,7 @@ _SAMPLE_DOCUMENTS = 3
 
 
 def export(training: Training, progress: Progress) -> StageResult:
-    """Write the model of the last step in Hugging Face's format, or find it done.
+    """Write the model of the last step, or of the best, in Hugging Face's format, or find it done.
 
     Raises:
         LlemmaError: the training or prepare-data is not finished.
@@ -42,7 +46,7 @@ def export(training: Training, progress: Progress) -> StageResult:
 
         data = require(training.data)
         tokenizer = tokenizer_of(data)
-        with _last_weights(training, config.workdir / "scratch" / spec.folder.name, progress) as weights:
+        with _weights(training, config.workdir / "scratch" / spec.folder.name, progress) as weights:
             texts = sample_texts(data.folder, tokenizer, config)
             summary = export_huggingface(
                 weights,
@@ -61,16 +65,41 @@ def export(training: Training, progress: Progress) -> StageResult:
 
 
 @contextmanager
-def _last_weights(training: Training, scratch: Path, progress: Progress) -> Iterator[Path]:
-    """Folder of the last step's weights, fetched from the store and removed afterwards."""
-    manifest = last_manifest(training)
+def _weights(training: Training, scratch: Path, progress: Progress) -> Iterator[Path]:
+    """Folder of the chosen checkpoint's weights, fetched from the store and removed afterwards."""
+    prefix, manifest = _chosen(training)
     progress(0.0, f"fetching step {manifest.step}")
     try:
-        yield download_checkpoint(
-            training.store, training.prefix, manifest, scratch, lambda name: name.startswith("layer_")
-        )
+        yield download_checkpoint(training.store, prefix, manifest, scratch, lambda name: name.startswith("layer_"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _chosen(training: Training) -> tuple[str, Manifest]:
+    """The checkpoint that `export.checkpoint` names, and its training's key."""
+    if training.config.export.checkpoint == "last":
+        return training.prefix, last_manifest(training)
+    best_by, found = training.config.checkpoints.best_by, training.lineage_checkpoints()
+    ranks = _ranks(training, best_by)
+    if not ranks:
+        raise CheckpointError(f"export.checkpoint is best, and no checkpoint has the score {best_by}: give last")
+    step = min(sorted(ranks), key=ranks.__getitem__)
+    if step not in found:
+        raise CheckpointError(
+            f"the best checkpoint by {best_by} is that of step {step}, which is not in the store; there are "
+            f"{sorted(found)}: set checkpoints.keep_best next time, and export.checkpoint to last now"
+        )
+    return found[step]
+
+
+def _ranks(training: Training, best_by: str) -> dict[int, float]:
+    """By step, the lower the better; of validation, steps that have a checkpoint."""
+    if best_by == VALIDATION:
+        losses = validation_losses(require(training.spec.identity).folder / METRICS_FILE)
+        return {step: loss for step, loss in losses.items() if step % training.config.train.checkpoint_interval == 0}
+    evaluated = require(evaluate_spec(training.config, training.fingerprint).identity)
+    scores = {result["step"]: scored_tasks(result) for result in evaluated.summary["evaluations"]}
+    return {step: rank for step, rank in ranking(best_by, scores).items() if step != BASE_STEP}
 
 
 def sample_texts(data: Path, tokenizer: Path, config: RunConfig) -> list[str]:

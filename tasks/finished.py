@@ -6,7 +6,7 @@ import shutil
 
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
-from tasks.evaluate import evaluation_jobs
+from tasks.evaluation.jobs import evaluation_jobs
 from tasks.identity.current import current, find_current, outlived
 from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, TRAIN, evaluate_spec, export_spec
 from tasks.identity.stage import StageIdentity, StageResult, StageSpec, require, try_claim_name

@@ -11,7 +11,8 @@ from pathlib import Path
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
-from tasks.evaluate import EVALUATIONS_FILE, evaluation_jobs
+from tasks.evaluate import EVALUATIONS_FILE
+from tasks.evaluation.jobs import evaluation_jobs
 from tasks.follow import describe, last_step
 from tasks.identity.current import find_current
 from tasks.identity.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN, evaluate_spec, export_spec

@@ -13,6 +13,7 @@ from neox_core.config import RunConfig, batch_geometry
 from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
+from tasks.evaluation.generation import check_generation
 from tasks.identity.base import check_base
 from tasks.identity.current import current, outlived
 from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES, TRAIN
@@ -45,6 +46,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
         check_launch(config.launch)
     if EVALUATE in stages:
         check_item_files(config.evaluate.tasks)
+        check_generation(config)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
         if config.data.slurm:
             executor_named(config.data.slurm.executor).check(task_resources(config.data.slurm))

@@ -30,6 +30,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Items at a time; default: what the memory holds.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of a written answer.")] = 512,
     backend: Annotated[str, typer.Option(help="hf, or vllm where it is installed.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="auto: that of the weights; or float32, bfloat16, float16.")] = "auto",
 ) -> None:
     """Evaluate an exported model with lm-evaluation-harness's prompts, offline; called again, it goes on."""
     if context.invoked_subcommand is not None:
@@ -51,6 +52,7 @@ def evaluate(
         batch_size=batch_size,
         max_tokens=max_tokens,
         backend=backend,
+        dtype=dtype,
     )
     with bar("evaluate") as progress:
         results = evaluate_model(settings, progress)
@@ -59,15 +61,19 @@ def evaluate(
 
 def _score_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"task": task, "score": name, "percent": f"{100 * score['value']:.1f}", "95% interval": _interval(score)}
-        | {"items": result["items"]}
+        {"task": task, "score": _label(name), "value": _shown(name, score["value"])}
+        | {"95% interval": f"{_shown(name, score['low'])} to {_shown(name, score['high'])}", "items": result["items"]}
         for task, result in results.items()
         for name, score in result["scores"].items()
     ]
 
 
-def _interval(score: dict[str, float]) -> str:
-    return f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
+def _label(score: str) -> str:
+    return "bits per byte" if score == "bits_per_byte" else f"{score}, %"
+
+
+def _shown(score: str, value: float) -> str:
+    return f"{value:.4f}" if score == "bits_per_byte" else f"{100 * value:.1f}"
 
 
 @evaluate_app.command()
@@ -76,6 +82,7 @@ def show(
     task: Annotated[str, typer.Argument(help="Which evaluation set.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the last of the run.")] = None,
     against: Annotated[int | None, typer.Option(help="Another checkpoint, shown beside it.")] = None,
+    beside: Annotated[Path | None, typer.Option(help="Another --out folder, shown beside it.")] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers; of solutions the least likely.")] = False,
     first: Annotated[int, typer.Option(help="Number of the first row.")] = 1,
     count: Annotated[int, typer.Option(help="Rows.")] = 10,
@@ -85,7 +92,7 @@ def show(
     from tasks.evaluation.show import checkpoint_rows, generated_items, rows
 
     if what.is_dir():
-        found = rows(generated_items(what, task), wrong=wrong)
+        found = rows(generated_items(what, task), generated_items(beside, task) if beside else (), wrong)
     else:
         from neox_core.config import load_config
         from tasks.identity.specs import evaluate_spec

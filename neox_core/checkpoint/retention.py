@@ -14,7 +14,8 @@ from neox_core.checkpoint.manifest import (
     listing_key,
     object_key,
 )
-from neox_core.config import CheckpointsConfig
+from neox_core.checkpoint.scores import ranking, read_scores
+from neox_core.config import VALIDATION, CheckpointsConfig
 from neox_core.errors import StorageError
 from neox_core.storage.object_store import ObjectStore
 
@@ -26,7 +27,8 @@ def superseded(steps: Sequence[int], keep: CheckpointsConfig, losses: Mapping[in
 
     Args:
         steps: of the complete checkpoints. The last one always stays.
-        losses: validation losses by step.
+        losses: by step, what `best_by` names: the lower, the better. Steps without a validation do not count among
+            the best; those that are not scored yet stay.
     """
     if keep.keep_last is None:
         return []
@@ -34,6 +36,8 @@ def superseded(steps: Sequence[int], keep: CheckpointsConfig, losses: Mapping[in
     kept = set(steps[-keep.keep_last :])
     if keep.keep_every is not None:
         kept |= {step for step in steps if step % keep.keep_every == 0}
+    if keep.keep_best and keep.best_by != VALIDATION:
+        kept |= {step for step in steps if step not in losses}
     ranked = sorted((losses[step], step) for step in steps if step in losses)
     kept |= {step for _, step in ranked[: keep.keep_best]}
     return [step for step in steps if step not in kept]
@@ -43,12 +47,17 @@ def apply_retention(store: ObjectStore, prefix: str, keep: CheckpointsConfig, lo
     """Remove a training's superseded checkpoints. What cannot be removed now is removed another time.
 
     The newest one was looked at before: its files are all there, with their sizes.
+
+    Args:
+        losses: validation losses by step, for `checkpoints.best_by: validation`; scores lie in the store.
     """
     if keep.keep_last is None:
         return
     try:
-        complete = [manifest.step for manifest in list_checkpoints(store, prefix)]
-        for step in superseded(complete, keep, losses):
+        complete = list_checkpoints(store, prefix)
+        if keep.keep_best and keep.best_by != VALIDATION:
+            losses = ranking(keep.best_by, read_scores(store, prefix, complete))
+        for step in superseded([manifest.step for manifest in complete], keep, losses):
             remove_checkpoint(store, prefix, step)
             logger.info("removed the checkpoint of step %d, as checkpoints.keep_last and others say", step)
     except StorageError as error:

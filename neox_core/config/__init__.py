@@ -1,12 +1,12 @@
 """Typed, frozen, nested configuration."""
 
 from neox_core.config.batch import BatchGeometry, batch_geometry, batch_tokens, largest_batch, sequences_before
+from neox_core.config.checkpoint_sections import VALIDATION, CheckpointsConfig, ExportConfig
 from neox_core.config.data_sections import DataConfig, SourceAmount, SourceConfig, TokenizeJobConfig, WeightChange
-from neox_core.config.evaluation_sections import EvaluateConfig, EvaluationTask
+from neox_core.config.evaluation_sections import WRITTEN, EvaluateConfig, EvaluationTask, GenerationConfig
 from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
-    CheckpointsConfig,
     LaunchConfig,
     ParallelConfig,
     RunConfig,
@@ -27,6 +27,8 @@ from neox_core.config.train_sections import (
 from neox_core.config.yaml_file import read_yaml
 
 __all__ = [
+    "VALIDATION",
+    "WRITTEN",
     "ActivationCheckpointing",
     "BaseModelConfig",
     "BatchGeometry",
@@ -34,6 +36,8 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EvaluationTask",
+    "ExportConfig",
+    "GenerationConfig",
     "GuardConfig",
     "LaunchConfig",
     "ModelConfig",

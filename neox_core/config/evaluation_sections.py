@@ -8,6 +8,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringCo
 
 from neox_core.config.section import NAME, ConfigPath, Section
 
+WRITTEN = ", written"
+"""Ends the name of a task of `generate`, beside those of `tasks`."""
+METRICS = {
+    "solution": ("bits_per_byte",),
+    "choices": ("accuracy", "calibrated_accuracy", "log_likelihood", "calibrated_log_likelihood"),
+    "written": ("greedy", "majority", "sample"),
+}
+"""By kind of task."""
+
 
 class EvaluationTask(Section):
     """Items that are scored by the likelihood of given texts; nothing is generated."""
@@ -37,6 +46,26 @@ class EvaluationTask(Section):
         return self
 
 
+class GenerationConfig(Section):
+    """Answers that chosen checkpoints write to lm-evaluation-harness's tasks, each in a job of its own on one GPU."""
+
+    every: PositiveInt = Field(description="checkpoints of steps that this number divides; base and last one too")
+    tasks: tuple[str, ...] = Field(min_length=1, description="names, as in `llemma evaluate --tasks`")
+    data: ConfigPath = Field(description="folder of the sets' JSON lines")
+    samples: NonNegativeInt = Field(0, description="samples per item for a majority vote; 0: greedy alone")
+    temperature: PositiveFloat = Field(0.6, description="of the samples")
+    seed: int = Field(1234, description="of the samples")
+    limit: PositiveInt | None = Field(None, description="the first so many items of each task; None: all")
+    max_tokens: PositiveInt = Field(512, description="of a written answer")
+    batch_size: PositiveInt | None = Field(None, description="items at a time; None: what the memory holds")
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationConfig:
+        if self.samples == 1:
+            raise ValueError("samples is 1: a majority vote needs 2 or more, and 0 is none")
+        return self
+
+
 class EvaluateConfig(Section):
     """Perplexity of every checkpoint that appears in the object store, and its scores on evaluation sets."""
 
@@ -50,3 +79,12 @@ class EvaluateConfig(Section):
     tasks: dict[Annotated[str, StringConstraints(pattern=NAME)], EvaluationTask] = Field(
         {}, description="evaluation sets by name"
     )
+    generate: GenerationConfig | None = Field(None, description="answers written by chosen checkpoints; None: none")
+
+    def scores(self) -> list[str]:
+        """TASK/METRIC of all that a checkpoint is scored on."""
+        found = [(name, metric) for name, task in self.tasks.items() for metric in METRICS[task.kind]]
+        if self.generate:
+            metrics = (*METRICS["written"][: 3 if self.generate.samples else 1], "accuracy", "bits_per_byte")
+            found += [(f"{name}{WRITTEN}", metric) for name in self.generate.tasks for metric in metrics]
+        return [f"{name}/{metric}" for name, metric in found]

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from neox_core.config.checkpoint_sections import VALIDATION, CheckpointsConfig, ExportConfig
 from neox_core.config.data_sections import DataConfig
 from neox_core.config.evaluation_sections import EvaluateConfig
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig
@@ -31,24 +32,6 @@ class StorageConfig(Section):
     patience_minutes: PositiveFloat = Field(
         60.0, description="minutes for which a training bears a store that fails; then it stops, saved on local disk"
     )
-
-
-class CheckpointsConfig(Section):
-    """Which checkpoints stay in the store. One goes when a newer one is complete and nothing here keeps it."""
-
-    keep_last: PositiveInt | None = Field(None, description="the newest ones that stay; None: all stay")
-    keep_every: PositiveInt | None = Field(
-        None, description="those of steps that this number divides stay too; None: none for that reason"
-    )
-    keep_best: NonNegativeInt = Field(
-        0, description="those with the lowest validation losses stay too, as many; only steps with a validation count"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> CheckpointsConfig:
-        if self.keep_last is None and (self.keep_every is not None or self.keep_best):
-            raise ValueError("keep_every and keep_best need keep_last: without it, all checkpoints stay")
-        return self
 
 
 class TokenizerConfig(Section):
@@ -153,10 +136,12 @@ class RunConfig(Section):
     train: TrainConfig
     launch: LaunchConfig = LaunchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     wandb: WandbConfig = WandbConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        _check_best(self.checkpoints, self.evaluate)
         _check_batch(self.train)
         _check_parallel(self.model, self.parallel)
         _check_sequence(self.train, self.parallel)
@@ -164,6 +149,15 @@ class RunConfig(Section):
         _check_weight_changes(self.data, self.train)
         _check_extension(self.data, self.train)
         return self
+
+
+def _check_best(checkpoints: CheckpointsConfig, evaluate: EvaluateConfig) -> None:
+    known = evaluate.scores()
+    if checkpoints.best_by not in (VALIDATION, *known):
+        raise ValueError(
+            f"checkpoints.best_by {checkpoints.best_by!r} is no score of this run: give {VALIDATION}"
+            + (f" or one of {', '.join(known)}" if known else ", or evaluate.tasks and one of their scores")
+        )
 
 
 def _check_batch(train: TrainConfig) -> None:

@@ -94,8 +94,8 @@ def _item(task: EvaluationTask, where: str, number: int, line: bytes) -> Item:
     if task.kind == "solution":
         prompt = _filled(task.prompt, record, where)
         return Item(identity, prompt, (_after(prompt, _filled(task.target, record, where)),), 0)
-    options = _options(record.get(task.options), task.options, where)
-    gold = _gold(record.get(task.answer), task.answer, len(options), where)
+    options = read_options(record.get(task.options), task.options, where)
+    gold = read_gold(record.get(task.answer), task.answer, len(options), where)
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     prompt = _filled(task.prompt, record | {"options": lines}, where)
     texts = LETTERS[: len(options)] if task.score == "letters" else options
@@ -118,7 +118,12 @@ def _after(prompt: str, text: str) -> str:
     return text if not prompt or prompt[-1].isspace() else " " + text
 
 
-def _options(value: Any, field: str, where: str) -> list[str]:
+def read_options(value: Any, field: str, where: str) -> list[str]:
+    """An item's options.
+
+    Raises:
+        DataError: they are not 2 to 26 texts.
+    """
     if isinstance(value, list):
         # pandas reads an option "None" of MMLU's tables as not a number, and files made with it hold NaN.
         value = ["None" if isinstance(option, float) and math.isnan(option) else option for option in value]
@@ -129,7 +134,12 @@ def _options(value: Any, field: str, where: str) -> list[str]:
     return value
 
 
-def _gold(value: Any, field: str, options: int, where: str) -> int:
+def read_gold(value: Any, field: str, options: int, where: str) -> int:
+    """The right option's place, from its letter or number.
+
+    Raises:
+        DataError: there is no such option.
+    """
     if isinstance(value, str) and len(value.strip()) == 1:
         value = LETTERS.find(value.strip().upper())
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < options:

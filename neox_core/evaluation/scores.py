@@ -82,11 +82,15 @@ def _parts(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]
         bits = np.array([-record["log_likelihood"] for record in records]) / math.log(2)
         return {"bits_per_byte": (bits, np.array([record["bytes"] for record in records], dtype=float))}
     one = np.ones(len(records))
+    if "greedy" in records[0]:
+        return {name: (np.array(values), one) for name, values in _written(records).items()}
     likelihoods = [np.asarray(record["log_likelihoods"]) for record in records]
-    calibrated = [values - record["unconditional"] for values, record in zip(likelihoods, records, strict=True)]
     gold = [record["gold"] for record in records]
-    return {
-        "accuracy": (np.array([float(record["picked"] == record["gold"]) for record in records]), one),
+    picked = {"accuracy": (np.array([float(record["picked"] == record["gold"]) for record in records]), one)}
+    if "unconditional" not in records[0]:
+        return picked | {"log_likelihood": (_among(likelihoods, gold), one)}
+    calibrated = [values - record["unconditional"] for values, record in zip(likelihoods, records, strict=True)]
+    return picked | {
         "calibrated_accuracy": (
             np.array([float(record["picked_calibrated"] == record["gold"]) for record in records]),
             one,
@@ -94,6 +98,15 @@ def _parts(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]
         "log_likelihood": (_among(likelihoods, gold), one),
         "calibrated_log_likelihood": (_among(calibrated, gold), one),
     }
+
+
+def _written(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Of written answers: greedy, and of samples the majority's and the mean of all."""
+    found = {"greedy": [float(record["greedy"][0]["correct"]) for record in records]}
+    if all("majority" in record for record in records):
+        found["majority"] = [float(record["majority"]["correct"]) for record in records]
+        found["sample"] = [float(np.mean([given["correct"] for given in record["samples"]])) for record in records]
+    return found
 
 
 def _among(values: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:

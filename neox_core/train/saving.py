@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +10,9 @@ from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.storage.atomic import write_atomically
-from neox_core.train.observe.metrics import METRICS_FILE
+from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 from neox_core.train.stopping import Stop, Stopping
 
-_LOSS = "validation/loss"
 BEHIND_FOLDER = "behind"
 """In the training's folder: a file of each rank that the store fails, with what is behind since when."""
 
@@ -66,15 +64,6 @@ class Saving:
             write_atomically(self._path, text)
         else:
             self._path.unlink(missing_ok=True)
-
-
-def validation_losses(metrics: Path) -> dict[int, float]:
-    """By step, as the metrics have them; the last of a step that was repeated."""
-    if not metrics.is_file():
-        return {}
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
-    return {row["step"]: row[_LOSS] for row in rows}
 
 
 def behind(output: Path) -> list[str]:

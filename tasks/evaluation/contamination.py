@@ -11,7 +11,8 @@ from neox_core.config import RunConfig
 from neox_core.data.tokenization.filters.findings import OVERLAP_FILE
 from neox_core.data.tokenization.filters.overlap import set_names
 from neox_core.evaluation.scores import scores
-from tasks.evaluation.kept_items import Result, load_items
+from tasks.evaluation.harness.catalogue import TASKS
+from tasks.evaluation.kept_items import load_items, written_name
 
 
 def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:
@@ -22,7 +23,7 @@ def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:
     """
     paths = config.data.evaluation_sets
     names = dict(zip((path.resolve() for path in paths), set_names(paths), strict=True))
-    known = {name: names[task.items] for name, task in config.evaluate.tasks.items() if task.items in names}
+    known = {name: names[path] for name, path in _files(config).items() if path in names}
     if not known or config.data.decontaminate:
         return {}
     report = json.loads((data / OVERLAP_FILE).read_text(encoding="utf-8"))
@@ -33,14 +34,24 @@ def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:
     return {task: found[name] for task, name in known.items()}
 
 
-def without_overlap(folder: Path, result: Result, overlapping: Mapping[str, set[str]]) -> Result:
-    """A checkpoint's result with `without_overlap` beside each task's metrics: how many items are left, and scores."""
-    tasks: dict[str, Any] = {}
-    for name, scored in result.get("tasks", {}).items():
-        tasks[name] = scored
+def _files(config: RunConfig) -> dict[str, Path]:
+    """Each task's items, those of `generate` too."""
+    files = {name: task.items.resolve() for name, task in config.evaluate.tasks.items()}
+    if generate := config.evaluate.generate:
+        files |= {written_name(name): (generate.data / TASKS[name].file).resolve() for name in generate.tasks}
+    return files
+
+
+def without_overlap(
+    folder: Path, step: int, tasks: Mapping[str, Any], overlapping: Mapping[str, set[str]]
+) -> dict[str, Any]:
+    """A checkpoint's scored tasks with `without_overlap` beside the metrics: how many items are left, and scores."""
+    found: dict[str, Any] = {}
+    for name, scored in tasks.items():
+        found[name] = scored
         if name in overlapping:
-            records = load_items(folder, name, result["step"])
+            records = load_items(folder, name, step)
             left = [record for record in records if record["id"] not in overlapping[name]]
             counted = sum("left_out" not in record for record in left)
-            tasks[name] = scored | {"without_overlap": {"items": counted, "metrics": scores(left)}}
-    return result | {"tasks": tasks}
+            found[name] = scored | {"without_overlap": {"items": counted, "metrics": scores(left)}}
+    return found

@@ -1,7 +1,7 @@
 """Every item's record of every checkpoint, in the evaluation's folder, and the differences between checkpoints.
 
 One file per task and checkpoint: `items/TASK/step-000025.jsonl`, a line per item with its prompt, likelihoods and what
-was picked.
+was picked; of written answers `generated/step-000025/TASK/items.jsonl`, of a task that is called `TASK, written`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,39 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from neox_core.config import WRITTEN
 from neox_core.errors import DataError
 from neox_core.evaluation.scores import differences
 from neox_core.storage.atomic import write_atomically
 
 ITEMS = "items"
+GENERATED = "generated"
+"""Of a result, and of the folder: what `evaluate.generate` made."""
 BASE_STEP = 0
 Result = dict[str, Any]
 """A checkpoint's evaluation, as in evaluations.json."""
 
 
+def written_name(task: str) -> str:
+    """The name of a task whose answers are written, beside those that are scored by likelihood."""
+    return task + WRITTEN
+
+
+def scored_tasks(result: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a checkpoint was scored on."""
+    found: dict[str, Any] = result.get("tasks", {}) | result.get(GENERATED, {})
+    return found
+
+
+def generated_folder(folder: Path, step: int) -> Path:
+    """Where a checkpoint's written answers lie."""
+    return folder / GENERATED / f"step-{step:06d}"
+
+
 def items_file(folder: Path, task: str, step: int) -> Path:
     """Where a checkpoint's records lie."""
+    if task.endswith(WRITTEN):
+        return generated_folder(folder, step) / task.removesuffix(WRITTEN) / "items.jsonl"
     return folder / ITEMS / task / f"step-{step:06d}.jsonl"
 
 
@@ -50,6 +71,7 @@ def load_items(folder: Path, task: str, step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         kept = sorted(found.stem.removeprefix("step-").lstrip("0") or "0" for found in path.parent.glob("step-*.jsonl"))
         tasks = sorted(found.name for found in (folder / ITEMS).glob("*"))
+        tasks += sorted({written_name(found.parent.name) for found in (folder / GENERATED).glob("*/*/items.jsonl")})
         there = f"steps {kept}" if kept else f"tasks {tasks}"
         raise DataError(f"no items of task {task!r} at step {step} in {folder}: there are {there}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -63,23 +85,26 @@ def inherit_items(folder: Path, earlier: Path, steps: Iterable[int]) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.is_file():
                 shutil.copyfile(path, copy)
+        if (written := generated_folder(earlier, step)).is_dir():
+            shutil.copytree(written, generated_folder(folder, step), dirs_exist_ok=True)
 
 
 def compare(folder: Path, results: Mapping[int, Result]) -> dict[int, Result]:
     """The results with each task's paired differences from the base weights and from the checkpoint before."""
-    compared, steps = dict(results), sorted(results)
-    for before, step in pairwise(steps):
-        result = results[step]
-        if BASE_STEP in results and result.get("tasks") and result.get("compared_with") != before:
-            tasks = {
-                name: scored
-                | {
-                    "from_base": _differences(folder, name, step, BASE_STEP),
-                    "from_previous": _differences(folder, name, step, before),
+    compared = dict(results)
+    for part, mark in (("tasks", "compared_with"), (GENERATED, "generated_compared_with")):
+        steps = [step for step in sorted(results) if results[step].get(part)]
+        for before, step in pairwise(steps):
+            if BASE_STEP in steps and results[step].get(mark) != before:
+                tasks = {
+                    name: scored
+                    | {
+                        "from_base": _differences(folder, name, step, BASE_STEP),
+                        "from_previous": _differences(folder, name, step, before),
+                    }
+                    for name, scored in results[step][part].items()
                 }
-                for name, scored in result["tasks"].items()
-            }
-            compared[step] = result | {"tasks": tasks, "compared_with": before}
+                compared[step] = compared[step] | {part: tasks, mark: before}
     return compared
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import DataError
-from tasks.evaluation.kept_items import load_items
+from tasks.evaluation.kept_items import items_file, load_items, written_name
 
 Record = Mapping[str, Any]
 _SHOWN = 300
@@ -60,11 +60,13 @@ def flipped(records: Sequence[Record], against: Sequence[Record]) -> list[dict[s
 
 
 def checkpoint_rows(folder: Path, task: str, step: int, against: int | None, wrong: bool) -> list[dict[str, str]]:
-    """As `rows`, of a training's checkpoints.
+    """As `rows`, of a training's checkpoints; by its name alone also a task whose answers are written.
 
     Raises:
         DataError: no items of these were kept.
     """
+    if not items_file(folder, task, step).is_file() and items_file(folder, written_name(task), step).is_file():
+        task = written_name(task)
     other = () if against is None else load_items(folder, task, against)
     return rows(load_items(folder, task, step), other, wrong)
 

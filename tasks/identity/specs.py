@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from neox_core.config import RunConfig
+from neox_core.config import VALIDATION, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import shards_logic, training_inputs, training_logic
+from tasks.evaluation.harness.catalogue import set_files
 from tasks.identity.base import base_digests
 from tasks.identity.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests
@@ -93,6 +94,8 @@ def evaluate_spec(config: RunConfig, training: str) -> StageSpec:
         logical["tasks"] = {
             name: task.model_dump(mode="json", exclude={"items", "shots_from"}) for name, task in tasks.items()
         }
+    if generate := config.evaluate.generate:
+        logical["generate"] = generate.model_dump(mode="json", exclude={"data", "batch_size"})
     return StageSpec(EVALUATE, config, logical, {TRAIN: training} | _item_digests(config))
 
 
@@ -104,10 +107,17 @@ def _item_digests(config: RunConfig) -> dict[str, str]:
         for key, path in (("items", task.items), ("shots_from", task.shots_from))
         if path is not None and path.is_file()
     }
+    if generate := config.evaluate.generate:
+        paths |= {f"evaluate.generate.{path.name}": path for path in set_files(generate) if path.is_file()}
     digests = digest_cache(config.workdir).digests(paths.values()) if paths else []
     return dict(zip(paths, digests, strict=True))
 
 
 def export_spec(config: RunConfig, training: str) -> StageSpec:
-    """The exported model depends on the training (its fingerprint), and through it on the tokenizer."""
-    return StageSpec(EXPORT, config, {}, {TRAIN: training})
+    """The exported model depends on the training (its fingerprint), and through it on the tokenizer; the best one by a
+    score on the evaluation too."""
+    if config.export.checkpoint == "last":
+        return StageSpec(EXPORT, config, {}, {TRAIN: training})
+    best_by = config.checkpoints.best_by
+    scored = {} if best_by == VALIDATION else {EVALUATE: evaluate_spec(config, training).fingerprint}
+    return StageSpec(EXPORT, config, {"best_by": best_by}, {TRAIN: training} | scored)

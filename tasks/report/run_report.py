@@ -9,7 +9,7 @@ from pathlib import Path
 from neox_core.artifact import software
 from neox_core.config import RunConfig
 from neox_core.train.observe.metrics import METRICS_FILE
-from tasks.evaluation.kept_items import BASE_STEP, load_items
+from tasks.evaluation.kept_items import BASE_STEP, load_items, scored_tasks
 from tasks.evaluation.show import flipped, is_right
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
@@ -53,10 +53,10 @@ def write_run_report(config: RunConfig, results: Sequence[StageResult]) -> RunRe
 
 
 def _flipped(evaluated: StageResult) -> list[dict[str, str]]:
-    """Ten items of each set with choices that are right at one of the base and the last checkpoint alone."""
+    """Ten items of each set that are right at one of the base and the last checkpoint alone."""
     last, folder = evaluated.artifact.summary["evaluations"][-1], evaluated.artifact.folder
     items = {}
-    for task in last.get("tasks", {}):
+    for task in scored_tasks(last):
         now, base = load_items(folder, task, last["step"]), load_items(folder, task, BASE_STEP)
         if any(is_right(record) is not None for record in now):
             items[task] = flipped(now, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tasks.evaluation.kept_items import scored_tasks
 from tasks.report.figures import Rows, interval_figure
 
 _LABELS = {
@@ -13,6 +14,9 @@ _LABELS = {
     "calibrated_accuracy": "calibrated accuracy",
     "log_likelihood": "log-likelihood among choices",
     "calibrated_log_likelihood": "calibrated log-likelihood",
+    "greedy": "share right, greedy",
+    "majority": "share right by majority",
+    "sample": "share right of all samples",
 }
 
 
@@ -21,8 +25,9 @@ def task_metrics(evaluations: Rows) -> list[tuple[str, str]]:
     found = [
         (name, metric)
         for evaluation in evaluations
-        for name, scored in evaluation.get("tasks", {}).items()
+        for name, scored in scored_tasks(evaluation).items()
         for metric in scored["metrics"]
+        if metric in _LABELS
     ]
     return list(dict.fromkeys(found))
 
@@ -32,9 +37,9 @@ def task_figures(evaluations: Rows) -> dict[str, str | None]:
     figures = {}
     for task, metric in task_metrics(evaluations):
         points = [
-            (evaluation["step"], evaluation["tasks"][task]["metrics"][metric])
+            (evaluation["step"], scored_tasks(evaluation)[task]["metrics"][metric])
             for evaluation in evaluations
-            if metric in evaluation.get("tasks", {}).get(task, {}).get("metrics", {})
+            if metric in scored_tasks(evaluation).get(task, {}).get("metrics", {})
         ]
         figures[f"task {task} {metric}"] = interval_figure(points, f"{task}: {_LABELS[metric]}", _LABELS[metric])
     return figures
@@ -53,7 +58,7 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
     first, last = evaluations[0], evaluations[-1]
     rows = []
     for task, metric in task_metrics([last]):
-        scored = last["tasks"][task]
+        scored = scored_tasks(last)[task]
         rows.append(
             {
                 "task": task,
@@ -68,7 +73,7 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
 
 
 def _value(evaluation: Mapping[str, Any], task: str, metric: str) -> str:
-    score = evaluation.get("tasks", {}).get(task, {}).get("metrics", {}).get(metric)
+    score = scored_tasks(evaluation).get(task, {}).get("metrics", {}).get(metric)
     return f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]" if score else "–"
 
 

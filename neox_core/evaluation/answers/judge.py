@@ -103,7 +103,14 @@ class Judge:
         if not self._pipe.poll(_START_SECONDS):
             self._end()
             raise TimeoutError(f"the process that compares answers did not start in {_START_SECONDS:.0f} s")
-        self._pipe.recv()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            self._end()
+            raise RuntimeError(
+                "the process that compares answers ended as it started: its own error stands above; a script that "
+                "calls this needs `if __name__ == '__main__':`, since the process imports it"
+            ) from None
         return self._pipe
 
     def _end(self) -> None:

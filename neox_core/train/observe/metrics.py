@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 INCIDENTS_FILE = "incidents.jsonl"
+_LOSS = "validation/loss"
 _SHOWN = ("train/", "validation/", "guard/")
 _WANDB_URL = "https://api.wandb.ai"
 _CONNECT_SECONDS = 5.0
@@ -49,7 +50,7 @@ class MetricsLog:
         _end_last_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         if config.wandb.mode != "disabled":
-            self._wandb = _start_wandb(config, folder, run_id)
+            self._wandb = start_wandb(config, folder, run_id, config.name)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -87,6 +88,15 @@ class MetricsLog:
         return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
 
 
+def validation_losses(metrics: Path) -> dict[int, float]:
+    """By step, as the metrics have them; the last of a step that was repeated."""
+    if not metrics.is_file():
+        return {}
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
+    return {row["step"]: row[_LOSS] for row in rows}
+
+
 def _end_last_line(path: Path) -> None:
     """Cut off the half line that a killed run may have left; its step comes again."""
     content = path.read_bytes()
@@ -97,7 +107,8 @@ def _end_last_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
+def start_wandb(config: RunConfig, folder: Path, run_id: str, name: str) -> Any:
+    """A run of W&B, gone on with if there is one with this id; offline where W&B cannot be reached."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -111,7 +122,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str) -> Any:
         mode=mode,
         project=config.wandb.project,
         entity=config.wandb.entity,
-        name=config.name,
+        name=name,
         id=run_id[:16],
         resume="allow",
         dir=folder,

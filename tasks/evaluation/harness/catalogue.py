@@ -1,71 +1,85 @@
-"""The harness's tasks that are offered, each with the local file that it reads instead of a download.
+"""The tasks that are offered, each with the local file that it reads instead of a download.
 
 A task file of ours includes the harness's own and replaces its data set alone, so that prompts, few-shot texts and
-filters stay the harness's.
+filters stay the harness's. It has none for the likelihood of gold solutions: those files are whole.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from neox_core.errors import ConfigError, DataError
-from neox_core.evaluation.items import LETTERS, MAX_ITEM_BYTES
+from neox_core.config import GenerationConfig
+from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
+from tasks.evaluation.harness.documents import Document, gsm8k, minerva, minif2f, mmlu, write_documents
 from tasks.evaluation.harness.settings import HarnessSettings
-
-Record = Mapping[str, Any]
-
-
-def _gsm8k(record: Record) -> dict[str, Any]:
-    return {"question": record["question"], "answer": record["solution"], "gold": record["answer"]}
-
-
-def _minerva(record: Record) -> dict[str, Any]:
-    return {"problem": record["problem"], "solution": record["solution"]}
-
-
-def _mmlu(record: Record) -> dict[str, Any]:
-    lost = [isinstance(option, float) and math.isnan(option) for option in record["options"]]  # pandas' reading of None
-    options = ["None" if gone else option for gone, option in zip(lost, record["options"], strict=True)]
-    gold = LETTERS.index(record["answer"])
-    return {"question": record["question"], "choices": options, "answer": gold, "gold": options[gold]}
 
 
 @dataclass(frozen=True)
 class HarnessTask:
     """A task of the harness."""
 
-    include: str
-    """Its file, below the harness's tasks."""
     file: str
     """JSON lines in the data folder."""
-    document: Callable[[Record], dict[str, Any]]
-    """From a line to the fields that the harness's templates name, and `gold`."""
+    document: Document
+    include: str | None = None
+    """The harness's own file, below its tasks."""
+    kind: Literal["written", "choices", "solution"] = "written"
+    """Answers are written, chosen by likelihood, or there is a gold solution whose likelihood counts."""
     shots_file: str | None = None
     """JSON lines that few-shot texts come from, where the task's own file does not hold them."""
-    generates: bool = True
-    """Answers are written, not chosen."""
     last_number: bool = False
     """An answer without any sign is the last number."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """Of a task that the harness does not have: its templates."""
 
 
+def _solution(file: str, document: Document, prompt: str, text: str) -> HarnessTask:
+    own = {"output_type": "loglikelihood", "doc_to_text": prompt, "doc_to_target": f" {text}"}
+    return HarnessTask(file, document, kind="solution", own=own)
+
+
+_MINERVA, _MMLU = "minerva_math/minerva_math_algebra.yaml", "mmlu/default/_default_template_yaml"
+_MINIF2F = "minif2f_isabelle_test.jsonl"
 TASKS = {
-    "gsm8k": HarnessTask("gsm8k/gsm8k.yaml", "gsm8k_test.jsonl", _gsm8k, "gsm8k_fewshot.jsonl", last_number=True),
-    "gsm8k_cot": HarnessTask("gsm8k/gsm8k-cot.yaml", "gsm8k_test.jsonl", _gsm8k, last_number=True),
+    "gsm8k": HarnessTask("gsm8k_test.jsonl", gsm8k, "gsm8k/gsm8k.yaml", "written", "gsm8k_fewshot.jsonl", True),
+    "gsm8k_cot": HarnessTask("gsm8k_test.jsonl", gsm8k, "gsm8k/gsm8k-cot.yaml", last_number=True),
     # OCWCourses and MATH come as lines of `problem` and `solution`, whose last \boxed{} is the answer.
-    "minerva_math": HarnessTask("minerva_math/minerva_math_algebra.yaml", "math_test.jsonl", _minerva),
-    "ocw_courses": HarnessTask("minerva_math/minerva_math_algebra.yaml", "ocw_courses_test.jsonl", _minerva),
-    "mmlu_stem": HarnessTask("mmlu/default/_default_template_yaml", "mmlu_stem_test.jsonl", _mmlu, generates=False),
-    "sat_math": HarnessTask("mmlu/default/_default_template_yaml", "sat_math_test.jsonl", _mmlu, generates=False),
+    "minerva_math": HarnessTask("math_test.jsonl", minerva, _MINERVA),
+    "ocw_courses": HarnessTask("ocw_courses_test.jsonl", minerva, _MINERVA),
+    "mmlu_stem": HarnessTask("mmlu_stem_test.jsonl", mmlu, _MMLU, "choices"),
+    "sat_math": HarnessTask("sat_math_test.jsonl", mmlu, _MMLU, "choices"),
+    # As `evaluate.tasks` scores each checkpoint by default: the same prompt, the same text.
+    "gsm8k_solutions": _solution("gsm8k_test.jsonl", gsm8k, "Question: {{question}}\nAnswer:", "{{answer}}"),
+    "minif2f_proofs": _solution(_MINIF2F, minif2f, "Problem: {{informal_statement}}\nProof:", "{{informal_proof}}"),
+    "minif2f_statements": _solution(
+        _MINIF2F, minif2f, "Problem: {{informal_statement}}\nIsabelle:", "{{formal_statement}}"
+    ),
 }
 """By name."""
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Whether all are offered.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"unknown task {name!r}: there are {', '.join(TASKS)}")
+
+
+def set_files(generate: GenerationConfig) -> list[Path]:
+    """The files that tasks read; of those that are not known none."""
+    known = [TASKS[name] for name in generate.tasks if name in TASKS]
+    names = dict.fromkeys(name for task in known for name in (task.file, task.shots_file) if name is not None)
+    return [generate.data / name for name in names]
 
 
 def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
@@ -78,20 +92,21 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
         The folder of the task files.
 
     Raises:
-        ConfigError: an unknown task, or one whose data is not in the data folder.
-        DataError: a line lacks a field.
+        ConfigError: an unknown task, or one whose data is not in the data folder, or has changed since.
+        DataError: a line is no item of its task.
     """
     folder = settings.out / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
+    check_tasks(settings.tasks)
     for name in settings.tasks:
-        if name not in TASKS:
-            raise ConfigError(f"unknown task {name!r}: there are {', '.join(TASKS)}")
         task = TASKS[name]
-        files = {"test": _write_documents(settings.data / task.file, task, folder / f"{name}.test.jsonl", name)}
-        if task.shots_file is not None:
-            shots = settings.data / task.shots_file
-            files["train"] = _write_documents(shots, task, folder / f"{name}.train.jsonl", name)
-        text: dict[str, Any] = {"include": str(harness / task.include), "task": name, "tag": None}
+        sources = {"test": task.file} | ({"train": task.shots_file} if task.shots_file else {})
+        files = {
+            split: write_documents(settings.data / file, task.document, folder / f"{name}.{split}.jsonl", name)
+            for split, file in sources.items()
+        }
+        text: dict[str, Any] = {"include": str(harness / task.include)} if task.include else {}
+        text |= {"task": name, "tag": None, **task.own}
         text |= {"dataset_path": "json", "dataset_name": None, "test_split": "test", **_splits(files)}
         text |= {"dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
         write_atomically(folder / f"{name}.yaml", yaml.safe_dump(text, sort_keys=False))
@@ -100,30 +115,3 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
 
 def _splits(files: Mapping[str, Path]) -> dict[str, Any]:
     return {} if "train" in files else {"training_split": None, "fewshot_split": None}
-
-
-def _write_documents(path: Path, task: HarnessTask, written: Path, name: str) -> Path:
-    if not path.is_file():
-        raise ConfigError(
-            f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
-        )
-    write_atomically(written, "".join(json.dumps(document) + "\n" for document in _documents(path, task)))
-    return written
-
-
-def _documents(path: Path, task: HarnessTask) -> Iterator[dict[str, Any]]:
-    empty = True
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        if len(line) > MAX_ITEM_BYTES:
-            raise DataError(f"{path}, line {number} has {len(line):,} bytes, {MAX_ITEM_BYTES:,} at most: take it out")
-        try:
-            record = json.loads(line)
-            document = {"id": str(record.get("id", f"line {number}"))} | task.document(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number} is no item of this task ({error!r}): correct it") from None
-        empty = False
-        yield document
-    if empty:
-        raise DataError(f"{path} holds no item: correct the path or the file")

@@ -1,4 +1,4 @@
-"""The harness's language model on a local folder, and how many items it takes at a time."""
+"""The harness's language model on a local folder, and how many requests it takes at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _INSTALL = "install it with `pip install 'llemma-pretrain[harness]'`"
 _CPU_BATCH = 8
 _LARGEST_BATCH = 256
 _MEMORY_SHARE = 0.5
-"""Of the free memory that keys and values may fill; logits and activations take of the rest."""
+"""Of the free memory that may be filled so; activations take of the rest."""
+_BYTES = 4
+"""Of a key's or value's number, in fp32."""
+_LOGIT_BYTES = 12
+"""A logit, its copy in fp32 and its log-probability."""
 
 
 def go_offline(cache: Path) -> None:
@@ -33,8 +37,8 @@ def go_offline(cache: Path) -> None:
         raise ConfigError(f"lm-evaluation-harness is missing ({error}): {_INSTALL}") from None
 
 
-def load_model(settings: HarnessSettings) -> tuple[Any, int]:
-    """The harness's model and its batch size.
+def load_model(settings: HarnessSettings) -> Any:
+    """The harness's model.
 
     Raises:
         ConfigError: the answer's length leaves no room for a prompt, or the backend is not installed.
@@ -42,31 +46,64 @@ def load_model(settings: HarnessSettings) -> tuple[Any, int]:
     import torch
     from lm_eval.api.registry import get_model
 
-    length = int(json.loads((settings.model / "config.json").read_text())["max_position_embeddings"])
+    length = _number(model_config(settings.model), settings.model, "max_position_embeddings", "n_positions")
     if settings.max_tokens >= length:
         raise ConfigError(
             f"--max-tokens {settings.max_tokens} leaves no room for a prompt in the model's {length}: give fewer"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = {"pretrained": str(settings.model), "max_length": length, "dtype": "auto"}
-    if settings.backend != "hf":
+    arguments = {"pretrained": str(settings.model), "max_length": length, "dtype": settings.dtype}
+    if settings.backend == "vllm":
         try:
-            return get_model(settings.backend)(**arguments, batch_size="auto"), settings.batch_size or _LARGEST_BATCH
+            return get_model("vllm")(**arguments, batch_size="auto", seed=settings.seed)
         except ImportError as error:
-            raise ConfigError(f"backend {settings.backend} is missing ({error}): install it, or use hf") from None
-    model = get_model("hf")(**arguments, device=device, batch_size=settings.batch_size or _CPU_BATCH)
-    batch = settings.batch_size or (_fitting_batch(settings.model, length) if device == "cuda" else _CPU_BATCH)
-    model.batch_size_per_gpu = batch
-    return model, batch
+            raise ConfigError(f"backend vllm is missing ({error}): `pip install vllm`, or --backend hf") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # In bf16 a log-probability has three digits.
+    return get_model("hf")(**arguments, device=device, batch_size=1, softmax_dtype="float32")
 
 
-def _fitting_batch(model: Path, length: int) -> int:
-    """Sequences of full length whose keys and values fit."""
+def model_config(model: Path) -> dict[str, Any]:
+    """What config.json says.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    try:
+        found: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{model}/config.json is not JSON ({error}): export the model again") from None
+    return found
+
+
+def _number(config: dict[str, Any], model: Path, *names: str) -> int:
+    for name in names:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ConfigError(f"{model}/config.json has no {names[0]}: give a causal language model's folder")
+
+
+def fitting_batch(settings: HarnessSettings, tokens: int, written: bool) -> int:
+    """How many requests go through the model at once: as many as the device's free memory holds.
+
+    Args:
+        tokens: of the longest request.
+        written: an answer is generated; otherwise each token's logits are needed.
+    """
     import torch
 
-    config = json.loads((model / "config.json").read_text())
+    if settings.backend == "vllm":  # it makes batches of its own
+        return _LARGEST_BATCH
+    if not torch.cuda.is_available():
+        return _CPU_BATCH
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return batch_for(model_config(settings.model), free, tokens + settings.max_tokens * written, logits=not written)
+
+
+def batch_for(config: dict[str, Any], free: int, tokens: int, logits: bool) -> int:
+    """Sequences of so many tokens whose keys and values, and logits if wanted, fill half of `free` bytes."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    per_token = 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, min(_LARGEST_BATCH, int(free * _MEMORY_SHARE) // (per_token * length)))
+    kept = 2 * _BYTES * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim
+    kept += _LOGIT_BYTES * config["vocab_size"] * logits
+    return max(1, min(_LARGEST_BATCH, int(free * _MEMORY_SHARE) // (kept * tokens)))

@@ -13,17 +13,18 @@ Answer = Callable[[Sequence[int]], list[Any]]
 
 
 def answer_all(
-    path: Path, batches: Sequence[Sequence[int]], answer: Answer, finished: Callable[[int], None]
+    path: Path, batches: Sequence[Sequence[int]], answer: Answer, finished: Callable[[int, int], None]
 ) -> dict[int, Any]:
     """Answers by request number. Batches that a file holds already are not asked again.
 
     Args:
         path: JSON lines, one per batch; a last line that a kill cut off is dropped.
-        finished: told how many batches are through.
+        finished: told how many batches are through, and how many of them were asked in this call.
     """
     known = _read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
+        asked = 0
         for count, batch in enumerate(batches):
             if not all(number in known for number in batch):
                 given = answer(batch)
@@ -31,7 +32,8 @@ def answer_all(
                 file.flush()
                 os.fsync(file.fileno())
                 known |= dict(zip(batch, given, strict=True))
-            finished(count + 1)
+                asked += 1
+            finished(count + 1, asked)
     return known
 
 

@@ -12,6 +12,10 @@ from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 
 SETTINGS_FILE = "settings.json"
+BACKENDS = ("hf", "vllm")
+_EARLIER = {"dtype": "auto"}
+"""Of settings that older evaluations do not name."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class HarnessSettings:
     """Of a generated answer."""
     backend: str = "hf"
     """lm-evaluation-harness's name of it: hf or vllm."""
+    identity: str | None = None
+    """What stands for the model's content; None: its files' names, sizes and times."""
+    dtype: str = "auto"
+    """In which the model computes: auto is that of its weights; or float32, bfloat16, float16."""
 
 
 def claim_folder(settings: HarnessSettings) -> None:
@@ -48,6 +56,13 @@ def claim_folder(settings: HarnessSettings) -> None:
     """
     if not (settings.model / "config.json").is_file():
         raise ConfigError(f"{settings.model} holds no config.json: give a folder in Hugging Face's format")
+    for name, value, known in (("backend", settings.backend, BACKENDS), ("dtype", settings.dtype, DTYPES)):
+        if value not in known:
+            raise ConfigError(f"--{name} {value}: give one of {', '.join(known)}")
+    counts = {"limit": settings.limit, "batch-size": settings.batch_size, "max-tokens": settings.max_tokens}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"--{name} {count}: give 1 or more")
     if settings.samples == 1 or settings.samples < 0 or settings.temperature <= 0:
         raise ConfigError(
             f"{settings.samples} samples at temperature {settings.temperature}: a vote needs 2 or more, above 0"
@@ -57,7 +72,7 @@ def claim_folder(settings: HarnessSettings) -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, indent=1))
     found = json.loads(path.read_text(encoding="utf-8"))
-    differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+    differing = sorted(key for key in wanted if found.get(key, _EARLIER.get(key)) != wanted[key])
     if differing:
         raise ConfigError(
             f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
@@ -66,8 +81,9 @@ def claim_folder(settings: HarnessSettings) -> None:
 
 def _identity(settings: HarnessSettings) -> dict[str, Any]:
     """What the generated texts depend on. The tasks do not count: others can be added."""
-    identity = asdict(settings) | {"model": str(settings.model.resolve()), "weights": _weights(settings.model)}
-    return {key: value for key, value in identity.items() if key not in ("data", "out", "tasks")}
+    weights = settings.identity or _weights(settings.model)
+    identity = asdict(settings) | {"model": str(settings.model.resolve()), "weights": weights}
+    return {key: value for key, value in identity.items() if key not in ("data", "out", "tasks", "identity")}
 
 
 def _weights(model: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from neox_core.evaluation.answers.extract import extract_answer
 from neox_core.evaluation.answers.judge import Judge
-from neox_core.evaluation.scores import Score, shares
+from neox_core.evaluation.scores import Score, scores, shares
 
 
 def generated_record(
@@ -33,25 +33,10 @@ def generated_record(
 
 
 def task_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-    """Share of items answered rightly, with 95% intervals over items.
-
-    `greedy`; `majority`, of the samples of each; `sample`, the mean over samples; `accuracy` of choices; and the
-    harness's own verdicts as `harness NAME`.
-    """
-    values: dict[str, list[float]] = {}
+    """A task's scores, with 95% intervals over items: those of `neox_core.evaluation.scores.scores`, and the share of
+    items that the harness's own verdicts call right, as `harness NAME`."""
+    own: dict[str, list[float]] = {}
     for record in records:
-        for name, value in _values(record).items():
-            values.setdefault(name, []).append(value)
-    return {name: shares(found) for name, found in values.items()}
-
-
-def _values(record: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
-    if "greedy" in record:
-        found["greedy"] = float(record["greedy"][0]["correct"])
-    if "majority" in record:
-        found["majority"] = float(record["majority"]["correct"])
-        found["sample"] = sum(sample["correct"] for sample in record["samples"]) / len(record["samples"])
-    if "picked" in record:
-        found["accuracy"] = float(record["picked"] == record["gold"])
-    return found | {f"harness {name}": float(value) for name, value in record.get("harness", {}).items()}
+        for name, value in record.get("harness", {}).items():
+            own.setdefault(f"harness {name}", []).append(float(value))
+    return scores(records) | {name: shares(values) for name, values in own.items()}

@@ -209,9 +209,9 @@ def test_config_is_frozen() -> None:
 
 
 FIELDS = {
-    "RunConfig": 14,
+    "RunConfig": 15,
     "StorageConfig": 4,
-    "CheckpointsConfig": 3,
+    "CheckpointsConfig": 4,
     "TokenizerConfig": 4,
     "DataConfig": 21,
     "SourceAmount": 3,
@@ -230,7 +230,9 @@ FIELDS = {
     "GuardConfig": 6,
     "TrainChange": 3,
     "LaunchConfig": 11,
-    "EvaluateConfig": 4,
+    "EvaluateConfig": 5,
+    "ExportConfig": 1,
+    "GenerationConfig": 9,
     "EvaluationTask": 10,
     "WandbConfig": 3,
 }

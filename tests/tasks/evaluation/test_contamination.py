@@ -53,7 +53,7 @@ def test_scores_without_them(tmp_path: Path) -> None:
     ]
     task = {"items": 4, "left_out": 0, "metrics": scores(records), "records": records}
     kept = keep_items(tmp_path, {"step": 0, "sources": {}, "tasks": {"sums": task, "unknown": task}})
-    found = without_overlap(tmp_path, kept, {"sums": {"i/3"}})["tasks"]
+    found = without_overlap(tmp_path, 0, kept["tasks"], {"sums": {"i/3"}})
     assert "without_overlap" not in found["unknown"]
     assert found["sums"]["without_overlap"] == {"items": 3, "metrics": scores(records[:3])}
     assert found["sums"]["metrics"] == scores(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
 from tasks.evaluation.harness.catalogue import write_task_files
+from tasks.evaluation.harness.model import batch_for
 from tasks.evaluation.harness.run import evaluate_model
 from tasks.evaluation.harness.settings import HarnessSettings
+from tasks.identity.stage import try_claim_name
 from tests.neox_core.train.small_training import CONFIG
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
@@ -38,7 +41,12 @@ FACTS = [
     {"id": "f/1", "question": "Which is even?", "options": ["3", "8", "11", "21"], "answer": "B"},
     {"id": "f/2", "question": "Which is a square?", "options": ["3", "8", "11", "25"], "answer": "D"},
 ]
-TASKS = ("gsm8k_cot", "minerva_math", "mmlu_stem")
+THEOREM = {
+    "informal_statement": "Show that $1+1=2$.",
+    "informal_proof": "By counting.",
+    "formal_statement": 'theorem "1 + 1 = (2::nat)"',
+}
+TASKS = ("gsm8k_cot", "minerva_math", "mmlu_stem", "gsm8k_solutions")
 
 
 def write(path: Path, items: list[dict[str, Any]]) -> None:
@@ -82,7 +90,7 @@ def evaluated(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_items_and_scores(evaluated: tuple[dict[str, Any], Path]) -> None:
     results, out = evaluated
-    assert [results[name]["items"] for name in TASKS] == [4, 1, 3]
+    assert [results[name]["items"] for name in TASKS] == [4, 1, 3, 4]
     found = items(out, "gsm8k_cot")
     assert [record["id"] for record in found] == [item["id"] for item in SUMS[:4]]
     assert found[0]["prompt"].startswith("Q: There are 15 trees")
@@ -98,8 +106,10 @@ def test_the_harness_called_directly_agrees(folders: Path, evaluated: tuple[dict
     manager = lm_eval.tasks.TaskManager(include_path=str(out / "tasks"), include_defaults=False)
     direct = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(folders / "model"), "dtype": "auto", "max_length": 4096},
-        tasks=["gsm8k_cot", "mmlu_stem"], task_manager=manager, batch_size=2, limit=4, device="cpu",
+        model_args={
+            "pretrained": str(folders / "model"), "dtype": "auto", "max_length": 4096, "softmax_dtype": "float32"
+        },
+        tasks=["gsm8k_cot", "mmlu_stem", "gsm8k_solutions"], task_manager=manager, batch_size=2, limit=4, device="cpu",
         gen_kwargs={"max_gen_toks": 12}, bootstrap_iters=0,
     )  # fmt: skip
     strict = direct["results"]["gsm8k_cot"]["exact_match,strict-match"]
@@ -112,6 +122,12 @@ def test_the_harness_called_directly_agrees(folders: Path, evaluated: tuple[dict
     for record in items(out, "mmlu_stem"):
         expected = [float(likelihood) for likelihood, _ in likelihoods[record["id"]]]
         assert record["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+    solutions = {sample["doc"]["id"]: sample["filtered_resps"][0][0] for sample in direct["samples"]["gsm8k_solutions"]}
+    for record in items(out, "gsm8k_solutions"):
+        assert record["log_likelihood"] == pytest.approx(float(solutions[record["id"]]), abs=1e-3)
+    bits = -sum(map(float, solutions.values())) / math.log(2)
+    size = sum(len(f" {item['solution']}".encode()) for item in SUMS[:4])
+    assert results["gsm8k_solutions"]["scores"]["bits_per_byte"]["value"] == pytest.approx(bits / size, abs=1e-5)
 
 
 def test_a_killed_evaluation_goes_on(folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -149,8 +165,63 @@ def test_what_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
         evaluate_model(settings(folders, tmp_path / "other", max_tokens=4096), silent)
 
 
-@pytest.mark.parametrize("line", ["{", '{"question": "q"}', "[]", ""])
-def test_bad_items(folders: Path, tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[]", "line 1 is not a JSON object"),
+        ('{"question": "q"}', "line 1 has no list of texts 'options'"),
+        (json.dumps(FACTS[0] | {"question": 5}), "line 1 has no text 'question'"),
+        (json.dumps(FACTS[0] | {"answer": ""}), "'answer' names none of its 4 options"),
+        (json.dumps(FACTS[0] | {"answer": "AB"}), "'answer' names none of its 4 options"),
+        (json.dumps(FACTS[0] | {"options": ["1", "2", "3", "4", "5"]}), "5 options, and the harness's prompt shows 4"),
+        (json.dumps(FACTS[0] | {"question": "q" * 10_000_000}), r"1 has 10,000,\d+ bytes, 1,048,576 at most"),
+        ("", "holds no item"),
+    ],
+)
+def test_bad_items(folders: Path, tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "mmlu_stem_test.jsonl").write_text(line)
-    with pytest.raises(DataError, match=r"line 1 is no item of this task|holds no item"):
+    with pytest.raises(DataError, match=message):
         write_task_files(replace(settings(folders, tmp_path, tasks=("mmlu_stem",)), data=tmp_path), HARNESS)
+
+
+def test_items_that_changed_since(folders: Path, tmp_path: Path) -> None:
+    asked = replace(settings(folders, tmp_path / "out", tasks=("minif2f_proofs",)), data=tmp_path)
+    write(tmp_path / "minif2f_isabelle_test.jsonl", [THEOREM])
+    write_task_files(asked, HARNESS)
+    write_task_files(asked, HARNESS)
+    write(tmp_path / "minif2f_isabelle_test.jsonl", [THEOREM | {"informal_proof": "By parity."}])
+    with pytest.raises(ConfigError, match=r"holds other items than .*: give another --out"):
+        write_task_files(asked, HARNESS)
+
+
+def test_long_solutions_are_left_out(folders: Path, tmp_path: Path) -> None:
+    proofs = [THEOREM, THEOREM | {"informal_proof": "By long calculation: " + "1 + " * 9_000}]
+    write(tmp_path / "minif2f_isabelle_test.jsonl", proofs)
+    asked = settings(folders, tmp_path / "out", tasks=("minif2f_proofs", "minif2f_statements"), samples=0)
+    results = evaluate_model(replace(asked, data=tmp_path), silent)
+    assert (results["minif2f_proofs"]["items"], results["minif2f_proofs"]["left_out"]) == (1, 1)
+    assert results["minif2f_statements"]["items"] == 2
+    assert "longer than the model takes" in items(tmp_path / "out", "minif2f_proofs")[1]["left_out"]
+
+
+def test_impossible_settings(folders: Path, tmp_path: Path) -> None:
+    for wrong in ({"limit": 0}, {"batch_size": 0}, {"max_tokens": 0}, {"backend": "onnx"}, {"dtype": "int3"}):
+        with pytest.raises(ConfigError, match="give"):
+            evaluate_model(settings(folders, tmp_path, **wrong), silent)
+
+
+def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:
+    with try_claim_name(tmp_path, "evaluation"), pytest.raises(ConfigError, match="another call is at work"):
+        evaluate_model(settings(folders, tmp_path), silent)
+
+
+def test_batches_fit_the_memory() -> None:
+    config = {
+        "num_attention_heads": 8, "hidden_size": 512, "num_hidden_layers": 10, "num_key_value_heads": 4,
+        "vocab_size": 1000,
+    }  # fmt: skip
+    kept = 2 * 4 * 10 * 4 * 64  # bytes per token of keys and values in fp32
+    assert batch_for(config, free=2 * 50 * kept * 100, tokens=100, logits=False) == 50
+    assert batch_for(config, free=2 * 50 * (kept + 12_000) * 100, tokens=100, logits=True) == 50
+    assert batch_for(config, free=1, tokens=100, logits=True) == 1

@@ -87,7 +87,7 @@ def test_a_file_that_is_there_is_not_replaced_by_the_backup(store: ObjectStore, 
 
 
 def test_other_ranks_are_silent(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_start_wandb", lambda *args: pytest.fail("W&B was started"))
+    monkeypatch.setattr(metrics, "start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path / "new", store, rank=1, mode="offline") as log:
         log.log(1, train__loss=3.0)
         log.backup()()
@@ -96,7 +96,7 @@ def test_other_ranks_are_silent(store: ObjectStore, tmp_path: Path, monkeypatch:
 
 
 def test_disabled_wandb_is_not_started(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_start_wandb", lambda *args: pytest.fail("W&B was started"))
+    monkeypatch.setattr(metrics, "start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path, store) as log:
         log.log(1, train__loss=3.0)
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
@@ -117,7 +117,7 @@ def test_wandb_gets_the_rows_and_hears_of_failure(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FakeRun()
-    monkeypatch.setattr(metrics, "_start_wandb", lambda *args: run)
+    monkeypatch.setattr(metrics, "start_wandb", lambda *args: run)
 
     def fail() -> None:
         with open_log(tmp_path, store, mode="offline") as log:

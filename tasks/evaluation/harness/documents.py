@@ -1,0 +1,96 @@
+"""Lines of the evaluation sets as the documents that the harness's templates read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from neox_core.errors import ConfigError, DataError
+from neox_core.evaluation.items import MAX_ITEM_BYTES, read_gold, read_options
+from neox_core.storage.atomic import write_atomically
+
+Record = Mapping[str, Any]
+Document = Callable[[Record, str], dict[str, Any]]
+"""From a line, and where it stands, to the fields that the harness's templates name, and `gold`."""
+_CHOICES = 4
+"""Options that the harness's template of MMLU shows."""
+
+
+def gsm8k(record: Record, where: str) -> dict[str, Any]:
+    """`question`, `answer` (the solution, with the line of hashes) and `gold`."""
+    answer = record.get("answer")
+    gold = str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else None
+    return {
+        "question": _text(record, "question", where),
+        "answer": _text(record, "solution", where),
+        "gold": gold or _text(record, "answer", where),
+    }
+
+
+def minerva(record: Record, where: str) -> dict[str, Any]:
+    """`problem` and `solution`, from whose last box the harness takes the answer."""
+    return {"problem": _text(record, "problem", where), "solution": _text(record, "solution", where)}
+
+
+def mmlu(record: Record, where: str) -> dict[str, Any]:
+    """`question`, `choices` and `answer`, the right one's place."""
+    options = read_options(record.get("options"), "options", where)
+    if len(options) != _CHOICES:
+        raise DataError(f"{where} has {len(options)} options, and the harness's prompt shows {_CHOICES}: take it out")
+    place = read_gold(record.get("answer"), "answer", len(options), where)
+    return {
+        "question": _text(record, "question", where),
+        "choices": options,
+        "answer": place,
+        "gold": options[place],
+    }
+
+
+def minif2f(record: Record, where: str) -> dict[str, Any]:
+    """Statements and the informal proof, as they are."""
+    return {name: _text(record, name, where) for name in ("informal_statement", "informal_proof", "formal_statement")}
+
+
+def _text(record: Record, field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where} has no text {field!r}: correct it")
+    return value
+
+
+def write_documents(path: Path, document: Document, written: Path, name: str) -> Path:
+    """Write a set's documents as JSON lines, the same for the same set.
+
+    Raises:
+        ConfigError: the set is not there, or answers were given to another one that had its name.
+        DataError: a line is no item of the task, or there is none.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
+        )
+    text = "".join(json.dumps(found) + "\n" for found in _documents(path, document))
+    if not text:
+        raise DataError(f"{path} holds no item: correct the path or the file")
+    if written.is_file() and written.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{written} holds other items than {path} does now: give another --out, or the items of then")
+    write_atomically(written, text)
+    return written
+
+
+def _documents(path: Path, document: Document) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        if len(line) > MAX_ITEM_BYTES:
+            raise DataError(f"{where} has {len(line):,} bytes, {MAX_ITEM_BYTES:,} at most: take it out")
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}): correct it") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where} is not a JSON object: correct it")
+        yield {"id": str(record.get("id", f"line {number}"))} | document(record, where)
