@@ -12,10 +12,10 @@ from neox_core.data.document_order import DocumentOrder, Spans, joined
 from neox_core.data.documents import document_starts, restarting_positions
 from neox_core.data.indexed import IndexedDataset, Tokens, bin_path
 from neox_core.data.mixture import Indices, Mixture
-from neox_core.data.permutation import permute
-from neox_core.data.skipped import SkippedSequences
 from neox_core.data.mixture_weights import training_mixture, validation_mixture
 from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
+from neox_core.data.permutation import permute
+from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import DataError
 
 PADDING_ID = -1
@@ -33,9 +33,7 @@ class SequenceDataset:
     documents, each id is a target exactly once per pass, and none is lost; only the very first has nothing before it.
     """
 
-    def __init__(
-        self, tokens: IndexedDataset | Path, sequence_length: int, key: str, order: int = DATA_ORDER
-    ) -> None:
+    def __init__(self, tokens: IndexedDataset | Path, sequence_length: int, key: str, order: int = DATA_ORDER) -> None:
         """Cut `tokens` (or the dataset at that prefix); `key` fixes the order, another one in each epoch.
 
         Args:

@@ -42,7 +42,7 @@ class Spans(NamedTuple):
 
 
 class DocumentOrder:
-    """A dataset's tokens in the order of any epoch: each document's in order, the documents in another one each time."""
+    """A dataset's tokens in the order of any epoch: each document's in order, documents in another each time."""
 
     def __init__(self, dataset: IndexedDataset, key: str, lanes: int, run: int) -> None:
         """Order `dataset`; `key` fixes the order of each epoch. `lanes` and `run`: see OrderVersion.
@@ -92,7 +92,9 @@ class _Epoch:
         self._cut, self._key = cut, key
         shifts = (hashes(cut.lanes, seed_of(f"{key}/shifts")) % np.uint64(cut.blocks)).tolist()
         edges = [cut.begin(lane * cut.blocks) for lane in range(cut.lanes + 1)]
-        self._lanes = list(zip(range(0, cut.lanes * cut.blocks, cut.blocks), shifts, np.diff(edges).tolist(), strict=True))
+        self._lanes = list(
+            zip(range(0, cut.lanes * cut.blocks, cut.blocks), shifts, np.diff(edges).tolist(), strict=True)
+        )
         """Of each lane its first run, the number of the run that the epoch begins with, and its bytes."""
         self._origin = sum(cut.begin(first + shift) for first, shift, _ in self._lanes)
         # Where some blocks begin. What was found shortens later searches, but changes no result.

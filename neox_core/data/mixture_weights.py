@@ -57,10 +57,12 @@ def _shares(config: RunConfig, sources: Mapping[str, SourceAmount], from_step: i
     counts = dict(zip(weights, largest_remainder(exact, sequences).tolist(), strict=True))
     for name, count in counts.items():
         if weights[name] > 0 and count == 0:
-            ((key, given),) = sources[name].model_dump(exclude_none=True, include={"weight", "tokens", "epochs"}).items()
+            ((key, given),) = (
+                sources[name].model_dump(exclude_none=True, include={"weight", "tokens", "epochs"}).items()
+            )
             raise ConfigError(
                 f"data.sources.{name}.{key} {given:g} is {weights[name]:,.0f} tokens of steps {from_step} to "
-                f"{train.steps}, less than one sequence of {train.sequence_length}: raise it, or give the source weight 0"
+                f"{train.steps}, less than a sequence of {train.sequence_length}: raise it, or give the source weight 0"
             )
     return SequenceCounts(counts)
 
@@ -104,7 +106,7 @@ def _weights(
     if abs(total - asked) >= batch:
         raise ConfigError(
             f"{where}, but the amounts in data.sources sum to {asked:,.0f}: set train.steps to "
-            f"{train.steps + round((asked - total) / batch)}, or give one source a weight, so that it takes what is left"
+            f"{train.steps + round((asked - total) / batch)}, or give one source a weight, to take what is left"
         )
     return amounts | weights
 

@@ -81,9 +81,9 @@ def check_rejected(plans: Iterable[SplitPlan], source: str, limit: float, folder
     with part.paths.rejected.open(encoding="utf-8") as lines:
         first = json.loads(next(lines))
     raise DataError(
-        f"source {source!r}: {rejected} of {total} records are bad, more than data.max_rejected {limit:g}; the first is "
-        f"{part.file.location}, line {first['line']}: {first['reason']} (all are in {folder / REJECTED_FILE}): correct or "
-        "remove them, correct data.text_key, or raise data.max_rejected"
+        f"source {source!r}: {rejected} of {total} records are bad, more than data.max_rejected {limit:g}; the first "
+        f"is {part.file.location}, line {first['line']}: {first['reason']} (all are in {folder / REJECTED_FILE}): "
+        "correct or remove them, correct data.text_key, or raise data.max_rejected"
     )
 
 

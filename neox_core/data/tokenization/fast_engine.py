@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from neox_core.data.tokenization.bpe_json import tokenizer_json
 from neox_core.data.indexed import Tokens
+from neox_core.data.tokenization.bpe_json import tokenizer_json
 from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
 
 _log = logging.getLogger(__name__)

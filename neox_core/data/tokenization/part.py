@@ -8,7 +8,6 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from neox_core.storage.atomic import write_atomically
 from neox_core.data.tokenization.filters.overlap import EvaluationItems, load_items
 from neox_core.data.tokenization.part_files import PARTS, PartPaths, PartWriter
 from neox_core.data.tokenization.part_settings import Done, PartRecord, PartSettings, TokenizerSettings
@@ -16,6 +15,7 @@ from neox_core.data.tokenization.readers import DamagedFileError, InputFile, Wro
 from neox_core.data.tokenization.readers.inputs import content_digest
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
+from neox_core.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,9 @@ def make_part(
     try:
         return _found_or_made(file, settings, folder, on_progress)
     except OSError as error:
-        raise DataError(f"{file.location} cannot be made a part of: {error}: look at the disks and run again") from error
+        raise DataError(
+            f"{file.location} cannot be made a part of: {error}: look at the disks and run again"
+        ) from error
 
 
 def _found_or_made(

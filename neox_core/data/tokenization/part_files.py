@@ -16,15 +16,15 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.lib import format as npy
 
-from neox_core.data.tokenization.filters.duplicates import DOCUMENT, DocumentTable, text_hash
-from neox_core.storage.digest import sha256_of
 from neox_core.data.indexed import IndexedWriter, Tokens, bin_path, idx_path
+from neox_core.data.tokenization.filters.duplicates import DOCUMENT, DocumentTable, text_hash
 from neox_core.data.tokenization.filters.near_duplicates import PERMUTATIONS, Signatures, signature
 from neox_core.data.tokenization.filters.overlap import EvaluationItems
 from neox_core.data.tokenization.readers import Document, InputFile, Rejection
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
 from neox_core.storage.atomic import atomic_file
+from neox_core.storage.digest import sha256_of
 
 PARTS = ".parts"
 """Folder of the parts, until they are merged and the result is safe."""
@@ -180,9 +180,7 @@ def _renamed(path: Path, mode: str) -> Iterator[Any]:
 def _save_array(path: Path, content: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     content.seek(0)
     with _renamed(path, "wb") as file:
-        npy.write_array_header_1_0(
-            file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        )
+        npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
         shutil.copyfileobj(content, file)
 
 

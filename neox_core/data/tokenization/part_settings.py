@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from neox_core.data.tokenization.filters.overlap import OverlapWords
-from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import SourceFormat, source_formats
+from neox_core.storage.digest import sha256_of
 
 if TYPE_CHECKING:
     from neox_core.config import DataConfig, RunConfig, StorageConfig, TokenizerConfig
@@ -45,7 +45,7 @@ class PartSettings:
     skip_damaged_files: bool = False
     """A part that was left out as damaged is not tried again."""
     evaluation_sets: tuple[Path, ...] = ()
-    overlap: OverlapWords = OverlapWords(30, 8)
+    overlap: OverlapWords = field(default_factory=lambda: OverlapWords(30, 8))
     signatures: bool = False
     """Near-duplicates are looked for."""
     formats: tuple[SourceFormat, ...] = field(default_factory=source_formats)

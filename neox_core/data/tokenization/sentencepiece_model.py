@@ -65,7 +65,7 @@ class SentencePieceModel:
         self.special_texts = [piece.piece for piece in unusual]
         """Pieces that other engines may treat in another way when they stand in a text."""
         self.is_plain_bpe = _is_plain_bpe(proto) and not any(kind == _Piece.UNUSED for _, _, kind in self.pieces)
-        """BPE with byte fallback whose only normalisation is of blanks, and all of whose pieces are used, as Llama's."""
+        """BPE with byte fallback whose only normalisation is of blanks, with all pieces in use, as Llama's."""
         self._cuts = self.is_plain_bpe and not any(_CROSSING.search(text) for text, _, _ in self.pieces)
         self._ids_before_line_feed = len(self._model.encode("\n")) - 1
 

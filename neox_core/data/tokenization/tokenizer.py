@@ -32,7 +32,8 @@ class Tokenizer:
 
         Raises:
             ConfigError: the model file is missing, or has no piece for the configured end of document.
-            DataError: the file is neither a SentencePiece model nor a tokenizer.json, or takes literal `</s>` in a text for its control piece.
+            DataError: the file is neither a SentencePiece model nor a tokenizer.json, or takes literal `</s>` in a text
+                for its control piece.
         """
         self._model = _load(config.file)
         self.vocab_size: int = self._model.vocab_size
@@ -80,8 +81,9 @@ class Tokenizer:
             differing = np.flatnonzero(ids[:shorter] != expected[:shorter])
             at = int(differing[0]) if len(differing) else shorter
             raise DataError(
-                f"{self.engine} and SentencePiece differ from token {at} of {len(expected)} on "
-                f"({ids[at : at + 4].tolist()}, not {expected[at : at + 4].tolist()}): set tokenizer.engine: sentencepiece"
+                f"{self.engine} and SentencePiece differ from token {at} of {len(expected)} "
+                f"on ({ids[at : at + 4].tolist()}, not {expected[at : at + 4].tolist()}): set tokenizer.engine: "
+                "sentencepiece"
             )
 
     def _begin_of_document(self, config: TokenizerConfig | TokenizerSettings) -> list[int]:
@@ -129,6 +131,4 @@ def _load(path: Path) -> SentencePieceModel | ByteLevelModel:
         return ByteLevelModel(content) if is_json else SentencePieceModel(content)
     except Exception as error:  # `tokenizers` raises Exception itself
         reason, due = " ".join(str(error).split())[:200], "tokenizer.json" if is_json else "SentencePiece model"
-        raise DataError(
-            f"tokenizer.model {path} is not a {due} ({reason}); it is {kind_of(content)}"
-        ) from None
+        raise DataError(f"tokenizer.model {path} is not a {due} ({reason}); it is {kind_of(content)}") from None

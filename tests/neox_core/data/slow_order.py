@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,10 @@ def write(prefix: Path, sizes: Sequence[int], documents: Sequence[int] | None = 
 def texts(dataset: IndexedDataset) -> list[list[int]]:
     """The places of each document's tokens."""
     ends = dataset.document_index.tolist()
-    sequences = [list(range(int(o) // 4, int(o) // 4 + int(n))) for o, n in zip(dataset.offsets, dataset.sizes)]
-    return [sum(sequences[first:stop], []) for first, stop in zip(ends[:-1], ends[1:], strict=True)]
+    sequences = [
+        list(range(int(o) // 4, int(o) // 4 + int(n))) for o, n in zip(dataset.offsets, dataset.sizes, strict=True)
+    ]
+    return [list(itertools.chain.from_iterable(sequences[first:stop])) for first, stop in itertools.pairwise(ends)]
 
 
 def documents_of_epoch(count: int, key: str, epoch: int, lanes: int, run: int) -> list[int]:

@@ -17,9 +17,9 @@ from neox_core.data.dataset import (
     validation_positions,
     validation_windows,
 )
-from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.data.mixture import Mixture
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.errors import DataError
 from tests.neox_core.data.slow_order import documents_of_epoch, texts, write
 
@@ -66,7 +66,9 @@ def check_windows(dataset: IndexedDataset, length: int, epochs: int) -> None:
     index = 0
     for epoch in range(epochs):
         first, end = -(-epoch * tokens // length), -(-(epoch + 1) * tokens // length)
-        windows = {tuple(place for *_, place in stream[n * length : (n + 1) * length + 1]): n for n in range(first, end)}
+        windows = {
+            tuple(place for *_, place in stream[n * length : (n + 1) * length + 1]): n for n in range(first, end)
+        }
         seen = []
         for index in range(first, end):
             places = read_there.places(index)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from neox_core.data.document_order import DocumentOrder, Spans, _Epoch
-from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.data.indexed import IndexedDataset
+from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS
 from neox_core.errors import DataError
 from tests.neox_core.data.slow_order import documents_of_epoch, texts, write
 
@@ -152,8 +152,7 @@ def test_damaged_indices_are_refused(documents: list[int], tmp_path: Path) -> No
     for lanes, run in ((1, 1), (2, 1), (LANES, RUN)):
         order = DocumentOrder(write(tmp_path / "d", [3, 4, 5, 6], documents), "k", lanes, run)
         with pytest.raises(DataError, match=r"d\.idx is damaged \(its documents do not follow one another\)"):
-            for start in range(18):
-                order.spans(0, start, start + 1)
+            [order.spans(0, start, start + 1) for start in range(18)]
 
 
 def test_tokens_before_the_first_document_are_refused(tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ def test_validation_shorter_than_a_sequence() -> None:
     [
         ({"a": {"tokens": 307_200}, "b": {"weight": 1}, "z": {"weight": 0}}, r"a\.tokens \(307,200\) to 76,800"),
         ({"a": {"epochs": 4}, "b": {"weight": 1}, "z": {"weight": 0}}, r"lower data\.sources\.a\.epochs \(4\)"),
-        ({"a": {"weight": 4}, "b": {"weight": 0}, "z": {"weight": 0}}, r"give other sources a weight too, not only .*\.a,"),
+        (
+            {"a": {"weight": 4}, "b": {"weight": 0}, "z": {"weight": 0}},
+            r"give other sources a weight too, not only .*\.a,",
+        ),
     ],
 )
 def test_advice_fits_how_the_source_is_given(sources: dict[str, Any], advice: str) -> None:

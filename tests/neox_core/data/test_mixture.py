@@ -106,7 +106,7 @@ CHANGES = [
 
 
 def test_changes_of_weights_lose_and_repeat_nothing() -> None:
-    """Every source's sequences come once each and in order, across all changes; before a change nothing is different."""
+    """Every source's sequences come once each and in order, across all changes; before one nothing is different."""
     plain, mixture = Mixture({"a": 3, "b": 0, "c": 4}), Mixture({"a": 3, "b": 0, "c": 4}, CHANGES)
     source_ids, within = mixture.locate(np.arange(300_000))
     for source_id in range(3):

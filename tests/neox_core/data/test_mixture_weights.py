@@ -98,7 +98,7 @@ def test_the_older_order_rounds_amounts_as_it_did() -> None:
 
 
 def test_an_amount_below_a_sequence_is_named_as_it_was_written() -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources\.tiny\.epochs 1 is 1,000 tokens .* less than one sequence"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.tiny\.epochs 1 is 1,000 tokens .* less than a sequence"):
         training_mixture(long_config({"epochs": 1}), {"small": 10**6, "tiny": 1000}.__getitem__)
     with pytest.raises(ConfigError, match=r"data\.sources\.small\.tokens 500 is 500 tokens"):
         training_mixture(long_config({"tokens": 500}), {"small": 10**6, "tiny": 10**6}.__getitem__)

@@ -57,7 +57,11 @@ def test_an_error_comes_where_its_item_would() -> None:
 
 
 def test_leaving_early_ends_the_thread() -> None:
-    with pytest.raises(KeyError), Prefetcher(itertools.count(), depth=1) as items:
-        next(items)
-        raise KeyError
+    def leave() -> None:
+        with Prefetcher(itertools.count(), depth=1) as items:
+            next(items)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
     assert threads() == []

@@ -58,7 +58,7 @@ def test_micro_batch_of_one_rank(dataset: MixtureDataset) -> None:
 
 
 def test_ranks_with_fewer_micro_batches(dataset: MixtureDataset) -> None:
-    """Five micro batches of three on two ranks, as those of 15 sequences: dealt in turn, and no sequence is left out."""
+    """Five micro batches of three on two ranks, as those of 15 sequences: dealt in turn; no sequence is left out."""
     cut = BatchGeometry(2, 2, 3, 3, 15, 60)
     first, second = (micro_batches(dataset, cut, rank, 4) for rank in range(2))
     for step in range(STEPS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ import numpy as np
 
 from neox_core.config import DataConfig
 from neox_core.data.tokenization.filters.duplicates import find_duplicates
-from neox_core.data.tokenization.merge import Mask
 from neox_core.data.tokenization.filters.near_duplicates import find_near_duplicates
+from neox_core.data.tokenization.merge import Mask
 from neox_core.data.tokenization.part_files import PartPaths, load_signatures, load_table
 from neox_core.data.tokenization.part_settings import PartRecord
 from neox_core.data.tokenization.readers import InputFile
@@ -37,7 +37,7 @@ class MadePart:
 
 
 class ValidationTexts(NamedTuple):
-    """Which documents of a part are in a validation split, [documents] each; none of a part that is no training text."""
+    """Which documents of a part are in a validation split, [documents] each; none of one that is no training text."""
 
     equal: Mask
     near: Mask

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from neox_core.config import DataConfig
 from neox_core.data.tokenization.filters.dropped import MadePart, ValidationTexts
@@ -48,7 +46,9 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
     for part in parts:
         for line in part.overlaps():
             what = {key: line[key] for key in ("item", "field", "words", "text")}
-            hits[part.file.source].append({"set": names[line["set"]], **what, "file": part.file.logical_name, "line": line["line"]})
+            hits[part.file.source].append(
+                {"set": names[line["set"]], **what, "file": part.file.logical_name, "line": line["line"]}
+            )
     summary = {
         source: {
             "items": len({(hit["set"], hit["item"]) for hit in found}),
@@ -61,7 +61,10 @@ def write_overlap(parts: Sequence[MadePart], data: DataConfig, folder: Path) -> 
         "words_of_whole_texts": data.overlap_min_words,
         "decontaminated": data.decontaminate,
         "sets": {
-            name: {**counts, "items_found": len({hit["item"] for found in hits.values() for hit in found if hit["set"] == name})}
+            name: {
+                **counts,
+                "items_found": len({hit["item"] for found in hits.values() for hit in found if hit["set"] == name}),
+            }
             for name, counts in coverage.items()
         },
         "sources": {source: {**summary[source], "hits": hits[source]} for source in hits},
@@ -112,8 +115,9 @@ def check_damaged(parts: Sequence[MadePart], data: DataConfig) -> None:
         if sizes[0] > data.max_damaged * sizes[1]:
             some = [part for part in damaged if part.file.source == source]
             raise DataError(
-                f"source {source!r}: damaged files hold {sizes[0]:,} of its {sizes[1]:,} bytes, more than data.max_damaged "
-                f"{data.max_damaged:g}: {_named(some)}: correct them or fetch them again, or raise data.max_damaged"
+                f"source {source!r}: damaged files hold {sizes[0]:,} of its {sizes[1]:,} bytes, more than "
+                f"data.max_damaged {data.max_damaged:g}: {_named(some)}: correct or fetch them again, or raise "
+                "data.max_damaged"
             )
 
 

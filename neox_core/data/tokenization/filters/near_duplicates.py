@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import rensa
 
-from neox_core.data.tokenization.merge import Mask
 from neox_core.data.tokenization.filters.words import words
+from neox_core.data.tokenization.merge import Mask
 
 PERMUTATIONS = 128
 SIGNATURE_BYTES = 4 * PERMUTATIONS
@@ -113,7 +113,11 @@ def _pairs(keys: Numbers, numbers: Numbers, first_other: int) -> Iterator[tuple[
     before = later - 1
     if first_other:
         is_reference = numbers < first_other
-        last = first + np.repeat(np.add.reduceat(is_reference.astype(np.int64), begins), sizes) - 1 if len(begins) else first
+        last = (
+            first + np.repeat(np.add.reduceat(is_reference.astype(np.int64), begins), sizes) - 1
+            if len(begins)
+            else first
+        )
         before = np.maximum(last, first)[later]
     yield numbers[later], numbers[before]
 

@@ -61,7 +61,9 @@ class EvaluationItems:
         sizes = [len(item.words) for item in self.items]
         long = [number for number, size in enumerate(sizes) if size >= length.run]
         short = [number for number, size in enumerate(sizes) if length.whole <= size < length.run]
-        self._indexes = [_Index(self.items, numbers, least) for numbers, least in ((long, length.run), (short, length.whole))]
+        self._indexes = [
+            _Index(self.items, numbers, least) for numbers, least in ((long, length.run), (short, length.whole))
+        ]
 
     def hits(self, text: str) -> list[Hit]:
         """The items that overlap with the text, each once, in the items' order."""

@@ -15,8 +15,8 @@ _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 def words(text: str) -> tuple[str, ...]:
     """Runs of letters, digits and underscores in lower case, so that spacing and punctuation hide nothing.
 
-    A word that is hyphenated at a line's end is one word; soft hyphens and zero-width characters are passed over; HTML's
-    entities (`&nbsp;`), full-width letters and ligatures count as what they stand for (Unicode's NFKC).
+    A word that is hyphenated at a line's end is one word; soft hyphens and zero-width characters are passed over;
+    HTML's entities (`&nbsp;`), full-width letters and ligatures count as what they stand for (Unicode's NFKC).
     """
     if "&" in text:
         text = html.unescape(text)

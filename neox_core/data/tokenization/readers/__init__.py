@@ -17,7 +17,7 @@ __all__ = [
     "open_input",
     "read_records",
     "register_source_format",
+    "source_files",
     "source_formats",
     "splits_of",
-    "source_files",
 ]

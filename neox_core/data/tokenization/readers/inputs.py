@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from neox_core.storage.digest import sha256_of
 from neox_core.data.tokenization.readers.formats import format_of, source_formats
 from neox_core.data.tokenization.readers.lines import COMPRESSIONS
 from neox_core.errors import DataError
+from neox_core.storage.digest import sha256_of
 
 if TYPE_CHECKING:
     from neox_core.config import DataConfig, StorageConfig
@@ -29,6 +29,8 @@ def splits_of(config: DataConfig, source: str) -> tuple[str, ...]:
     """The splits of a source that are tokenized: train, and what evaluation reads."""
     evaluated = source in config.validation_sources
     return tuple(split for split in SPLITS if split == "train" or (evaluated and (split != "test" or config.test)))
+
+
 _ABOUT = ("README", "LICENSE", "LICENCE")
 
 

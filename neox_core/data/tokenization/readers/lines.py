@@ -57,7 +57,9 @@ def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
                 if chunk.startswith(mark):
                     raise DamagedFileError(path, f"it is {kind} inside, not JSON lines: unpack it, or name it so")
             if b"\0" in chunk[:4]:
-                raise DamagedFileError(path, "it begins with NUL bytes: convert UTF-16 to UTF-8, with iconv for example")
+                raise DamagedFileError(
+                    path, "it begins with NUL bytes: convert UTF-16 to UTF-8, with iconv for example"
+                )
             chunk = chunk.removeprefix(_UTF8_MARK)
         yield chunk
 
@@ -95,5 +97,5 @@ def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:
     if name.endswith((".zst", ".zstd")):
         return cast("BinaryIO", zstd.ZstdFile(stored, options=_MAX_WINDOW))
     if name.endswith(".gz"):
-        return cast("BinaryIO", gzip.open(stored))  # noqa: SIM115
+        return cast("BinaryIO", gzip.open(stored))
     return stored

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.data.tokenization.readers.lines import MAX_LINE
-from neox_core.data.tokenization.readers.record import DamagedFileError, Document, Rejection, WrongColumnError, checked_text
+from neox_core.data.tokenization.readers.record import (
+    DamagedFileError,
+    Document,
+    Rejection,
+    WrongColumnError,
+    checked_text,
+)
 from neox_core.errors import ConfigError
 
 _READ_BYTES = 1 << 20

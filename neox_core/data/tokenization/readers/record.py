@@ -27,7 +27,6 @@ class Document(NamedTuple):
     line: int
     """Line of the (decompressed) file, from 1; of a parquet file the row, from 1."""
 
-
     @property
     def is_empty(self) -> bool:
         """It holds nothing to learn from."""
@@ -57,7 +56,9 @@ class DamagedFileError(_FileError):
     """A file that cannot be read to its end."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}): correct it or fetch it again, or set data.skip_damaged_files", reason)
+        super().__init__(
+            f"{path} is damaged ({reason}): correct it or fetch it again, or set data.skip_damaged_files", reason
+        )
 
 
 class WrongColumnError(_FileError):

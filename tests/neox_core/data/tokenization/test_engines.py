@@ -15,8 +15,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from neox_core.config import TokenizerConfig
-from neox_core.data.tokenization import fast_engine
-from neox_core.data.tokenization import sentencepiece_model
+from neox_core.data.tokenization import fast_engine, sentencepiece_model
 from neox_core.data.tokenization.fast_engine import FastEngine
 from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
 from neox_core.data.tokenization.tokenizer import Tokenizer

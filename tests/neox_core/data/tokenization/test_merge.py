@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neox_core.data.tokenization import merge as merge_module
 from neox_core.data.indexed import IndexedDataset, IndexedWriter
+from neox_core.data.tokenization import merge as merge_module
 from neox_core.data.tokenization.merge import Part, merge
 from neox_core.errors import DataError
 

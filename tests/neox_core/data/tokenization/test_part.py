@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from neox_core.data.tokenization import part
-
-from neox_core.data.tokenization import part_files
 from neox_core.data.indexed import IndexedDataset
+from neox_core.data.tokenization import part, part_files
 from neox_core.data.tokenization.filters.overlap import OverlapWords
 from neox_core.data.tokenization.part import make_part
 from neox_core.data.tokenization.part_files import PartPaths, load_signatures, load_table
 from neox_core.data.tokenization.part_settings import Done, PartSettings, TokenizerSettings
-from neox_core.data.tokenization.readers import DamagedFileError, InputFile, WrongColumnError
+from neox_core.data.tokenization.readers import InputFile, WrongColumnError
 from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.errors import DataError
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import resource
 from functools import partial
 from pathlib import Path
@@ -15,9 +13,7 @@ import pytest
 
 from neox_core.data.tokenization.filters import duplicates
 from neox_core.data.tokenization.filters.duplicates import DOCUMENT, DocumentTable, find_duplicates, text_hash
-from neox_core.data.tokenization.filters.overlap import EvaluationItems, Item, load_items, set_names
 from neox_core.data.tokenization.part_files import PartPaths, load_table
-from neox_core.errors import ConfigError, DataError
 from tests.paths import SHARED
 
 EVALUATION = SHARED / "data" / "eval"

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import resource
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from neox_core.data.tokenization.filters import duplicates
-from neox_core.data.tokenization.filters.duplicates import DOCUMENT, DocumentTable, find_duplicates, text_hash
 from neox_core.data.tokenization.filters.overlap import EvaluationItems, Item, OverlapWords, load_items, set_names
-from neox_core.data.tokenization.part_files import PartPaths, load_table
 from neox_core.data.tokenization.filters.words import words
 from neox_core.errors import ConfigError, DataError
 from tests.paths import SHARED
@@ -59,7 +52,13 @@ def test_overlap_is_that_of_the_definition(n: int) -> None:
 
 def test_items_are_every_text_but_names(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
-    record = {"id": "x/1", "name": "not looked for", "question": "Is it?", "options": ["Yes, it", 3, float("nan")], "answer": None}
+    record = {
+        "id": "x/1",
+        "name": "not looked for",
+        "question": "Is it?",
+        "options": ["Yes, it", 3, float("nan")],
+        "answer": None,
+    }
     path.write_text(json.dumps(record) + "\n\n" + json.dumps({"question": "Why"}) + "\n")
     items = load_items((path,), OverlapWords(2, 2)).items
     assert [(item.set_number, item.item, item.field, item.words) for item in items] == [
@@ -138,6 +137,8 @@ def test_most_items_of_the_real_sets_are_checked() -> None:
     if not paths:
         pytest.skip(f"{EVALUATION} is absent")
     coverage = load_items(paths, OverlapWords(30, 8)).coverage(set_names(paths)).values()
-    total, not_checked, whole = (sum(counts[key] for counts in coverage) for key in ("items", "not_checked", "as_a_whole"))
+    total, not_checked, whole = (
+        sum(counts[key] for counts in coverage) for key in ("items", "not_checked", "as_a_whole")
+    )
     assert not_checked < 0.04 * total
     assert whole > 0.3 * total

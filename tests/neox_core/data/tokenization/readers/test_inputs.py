@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from neox_core.storage.object_store import ObjectStore
 from neox_core.config import DataConfig, StorageConfig
 from neox_core.data.tokenization.readers import open_input, source_files
 from neox_core.data.tokenization.readers.inputs import _key_matches, content_digest, is_gone
 from neox_core.errors import DataError, StorageError
+from neox_core.storage.object_store import ObjectStore
 
 STORAGE = StorageConfig(url="s3://unused/x")
 
