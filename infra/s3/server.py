@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jinja2
+import psutil  # type: ignore[import-untyped]
 
 from infra.processes import ProcessRecord, end_processes
 from neox_core.errors import StorageError
@@ -199,7 +200,7 @@ def _wait_until_healthy(state: ServerState) -> bool:
 
 
 def _is_healthy(state: ServerState) -> bool:
-    """Whether the proxy and its three backends answer."""
+    """Whether the proxy answers, and each of the four listens itself: another program may have taken a port."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for loopback
     try:
         with direct.open(f"{state.endpoint.url}/healthcheck", timeout=5) as answer:
@@ -207,13 +208,15 @@ def _is_healthy(state: ServerState) -> bool:
                 return False
     except OSError:
         return False
-    return all(_accepts(port) for port in state.ports.values())
+    return all(_listens(process, state.ports[kind]) for kind, process in zip(_KINDS, state.processes, strict=True))
 
 
-def _accepts(port: int) -> bool:
-    with socket.socket() as client:
-        client.settimeout(1)
-        return client.connect_ex(("127.0.0.1", port)) == 0
+def _listens(process: ProcessRecord, port: int) -> bool:
+    try:
+        connections = psutil.Process(process.pid).net_connections("tcp4")
+    except psutil.Error:
+        return False
+    return any(x.status == psutil.CONN_LISTEN and x.laddr and x.laddr[1] == port for x in connections)
 
 
 def _becomes_free(port: int) -> bool:

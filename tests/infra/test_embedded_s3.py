@@ -187,3 +187,18 @@ def test_a_file_system_without_attributes_is_named(tmp_path: Path, monkeypatch: 
         storage_service(CONFIG, tmp_path),
     ):
         pass
+
+
+def test_a_port_that_another_program_has_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens there, which is not taken for an answer of Swift's."""
+    choose = server._free_ports
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(server, "_free_ports", lambda: {**choose(), "object": taken})
+        monkeypatch.setattr(server, "_becomes_free", lambda port: monkeypatch.undo() or port != taken)
+        with storage_service(CONFIG, tmp_path) as config:
+            ObjectStore(config).put_bytes("a", b"1")
+            ports = json.loads((tmp_path / "s3" / "server.json").read_text())["ports"]
+    assert ports["object"] != taken

@@ -50,7 +50,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path, rehearsed: bool) -> d
         "losses": losses,
         "norms": norms,
         "weights": [p.detach().float().clone() for p in engine.module.parameters()],
-        "masters": [master.clone() for master in state["single_partition_of_fp32_groups"]],
+        "masters": [master.to_host() for master in state["single_partition_of_fp32_groups"]],
         "counts": (engine.global_steps, engine.global_samples, engine.micro_steps),
     }
 

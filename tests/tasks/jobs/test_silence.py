@@ -11,6 +11,7 @@ from submitit.core.utils import cloudpickle_dump
 
 from neox_core.artifact import Artifact
 from tasks import evaluate, train
+from tasks.evaluation import jobs
 from tasks.identity.current import note_current
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult
@@ -28,7 +29,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     """A small run's, whose earlier stages and checkpoints are taken for there."""
     copy_text(tmp_path)
     artifact = SimpleNamespace(folder=tmp_path, summary={"sources": {}})
-    for module in (train, evaluate):
+    for module in (train, evaluate, jobs):
         monkeypatch.setattr(module, "require", lambda spec: artifact)
     monkeypatch.setattr(train, "_is_complete", lambda training: True)
     monkeypatch.setattr(train, "_summary", lambda training, folder, result: result)
@@ -79,15 +80,15 @@ def test_train_goes_on_while_slurm_is_silent(training: Training, fake_slurm: Fak
 def test_evaluate_goes_on_while_slurm_is_silent(training: Training, fake_slurm: FakeSlurm) -> None:
     reports: list[int] = []
 
-    def report() -> None:
+    def report(text: str = "", /) -> None:
         reports.append(1)
         if len(reports) == 4:
             complete(training, fake_slurm, [{"step": 0}])
 
     fake_slurm.squeue("RUNNING")
     fake_slurm.be_silent("squeue", 3)
-    artifact, spec = evaluate.require(training.spec.identity), evaluate_spec(training.config, training.fingerprint)
-    assert evaluate._run_job(spec, artifact, artifact, "p", [0], report) == [{"step": 0}]
+    spec = evaluate_spec(training.config, training.fingerprint)
+    assert jobs.evaluate_steps(spec, training, "p", [0], report) == [{"step": 0}]
     assert len(reports) == 4
 
 
