@@ -17,7 +17,7 @@ import pytest
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
 
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 480.0
 
 pytestmark = pytest.mark.e2e
 
