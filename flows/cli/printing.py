@@ -14,7 +14,9 @@ from neox_core.artifact import Artifact
 from neox_core.progress import Progress
 
 _WIDTH = 130
-"""Columns that wide tables need, also where the output is no terminal."""
+"""Columns that wide tables need."""
+_WIDTH_OF_FILES = 500
+"""Where the output is no terminal nothing is folded, so that whoever reads it finds paths in one piece."""
 
 
 @contextmanager
@@ -36,7 +38,11 @@ def bar(what: str) -> Iterator[Progress]:
 
 def wide_console() -> Console:
     """For tables of many columns."""
-    return Console(highlight=False, width=max(Console().width, _WIDTH))
+    return Console(highlight=False, width=max(_width(), _WIDTH))
+
+
+def _width() -> int:
+    return Console().width if sys.stdout.isatty() else _WIDTH_OF_FILES
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -46,7 +52,7 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table)
+    Console(width=_width()).print(table)
 
 
 def print_records(title: str, records: Sequence[Mapping[str, Any]]) -> None:
