@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch.distributed as dist
 
 from neox_core.checkpoint.lease import SupersededError
@@ -25,7 +27,9 @@ def ended(
     if stopped.stop.kind == "storage":
         store.stopped.set()
         problem = writer.wait_for_disk()
-        dist.barrier()
+        # A peer that is through may have closed its connections before this rank hears that all are.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
         writer.abandon()
         if problem:
             return StorageError(f"{reason}; and {problem}")

@@ -18,7 +18,7 @@ from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
 from tasks.cancel import cancel_jobs
-from tasks.evaluate import _key_prefix
+from tasks.evaluation.jobs import _key_prefix
 from tasks.identity.current import note_current
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult, StageSpec, try_claim, try_claim_name
