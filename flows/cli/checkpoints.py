@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.cli.options import ConfigArgument, OverwriteOption, SetOption
-from flows.cli.printing import bar, print_artifact, print_rows
+from flows.cli.printing import bar, print_artifact, print_rows, print_table
 from neox_core.config import load_config
 from neox_core.errors import ConfigError
 
@@ -103,4 +102,4 @@ def inspect(
     table = Table("file", "tensor", "shape", "type", "belongs to")
     for entry in found.entries:
         table.add_row(entry.file, entry.name, " x ".join(map(str, entry.shape)), entry.dtype, entry.whole)
-    Console().print(table)
+    print_table(table)

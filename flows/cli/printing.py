@@ -52,6 +52,11 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """A table as wide as the terminal lets it be."""
     Console(width=_width()).print(table)
 
 

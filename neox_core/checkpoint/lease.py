@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from neox_core.checkpoint.manifest import checkpoint_attempt
+from neox_core.checkpoint.manifest import checkpoint_attempt, listing_key
 from neox_core.config import StorageConfig
 from neox_core.errors import LaunchError, StorageError
 from neox_core.retry import RetryPolicy
@@ -151,7 +151,8 @@ class Lease:
 
     def _highest_attempt(self) -> int:
         """Without a lease, the keys tell: it may have been removed."""
-        names = {info.key.removeprefix(f"{self._prefix}/").split("/")[0] for info in self._store.list(self._prefix)}
+        base = listing_key(self._prefix)
+        names = {info.key.removeprefix(base).split("/")[0] for info in self._store.list(base)}
         return max((checkpoint_attempt(name) for name in names), default=0)
 
     def _watch(self) -> None:

@@ -81,16 +81,25 @@ def _items(name: str, task: EvaluationTask, path: Path) -> Iterator[Item]:
                 yield _item(task, f"evaluate.tasks.{name}: {path}, line {number}", number, line)
 
 
-def _item(task: EvaluationTask, where: str, number: int, line: bytes) -> Item:
+def read_record(line: bytes, where: str, number: int) -> tuple[str, dict[str, Any]]:
+    """A line's id, which is its number where it has none, and its fields.
+
+    Raises:
+        DataError: the line is too long, or no JSON object.
+    """
     if len(line) > MAX_ITEM_BYTES:
-        raise DataError(f"{where} has {len(line):,} bytes, and {MAX_ITEM_BYTES:,} is the most: take it out")
+        raise DataError(f"{where} has {len(line):,} bytes, {MAX_ITEM_BYTES:,} at most: take it out")
     try:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}): correct it") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} is not a JSON object: correct it")
-    identity = str(record.get("id", f"line {number}"))
+    return str(record.get("id", f"line {number}")), record
+
+
+def _item(task: EvaluationTask, where: str, number: int, line: bytes) -> Item:
+    identity, record = read_record(line, where, number)
     if task.kind == "solution":
         prompt = _filled(task.prompt, record, where)
         return Item(identity, prompt, (_after(prompt, _filled(task.target, record, where)),), 0)

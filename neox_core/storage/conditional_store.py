@@ -31,7 +31,8 @@ class ConditionalStore(PatientStore):
 
     def read(self, key: str) -> VersionedText | None:
         """A small object; None if there is none."""
-        return self._patiently(key, lambda: self._read(key))
+        found = self._patiently(key, lambda: self._text_and_etag(key))
+        return found and VersionedText(*found)
 
     def replace(self, key: str, text: str, etag: str | None) -> str | None:
         """Write a small object if the present one has this ETag, or if there is none and `etag` is None.
@@ -64,16 +65,6 @@ class ConditionalStore(PatientStore):
             return False
         finally:
             self.delete([key])
-
-    def _read(self, key: str) -> VersionedText | None:
-        with self._errors(key):
-            try:
-                answer = self._client.get_object(Bucket=self.bucket, Key=self.full_key(key))
-            except ClientError as error:
-                if error_code(error) == "NoSuchKey":
-                    return None
-                raise
-            return VersionedText(answer["Body"].read().decode(), answer["ETag"])
 
     def _put(self, key: str, text: str, condition: Any) -> str | None:
         with self._errors(key):

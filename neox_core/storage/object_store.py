@@ -96,6 +96,10 @@ class ObjectStore:
 
     def get_text(self, key: str) -> str | None:
         """Read a small object; None if there is none."""
+        found = self._text_and_etag(key)
+        return found and found[0]
+
+    def _text_and_etag(self, key: str) -> tuple[str, str] | None:
         with self._errors(key):
             try:
                 answer = self._client.get_object(Bucket=self.bucket, Key=self.full_key(key))
@@ -103,7 +107,7 @@ class ObjectStore:
                 if error_code(error) == "NoSuchKey":
                     return None
                 raise
-            return answer["Body"].read().decode()
+            return answer["Body"].read().decode(), answer["ETag"]
 
     def get_range(self, key: str, start: int, count: int) -> bytes:
         """`count` bytes of an object from `start`; fewer where it ends."""

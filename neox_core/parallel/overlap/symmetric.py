@@ -11,6 +11,7 @@ block is computed again, have a barrier between them. Barriers, a few microsecon
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class SymmetricExchange:
     def _begin(self, kind: Kind, size: int) -> Any:
         memory = self._memory.get(kind)
         if memory is None or memory.buffer_size < size:
-            self._outgrown.append(memory)
+            self._outgrown += [memory] if memory else []
             memory = self._memory[kind] = _shared_memory(size, self.group, self.device)
         if kind == self._last:
             memory.barrier(channel=0)
@@ -127,8 +128,6 @@ def can_exchange(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether all ranks of the group are on one host, whose GPUs read each other's memory. Collective."""
     if device.type != "cuda":
         return False
-    import socket
-
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, (socket.gethostname(), _reads_all_peers()), group=group)
     return len({host for host, _ in found}) == 1 and all(reads for _, reads in found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import ConfigError, DataError
-from neox_core.evaluation.items import MAX_ITEM_BYTES, read_gold, read_options
+from neox_core.evaluation.items import read_gold, read_options, read_record
 from neox_core.storage.atomic import write_atomically
 
 Record = Mapping[str, Any]
@@ -85,12 +85,5 @@ def _documents(path: Path, document: Document) -> Iterator[dict[str, Any]]:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        if len(line) > MAX_ITEM_BYTES:
-            raise DataError(f"{where} has {len(line):,} bytes, {MAX_ITEM_BYTES:,} at most: take it out")
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}): correct it") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where} is not a JSON object: correct it")
-        yield {"id": str(record.get("id", f"line {number}"))} | document(record, where)
+        identity, record = read_record(line, where, number)
+        yield {"id": identity} | document(record, where)
