@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shutil
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
         )
         with memory_explained(config, geometry, mesh):
             start = checkpoints.resume()
+        gc.collect()
+        gc.freeze()  # later collections look at what steps make alone: a pause of one rank is a pause of all
         _steps(config, job, geometry, engine, start, Services(store, checkpoints, stopping, saving, watchdog))
     engine.close()
     if config.launch.scratch and mesh.local_rank == 0:

@@ -26,6 +26,8 @@ from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS,
 
 RECOMPUTE = {(1, 1): "none", (2, 1): "selective", (1, 2): "full", (2, 2): "selective", (4, 1): "full"}
 """Activation checkpointing by tensor and pipeline parallelism: it changes nothing."""
+FEW_STEPS = 6
+"""Of trainings that take another way to the same gradients, which the first two steps' norms and losses show."""
 BF16_LAYOUTS = [*itertools.product((1, 2), repeat=3), (4, 1, 1)]
 
 
@@ -55,7 +57,7 @@ def train_rank(configs: dict[Variant, RunConfig], shards: Path) -> dict[Variant,
 
 
 def train_once(config: RunConfig, mesh: Any, shards: Path, in_products: bool) -> dict[str, Any]:
-    """Logits before training, then the losses and gradient norms of 20 steps."""
+    """Logits before training, then the losses and gradient norms of its steps."""
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
     from neox_core.train.schedule import learning_rate
 
@@ -67,7 +69,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path, in_products: bool) ->
         logits = None if hidden is None else engine.module.loss_fn.project(hidden)
     batches = rank_batches(config, mesh.data_rank)
     losses, norms = [], []
-    for step in range(1, STEPS + 1):
+    for step in range(1, (FEW_STEPS if in_products else STEPS) + 1):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train)
         losses.append(float(engine.train_batch(batches)))
@@ -167,8 +169,9 @@ def test_layout_equals_plain_loop(
     expected = references[model][1]
     ranks = train(model, tensor, pipeline, data)
     for rank in (*ranks, *train(model, tensor, pipeline, data, in_products=True)):
-        np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
-        np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=1e-5)
+        steps = len(rank["losses"])
+        np.testing.assert_allclose(rank["losses"], expected["losses"][:steps], rtol=1e-5)
+        np.testing.assert_allclose(rank["norms"], expected["norms"][:steps], rtol=1e-5)
     # The first data-parallel rank's logits of its last micro batch, put together from tensor-parallel ranks.
     last = sorted((r for r in ranks if r["place"][:2] == (pipeline - 1, 0)), key=lambda r: r["place"][2])
     logits = np.concatenate([rank["logits"] for rank in last], axis=-1)
