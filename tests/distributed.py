@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-
 PATIENCE_SECONDS = 540.0
 """Under pytest's own limit of 600, and far above what ranks take on a busy machine."""
 

@@ -17,4 +17,5 @@ import neox_core.train.run  # noqa: F401
 torch.set_num_threads(1)
 
 gc.collect()
-gc.freeze()  # DeepSpeed collects garbage a dozen times while it builds an engine: not among all modules' objects each time
+# DeepSpeed collects garbage a dozen times while it builds an engine: each time through all objects of the modules.
+gc.freeze()
