@@ -115,7 +115,7 @@ class _Scores:
         return bool(waiting)
 
     def _tell(self, step: int) -> None:
-        """Put a checkpoint's scores beside its manifest, and into W&B."""
+        """Put a checkpoint's scores next to its manifest, and into W&B."""
         tasks = scored_tasks(self.results[step])
         if tasks and (found := self._training.lineage_checkpoints().get(step)):
             prefix, manifest = found
@@ -156,7 +156,7 @@ def _inherited(training: Training, folder: Path) -> dict[int, dict[str, Any]]:
 def _training_failed(training: Training, since: float, retry_policy: SchedulerRetry) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
-    What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
+    What an earlier attempt left does not count at first: a train stage that starts next to this one replaces it.
     """
     failure = training.scratch / FAILURE_FILE
     impatient = time.time() - since > _PATIENCE_SECONDS

@@ -62,7 +62,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
 
     Returns:
         One entry per step: `{"step": ..., "sources": {name: {tokens, bytes, loss, perplexity, bits_per_byte}}}`, with
-        the loss in nats per token, and beside the sources `tasks`; see `score_tasks`.
+        the loss in nats per token, and next to the sources `tasks`; see `score_tasks`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)

@@ -45,7 +45,7 @@ class Mesh:
     sequence_parallel: bool = False
     """Tensor-parallel ranks split the tokens between attention and MLP."""
     exchange: Exchange | None = None
-    """How tensor-parallel ranks exchange tokens beside their products; None: they don't."""
+    """How tensor-parallel ranks exchange tokens alongside their products; None: they don't."""
 
     @property
     def layout(self) -> dict[str, int]:

@@ -119,7 +119,7 @@ class SplitRegion:
     tokens_split: bool
     """The ranks split the tokens outside of the region."""
     exchange: Exchange | None = None
-    """Moves split tokens beside the products that read or make them; None: collectives do, before or after these."""
+    """Moves split tokens alongside the products that read or make them; None: collectives do, before or after these."""
 
     @classmethod
     def of(cls, mesh: Mesh) -> SplitRegion | None:

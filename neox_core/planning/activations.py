@@ -1,4 +1,4 @@
-"""What one rank keeps for the backward pass, and what it needs beside that, by arithmetic.
+"""What one rank keeps for the backward pass, and what it needs in addition to that, by arithmetic.
 
 Symbols as in memory.py; t is the tokens of a micro batch.
 """
@@ -53,11 +53,11 @@ def working_bytes(
     stage: int,
     modes: Sequence[ActivationCheckpointing],
 ) -> int:
-    """The most that a step needs beside what is kept and the state.
+    """The most that a step needs in addition to what is kept and the state.
 
     That is when a block goes backward (its own gradients, the stage's, and what it computes again), or, on the last
     stage, when the loss has its gradients and a chunk of logits, or, on the others, when the next stage's gradients
-    arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, beside what autograd
+    arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, apart from what autograd
     keeps; where tensor-parallel ranks have the same, it sends parts and puts them together.
 
     Args:
@@ -102,7 +102,7 @@ def _last_stage_working(
 
 
 def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
-    """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
+    """The most that a block's forward pass needs in addition to what it keeps: w2's result, and its sum over the ranks.
 
     Selective checkpointing has the norm's result of this rank's tokens then, and w2's input before. (Full has less than
     going backward.)
@@ -115,7 +115,7 @@ def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationChe
 
 
 def _block_backward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
-    """The most that a block's backward pass needs beside its result's gradient, in the MLP.
+    """The most that a block's backward pass needs in addition to its result's gradient, in the MLP.
 
     That is the gradients of gate, up and their product, when the product itself has gone unless it was computed again.
     Where tensor parallelism makes the MLP narrow, all tokens' hidden states can be more: the result's gradient that was

@@ -119,7 +119,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
 
 @dataclass(frozen=True)
 class Services:
-    """What a training uses beside its engine."""
+    """What a training uses in addition to its engine."""
 
     store: PatientStore
     checkpoints: TrainCheckpoints

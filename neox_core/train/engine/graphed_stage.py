@@ -22,7 +22,7 @@ class GraphedStage:
 
     Args:
         engine: DeepSpeed's pipeline engine with our optimizer.
-        reduces: there are several data-parallel ranks, which sum up gradients beside a step's last backward pass.
+        reduces: there are several data-parallel ranks, which sum up gradients during a step's last backward pass.
         new_recorder: makes what records a slot.
     """
 

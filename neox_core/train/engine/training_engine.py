@@ -119,7 +119,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         verify_loaded(self)
 
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
-        """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, beside the next step up
+        """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, during the next step up
         to its update."""
         verify_before_save(self, tag)
         if self._copies is not None:
