@@ -57,13 +57,19 @@ def working_bytes(
 
     That is when a block goes backward (its own gradients, the stage's, and what it computes again), or, on the last
     stage, when the loss has its gradients and a chunk of logits, or, on the others, when the next stage's gradients
-    arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, apart from what autograd
-    keeps; where tensor-parallel ranks have the same, it sends parts and puts them together.
+    arrive; on the first, also when the embedding goes backward. DeepSpeed keeps the results of a stage, and where it
+    sends them whole, its inputs, apart from what autograd keeps; where tensor-parallel ranks have the same, it sends
+    parts and puts them together.
 
     Args:
         modes: activation checkpointing of the stage's layers.
     """
-    return max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+    most = max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+    if stage > 0:
+        return most
+    return max(
+        most, _embedding_backward(config, dims, geometry) - sum(block_bytes(config, dims, mode) for mode in modes)
+    )
 
 
 def _working_bytes(
@@ -83,6 +89,17 @@ def _working_bytes(
     # The buffer for gradients is there from the first backward pass on.
     first = flying - (flying == geometry.accumulation_steps)
     return received + max(first * passed + _block_forward(config, dims, mode), (flying + 1) * passed + backward)
+
+
+def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry) -> int:
+    """When the embedding goes backward, all that the micro batch's blocks kept is gone.
+
+    Its gradient has a row for every token of the vocabulary, and DeepSpeed adds an fp32 copy of it.
+    """
+    size = DTYPE_BYTES[config.train.precision]
+    gradient = dims.vocab_size * dims.hidden_size * (size if size == _FP32 else size + _FP32)
+    passed = _hidden(config, dims) // config.parallel.tensor
+    return gradient + _hidden(config, dims) // _token_split(config) + in_flight(config, geometry, 0) * passed
 
 
 def _last_stage_working(
