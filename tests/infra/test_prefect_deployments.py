@@ -1,4 +1,4 @@
-"""The README's commands against a real server and worker: deploy, run a stage, run it again, fail, cancel."""
+"""The commands against the server and worker of `llemma up`: run a stage, run it again, fail, cancel."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from infra.prefect.services import COMMAND, ServiceRecord
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
 
@@ -29,12 +30,14 @@ class Prefect:
     folder: Path
     port: int
 
-    def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
-        """Start a command from a folder that is not the repository's."""
-        with (self.folder / log).open("ab") as output:
-            return subprocess.Popen(
-                self._command(*arguments), env=self._environment(), cwd=self.folder, stdout=output, stderr=output
-            )
+    def llemma(self, *arguments: str) -> str:
+        """What `llemma` says with these words, from a folder that is not the repository's."""
+        command = [str(ROOT / ".venv" / "bin" / "llemma"), *arguments, "--workdir", str(self.folder / "home")]
+        answer = subprocess.run(
+            command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
 
     def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
@@ -58,7 +61,7 @@ class Prefect:
         return self.find("artifacts", artifacts={"key": {"any_": [key]}})[-1]
 
     def _command(self, *arguments: str) -> list[str]:
-        return ["bash", "-c", f'. "{ROOT}/infra/prefect/env.sh"; exec prefect "$@"', "prefect", *arguments]
+        return [COMMAND, *arguments]
 
     def _environment(self) -> dict[str, str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -72,20 +75,11 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         prefect = Prefect(tmp_path_factory.mktemp("prefect"), probe.getsockname()[1])
-    server = prefect.start("server", "start", log="server.log")
-    worker = None
     try:
-        wait_for(lambda: server.poll() is not None or is_healthy(prefect.port))
-        pool = prefect.run("work-pool", "create", "llemma", "--type", "process")
-        assert pool.returncode == 0, pool.stderr
-        deploy = prefect.run("--no-prompt", "deploy", "--all", cwd=ROOT)
-        assert deploy.returncode == 0, deploy.stdout + deploy.stderr
-        worker = prefect.start("worker", "start", "--pool", "llemma", log="worker.log")
+        assert "worker: started" in prefect.llemma("up", "--port", str(prefect.port))
         yield prefect
     finally:
-        for process in (worker, server):
-            if process:
-                end(process)
+        prefect.llemma("down")
 
 
 @pytest.fixture
@@ -93,6 +87,15 @@ def config(tmp_path: Path) -> Path:
     """The path of a small run's configuration."""
     copy_text(tmp_path)
     return write_run(tmp_path)
+
+
+def test_what_is_up_stays(prefect: Prefect) -> None:
+    before = ServiceRecord.read(prefect.folder / "home", "worker")
+    said = prefect.llemma("up")
+    assert "server: is up already" in said
+    assert "worker: is up already" in said
+    assert f"pages: http://127.0.0.1:{prefect.port}" in said
+    assert ServiceRecord.read(prefect.folder / "home", "worker") == before
 
 
 def test_all_flows_are_deployed(prefect: Prefect) -> None:
@@ -149,24 +152,8 @@ def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_pat
     wait_for(lambda: not run.processes())
 
 
-def is_healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5).is_success
-    except httpx.HTTPError:
-        return False
-
-
 def wait_for(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
