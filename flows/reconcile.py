@@ -15,7 +15,6 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
 from flows.at_work import forget_process, has_died
 from flows.deployed import parent_of
-from flows.llemma_pretrain import FLOWS, llemma_pretrain
 from neox_core.config import RunConfig
 from tasks.identity.training import find_training
 from tasks.watch.memory import Memory
@@ -69,6 +68,8 @@ class Reconciler:
         return self._set(run, AwaitingRetry(message=f"its process was gone: run again; {found.text}"))
 
     def _finish_cancelling(self, run: FlowRun) -> str | None:
+        from flows.llemma_pretrain import FLOWS, llemma_pretrain  # seconds, which a look each minute need not cost
+
         flow = {llemma_pretrain.name: llemma_pretrain, **FLOWS}[self.client.read_flow(run.flow_id).name]
         assert run.state
         for hook in flow.on_cancellation_hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from infra.prefect.services import COMMAND, ServiceRecord
+from infra.processes import ProcessRecord
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
 
@@ -101,8 +104,8 @@ def test_what_is_up_stays(prefect: Prefect) -> None:
 def test_all_flows_are_deployed(prefect: Prefect) -> None:
     flows = {flow["id"]: flow["name"] for flow in prefect.find("flows")}
     names = {f"{flows[found['flow_id']]}/{found['name']}" for found in prefect.find("deployments")}
-    assert len(names) == 18
-    assert {"llemma-pretrain/toy", "llemma-pretrain/34b", "prepare-data/7b", "train/34b"} < names
+    assert len(names) == 19
+    assert {"llemma-pretrain/toy", "llemma-pretrain/34b", "prepare-data/7b", "train/34b", "watch/llemma"} < names
 
 
 def test_a_stage_runs_through_the_worker_and_is_skipped_the_next_time(prefect: Prefect, config: Path) -> None:
@@ -150,6 +153,43 @@ def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_pat
         "evaluate": "CANCELLED",
     }
     wait_for(lambda: not run.processes())
+
+
+@pytest.mark.slow
+def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: Prefect, tmp_path: Path) -> None:
+    copy_text(tmp_path)
+    steps = 40
+    config = write_run(tmp_path, {"train": {"steps": steps, "checkpoint_interval": 20, "validation": {"interval": 20}}})
+    prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}")
+    run = Run(config)
+    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"))
+    worker = ServiceRecord.read(prefect.folder / "home", "worker")
+    assert worker
+    assert worker.service
+    worker.service.send(signal.SIGKILL)
+    engines = [ProcessRecord.of(process.pid) for process in flow_processes(prefect.folder / "home")]
+    assert len(engines) >= 3  # the chain's, train's and evaluate's
+    for engine in engines:
+        engine.send(signal.SIGKILL)
+    assert prefect.runs(config)["train"]["type"] == "RUNNING"
+    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"))
+    flows = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate", "export")
+    assert {flow: state["type"] for flow, state in prefect.runs(config).items()} == dict.fromkeys(flows, "COMPLETED")
+    assert len(run.attempts("train")) == 1
+    assert [row["step"] for row in run.rows() if "train/loss" in row] == list(range(1, steps + 1))
+
+
+def flow_processes(home: Path) -> list[psutil.Process]:
+    """The processes of flow runs, without their jobs'."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment, command = process.environ(), " ".join(process.cmdline())
+        except (psutil.Error, ProcessLookupError):
+            continue
+        if environment.get("PREFECT_HOME") == str(home) and "PREFECT__FLOW_RUN_ID" in environment:
+            found += [process] if "prefect" in command and "tasks.jobs" not in command else []
+    return found
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
