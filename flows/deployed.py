@@ -25,13 +25,14 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
 
 
-def run_deployed(parent: str, deployment: str, stage: str, parameters: dict[str, Any]) -> None:
+def run_deployed(parent: str, deployment: str, stage: str, parameters: dict[str, Any], max_crashes: int = 0) -> None:
     """Have a stage's deployment run, and wait for its end. A run that this parent has started before is taken up: when
     it has completed there is nothing to do, and when it ended otherwise it is tried again.
 
     Args:
         parent: id of the flow run that calls.
         deployment: the deployment's name, such as toy.
+        max_crashes: how often the run is tried again when its process was killed.
 
     Raises:
         LlemmaError: the stage's run did not complete, or the deployment is not there.
@@ -46,6 +47,12 @@ def run_deployed(parent: str, deployment: str, stage: str, parameters: dict[str,
         if _is_final(run) and not _is_completed(run):
             client.set_flow_run_state(run.id, AwaitingRetry(), force=True)
         ended = _wait(client, run.id)
+        for count in range(max_crashes):
+            if not (ended.state and ended.state.is_crashed()):
+                break
+            _log.warning("%s crashed: run again (%d of %d times)", ended.name, count + 1, max_crashes)
+            client.set_flow_run_state(run.id, AwaitingRetry(), force=True)
+            ended = _wait(client, run.id)
     if not _is_completed(ended):
         state = ended.state
         said = " ".join((state.message or "no reason given").split()) if state else "no state"
@@ -64,6 +71,14 @@ def cancel_stages(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None
             if not _is_final(run):
                 client.set_flow_run_state(run.id, Cancelling(message=f"{flow_run.name} was cancelled"))
                 _log.info("cancelled %s", run.name)
+
+
+def parent_of(run: FlowRun) -> UUID | None:
+    """The run that started this one as a stage of its chain."""
+    for stage in STAGES:
+        if run.idempotency_key and run.idempotency_key.endswith(_key("", stage)):
+            return UUID(run.idempotency_key.removesuffix(_key("", stage)))
+    return None
 
 
 def _key(parent: str, stage: str) -> str:

@@ -26,7 +26,8 @@ from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES
 from tasks.identity.stage import StageResult
 from tasks.report.run_report import RunReport, write_run_report
 
-_FLOWS = {PREPARE_DATA: prepare_data, CONVERT: convert, TRAIN: train, EVALUATE: evaluate, EXPORT: export}
+FLOWS = {PREPARE_DATA: prepare_data, CONVERT: convert, TRAIN: train, EVALUATE: evaluate, EXPORT: export}
+"""Of the stages, by their names."""
 
 
 @flow(name="llemma-pretrain", flow_run_name=run_name, on_cancellation=[cancel_stages, cancel_jobs_of_run])
@@ -80,12 +81,12 @@ def _run_stages(
 
 
 def _call_here(overrides: list[str] | None, force: bool, name: str, config: str) -> StageResult:
-    return _FLOWS[name](config, overrides, force)
+    return FLOWS[name](config, overrides, force)
 
 
 def _call_deployed(run: OpenedRun, overrides: list[str] | None, force: bool, name: str, config: str) -> StageResult:
     parameters = {"config": config, "overrides": overrides, "force": force}
-    run_deployed(str(flow_run.id), str(deployment.name), name, parameters)
+    run_deployed(str(flow_run.id), str(deployment.name), name, parameters, run.config.launch.max_restarts)
     return finished_stage(run, name)
 
 
