@@ -20,7 +20,7 @@ from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.generation import steps_to_generate
 from tasks.evaluation.jobs import evaluate_steps, generate_answers
 from tasks.evaluation.kept_items import GENERATED, compare, inherit_items, keep_items, scored_tasks
-from tasks.evaluation.score_log import ScoreLog
+from tasks.evaluation.score_log import ScoreLog, score_run
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult, StageSpec, require, run_stage, try_claim
 from tasks.identity.training import Training
@@ -49,7 +49,8 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
 
     def build(folder: Path) -> Mapping[str, Any]:
         retry_policy = SchedulerRetry()
-        with ScoreLog(config, training.scratch, spec.fingerprint) as score_log:
+        run = score_run(spec.fingerprint, training.fingerprint)
+        with ScoreLog(config, training.scratch, run) as score_log:
             found = _Scores(training, spec, folder, score_log, progress)
             while True:
                 available = _available(training)

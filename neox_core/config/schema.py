@@ -114,7 +114,8 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = Field(
-        "offline", description="offline: written to disk, for `wandb sync` later, since nodes often have no network"
+        "offline",
+        description="offline: written to disk, for `llemma wandb sync` later, since nodes often have no network",
     )
     project: str = Field("llemma-pretrain", description="Weights & Biases' project")
     entity: str | None = Field(None, description="team or user that the project belongs to; None: yours")
