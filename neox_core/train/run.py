@@ -193,6 +193,7 @@ def _writer(
         lease.check,
         saving.published,
         saving.failed,
+        saving.written,
     )
     store.on_behind = partial(saving.behind, writer.reports)
     return writer
