@@ -177,6 +177,8 @@ def _steps(
         except StopAtBoundary as stopped:
             raise ended(stopped, job, use.store, writer, use.watchdog) from None
         last_upload(writer, use.watchdog)
+        if mesh.rank == 0:
+            remove_remains(use.store, job.prefix)  # of this training's jobs that were killed
 
 
 def _writer(

@@ -54,24 +54,26 @@ class Ranks:
             process.wait(_END_SECONDS)
 
     def _start(self, local_rank: int) -> None:
-        plan, rank = self._plan, self._plan.first_rank + local_rank
-        job_id = plan.job_id or str(os.getpid())
-        environment = os.environ | {
+        # SIGUSR2 announces the end. Until submitit's handler is there it would kill Python, so it starts ignored.
+        shell = ["sh", "-c", 'trap "" USR2; exec "$@"', "_"]
+        command = [*shell, sys.executable, "-u", "-m", "submitit.core._submit", str(self._plan.folder)]
+        rank = self._plan.first_rank + local_rank
+        with rank_log(self._plan, rank).open("ab") as log:
+            self._processes[rank] = subprocess.Popen(command, env=self._environment(rank), stdout=log, stderr=log)
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        plan = self._plan
+        return os.environ | {
             "SUBMITIT_EXECUTOR": "local",
-            "SUBMITIT_LOCAL_JOB_ID": job_id,
+            "SUBMITIT_LOCAL_JOB_ID": plan.job_id or str(os.getpid()),
             "SUBMITIT_LOCAL_NTASKS": str(plan.nodes * plan.ranks),
             "SUBMITIT_LOCAL_JOB_NUM_NODES": str(plan.nodes),
             "SUBMITIT_LOCAL_NODEID": str(plan.node),
             "SUBMITIT_LOCAL_GLOBALID": str(rank),
-            "SUBMITIT_LOCAL_LOCALID": str(local_rank),
+            "SUBMITIT_LOCAL_LOCALID": str(rank - plan.first_rank),
             CONTROLLER_VARIABLE: str(os.getpid()),
             **self._variables,
         }
-        # SIGUSR2 announces the end. Until submitit's handler is there it would kill Python, so it starts ignored.
-        shell = ["sh", "-c", 'trap "" USR2; exec "$@"', "_"]
-        command = [*shell, sys.executable, "-u", "-m", "submitit.core._submit", str(plan.folder)]
-        with rank_log(plan, rank).open("ab") as log:
-            self._processes[rank] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def rank_log(plan: NodePlan, rank: int) -> Path:
