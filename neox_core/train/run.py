@@ -180,6 +180,8 @@ def _steps(
         except StopAtBoundary as stopped:
             raise ended(stopped, job, use.store, writer, use.watchdog) from None
         last_upload(writer, use.watchdog)
+        if mesh.rank == 0:
+            remove_remains(use.store, job.prefix)  # of this training's jobs that were killed
 
 
 def _writer(
@@ -196,6 +198,7 @@ def _writer(
         lease.check,
         saving.published,
         saving.failed,
+        saving.written,
     )
     store.on_behind = partial(saving.behind, writer.reports)
     return writer

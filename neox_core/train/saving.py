@@ -13,6 +13,8 @@ from neox_core.storage.atomic import write_atomically
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 from neox_core.train.stopping import Stop, Stopping
 
+SAVED_FILE = "saved"
+"""In the training's folder: the step of the newest checkpoint that the job has written, to local disk at least."""
 BEHIND_FOLDER = "behind"
 """In the training's folder: a file of each rank that the store fails, with what is behind since when."""
 
@@ -39,6 +41,10 @@ class Saving:
     def begin(self, step: int) -> None:
         """The save of a step begins."""
         self._begun[step] = time.time()
+
+    def written(self, manifest: Manifest) -> None:
+        """A checkpoint is whole on local disk, where the next life of this job finds it."""
+        write_atomically(self._output / SAVED_FILE, str(manifest.step))
 
     def published(self, manifest: Manifest) -> None:
         """A checkpoint is in the store."""

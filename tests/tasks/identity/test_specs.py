@@ -139,6 +139,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "launch.time_limit_minutes": (7, NOTHING),
     "launch.hang_timeout_minutes": (7.0, NOTHING),
     "launch.max_restarts": (2, NOTHING),
+    "launch.restarts_in_place": (0, NOTHING),
     "launch.partition": ("gpu", NOTHING),
     "launch.account": ("math", NOTHING),
     "launch.scratch": (Path("/node/local"), NOTHING),
