@@ -38,7 +38,7 @@ from benchmarks.train_step import CONFIGS, _batches, _random_weights
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig, StorageConfig, batch_geometry, load_config
-from neox_core.parallel.mesh import build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 from neox_core.planning.memory import parameter_count
 from neox_core.storage.object_store import ObjectInfo, ObjectStore
 from neox_core.train.engine.deepspeed_engine import build_engine

@@ -15,7 +15,7 @@ from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
-from neox_core.train.lineage import earlier_configs
+from neox_core.train.resuming.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.generation import steps_to_generate
 from tasks.evaluation.jobs import evaluate_steps, generate_answers

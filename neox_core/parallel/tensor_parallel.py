@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.overlap.linears import gathered_outputs, summed_output
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.weight_gradients import accumulators_of, linear_outputs
 
 

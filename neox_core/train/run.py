@@ -21,12 +21,14 @@ from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
 from neox_core.errors import ConfigError, TrainingError
-from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.precision import parameter_dtype
-from neox_core.parallel.shared_store import shared_store
+from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.storage.patient_store import PatientStore
 from neox_core.train.dry_run import dry_run, memory_explained, zero_weights
-from neox_core.train.ending import ended, last_upload
+from neox_core.train.ends.ending import ended, last_upload
+from neox_core.train.ends.saving import Saving
+from neox_core.train.ends.stopping import StopAtBoundary, Stopping, end_time
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Guard
@@ -38,10 +40,8 @@ from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.profiler import StepProfiler
 from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.observe.watchdog import Watchdog
-from neox_core.train.resume import TrainCheckpoints, TrainingState
-from neox_core.train.saving import Saving
+from neox_core.train.resuming.train_checkpoints import TrainCheckpoints, TrainingState
 from neox_core.train.startup import check_ranks_agree, startup_facts
-from neox_core.train.stopping import StopAtBoundary, Stopping, end_time
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 
 def train_rank(configs: dict[Variant, RunConfig], shards: Path) -> dict[Variant, dict[str, Any]]:
     """One rank: the training of each configuration, which have the same shards."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     device = init_distributed(next(iter(configs.values())).launch)
     return {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flows.interruption import raise_if_interrupted, side_by_side
+from flows.flow_runs.interruption import raise_if_interrupted, side_by_side
 
 
 def test_results_come_in_the_flows_order_and_the_flows_run_at_the_same_time() -> None:

@@ -18,7 +18,7 @@ from neox_core.data.mixture import Mixture
 from neox_core.errors import CheckpointError
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint, weights_identity
-from neox_core.train.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
+from neox_core.train.resuming.lineage import Ancestor, ancestors, check_consumed, inherit_records, newest_checkpoint
 from tasks.identity.specs import CONVERT, convert_logic
 from tasks.identity.stage import StageSpec
 

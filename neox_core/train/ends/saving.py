@@ -10,8 +10,8 @@ from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.storage.atomic import write_atomically
+from neox_core.train.ends.stopping import Stop, Stopping
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
-from neox_core.train.stopping import Stop, Stopping
 
 SAVED_FILE = "saved"
 """In the training's folder: the step of the newest checkpoint that the job has written, to local disk at least."""

@@ -10,9 +10,9 @@ from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import LlemmaError, StoppedError, StorageError
 from neox_core.storage.patient_store import PatientStore
+from neox_core.train.ends.stopping import StopAtBoundary
 from neox_core.train.job import TrainJob
 from neox_core.train.observe.watchdog import Watchdog
-from neox_core.train.stopping import StopAtBoundary
 
 
 def ended(

@@ -7,7 +7,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
-from flows.names import artifact_key
+from flows.flow_runs.names import artifact_key
 from neox_core.config import RunConfig
 from neox_core.train.observe.metrics import METRICS_FILE
 from tasks.follow import share_done

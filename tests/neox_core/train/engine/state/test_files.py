@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from neox_core.errors import CheckpointError
-from neox_core.train.engine.state_files import StateFiles, read_state
+from neox_core.train.engine.state.files import StateFiles, read_state
 
 
 class Code:

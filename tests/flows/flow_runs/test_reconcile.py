@@ -13,9 +13,9 @@ import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running
 
-from flows import reconcile
-from flows.at_work import at_work
-from flows.reconcile import Reconciler
+from flows.flow_runs import reconcile
+from flows.flow_runs.at_work import at_work
+from flows.flow_runs.reconcile import Reconciler
 from neox_core.config import RunConfig, load_config
 from tasks.identity.stage import claim_file
 from tasks.jobs.retry import NoAnswer

@@ -16,7 +16,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelling
 
-from flows.interruption import raise_if_interrupted
+from flows.flow_runs.interruption import raise_if_interrupted
 from neox_core.errors import LlemmaError
 from tasks.identity.specs import STAGES
 

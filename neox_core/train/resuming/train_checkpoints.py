@@ -22,14 +22,14 @@ from neox_core.config import RunConfig
 from neox_core.data.dataset import MixtureDataset, open_training_data
 from neox_core.data.skipped import SkippedSequences, first_sequence
 from neox_core.errors import CheckpointError, TrainingError
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.stages import pipeline_layers
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Incident
 from neox_core.train.job import TrainJob, local_checkpoints
-from neox_core.train.lineage import check_consumed, inherit_records, newest_checkpoint
-from neox_core.train.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
+from neox_core.train.resuming.lineage import check_consumed, inherit_records, newest_checkpoint
+from neox_core.train.resuming.local_copy import here_on_all_ranks, newest_local, remove_others, upload_shares
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neox_core.train.engine.graphs import CudaRecorder, Passed, StageGraphs, Values, Work, flat, shapes
+from neox_core.train.engine.graphs.capture import CudaRecorder, Passed, StageGraphs, Values, Work, flat, shapes
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows import names
+from flows.flow_runs import names
 from neox_core.artifact import Artifact
 from tasks.identity.current import note_current
 from tasks.identity.stage import StageResult

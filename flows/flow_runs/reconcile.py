@@ -13,8 +13,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
-from flows.at_work import forget_process, has_died
-from flows.deployed import parent_of
+from flows.flow_runs.at_work import forget_process, has_died
+from flows.flow_runs.deployed import parent_of
 from neox_core.config import RunConfig
 from tasks.identity.training import find_training
 from tasks.watch.memory import Memory

@@ -16,7 +16,7 @@ from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import RunConfig, batch_geometry
-from neox_core.train.engine.graphs import Passed, StageGraphs, Work
+from neox_core.train.engine.graphs.capture import Passed, StageGraphs, Work
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import MODELS, config_for, rank_batches
 
@@ -91,9 +91,9 @@ def test_a_slot_has_results_and_input_gradients_in_its_own_places() -> None:
 
 def train_rank(config: RunConfig, shards: Path, replay: bool) -> list[Any]:
     """Losses and norms of some steps with validations and another accumulation in between, and what was replayed."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
-    from neox_core.train.engine.graphed_stage import GraphedStage
+    from neox_core.train.engine.graphs.graphed_stage import GraphedStage
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
@@ -124,9 +124,9 @@ def test_replayed_steps_are_the_same_steps(tensor: int, pipeline: int, data: int
 
 
 def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], bool]:
-    from neox_core.parallel.mesh import build_mesh, init_distributed
-    from neox_core.train.engine import graphed_stage
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
+    from neox_core.train.engine.graphs import graphed_stage
 
     class Broken:
         def record(self, work: Callable[[], None]) -> Any:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.at_work import at_work, forget_process, has_died
+from flows.flow_runs.at_work import at_work, forget_process, has_died
 
 RUN = "b9f5"
 HOLD = """
 import sys, time
 from pathlib import Path
-from flows.at_work import at_work
+from flows.flow_runs.at_work import at_work
 with at_work(Path(sys.argv[1]), "b9f5"):
     print("at work", flush=True)
     time.sleep(600)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neox_core.parallel import agreement
-from neox_core.parallel.agreement import checksum
+from neox_core.parallel.ranks import agreement
+from neox_core.parallel.ranks.agreement import checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -21,9 +21,9 @@ from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import RunConfig, StorageConfig
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.ends.stopping import LOCAL_END_TIME, Stop, Stopping, end_time
 from neox_core.train.job import TrainJob
-from neox_core.train.local_copy import newest_local
-from neox_core.train.stopping import LOCAL_END_TIME, Stop, Stopping, end_time
+from neox_core.train.resuming.local_copy import newest_local
 from tests.distributed import killed_ranks, rendezvous_ports, run_ranks
 from tests.faulty_s3 import faulty_s3
 from tests.neox_core.train.small_jobs import rows, train_job, write_data
@@ -102,7 +102,7 @@ def without_store(config: RunConfig, served: RunConfig, job: TrainJob, ports: li
     """The store goes away with the first save and is given up; then a job has a store that works."""
 
     def until_given_up() -> None:
-        from neox_core.parallel.shared_store import shared_store
+        from neox_core.parallel.ranks.shared_store import shared_store
 
         channel, deadline = shared_store("stopping"), time.monotonic() + 60
         while not channel.check(["request"]) and time.monotonic() < deadline:
@@ -178,7 +178,7 @@ def test_the_lead_is_what_steps_and_saves_took() -> None:
 def test_the_start_of_a_job_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the ranks took to start and to begin: four times that is not what the next steps will take."""
     clock = [1000.0]
-    monkeypatch.setattr("neox_core.train.stopping.time.time", lambda: clock[0])
+    monkeypatch.setattr("neox_core.train.ends.stopping.time.time", lambda: clock[0])
     stopping = Stopping(dist.HashStore(), 0, 1, 1300.0)
     for seconds in (80.0, 5.0, 5.0):
         clock[0] += seconds
@@ -206,7 +206,7 @@ def test_the_scheduler_says_when_the_job_ends() -> None:
 def superseded_jobs(config: RunConfig, whole: TrainJob, job: TrainJob, ports: list[int]) -> list[Any]:
     """An undisturbed job; one in whose midst another job of its training comes; and one to the end."""
     from neox_core.checkpoint.lease import Lease
-    from neox_core.parallel.shared_store import shared_store
+    from neox_core.parallel.ranks.shared_store import shared_store
 
     found = [train_job(config, whole, None, ports[0])]
 

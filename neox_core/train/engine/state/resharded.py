@@ -15,7 +15,7 @@ from neox_core.checkpoint.partitions import Place
 from neox_core.checkpoint.resharding import Resharding
 from neox_core.errors import CheckpointError
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
-from neox_core.train.engine.state_files import is_own_file, read_state
+from neox_core.train.engine.state.files import is_own_file, read_state
 
 
 class OptimizerFiles:

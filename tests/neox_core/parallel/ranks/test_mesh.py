@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from neox_core.config import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
-from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
 
 CPU = torch.device("cpu")
 VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
