@@ -235,6 +235,7 @@ FIELDS = {
     "GenerationConfig": 9,
     "EvaluationTask": 10,
     "WandbConfig": 3,
+    "NotifyConfig": 2,
 }
 
 
