@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
-from flows.at_work import forget_process, has_died
+from flows.at_work import end_process, forget_process, has_died
 from flows.deployed import parent_of
 from neox_core.config import RunConfig
 from tasks.identity.training import find_training
@@ -86,10 +86,13 @@ class Reconciler:
         age = (datetime.now(UTC) - run.state.timestamp).total_seconds()
         died = partial(has_died, self.config.workdir, str(run.id))
         gone = died() if run.state.type != StateType.PENDING else None
+        cancelling = run.state.type == StateType.CANCELLING
         if gone is None:
-            return age > _NEVER_BEGAN * self.grace_seconds
-        if not gone or age < self.grace_seconds:
+            return age > self.grace_seconds * (1 if cancelling else _NEVER_BEGAN)
+        if age < self.grace_seconds:
             return False
+        if cancelling and not gone:  # it would have ended, had its worker not been killed, which alone can tell it
+            end_process(self.config.workdir, str(run.id))
         time.sleep(_SURE_SECONDS)
         return died() is True
 
