@@ -11,13 +11,13 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 
-from flows.cancellation import cancel_jobs_of_run
 from flows.convert import convert
-from flows.deployed import cancel_stages, run_deployed
 from flows.evaluate import evaluate
 from flows.export import export
-from flows.interruption import side_by_side
-from flows.names import artifact_key, run_name
+from flows.flow_runs.cancellation import cancel_jobs_of_run
+from flows.flow_runs.deployed import cancel_stages, run_deployed
+from flows.flow_runs.interruption import side_by_side
+from flows.flow_runs.names import artifact_key, run_name
 from flows.prepare_data import prepare_data
 from flows.stage_flow import handed_down, opened
 from flows.stages import OpenedRun, finished_stage

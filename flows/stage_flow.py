@@ -13,9 +13,9 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.at_work import at_work
-from flows.interruption import raise_if_interrupted
-from flows.names import artifact_key
+from flows.flow_runs.at_work import at_work
+from flows.flow_runs.interruption import raise_if_interrupted
+from flows.flow_runs.names import artifact_key
 from flows.progress import stage_progress
 from flows.stages import STAGE, OpenedRun, forget_stage, how_it_went, opened_run
 from neox_core.config import load_config

@@ -14,9 +14,9 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
-from flows.following import show_progress
-from flows.reconcile import Reconciler
-from flows.telling import tell_news
+from flows.flow_runs.following import show_progress
+from flows.flow_runs.reconcile import Reconciler
+from flows.flow_runs.telling import tell_news
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import LlemmaError
 from tasks.identity.stage import try_claim_name

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from prefect import Flow
 
-from flows.cancellation import cancel_jobs_of_run
-from flows.deployed import cancel_stages
+from flows.flow_runs.cancellation import cancel_jobs_of_run
+from flows.flow_runs.deployed import cancel_stages
 from neox_core.config import load_config
 from tests.paths import ROOT
 
