@@ -128,6 +128,15 @@ class WandbConfig(Section):
     entity: str | None = Field(None, description="team or user that the project belongs to; None: yours")
 
 
+class NotifyConfig(Section):
+    """What the watcher of `llemma up` tells, to the addresses in the environment variable LLEMMA_NOTIFY_URLS."""
+
+    events: tuple[Literal["failure", "restart", "incident", "no-step", "finished"], ...] = Field(
+        ("failure", "restart", "incident", "no-step", "finished"), description="those that are told, each once"
+    )
+    no_step_minutes: PositiveFloat = Field(30.0, description="minutes without a training step after which that is told")
+
+
 class RunConfig(Section):
     """Everything that a run depends on."""
 
@@ -146,6 +155,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     wandb: WandbConfig = WandbConfig()
+    notify: NotifyConfig = NotifyConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
