@@ -11,7 +11,7 @@ before it made, and what attention and MLP add to them apart, so that a large hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,6 @@ SMALL_MODEL = 300_000_000
 """Parameters up to which the logits of the whole model are compared too."""
 _BATCH, _POSITIONS = 2, 96
 """Long enough for wrong RoPE to show at distances beyond a few tokens."""
-_ATTENTION, _MLP = ("input_layernorm.", "attention."), ("post_attention_layernorm.", "mlp.")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,37 @@ class Shards:
 
     def attention(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's attention adds to its input, [B,T,D]."""
-        blocks = self._ranks(number + 2, TransformerBlock, _ATTENTION)
-        return _sum(block.attention(block.input_layernorm(x_BTD)) for block in blocks)
+        after = self.model.differences.norms_after
+        norms = (None, "post_attention_layernorm") if after else ("input_layernorm", None)
+        if self.model.differences.qk_norm != "projection":
+            return self._added(number, "attention", *norms, x_BTD)
+        means: list[Tensor] = []  # over each rank's heads, of which the ranks take the mean
+        self._added(number, "attention", *norms, x_BTD, lambda own: means.append(own) or own)
+        return self._added(number, "attention", *norms, x_BTD, lambda _: torch.stack(means).mean(0))
 
     def mlp(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's MLP adds to its input, [B,T,D]."""
-        blocks = self._ranks(number + 2, TransformerBlock, _MLP)
-        return _sum(block.mlp(block.post_attention_layernorm(x_BTD)) for block in blocks)
+        after = self.model.differences.norms_after
+        norms = (None, "post_feedforward_layernorm") if after else ("post_attention_layernorm", None)
+        return self._added(number, "mlp", *norms, x_BTD)
+
+    def _added(
+        self,
+        number: int,
+        part: str,
+        before: str | None,
+        after: str | None,
+        x_BTD: Tensor,
+        of_all_heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The sum of the ranks' attentions or MLPs, with the norm before or after it."""
+        parts, norm = [], nn.Identity()
+        names = tuple(f"{name}." for name in (part, before, after) if name)
+        for block in self._ranks(number + 2, TransformerBlock, names):
+            block.attention.of_all_heads = of_all_heads
+            parts.append(getattr(block, part)(getattr(block, before)(x_BTD) if before else x_BTD))
+            norm = getattr(block, after) if after else norm
+        return norm(_sum(iter(parts)))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Final norm and output head, [B,T,V]."""
@@ -210,7 +233,8 @@ def compare_layers(
 def _reference_layer(layer: nn.Module, x_BTD: Tensor, positions: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What attention and MLP of transformers' layer add, and the layer's result."""
     seen: list[Tensor] = []
-    for name in ("self_attn", "mlp"):
+    after = hasattr(layer, "post_feedforward_layernorm")
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm") if after else ("self_attn", "mlp"):
         layer.get_submodule(name).register_forward_hook(
             lambda module, args, result: seen.append(result[0] if isinstance(result, tuple) else result)
         )
