@@ -50,6 +50,7 @@ def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
         pytest.param(of("llama3_8b", tied_embeddings=True), id="tied embeddings, on one stage"),
         pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
+        pytest.param(of("llama3_8b", family="olmo2"), id="OLMo 2"),
     ],
 )
 def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:
