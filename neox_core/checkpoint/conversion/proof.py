@@ -44,6 +44,8 @@ SMALL_MODEL = 300_000_000
 _BATCH, _POSITIONS = 2, 96
 """Long enough for wrong RoPE to show at distances beyond a few tokens."""
 
+ToTensor = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -67,37 +69,35 @@ class Shards:
 
     def attention(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's attention adds to its input, [B,T,D]."""
-        after = self.model.differences.norms_after
-        norms = (None, "post_attention_layernorm") if after else ("input_layernorm", None)
+        names = ("input_layernorm", "attention", "post_attention_layernorm")
         if self.model.differences.qk_norm != "projection":
-            return self._added(number, "attention", *norms, x_BTD)
-        means: list[Tensor] = []  # over each rank's heads, of which the ranks take the mean
-        self._added(number, "attention", *norms, x_BTD, lambda own: means.append(own) or own)
-        return self._added(number, "attention", *norms, x_BTD, lambda _: torch.stack(means).mean(0))
+            return self._added(number, names, x_BTD)
+        means: list[Tensor] = []
+
+        def keep(own_BT2: Tensor) -> Tensor:
+            means.append(own_BT2)
+            return own_BT2
+
+        self._added(number, names, x_BTD, keep)  # with each rank's own means, which are wrong, but known then
+        return self._added(number, names, x_BTD, lambda _: torch.stack(means).mean(0))
 
     def mlp(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's MLP adds to its input, [B,T,D]."""
-        after = self.model.differences.norms_after
-        norms = (None, "post_feedforward_layernorm") if after else ("post_attention_layernorm", None)
-        return self._added(number, "mlp", *norms, x_BTD)
+        before = "" if self.model.differences.norms_after else "post_attention_layernorm"
+        return self._added(number, (before, "mlp", "post_feedforward_layernorm"), x_BTD)
 
     def _added(
-        self,
-        number: int,
-        part: str,
-        before: str | None,
-        after: str | None,
-        x_BTD: Tensor,
-        of_all_heads: Callable[[Tensor], Tensor] | None = None,
+        self, number: int, names: tuple[str, str, str], x_BTD: Tensor, of_all_heads: ToTensor | None = None
     ) -> Tensor:
-        """The sum of the ranks' attentions or MLPs, with the norm before or after it."""
-        parts, norm = [], nn.Identity()
-        names = tuple(f"{name}." for name in (part, before, after) if name)
-        for block in self._ranks(number + 2, TransformerBlock, names):
+        """The sum of what each rank's part of a block gives, with the norm before it or after it; by their names."""
+        before, part, after = names
+        parts: list[Tensor] = []
+        block: Any = None
+        for block in self._ranks(number + 2, TransformerBlock, tuple(f"{name}." for name in names if name)):
             block.attention.of_all_heads = of_all_heads
-            parts.append(getattr(block, part)(getattr(block, before)(x_BTD) if before else x_BTD))
-            norm = getattr(block, after) if after else norm
-        return norm(_sum(iter(parts)))
+            parts.append(getattr(block, part)(x_BTD if block.norms_after else getattr(block, before)(x_BTD)))
+        total = torch.stack(parts).sum(0)
+        return getattr(block, after)(total) if block.norms_after else total
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Final norm and output head, [B,T,V]."""
@@ -133,13 +133,6 @@ def _embed(embedding: Any, rank: int, ids_BT: Tensor) -> Tensor:
     local = ids_BT - rank * rows
     mine = (local >= 0) & (local < rows)
     return embedding(local.where(mine, 0)) * mine.unsqueeze(-1)
-
-
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
 
 
 @torch.inference_mode()
