@@ -86,7 +86,7 @@ def note_tokenizer(path: Path) -> None:
         return
     if problem := tokenizer_problem(path):
         logger.warning(
-            "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file beside the model, "
+            "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file next to the model, "
             "as %s",
             path,
             problem,

@@ -234,7 +234,7 @@ FIELDS = {
     "ValidationConfig": 2,
     "GuardConfig": 6,
     "TrainChange": 3,
-    "LaunchConfig": 12,
+    "LaunchConfig": 13,
     "EvaluateConfig": 5,
     "ExportConfig": 1,
     "GenerationConfig": 9,

@@ -127,7 +127,7 @@ def swapped_layer_norms(weights: dict[str, torch.Tensor]) -> None:
 
 
 def another_head(shards: Path, model: ModelConfig) -> None:
-    """The head of a tied model, changed in NeoX's files, which have it beside the embedding."""
+    """The head of a tied model, changed in NeoX's files, which have it next to the embedding."""
     (path,) = shards.rglob("mp_rank_00_model_states.pt")
     content = torch.load(path)
     content["module"][f"sequential.{model.num_layers + 4}.final_linear.weight"][7] *= 1.1
