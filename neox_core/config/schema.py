@@ -38,7 +38,7 @@ class TokenizerConfig(Section):
     """The base model's tokenizer and the id that ends a document."""
 
     model: ConfigPath = Field(
-        description="SentencePiece's .model file, a tokenizer.json with byte-level BPE, or the folder of either"
+        description="SentencePiece's .model file, Llama 3's, a tokenizer.json with byte-level BPE, or the folder of one"
     )
     end_of_document: str = Field(
         "eos", description="unk: what Llemma's own data has; of a tokenizer.json: the special token, <|endoftext|>"
