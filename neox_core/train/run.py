@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-from neox_core.checkpoint.lease import JobLease, leased
+from neox_core.checkpoint.lease import JobLease, SupersededError, leased
 from neox_core.checkpoint.retention import apply_retention, remove_remains
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
@@ -41,6 +41,9 @@ from neox_core.train.resume import TrainCheckpoints, TrainingState
 from neox_core.train.saving import Saving
 from neox_core.train.startup import check_ranks_agree, startup_facts
 from neox_core.train.stopping import StopAtBoundary, Stopping, end_time
+
+_SUPERSEDED_SECONDS = 40.0
+"""For a job that learns, at a renewal of its lease, that another one is at work, to come to a step's boundary."""
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -97,7 +100,12 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
     retain = partial(apply_retention, store, job.prefix, config.checkpoints)
     saving = Saving(stopping, job.output, mesh.rank, retain)
-    with _ending(store), leased(config.storage, job.prefix, mesh.rank, saving.superseded) as lease:
+
+    def superseded(error: SupersededError) -> None:
+        watchdog.end_soon(_SUPERSEDED_SECONDS, str(error))
+        saving.superseded(error)
+
+    with _ending(store), leased(config.storage, job.prefix, mesh.rank, superseded) as lease:
         writer = _writer(job, mesh, store, saving, lease, watchdog)
         watchdog.beat("resuming")
         if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
