@@ -176,15 +176,16 @@ def _steps(
             telemetry=telemetry,
             heartbeat=use.watchdog.beat,
         )
-        try:
-            with memory_explained(config, geometry, mesh), use.stopping.signals():
-                loop.run(start)
-        except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
+        with use.stopping.signals():  # up to the end: one that comes later must not disturb the last upload
+            try:
+                with memory_explained(config, geometry, mesh):
+                    loop.run(start)
+            except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
+                last_upload(writer, use.watchdog)
+                raise
+            except StopAtBoundary as stopped:
+                raise ended(stopped, job, use.store, writer, use.watchdog) from None
             last_upload(writer, use.watchdog)
-            raise
-        except StopAtBoundary as stopped:
-            raise ended(stopped, job, use.store, writer, use.watchdog) from None
-        last_upload(writer, use.watchdog)
         if mesh.rank == 0:
             remove_remains(use.store, job.prefix)  # of this training's jobs that were killed
 

@@ -88,11 +88,11 @@ def run_job(
 ) -> tuple[list[int | None], list[ProcessRecord]]:
     """A job of `soak_rank`, with a controller for each node; its exit codes by node (None: stuck), and all ranks."""
     folder.mkdir(parents=True)
-    DelayedSubmission(RankTask(soak_rank, args, folder)).dump(folder / "7_submitted.pkl")
+    again = Restarts(RESTARTS, saved)
+    DelayedSubmission(RankTask(soak_rank, args, folder, restarts=again)).dump(folder / "7_submitted.pkl")
     nodes, ranks, port = config.launch.nodes, config.launch.ranks_per_node, free_port()
     controllers = []
     for node in range(nodes):
-        again = Restarts(RESTARTS, saved)
         plan = NodePlan(folder, "7", ranks, node, nodes, restarts=again, port=port, is_told_to_stop=True)
         log = str(folder / f"controller-{node}.log")
         controllers.append(_process_context().Process(target=control, args=(plan.to_json(), log)))

@@ -29,7 +29,7 @@ from tests.paths import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(1200)]
 
-STEPS = 150
+STEPS = 40
 KEY = "0123456789abcdef" * 4
 
 
@@ -124,7 +124,7 @@ def test_stopped_and_gone_on(
     stopped = replace(whole, fingerprint="b" * 64, output=tmp_path / "stopped")
     run_ranks(train_job, 2, run, whole, None, rendezvous_ports(1)[0])
 
-    job = submit(run, stopped, tmp_path, 1.0, **launch)
+    job = submit(run, stopped, tmp_path, 4.0 if "time_limit_minutes" in launch else 1.0, **launch)
     wait_for(lambda: len(begun(stopped)) >= 5)
     act(job, tmp_path)
     wait_for(lambda: list_checkpoints(store, stopped.prefix))

@@ -108,7 +108,7 @@ def test_disabled_wandb_is_not_started(store: ObjectStore, tmp_path: Path, monke
     monkeypatch.setattr(metrics, "start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path, store) as log:
         log.log(1, train__loss=3.0)
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, "metrics.writer"}
 
 
 class FakeRun:
