@@ -50,13 +50,13 @@ class KillList:
     """The kills of a training, in a folder, one after the other over all its lives."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._done = folder / "kills.jsonl"
 
     def write(self, kills: list[Kill]) -> None:
         """Begin with these."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "planned.json").write_text(json.dumps([asdict(kill) for kill in kills]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "planned.json").write_text(json.dumps([asdict(kill) for kill in kills]))
         self._done.touch()
 
     def done(self) -> list[Kill]:
@@ -65,7 +65,7 @@ class KillList:
 
     def next(self) -> Kill | None:
         """The one that is to come."""
-        planned = json.loads((self._folder / "planned.json").read_text())
+        planned = json.loads((self.folder / "planned.json").read_text())
         done = len(self.done())
         return Kill(**planned[done]) if done < len(planned) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,19 @@ def run_to_end(
     job: TrainJob,
     folder: Path,
     kills: KillList,
-    after_job: Callable[[Lives], None] = lambda lives: None,
 ) -> Lives:
     """Submit the training again and again, with one configuration after the other, until a job ends well."""
     lives = Lives()
     while not lives.jobs or lives.jobs[-1] != 0:
         number = len(lives.jobs)
         config = configs[number % len(configs)]
-        _run_job(config, job, folder / f"job-{number}", kills, folder, lives)
-        after_job(lives)
+        _run_job(config, job, folder / f"job-{number}", kills, lives)
         assert number < 200, f"no end: {lives.reasons[-5:]}"
     return lives
 
 
-def _run_job(config: RunConfig, job: TrainJob, folder: Path, kills: KillList, kill_folder: Path, lives: Lives) -> None:
-    codes, seen = run_job(config, folder, (config, job, kill_folder / "kills"), job.output / SAVED_FILE)
+def _run_job(config: RunConfig, job: TrainJob, folder: Path, kills: KillList, lives: Lives) -> None:
+    codes, seen = run_job(config, folder, (config, job, kills.folder), job.output / SAVED_FILE)
     lives.jobs.append(next((code for code in codes if code), codes[0]))
     lives.processes += seen
     if None in codes:
