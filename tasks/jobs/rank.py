@@ -29,7 +29,7 @@ from neox_core.errors import (
     TrainingError,
 )
 from neox_core.storage.atomic import write_atomically
-from neox_core.train.stopping import SIGNALS
+from neox_core.train.ends.stopping import SIGNALS
 from tasks.jobs.node.plan import NodePlan, Restarts
 
 _REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)

@@ -95,8 +95,8 @@ def killed_by(kills: KillList, rank: int) -> Iterator[None]:
     from neox_core.checkpoint.host_memory import HostBuffers
     from neox_core.checkpoint.writer import CheckpointWriter
     from neox_core.storage.object_store import ObjectStore
-    from neox_core.train import resume
     from neox_core.train.loop import Loop
+    from neox_core.train.resuming import train_checkpoints as resume
 
     times: dict[str, int] = {}
 

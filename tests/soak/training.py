@@ -14,8 +14,8 @@ from submitit.core.utils import DelayedSubmission
 from infra.processes import ProcessRecord, end_processes
 from neox_core.config import RunConfig
 from neox_core.errors import GO_ON_EXIT_CODE
+from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import TrainJob
-from neox_core.train.saving import SAVED_FILE
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.rank import RankTask, read_failure
 from tests.distributed import _process_context

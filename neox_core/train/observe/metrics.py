@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 from uuid import uuid4
 
 from neox_core.config import RunConfig
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.observe.wandb_run import WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +25,6 @@ _WRITER_FILE = "metrics.writer"
 """Beside the metrics: a token of the job that came last."""
 _LOSS = "validation/loss"
 _SHOWN = ("train/", "validation/", "guard/")
-_WANDB_URL = "https://api.wandb.ai"
-_CONNECT_SECONDS = 5.0
 
 
 class MetricsLog:
@@ -57,7 +52,7 @@ class MetricsLog:
         self._token, self._writer = uuid4().hex, folder / _WRITER_FILE
         write_atomically(self._writer, self._token)
         if config.wandb.mode != "disabled":
-            self._wandb = start_wandb(config, folder, run_id, config.name)
+            self._wandb = start_wandb(config, folder, WandbRun(run_id, "train", run_id))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -116,40 +111,3 @@ def _end_last_line(path: Path) -> None:
         logger.warning("%s: its last line was incomplete and is removed: %r", path, content[whole:])
         with path.open("r+b") as file:
             file.truncate(whole)
-
-
-def start_wandb(config: RunConfig, folder: Path, run_id: str, name: str) -> Any:
-    """A run of W&B, gone on with if there is one with this id; offline where W&B cannot be reached."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    mode = config.wandb.mode
-    if mode == "online" and not _reachable(os.environ.get("WANDB_BASE_URL", _WANDB_URL)):
-        logger.warning(
-            "W&B cannot be reached: this job writes offline; upload later: wandb sync %s/wandb/offline-*", folder
-        )
-        mode = "offline"
-    run = wandb.init(
-        mode=mode,
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=name,
-        id=run_id[:16],
-        resume="allow",
-        dir=folder,
-        config=config.model_dump(mode="json"),
-    )
-    # W&B's own count of steps only rises, and would drop those that a resumed job takes again.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def _reachable(url: str) -> bool:
-    """Whether a connection to the server, or to the proxy that leads there, can be made."""
-    parts = urlsplit(getproxies().get(urlsplit(url).scheme, url))
-    try:
-        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=_CONNECT_SECONDS):
-            return True
-    except OSError:
-        return False

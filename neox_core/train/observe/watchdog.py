@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
-from neox_core.parallel.shared_store import shared_store
+from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.train.startup import rank_list
 
 logger = logging.getLogger(__name__)

@@ -305,7 +305,7 @@ def test_what_no_stage_reads_does_not_matter(tmp_path: Path) -> None:
     config = changed(config, "data.eval_sources", ("arxiv",))
     before = fingerprints(config)
     (Path(config.data.input) / "code" / "validation" / "0.jsonl").write_text(json.dumps({"text": "of no evaluation"}))
-    (config.base_model.path / "tokenizer.model").write_bytes(b"beside the weights")
+    (config.base_model.path / "tokenizer.model").write_bytes(b"next to the weights")
     assert fingerprints(config) == before
 
 

@@ -16,15 +16,15 @@ import pytest
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import LaunchConfig, RunConfig, StorageConfig
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import TrainJob
-from neox_core.train.saving import SAVED_FILE
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_jobs, submit_or_attach
 from tests.distributed import rendezvous_ports, run_ranks
+from tests.neox_core.train.ends.test_stopping import prepare
 from tests.neox_core.train.small_jobs import rows, train_job
 from tests.neox_core.train.test_rollback import config
-from tests.neox_core.train.test_stopping import prepare
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(1200)]

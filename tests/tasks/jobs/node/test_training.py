@@ -11,10 +11,10 @@ from neox_core.checkpoint.lease import LEASE_FILE
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import RunConfig, StorageConfig
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import TrainJob
-from neox_core.train.saving import SAVED_FILE
+from tests.neox_core.train.ends.test_stopping import STEPS, prepare, small_config
 from tests.neox_core.train.small_jobs import rows
-from tests.neox_core.train.test_stopping import STEPS, prepare, small_config
 from tests.soak.kills import Kill, KillList
 from tests.soak.training import run_job
 
