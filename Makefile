@@ -13,7 +13,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-real demo-slurm test test-all test-slurm check docs format clean
+.PHONY: demo demo-real demo-slurm test test-all test-slurm test-browser check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
@@ -29,14 +29,19 @@ demo-slurm: $(INSTALLED)
 	infra/slurm/demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not browser"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
 
 # On a SLURM of 4 nodes, which it brings up on this machine; as root.
 test-slurm: $(INSTALLED)
-	$(BIN)/pytest -m slurm
+	$(BIN)/pytest -m "slurm and not browser"
+
+# Prefect's pages as people use them, in the distribution's Chromium (apt-get install chromium) and on that SLURM; as root.
+test-browser: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
+	$(BIN)/pytest -m browser
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,16 @@ class Prefect:
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     """A server with all deployments and a worker."""
+    with serving(tmp_path_factory.mktemp("prefect")) as prefect:
+        yield prefect
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Prefect]:
+    """A server with all deployments and a worker, which inherit the environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        prefect = Prefect(tmp_path_factory.mktemp("prefect"), probe.getsockname()[1])
+        prefect = Prefect(folder, probe.getsockname()[1])
     server = prefect.start("server", "start", log="server.log")
     worker = None
     try:
