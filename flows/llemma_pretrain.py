@@ -18,6 +18,7 @@ from flows.evaluate import evaluate
 from flows.export import export
 from flows.interruption import side_by_side
 from flows.names import artifact_key, run_name
+from flows.pages import StagePage
 from flows.prepare_data import prepare_data
 from flows.stage_flow import handed_down, opened
 from flows.stages import OpenedRun, finished_stage
@@ -90,9 +91,11 @@ def _call_deployed(run: OpenedRun, overrides: list[str] | None, force: bool, nam
 
 
 def _report(run: OpenedRun, results: dict[str, StageResult]) -> RunReport:
-    every = [results.get(name) or finished_stage(run, name) for name in STAGES]
-    report: RunReport = Task(write_run_report, name="report", cache_policy=NO_CACHE)(run.config, every)
+    every = {name: results.get(name) or finished_stage(run, name) for name in STAGES}
+    training = run.resolved_training()
+    report: RunReport = Task(write_run_report, name="report", cache_policy=NO_CACHE)(training, every)
     table = [{"what": what, "value": value} for what, value in report.rows]
     key = artifact_key(run.config, "llemma-pretrain")
     create_table_artifact(key=key, table=table, description=f"report: `{report.path}`")
+    StagePage(training, "llemma-pretrain").renew(now=True)
     return report
