@@ -67,15 +67,15 @@ def places_text(training: Training, stage: str) -> str:
     """Where the stage's job, its logs and the run's results are, as Markdown."""
     job = job_place(training, stage)
     listed = [*([job] if job else []), *places(training)]
-    lines = [f"| {place.what} | {_link(place)} |" for place in listed]
-    text = "\n".join(["| | |", "|---|---|", *lines])
+    text = "\n\n".join(f"**{place.what}**{_shown(place)}" for place in listed)
     if any(place.what.endswith("not uploaded") for place in listed):
         text += "\n\nRuns of W&B that are not uploaded: `llemma wandb sync CONFIG`."
     return text
 
 
-def _link(place: Place) -> str:
-    return f"[{place.where}]({place.address})" if place.address else f"`{place.where}`"
+def _shown(place: Place) -> str:
+    """A link, or a block that scrolls: Prefect's column is narrow, and paths are long."""
+    return f": [{place.where}]({place.address})" if place.address else f"\n\n```\n{place.where}\n```"
 
 
 def _create_markdown(key: str, content: str) -> UUID:

@@ -69,7 +69,7 @@ def job_place(training: Training, stage: str) -> Place | None:
         return None
     newest = max(jobs, key=lambda job: _age(_logs(job)))
     scheduler = "SLURM job" if newest.record.executor == "slurm" else f"{newest.record.executor} job"
-    return Place(f"{scheduler} {newest.job_id}", f"{_logs(newest)}")
+    return Place(f"{scheduler} {newest.job_id}: its logs", str(_logs(newest)))
 
 
 def _logs(job: Job) -> Path:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from playwright.sync_api import Error, Locator, Page, expect
 
-PATIENCE = 120_000
+PATIENCE = 300_000
 """Milliseconds that a page may take on a busy machine."""
+_CLICKS = 5
 
 
 class PrefectPages:
@@ -53,8 +54,7 @@ class PrefectPages:
             page.get_by_role("button", name=f"Select {name}").click()
             page.get_by_role("option", name=value, exact=True).click()
         self.shoot(shot)
-        page.get_by_role("button", name="Submit").click()
-        page.wait_for_url(re.compile(r"(?<!/run)$"))
+        self._sent("create_flow_run", lambda: page.get_by_role("button", name="Submit").click())
 
     def open_run(self, run: str, tab: str = "") -> None:
         """A flow run's page, and one of its tabs."""
@@ -75,8 +75,16 @@ class PrefectPages:
         page.get_by_role("menuitem", name=action, exact=True).click()
         self.shoot(shot)
         dialog = page.get_by_role("dialog").or_(page.get_by_role("alertdialog")).first
-        dialog.get_by_role("button", name=action).last.click()
-        expect(dialog).to_be_hidden()
+        self._sent("set_state", lambda: dialog.get_by_role("button", name=action).last.click())
+
+    def _sent(self, request: str, click: Callable[[], None]) -> None:
+        """Click until the server has taken what the page sends: SQLite may be locked on a busy machine."""
+        for _ in range(_CLICKS):
+            with self._page.expect_response(lambda response: response.url.endswith(request)) as answer:
+                click()
+            if answer.value.ok:
+                return
+        raise AssertionError(f"{answer.value.status} from {answer.value.url}: {answer.value.text()}")
 
     def shoot(self, name: str) -> None:
         """Keep a picture of the page, if a name is given."""

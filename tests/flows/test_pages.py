@@ -75,7 +75,7 @@ def test_places_and_the_loss_are_shown_and_renewed(
     prefix = f"s3://llemma/toy/{training.prefix}"
     assert f"[{prefix}](http://127.0.0.1:9/llemma/toy/{training.prefix})" in places
     assert f"[{prefix}/report.html](http://127.0.0.1:9/llemma/toy/{training.prefix}/report.html)" in places
-    assert f"`{training.config.workdir}/report.html`" in places
+    assert f"```\n{training.config.workdir}/report.html\n```" in places
     assert set(server.content) == {"train-places-small"}
 
     add_step(training, 1)
@@ -84,10 +84,10 @@ def test_places_and_the_loss_are_shown_and_renewed(
     page.renew(now=True)
     first = server.content["train-loss-small"]
     add_step(training, 2)
-    monkeypatch.setattr(pages, "job_place", lambda *_: Place("SLURM job 17", "/logs/attempt-0001"))
+    monkeypatch.setattr(pages, "job_place", lambda *_: Place("SLURM job 17: its logs", "/logs/attempt-0001"))
     page.renew(now=True)
     assert server.content["train-loss-small"] != first
-    assert "| SLURM job 17 | `/logs/attempt-0001` |" in server.content["train-places-small"]
+    assert "**SLURM job 17: its logs**\n\n```\n/logs/attempt-0001\n```" in server.content["train-places-small"]
     assert len(server.keys) == 2
 
 

@@ -203,9 +203,7 @@ def test_ledger_stages_and_links_are_shown(tmp_path: Path) -> None:
     text = render(tmp_path, DATA).text
     assert "arxiv 12 150 kB 50,000 3.00 777 75.0% 3,072 0.0614" in text
     assert "code 12 60 kB 20,000 3.00 – 25.0% 1,024 0.0512" in text
-    assert (
-        "prepare-data 0.2 s, skipped train 5.0 min in all stages that ran at the same time count once 5.0 min" in text
-    )
+    assert "prepare-data 0.2 s, skipped train 5.0 min in all 5.0 min" in text
     assert "model /runs/toy/hf" in text
     assert "torch 2.13.0" in text
 
