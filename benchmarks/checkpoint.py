@@ -32,12 +32,13 @@ from uuid import uuid4
 import psutil
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from benchmarks.train_step import CONFIGS, _batches, _random_weights
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig, StorageConfig, batch_geometry, load_config
-from neox_core.parallel.mesh import build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 from neox_core.planning.memory import parameter_count
 from neox_core.storage.object_store import ObjectInfo, ObjectStore
 from neox_core.train.engine.deepspeed_engine import build_engine
@@ -104,7 +105,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
     if not cuda:
         sizes |= {"hidden_size": 1024, "num_attention_heads": 16, "num_kv_heads": 16, "intermediate_size": 2752}
         sizes |= {"vocab_size": 8192}
-    length = 4096 if cuda else 128
+    length = 4096 if cuda else 32
     steps = {"sequence_length": length, "global_batch_tokens": (16 if cuda else 2) * length, "micro_batch_size": 1}
     modes = {"precision": "bf16", "activation_checkpointing": "none", "attention": "auto", "cuda_graphs": "off"}
     launch = {"nodes": 1, "ranks_per_node": 1, "device": "auto" if cuda else "cpu"}
@@ -164,7 +165,7 @@ def _measure(config: RunConfig, store: ObjectStore, folder: Path, saves: int) ->
         return time.perf_counter() - begin
 
     steps()
-    for number in range(1, saves + 1):
+    for number in tqdm(range(1, saves + 1), desc="saves", unit=" saves"):
         writer.wait()
         before = steps()
         stall = save(number)

@@ -1,4 +1,4 @@
-"""Conversion at real shapes: rate beside cp, peak memory, and a bit-identical way back.
+"""Conversion at real shapes: rate compared with cp, peak memory, and a bit-identical way back.
 
     python -m benchmarks.convert --folder /scratch/convert
 

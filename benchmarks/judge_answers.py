@@ -4,7 +4,7 @@
 
 Answers are those of the table of pairs, each once as it stands and then with other numbers, so that no verdict is
 remembered; a tenth are as hostile as tests/neox_core/evaluation/answers/test_judge.py has them, each in a variant of
-its own. They are read out of samples first, as an evaluation does. One judge: one process beside this one.
+its own. They are read out of samples first, as an evaluation does. One judge: one process apart from this one.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ PARTS = {
 def kernel_times(step: Callable[[], object]) -> tuple[dict[str, float], str]:
     """Seconds of one step by part, and a table of the slowest kernels.
 
-    Parts are sums over kernels, which may run beside each other. "exposed" is when only exchanges between GPUs ran,
+    Parts are sums over kernels, which may run at the same time. "exposed" is when only exchanges between GPUs ran,
     "gaps" when nothing did.
     """
     from torch.profiler import ProfilerActivity, profile

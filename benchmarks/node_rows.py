@@ -1,4 +1,4 @@
-"""What `benchmarks/node.py` measures on a number of GPUs, and the table of it beside the planner's predictions."""
+"""What `benchmarks/node.py` measures on a number of GPUs, and the table of it with the planner's predictions."""
 
 from __future__ import annotations
 

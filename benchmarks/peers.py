@@ -1,4 +1,4 @@
-"""The training step beside transformers' Llama, compiled, with and without Liger's kernels: the same work in one call.
+"""The training step and transformers' Llama, compiled, with and without Liger's kernels: the same work in one call.
 
     python -m benchmarks.peers 7b --micro-batch 2
     python -m benchmarks.peers 34b-slice

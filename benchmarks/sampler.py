@@ -152,15 +152,17 @@ def time_reads(folder: Path) -> dict[str, float]:
     """
     from neox_core.data.dataset import SequenceDataset
     from neox_core.data.indexed import IndexedWriter
+    from neox_core.data.order_version import ORDER_VERSIONS
 
     generator, found = np.random.default_rng(1), {}
     for name, size in (("", 1_000), ("_of_tiny", 10), ("_of_long", 1_000_000)):
         with IndexedWriter(folder / f"read{name}", np.dtype("<u2")) as writer:
             for document in generator.integers(0, 32_000, (READ_TOKENS // size, size), dtype=np.uint16):
                 writer.add_document(document)
-        dataset = SequenceDataset(folder / f"read{name}", SEQUENCE, key="1234/read/train")
         indices = generator.integers(0, 10 * READ_TOKENS // SEQUENCE, READS).tolist()
-        found[f"read{name}_us"] = _median_us(dataset.__getitem__, indices)
+        for order in ORDER_VERSIONS:
+            dataset = SequenceDataset(folder / f"read{name}", SEQUENCE, key="1234/read/train", order=order)
+            found[f"read{name}_us_of_order_{order}"] = _median_us(dataset.__getitem__, indices)
         found[f"positions{name}_us"] = _median_us(dataset.positions, indices)
     return found
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.train_step import _batches, _config, _options, _random_weights, _synchronize
 from neox_core.config import WandbConfig, batch_geometry
 from neox_core.data.mixture import Mixture
-from neox_core.parallel.mesh import build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.outcome import gradient_norm_of
 from neox_core.train.observe.metrics import MetricsLog

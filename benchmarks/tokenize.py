@@ -17,7 +17,7 @@ if __name__ == "__main__":
     from benchmarks.tokenizing.compare import main
 
     main()
-elif __name__ == "tokenize":  # imported by a script beside this file, for the standard library's module: be that
+elif __name__ == "tokenize":  # imported by a script next to this file, for the standard library's module: be that
     spec = importlib.util.spec_from_file_location("tokenize", os.path.join(os.path.dirname(os.__file__), "tokenize.py"))
     assert spec is not None
     assert spec.loader is not None

@@ -31,7 +31,7 @@ from benchmarks.kernel_times import kernel_times
 from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
-from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
 from neox_core.planning.calibration import sustained_gemm, synchronize
 from neox_core.planning.memory import parameter_count
 from neox_core.planning.plan import flops_per_token

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.cancellation import cancel_jobs_of_run
-from flows.names import run_name
+from flows.flow_runs.cancellation import cancel_jobs_of_run
+from flows.flow_runs.names import run_name
 from flows.stage_flow import run_stage_flow
 from tasks.identity.specs import EVALUATE
 from tasks.identity.stage import StageResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.names import run_name
+from flows.flow_runs.names import run_name
 from flows.stage_flow import run_stage_flow
 from tasks.identity.specs import EXPORT
 from tasks.identity.stage import StageResult

@@ -11,14 +11,14 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 
-from flows.cancellation import cancel_jobs_of_run
 from flows.convert import convert
-from flows.deployed import cancel_stages, run_deployed
 from flows.evaluate import evaluate
 from flows.export import export
-from flows.interruption import side_by_side
-from flows.names import artifact_key, run_name
-from flows.pages import StagePage
+from flows.flow_runs.cancellation import cancel_jobs_of_run
+from flows.flow_runs.deployed import cancel_stages, run_deployed
+from flows.flow_runs.interruption import side_by_side
+from flows.flow_runs.names import artifact_key, run_name
+from flows.flow_runs.pages import StagePage
 from flows.prepare_data import prepare_data
 from flows.stage_flow import handed_down, opened
 from flows.stages import OpenedRun, finished_stage
@@ -27,7 +27,8 @@ from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, STAGES
 from tasks.identity.stage import StageResult
 from tasks.report.run_report import RunReport, write_run_report
 
-_FLOWS = {PREPARE_DATA: prepare_data, CONVERT: convert, TRAIN: train, EVALUATE: evaluate, EXPORT: export}
+FLOWS = {PREPARE_DATA: prepare_data, CONVERT: convert, TRAIN: train, EVALUATE: evaluate, EXPORT: export}
+"""Of the stages, by their names."""
 
 
 @flow(name="llemma-pretrain", flow_run_name=run_name, on_cancellation=[cancel_stages, cancel_jobs_of_run])
@@ -81,12 +82,12 @@ def _run_stages(
 
 
 def _call_here(overrides: list[str] | None, force: bool, name: str, config: str) -> StageResult:
-    return _FLOWS[name](config, overrides, force)
+    return FLOWS[name](config, overrides, force)
 
 
 def _call_deployed(run: OpenedRun, overrides: list[str] | None, force: bool, name: str, config: str) -> StageResult:
     parameters = {"config": config, "overrides": overrides, "force": force}
-    run_deployed(str(flow_run.id), str(deployment.name), name, parameters)
+    run_deployed(str(flow_run.id), str(deployment.name), name, parameters, run.config.launch.max_restarts)
     return finished_stage(run, name)
 
 

@@ -14,7 +14,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from tqdm import tqdm
 
-from flows.interruption import raise_if_interrupted
+from flows.flow_runs.interruption import raise_if_interrupted
 from neox_core.progress import Progress
 
 logger = logging.getLogger(__name__)

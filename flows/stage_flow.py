@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from prefect import Task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 
-from flows.interruption import raise_if_interrupted
-from flows.names import artifact_key
-from flows.pages import StagePage
+from flows.flow_runs.at_work import at_work
+from flows.flow_runs.interruption import raise_if_interrupted
+from flows.flow_runs.names import artifact_key
+from flows.flow_runs.pages import StagePage
 from flows.progress import stage_progress
 from flows.stages import STAGE, OpenedRun, forget_stage, how_it_went, opened_run
+from neox_core.config import load_config
 from neox_core.errors import LaunchError
 from neox_core.progress import Progress
 from tasks.identity.specs import CONVERT, PREPARE_DATA, STAGES
@@ -38,7 +41,8 @@ def opened(config: str, overrides: Collection[str] | None, stages: Collection[st
         yield run
         return
     _log_as_much_as_prefect()
-    with opened_run(config, overrides or (), stages) as run:
+    workdir = load_config(config, tuple(overrides or ())).workdir
+    with at_work(workdir, flow_run.id), opened_run(config, overrides or (), stages) as run:
         yield run
 
 

@@ -133,7 +133,7 @@ def _open_target(location: str, command: str, overwrite: bool) -> Target:
         raise ConfigError("--to is empty: name a folder or s3://bucket/prefix to write to")
     target = open_target(location)
     found = recorded_artifact(target)
-    if found is None or found.name != command:  # else it may be this very result, with a README beside it by now
+    if found is None or found.name != command:  # else it may be this very result, with a README next to it by now
         check_target(target, command, overwrite)
     return target
 

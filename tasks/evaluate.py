@@ -15,7 +15,7 @@ from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
-from neox_core.train.lineage import earlier_configs
+from neox_core.train.resuming.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.generation import steps_to_generate
 from tasks.evaluation.jobs import evaluate_steps, generate_answers
@@ -116,7 +116,7 @@ class _Scores:
         return bool(waiting)
 
     def _tell(self, step: int) -> None:
-        """Put a checkpoint's scores beside its manifest, and into W&B."""
+        """Put a checkpoint's scores next to its manifest, and into W&B."""
         tasks = scored_tasks(self.results[step])
         if tasks and (found := self._training.lineage_checkpoints().get(step)):
             prefix, manifest = found
@@ -157,7 +157,7 @@ def _inherited(training: Training, folder: Path) -> dict[int, dict[str, Any]]:
 def _training_failed(training: Training, since: float, retry_policy: SchedulerRetry) -> bool:
     """Whether the train stage failed since then, or its job died without anyone to notice.
 
-    What an earlier attempt left does not count at first: a train stage that starts beside this one replaces it.
+    What an earlier attempt left does not count at first: a train stage that starts next to this one replaces it.
     """
     failure = training.scratch / FAILURE_FILE
     impatient = time.time() - since > _PATIENCE_SECONDS

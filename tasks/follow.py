@@ -9,7 +9,7 @@ from typing import Any
 
 from neox_core.config import RunConfig
 from neox_core.progress import Progress, short_time
-from neox_core.train.saving import behind
+from neox_core.train.ends.saving import behind
 from tasks.jobs.executor import Status
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job

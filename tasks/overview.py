@@ -62,7 +62,16 @@ def stage_jobs(config: RunConfig, stage: str) -> list[Job]:
     if training is None:
         return []
     jobs = training_jobs(training) if stage == TRAIN else evaluation_jobs(evaluate_spec(config, training.fingerprint))
-    return sorted(jobs, key=_submitted)
+    return sorted(jobs, key=submitted)
+
+
+def newest_job(training: Training) -> Job | None:
+    """The training's job that was submitted last; None if there is none.
+
+    Raises:
+        NoAnswer: the scheduler does not answer.
+    """
+    return max(training_jobs(training), key=submitted, default=None)
 
 
 def last_incident(scratch: Path) -> str:
@@ -81,7 +90,7 @@ def _view(config: RunConfig, training: Training | None, stage: str) -> StageView
     if training is None:
         return StageView(stage, "not begun", f"waits for {PREPARE_DATA} and {CONVERT}")
     if stage == TRAIN:
-        return _training_view(training)
+        return training_view(training)
     if stage == EVALUATE:
         return _evaluation_view(training)
     return _local_view(config, stage, export_spec(config, training.fingerprint).identity)
@@ -97,20 +106,24 @@ def _local_view(config: RunConfig, stage: str, identity: StageIdentity | None) -
     return StageView(stage, "not begun" if identity is None or not identity.folder.exists() else "unfinished", "")
 
 
-def _training_view(training: Training) -> StageView:
+def training_view(training: Training) -> StageView:
+    """The train stage as it is now.
+
+    Raises:
+        LaunchError: a local job belongs to another host.
+    """
     config, metrics = training.config, training.scratch / METRICS_FILE
     if artifact := find(training.spec.identity):
         text = f"step {artifact.summary['steps']} of {config.train.steps}, loss {artifact.summary['last_loss']:.3f}"
         return StageView(TRAIN, "finished", text, artifact.folder)
-    jobs = sorted(training_jobs(training), key=_submitted)
-    if not jobs:
+    job, row = newest_job(training), last_step(metrics)
+    if job is None:
         return StageView(TRAIN, "not begun", "no job was submitted")
-    job, row = jobs[-1], last_step(metrics)
     try:
         status = job.status()
     except NoAnswer:
         return StageView(TRAIN, "unknown", describe(job.job_id, None, 0.0, row, metrics, config), training.scratch)
-    text = describe(job.job_id, status, _submitted(job), row, metrics, config)
+    text = describe(job.job_id, status, submitted(job), row, metrics, config)
     return StageView(TRAIN, "at work" if status.at_work else status.state, text, training.scratch)
 
 
@@ -128,8 +141,8 @@ def _evaluation_view(training: Training) -> StageView:
     return StageView(EVALUATE, "unfinished" if results else "not begun", text if results else "", spec.folder)
 
 
-def _submitted(job: Job) -> float:
-    """Unix seconds of the last submission, about."""
+def submitted(job: Job) -> float:
+    """Unix seconds of the last submission, about; later if the job has written into its folder since."""
     folder = job.record.tasks[-1].folder
     return folder.stat().st_mtime if folder.exists() else time.time()
 

@@ -83,7 +83,7 @@ def note_tokenizer(path: Path) -> None:
     """Say now what the export will say of it, weeks later."""
     if path.is_file() and not is_json_tokenizer(path) and (problem := tokenizer_problem(path)):
         logger.warning(
-            "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file beside the model, "
+            "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file next to the model, "
             "as %s",
             path,
             problem,

@@ -24,7 +24,7 @@ from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.folders import S3Folder
 from neox_core.train.job import local_checkpoints
-from neox_core.train.local_copy import newest_local
+from neox_core.train.resuming.local_copy import newest_local
 from tasks.identity.training import Training, resolve_training
 
 

@@ -14,9 +14,10 @@ from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
+from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import local_checkpoints
-from neox_core.train.lineage import Ancestor
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
+from neox_core.train.resuming.lineage import Ancestor
 from tasks.follow import follow, share_done
 from tasks.identity.specs import TRAIN
 from tasks.identity.stage import StageResult, how_to_run, require, run_stage
@@ -72,6 +73,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
             config.launch.ranks_per_node,
             # What an earlier job made may be gone since; a new one finds in the store what is left to do.
             accept_completed=_is_complete(training) and (scratch / METRICS_FILE).is_file(),
+            saved=scratch / SAVED_FILE,
         )
 
     def build(folder: Path) -> Mapping[str, Any]:

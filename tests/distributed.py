@@ -9,8 +9,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+PATIENCE_SECONDS = 540.0
+"""Under pytest's own limit of 600, and far above what ranks take on a busy machine."""
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE_SECONDS
+) -> list[Any]:
     """Call `function(*args)` on every rank with torchrun's environment variables; returns the results by rank."""
     context = _process_context()
     queue = context.Queue()

@@ -38,7 +38,7 @@ class FaultyS3:
         self.failed = threading.Semaphore(0)
         """Released at each request that has met the fault; a refused one cannot be seen."""
         self.healed = threading.Event()
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self.port = 0
         self._listen()
 
@@ -75,10 +75,15 @@ class FaultyS3:
         class Handler(_Handler):
             owner = proxy
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server = _Server(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: clients that are killed hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):

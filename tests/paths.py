@@ -7,4 +7,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 SHARED = ROOT.parent / "shared"
-"""Data beside the checkout, which need not be there."""
+"""Data next to the checkout, which need not be there."""

@@ -75,7 +75,7 @@ def encode_ours(work: Work) -> tuple[float, float]:
 
 
 def run_stage(way: str, work: Work, **variables: str) -> tuple[float, float]:
-    """CPU and wall seconds of one of the commands beside this file: zstd in, .bin and .idx out."""
+    """CPU and wall seconds of one of the commands next to this file: zstd in, .bin and .idx out."""
     script = Path(__file__).with_name(f"{way}_way.py")
     output = work.output / way
     shutil.rmtree(output, ignore_errors=True)

@@ -4,8 +4,8 @@
 
 Parts by worker processes, a sample of each verified against SentencePiece, checksums, and the merge; as prepare-data
 does it, but for the configuration, the digests of inputs and results, and the artifact. This process is what
-prepare-data's fork server is (tasks/tokenization/fork_server.py), which there is started beside the flow's; as there,
-the garbage collector is off.
+prepare-data's fork server is (tasks/tokenization/fork_server.py), which there is started alongside the flow's;
+as there, the garbage collector is off.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from flows.cli.config import import_neox_files
 from flows.cli.evaluation import evaluate_app
 from flows.cli.plans import data_plan, plan
 from flows.cli.runs import run
+from flows.cli.services import down, up
 from flows.cli.slurm import render
 from flows.cli.status import doctor, logs, status
 from flows.cli.stored import checkpoint_app
@@ -26,7 +27,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at the training data.")
 slurm_app = typer.Typer(no_args_is_help=True, help="What goes to SLURM.")
 wandb_app = typer.Typer(no_args_is_help=True, help="Runs of Weights & Biases.")
 
-for command in (run, status, logs, doctor, plan, make_base, convert, export, inspect):
+for command in (run, up, down, status, logs, doctor, plan, make_base, convert, export, inspect):
     app.command()(command)
 config_app.command("import")(import_neox_files)
 data_app.command("plan")(data_plan)

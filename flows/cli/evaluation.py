@@ -1,4 +1,4 @@
-"""`llemma evaluate`: exported models on evaluation sets, their items, and the paper's scores beside ours."""
+"""`llemma evaluate`: exported models on evaluation sets, their items, and the paper's scores next to ours."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def show(
     what: Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="The run's YAML file, or an --out folder.")],
     task: Annotated[str, typer.Argument(help="Which evaluation set.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the last of the run.")] = None,
-    against: Annotated[int | None, typer.Option(help="Another checkpoint, shown beside it.")] = None,
-    beside: Annotated[Path | None, typer.Option(help="Another --out folder, shown beside it.")] = None,
+    against: Annotated[int | None, typer.Option(help="Another checkpoint, shown next to it.")] = None,
+    other: Annotated[Path | None, typer.Option(help="Another --out folder, shown next to it.")] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers; of solutions the least likely.")] = False,
     first: Annotated[int, typer.Option(help="Number of the first row.")] = 1,
     count: Annotated[int, typer.Option(help="Rows.")] = 10,
@@ -92,7 +92,7 @@ def show(
     from tasks.evaluation.show import checkpoint_rows, generated_items, rows
 
     if what.is_dir():
-        found = rows(generated_items(what, task), generated_items(beside, task) if beside else (), wrong)
+        found = rows(generated_items(what, task), generated_items(other, task) if other else (), wrong)
     else:
         from neox_core.config import load_config
         from tasks.identity.specs import evaluate_spec
@@ -110,7 +110,7 @@ def compare(
     folder: Annotated[Path, typer.Argument(help="The --out folder of an evaluation.")],
     paper: Annotated[str, typer.Option(help="The paper's model.")] = "llemma-7b",
 ) -> None:
-    """Our scores beside the Llemma paper's, and which differences are within noise."""
+    """Our scores next to the Llemma paper's, and which differences are within noise."""
     import json
 
     from tasks.evaluation.harness.run import RESULTS_FILE
@@ -127,7 +127,7 @@ def compare(
 def proofs(
     file: Annotated[Path, typer.Argument(help="JSON lines with header, formal_statement and proof.")],
     command: Annotated[str, typer.Option(help="Gets a theory file as its last argument; exits with 0 if it holds.")],
-    out: Annotated[Path | None, typer.Option(help="For the verdicts; default: beside the file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For the verdicts; default: next to the file.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for one proof.")] = 120.0,
 ) -> None:
     """Check formal proofs with a prover of yours."""

@@ -26,7 +26,7 @@ _PURPOSES = {
 
 
 def memory_table(plan: Plan, simulated: Sequence[RankSimulation] = ()) -> Table:
-    """Memory of each rank of each pipeline stage, by part; beside the total, what was simulated."""
+    """Memory of each rank of each pipeline stage, by part; next to the total, what was simulated."""
     table = _table("memory per GPU", plan)
     table.add_row("layers", *(str(stage.layers) for stage in plan.stages))
     table.add_row("computed again", *(stage.activation_checkpointing for stage in plan.stages))

@@ -10,6 +10,7 @@ import typer
 
 from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import bar, print_records, print_rows
+from infra.prefect.services import default_folder, running_page
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import ConfigError
 
@@ -73,8 +74,7 @@ def _show_run(config: RunConfig) -> None:
     if training:
         rows += [("checkpoints", f"{config.storage.url.rstrip('/')}/{training.prefix}")]
         rows += [("last incident", text) for text in [last_incident(training.scratch)] if text]
-    if rows:
-        print_rows("see also", rows)
+    print_rows("see also", [*rows, ("Prefect", _pages())])
 
 
 def _show_workdir(workdir: Path) -> None:
@@ -98,3 +98,8 @@ def _show_workdir(workdir: Path) -> None:
     if not records:
         raise ConfigError(f"no training was begun in {workdir}: give a workdir, or a run's YAML file")
     print_records(f"trainings in {workdir}: {len(records)}", records)
+    print_rows("see also", [("Prefect", _pages())])
+
+
+def _pages() -> str:
+    return running_page(default_folder()) or "no server was started here (`llemma up`)"

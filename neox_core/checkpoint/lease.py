@@ -1,7 +1,7 @@
 """Who may write a training's checkpoints: the job that came last.
 
 Two jobs of one training are a mistake that happens: a job that was requeued while its first life goes on somewhere, or
-the same configuration started twice. The later one raises the number in the lease, an object beside the checkpoints;
+the same configuration started twice. The later one raises the number in the lease, an object next to the checkpoints;
 the number is in all keys of its saves. The earlier one sees that within seconds, publishes nothing more, and stops.
 Nothing here depends on clocks, nor does a job wait until another one's lease has run out.
 """

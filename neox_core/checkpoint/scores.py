@@ -1,4 +1,4 @@
-"""What evaluation found of a checkpoint, in `scores.json` beside its manifest, and which are the best by that."""
+"""What evaluation found of a checkpoint, in `scores.json` next to its manifest, and which are the best by that."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Tasks = Mapping[str, Mapping[str, Any]]
 
 
 def publish_scores(store: ObjectStore, prefix: str, checkpoint: str, tasks: Tasks) -> None:
-    """Put a checkpoint's scores beside its manifest. What cannot be written now is logged: evaluation keeps it too."""
+    """Put a checkpoint's scores next to its manifest. What cannot be written now is logged: evaluation keeps it too."""
     try:
         store.put_text(object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True))
     except StorageError as error:
-        logger.warning("the scores of %s are not beside its manifest: %s", checkpoint, error)
+        logger.warning("the scores of %s are not next to its manifest: %s", checkpoint, error)
 
 
 def read_scores(store: ObjectStore, prefix: str, manifests: Iterable[Manifest]) -> dict[int, Tasks]:

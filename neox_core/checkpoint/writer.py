@@ -1,8 +1,8 @@
 """Saves checkpoints while training continues: to host memory, from there to local disk, and from there to the store.
 
-Each rank's files are copied to host memory, which is reused: on GPUs beside the next step, on CPUs while training
+Each rank's files are copied to host memory, which is reused: on GPUs during the next step, on CPUs while training
 waits. A thread, which stands back behind the compute, then writes and hashes them; when all ranks
-have done so, rank 0 writes the manifest beside them, and the checkpoint exists on local disk. Another thread uploads
+have done so, rank 0 writes the manifest next to them, and the checkpoint exists on local disk. Another thread uploads
 the files; when all ranks have done that, rank 0 publishes the manifest, and the checkpoint exists in the store.
 """
 
@@ -64,6 +64,7 @@ class CheckpointWriter:
         stopped: once it is set, nothing waits any more.
         may_publish: called on rank 0, in a thread, before each manifest is published; raises if this job must not.
         published: called on rank 0, in a thread, with each manifest that was published.
+        written: called on rank 0, in a thread, with each manifest of a checkpoint that is whole on local disk.
         failed: called, in a thread, with what ended the saving for good.
     """
 
@@ -79,8 +80,9 @@ class CheckpointWriter:
         may_publish: Callable[[], None] = lambda: None,
         published: Callable[[Manifest], None] = lambda _: None,
         failed: Callable[[Exception], None] = lambda _: None,
+        written: Callable[[Manifest], None] = lambda _: None,
     ) -> None:
-        self._rank, self._heartbeat, self._tell_failed = rank, heartbeat, failed
+        self._rank, self._heartbeat, self._tell_failed, self._written = rank, heartbeat, failed, written
         self._stop = stopped or threading.Event()
         timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
         self.reports = Reports(channel, rank, world_size, self._stop, timeout)
@@ -186,6 +188,7 @@ class CheckpointWriter:
                 if not problem:
                     manifest = completed(manifest, [tuple(FileRecord(**r) for r in found) for found in reports])
                     write_atomically(folder / MANIFEST_FILE, manifest.to_json())
+                    self._written(manifest)
         except Exception as error:  # all ranks must hear of it
             self._failed(error)
             raise

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringCo
 from neox_core.config.section import NAME, ConfigPath, Section
 
 WRITTEN = ", written"
-"""Ends the name of a task of `generate`, beside those of `tasks`."""
+"""Ends the name of a task of `generate`, unlike those of `tasks`."""
 METRICS = {
     "solution": ("bits_per_byte",),
     "choices": ("accuracy", "calibrated_accuracy", "log_likelihood", "calibrated_log_likelihood"),

@@ -65,7 +65,7 @@ class ParallelConfig(Section):
     overlap: Literal["auto", "off"] = Field(
         "auto",
         description="auto: where tensor-parallel ranks split tokens and share a host, the GPUs' copy engines exchange "
-        "them beside the matrix products; off: NCCL does, before and after these",
+        "them alongside the matrix products; off: NCCL does, before and after these",
     )
     pipeline: PositiveInt = Field(1, description="stages of layers, one after the other; 1: all layers on each rank")
     pipeline_layers: tuple[PositiveInt, ...] | None = Field(
@@ -92,8 +92,15 @@ class LaunchConfig(Section):
         description="how often in a row a training that ended without success is submitted again although it has saved "
         "no new checkpoint; after one, it counts anew",
     )
+    restarts_in_place: NonNegativeInt = Field(
+        3,
+        description="how often in a row the ranks of a training of which one died or hung are started again in the "
+        "same job although it has saved no new checkpoint; then the job ends. 0: it ends at once",
+    )
     hang_timeout_minutes: PositiveFloat = Field(
-        10.0, description="minutes without a step on any rank, after which the job ends"
+        1.0,
+        description="minutes without progress on any rank, after which it is a hang; at least three times as long as "
+        "work of the kind has taken, and thirty times this for the first of a kind",
     )
     scratch: ConfigPath | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""What the sections of the configuration have in common: frozen, strict, with paths beside the YAML file."""
+"""What the sections of the configuration have in common: frozen, strict, with paths next to the YAML file."""
 
 from __future__ import annotations
 

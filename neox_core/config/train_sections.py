@@ -102,7 +102,7 @@ class ValidationConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Steps that torch's profiler records; the traces lie beside the metrics."""
+    """Steps that torch's profiler records; the traces lie next to the metrics."""
 
     first_step: PositiveInt = Field(description="first step that is recorded")
     last_step: PositiveInt = Field(description="last step that is recorded")

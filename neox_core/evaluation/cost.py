@@ -1,4 +1,4 @@
-"""What scoring every checkpoint on evaluation sets takes, beside the training."""
+"""What scoring every checkpoint on evaluation sets takes, in addition to the training."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 
 if TYPE_CHECKING:
     from neox_core.data.tokenization.tokenizer import Tokenizer
-    from neox_core.parallel.mesh import Mesh
+    from neox_core.parallel.ranks.mesh import Mesh
 
 _SHORTEST = 64
 """Tokens to which a batch is padded at least. Few lengths mean few compiled kernels."""

@@ -28,9 +28,9 @@ from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
-from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.parallelize import Parallelism
 from neox_core.parallel.precision import parameter_dtype
+from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def evaluate_checkpoints(config: RunConfig, job: EvaluateJob) -> list[dict[str, 
 
     Returns:
         One entry per step: `{"step": ..., "sources": {name: {tokens, bytes, loss, perplexity, bits_per_byte}}}`, with
-        the loss in nats per token, and beside the sources `tasks`; see `score_tasks`.
+        the loss in nats per token, and next to the sources `tasks`; see `score_tasks`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     device = init_distributed(config.launch)

@@ -14,7 +14,7 @@ from neox_core.data.tokenization.tokenizer import Tokenizer
 from neox_core.evaluation.items import Item, ItemSet, load_item_set
 from neox_core.evaluation.likelihood import Request, encode_request, log_likelihoods
 from neox_core.evaluation.scores import choices_record, scores, solution_record
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a rank runs: the model's layers in the form in which a pipeline calls them.
 
 Each layer is made from the model's own (model/llama.py), takes over its parts under their names, so that a state_dict
-stays the same, and computes the same. What it does beside that, it says in its own forward: how hidden states enter and
+stays the same, and computes the same. What it does besides, it says in its own forward: how hidden states enter and
 leave regions that ranks split, which additions and norms are one pass, and what is computed again.
 """
 

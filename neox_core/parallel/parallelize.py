@@ -12,7 +12,7 @@ from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbeddi
 from neox_core.parallel import sharding, weight_gradients
 from neox_core.parallel.activation_checkpointing import checkpointing_of
 from neox_core.parallel.layers import ChunkedHead, FusedBlock, LastNorm, PipelineLayer, SplitEmbedding
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.tensor_parallel import SplitRegion
 
 

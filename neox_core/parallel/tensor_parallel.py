@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.overlap.linears import gathered_outputs, summed_output
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.weight_gradients import accumulators_of, linear_outputs
 
 
@@ -119,7 +119,7 @@ class SplitRegion:
     tokens_split: bool
     """The ranks split the tokens outside of the region."""
     exchange: Exchange | None = None
-    """Moves split tokens beside the products that read or make them; None: collectives do, before or after these."""
+    """Moves split tokens alongside the products that read or make them; None: collectives do, before or after these."""
 
     @classmethod
     def of(cls, mesh: Mesh) -> SplitRegion | None:

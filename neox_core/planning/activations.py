@@ -1,4 +1,4 @@
-"""What one rank keeps for the backward pass, and what it needs beside that, by arithmetic.
+"""What one rank keeps for the backward pass, and what it needs in addition to that, by arithmetic.
 
 Symbols as in memory.py; t is the tokens of a micro batch.
 """
@@ -53,17 +53,23 @@ def working_bytes(
     stage: int,
     modes: Sequence[ActivationCheckpointing],
 ) -> int:
-    """The most that a step needs beside what is kept and the state.
+    """The most that a step needs in addition to what is kept and the state.
 
     That is when a block goes backward (its own gradients, the stage's, and what it computes again), or, on the last
     stage, when the loss has its gradients and a chunk of logits, or, on the others, when the next stage's gradients
-    arrive. DeepSpeed keeps the results of a stage, and where it sends them whole, its inputs, beside what autograd
-    keeps; where tensor-parallel ranks have the same, it sends parts and puts them together.
+    arrive; on the first, also when the embedding goes backward. DeepSpeed keeps the results of a stage, and where it
+    sends them whole, its inputs, apart from what autograd keeps; where tensor-parallel ranks have the same, it sends
+    parts and puts them together.
 
     Args:
         modes: activation checkpointing of the stage's layers.
     """
-    return max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+    most = max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+    if stage > 0:
+        return most
+    return max(
+        most, _embedding_backward(config, dims, geometry) - sum(block_bytes(config, dims, mode) for mode in modes)
+    )
 
 
 def _working_bytes(
@@ -85,6 +91,17 @@ def _working_bytes(
     return received + max(first * passed + _block_forward(config, dims, mode), (flying + 1) * passed + backward)
 
 
+def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry) -> int:
+    """When the embedding goes backward, all that the micro batch's blocks kept is gone.
+
+    Its gradient has a row for every token of the vocabulary, and DeepSpeed adds an fp32 copy of it.
+    """
+    size = DTYPE_BYTES[config.train.precision]
+    gradient = dims.vocab_size * dims.hidden_size * (size if size == _FP32 else size + _FP32)
+    passed = _hidden(config, dims) // config.parallel.tensor
+    return gradient + _hidden(config, dims) // _token_split(config) + in_flight(config, geometry, 0) * passed
+
+
 def _last_stage_working(
     config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, mode: ActivationCheckpointing, receives: bool
 ) -> int:
@@ -102,7 +119,7 @@ def _last_stage_working(
 
 
 def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
-    """The most that a block's forward pass needs beside what it keeps: w2's result, and its sum over the ranks.
+    """The most that a block's forward pass needs in addition to what it keeps: w2's result, and its sum over the ranks.
 
     Selective checkpointing has the norm's result of this rank's tokens then, and w2's input before. (Full has less than
     going backward.)
@@ -115,7 +132,7 @@ def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationChe
 
 
 def _block_backward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
-    """The most that a block's backward pass needs beside its result's gradient, in the MLP.
+    """The most that a block's backward pass needs in addition to its result's gradient, in the MLP.
 
     That is the gradients of gate, up and their product, when the product itself has gone unless it was computed again.
     Where tensor parallelism makes the MLP narrow, all tokens' hidden states can be more: the result's gradient that was

@@ -21,7 +21,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class ExchangeTime:
-    """Seconds in which nothing runs beside an exchange, and in which something does."""
+    """Seconds in which nothing runs alongside an exchange, and in which something does."""
 
     exposed: float
     hidden: float = 0.0
@@ -38,7 +38,7 @@ def tensor_exchange(
     """A micro batch's exchanges of hidden states between tensor-parallel ranks, as communication.py counts them.
 
     Without sequence parallelism, a sum is an all-reduce, twice what a gathering sends. Exchanges by copy engines run
-    beside products, but for their barriers and copies.
+    alongside products, but for their barriers and copies.
 
     Args:
         products: seconds of a layer's forward products, which four exchanges share.
@@ -55,16 +55,16 @@ def tensor_exchange(
     each = _collective(hardware, sent, _across(geometry, config, span=ranks, groups=1))
     if not overlaps(config):
         return ExchangeTime(SKEW * (sums + gathers) * each)
-    beside = sum(11 if mode == "full" else 8 for mode in modes)  # gathering a norm's result again is not
+    overlapped = sum(11 if mode == "full" else 8 for mode in modes)  # gathering a norm's result again is not
     hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
     # A gathering copies a part twice; a sum reads what came from all ranks and writes a part.
     copied = hidden_bytes(config) * (ranks + 6) / (2 * ranks) / (ELEMENTWISE_SHARE * hardware.memory)
     added = _BARRIER * hardware.link.seconds(0) + copied + each - hidden
-    return ExchangeTime(SKEW * (sums + gathers - beside) * each + beside * added, beside * hidden)
+    return ExchangeTime(SKEW * (sums + gathers - overlapped) * each + overlapped * added, overlapped * hidden)
 
 
 def overlaps(config: RunConfig) -> bool:
-    """Tensor-parallel ranks' exchanges run beside a layer's products."""
+    """Tensor-parallel ranks' exchanges run alongside a layer's products."""
     parallel = config.parallel
     several = 1 < parallel.tensor <= config.launch.ranks_per_node
     return parallel.overlap == "auto" and parallel.sequence and several
@@ -83,7 +83,7 @@ def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardwar
 def data_exchange(
     config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float
 ) -> ExchangeTime:
-    """A step's reduction of gradients, beside the last backward pass but for a bucket, and gathering of parameters.
+    """A step's reduction of gradients, during the last backward pass but for a bucket, and gathering of parameters.
 
     Args:
         backward: seconds of a micro batch's backward pass.

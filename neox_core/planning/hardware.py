@@ -51,7 +51,7 @@ class Hardware:
     host_layer: float
     """Seconds of Python for one layer and micro batch of tensor-parallel ranks, without CUDA graphs."""
     host_micro_batch: float
-    """Seconds of Python for a micro batch beside its layers."""
+    """Seconds of Python for a micro batch outside its layers."""
 
     def save(self, path: Path) -> None:
         """Write the figures as JSON."""

@@ -73,7 +73,7 @@ class Memory:
     activations: int
     """Kept for the backward pass, for all micro batches in flight."""
     working: int
-    """The most that a backward pass needs beside them: a block's gradients and what it computes again, or logits."""
+    """The most that a backward pass needs besides: a block's gradients and what it computes again, or logits."""
 
     @property
     def state(self) -> int:

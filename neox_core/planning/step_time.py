@@ -18,7 +18,7 @@ from neox_core.planning.work import head_time, layer_time
 GAPS = 0.012
 """Share of a micro batch in which a GPU does nothing although nothing keeps it: 0.9 to 1.1% measured on an H200."""
 SHARED_POWER = 0.05
-"""By which a layer's products take longer when exchanges run beside them: a power-capped card gives them less."""
+"""By which a layer's products take longer when exchanges run alongside them: a power-capped card gives them less."""
 _OPTIMIZER_BYTES = 32
 """Read and written for each of a rank's own parameters by the update, its gradient cleared; 4 more for the norm."""
 _HOST_MODE = {"none": 1.0, "selective": 1.4, "full": 1.7}
@@ -38,11 +38,11 @@ class StepTime:
     elementwise: float
     recomputation: float
     tensor_exchange: float
-    """Of hidden states between tensor-parallel ranks, where nothing else runs beside it."""
+    """Of hidden states between tensor-parallel ranks, where nothing else runs at the same time."""
     pipeline_exchange: float
     """Of hidden states with the neighbouring stages."""
     data_exchange: float
-    """Of gradients and parameters among data-parallel ranks, where nothing else runs beside it."""
+    """Of gradients and parameters among data-parallel ranks, where nothing else runs at the same time."""
     bubble: float
     """A stage waits for its first micro batch and after its last one (arXiv 1811.06965)."""
     optimizer: float
@@ -62,7 +62,7 @@ class Prediction:
 
     time: StepTime
     hidden: float
-    """Seconds of exchanges that run beside computation."""
+    """Seconds of exchanges that run alongside computation."""
     tokens_per_second_per_gpu: float
 
     def utilisation(self, config: RunConfig, hardware: Hardware) -> float:
@@ -78,7 +78,7 @@ class Prediction:
         return [
             *rows,
             ("step", f"{total:.3f} s = {self.tokens_per_second_per_gpu:,.0f} tokens/s on each GPU"),
-            ("exchanges beside computation", f"{self.hidden:.3f} s more"),
+            ("exchanges alongside computation", f"{self.hidden:.3f} s more"),
         ]
 
 
@@ -135,7 +135,7 @@ def _micro_batch(
     stage: int,
     modes: Sequence[ActivationCheckpointing],
 ) -> tuple[dict[str, float], float]:
-    """Seconds of a stage's micro batch, forward and backward, by part; and of exchanges beside computation."""
+    """Seconds of a stage's micro batch, forward and backward, by part; and of exchanges alongside computation."""
     dims, tokens = rank_dimensions(config), micro_batch_tokens(config)
     last = stage == config.parallel.pipeline - 1
     layers = [layer_time(config, dims, mode, hardware) for mode in modes]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neox_core.config import RunConfig, largest_batch
 from neox_core.optimizer import MasterWeights, UpdateStep, update_rule
-from neox_core.parallel.mesh import Axis, Mesh, build_mesh
+from neox_core.parallel.ranks.mesh import Axis, Mesh, build_mesh
 from neox_core.planning.communication import Collective
 from neox_core.simulate.recorder import Recorder
 

@@ -263,7 +263,7 @@ def small_files(location: Location) -> Iterator[Path]:
 def file_versions(folder: Folder, files: Iterable[str]) -> dict[str, str]:
     """What identifies the content of each of a model's files in an object store, by name: its ETag and size, hashed.
 
-    Small descriptions beside them count too (generation_config.json and the like).
+    Small descriptions next to them count too (generation_config.json and the like).
     """
     names = {*files, *(name for name in folder.names() if name.endswith("config.json") and not name.startswith("."))}
     return {name: sha256(folder.content(name).version.encode()).hexdigest() for name in sorted(names)}

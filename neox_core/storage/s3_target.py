@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from neox_core.storage.folders import S3Folder
 
-BESIDE = ".incoming"
+INCOMING = ".incoming"
 """Folder of what is to replace a target's files."""
 _PART_BYTES, _MOST_PARTS = 1 << 24, 10_000
 """Of an upload, which is in memory part by part; S3 allows no more of them."""
@@ -61,14 +61,14 @@ class S3Target(S3Folder):
     def check_usable(self) -> None:
         """The store says so itself at the first request."""
 
-    def beside(self) -> S3Target:
+    def incoming(self) -> S3Target:
         """Under a longer prefix."""
-        return S3Target(self.store, f"{self.prefix}{BESIDE}/")
+        return S3Target(self.store, f"{self.prefix}{INCOMING}/")
 
     def take_over(self, path: str) -> None:
         """Copied within the store."""
-        self.store.copy(f"{self.prefix}{BESIDE}/{path}", self.prefix + path)
+        self.store.copy(f"{self.prefix}{INCOMING}/{path}", self.prefix + path)
 
     def clear_beside(self) -> None:
         """All objects under the longer prefix."""
-        self.store.delete([info.key for info in self.store.list(f"{self.prefix}{BESIDE}/")])
+        self.store.delete([info.key for info in self.store.list(f"{self.prefix}{INCOMING}/")])

@@ -18,7 +18,7 @@ from neox_core.storage.atomic import atomic_file, remove_remains, write_atomical
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.folders import Folder, LocalFolder, Location, S3Folder, named_place, storage_at
 from neox_core.storage.object_store import ObjectStore
-from neox_core.storage.s3_target import BESIDE, Put, S3Target
+from neox_core.storage.s3_target import INCOMING, Put, S3Target
 
 _LOCK_FILE = ".conversion.lock"
 _WRITE_BACK_BYTES = 1 << 25
@@ -68,12 +68,12 @@ class Target(Folder, Protocol):
         """Raise StorageError if it is known that nothing can be written there."""
         ...
 
-    def beside(self) -> Target:
+    def incoming(self) -> Target:
         """A hidden folder in it, for what is to replace its files once it is complete and proven."""
         ...
 
     def take_over(self, path: str) -> None:
-        """Move a file of `beside` to the same path here."""
+        """Move a file of `incoming` to the same path here."""
         ...
 
     def clear_beside(self) -> None:
@@ -154,19 +154,19 @@ class LocalTarget(LocalFolder):
                 raise StorageError(f"{folder} is a file: name a folder to write to")
             TemporaryDirectory(dir=folder, prefix=".").cleanup()  # permissions alone do not tell
 
-    def beside(self) -> LocalTarget:
+    def incoming(self) -> LocalTarget:
         """On the same disk, so that files can be renamed."""
-        return LocalTarget(self.path / BESIDE)
+        return LocalTarget(self.path / INCOMING)
 
     def take_over(self, path: str) -> None:
         """Rename."""
         with _storage_errors(self.path / path):
             (self.path / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.path / BESIDE / path).replace(self.path / path)
+            (self.path / INCOMING / path).replace(self.path / path)
 
     def clear_beside(self) -> None:
         """With all that is in it."""
-        shutil.rmtree(self.path / BESIDE, ignore_errors=True)
+        shutil.rmtree(self.path / INCOMING, ignore_errors=True)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
     data = _read(arguments.data, "prepare-data")
     weights = _read(arguments.weights, "convert")
     from neox_core.train.job import TrainJob
-    from neox_core.train.lineage import ancestors
+    from neox_core.train.resuming.lineage import ancestors
     from neox_core.train.run import train
 
     content = weights_identity(weights)

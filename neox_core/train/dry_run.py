@@ -20,8 +20,8 @@ from neox_core.config import BatchGeometry, RunConfig
 from neox_core.errors import LaunchError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import LayerWeights, layer_types
-from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.precision import parameter_dtype
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.memory import RESERVED_BYTES, stage_memory
 from neox_core.train.engine.step_engine import Batches, StepEngine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neox_core.checkpoint.manifest import training_prefix
 from neox_core.config import RunConfig
-from neox_core.train.lineage import Ancestor
+from neox_core.train.resuming.lineage import Ancestor
 
 _CHECKPOINTS = "checkpoints"
 

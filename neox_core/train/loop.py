@@ -15,14 +15,14 @@ from neox_core.data.prefetch import Prefetcher
 from neox_core.data.sampler import micro_batch_positions, micro_batches
 from neox_core.data.skipped import first_sequence
 from neox_core.errors import TrainingError
+from neox_core.train.ends.stopping import Stop, StopAtBoundary
 from neox_core.train.engine.outcome import gradient_norm_of
 from neox_core.train.engine.step_engine import Batches, StepEngine
 from neox_core.train.guards import Batch, Guard, Incident, RollBackError
 from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.telemetry import Telemetry
-from neox_core.train.resume import TrainingState
+from neox_core.train.resuming.train_checkpoints import TrainingState
 from neox_core.train.schedule import learning_rate
-from neox_core.train.stopping import Stop, StopAtBoundary
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shutil
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.data.dataset import open_validation_data
 from neox_core.errors import ConfigError, TrainingError
-from neox_core.parallel.mesh import Mesh, build_mesh, init_distributed
 from neox_core.parallel.precision import parameter_dtype
-from neox_core.parallel.shared_store import shared_store
+from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.storage.patient_store import PatientStore
 from neox_core.train.dry_run import dry_run, memory_explained, zero_weights
-from neox_core.train.ending import ended, last_upload
+from neox_core.train.ends.ending import ended, last_upload
+from neox_core.train.ends.saving import Saving
+from neox_core.train.ends.stopping import StopAtBoundary, Stopping, end_time
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.guards import Guard
@@ -37,10 +40,8 @@ from neox_core.train.observe.metrics import MetricsLog
 from neox_core.train.observe.profiler import StepProfiler
 from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.observe.watchdog import Watchdog
-from neox_core.train.resume import TrainCheckpoints, TrainingState
-from neox_core.train.saving import Saving
+from neox_core.train.resuming.train_checkpoints import TrainCheckpoints, TrainingState
 from neox_core.train.startup import check_ranks_agree, startup_facts
-from neox_core.train.stopping import StopAtBoundary, Stopping, end_time
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -107,6 +108,8 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
         )
         with memory_explained(config, geometry, mesh):
             start = checkpoints.resume()
+        gc.collect()
+        gc.freeze()  # later collections look at what steps make alone: a pause of one rank is a pause of all
         _steps(config, job, geometry, engine, start, Services(store, checkpoints, stopping, saving, watchdog))
     engine.close()
     if config.launch.scratch and mesh.local_rank == 0:
@@ -116,7 +119,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
 
 @dataclass(frozen=True)
 class Services:
-    """What a training uses beside its engine."""
+    """What a training uses in addition to its engine."""
 
     store: PatientStore
     checkpoints: TrainCheckpoints
@@ -177,6 +180,8 @@ def _steps(
         except StopAtBoundary as stopped:
             raise ended(stopped, job, use.store, writer, use.watchdog) from None
         last_upload(writer, use.watchdog)
+        if mesh.rank == 0:
+            remove_remains(use.store, job.prefix)  # of this training's jobs that were killed
 
 
 def _writer(
@@ -193,6 +198,7 @@ def _writer(
         lease.check,
         saving.published,
         saving.failed,
+        saving.written,
     )
     store.on_behind = partial(saving.behind, writer.reports)
     return writer

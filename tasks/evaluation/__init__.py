@@ -1,1 +1,1 @@
-"""What evaluation keeps beside its numbers, and how it is compared."""
+"""What evaluation keeps in addition to its numbers, and how it is compared."""

@@ -1,4 +1,4 @@
-"""Scores without the items that share a run of words with the training text, beside those of all items."""
+"""Scores without the items that share a run of words with the training text, next to those of all items."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _files(config: RunConfig) -> dict[str, Path]:
 def without_overlap(
     folder: Path, step: int, tasks: Mapping[str, Any], overlapping: Mapping[str, set[str]]
 ) -> dict[str, Any]:
-    """A checkpoint's scored tasks with `without_overlap` beside the metrics: how many items are left, and scores."""
+    """A checkpoint's scored tasks with `without_overlap` next to the metrics: how many items are left, and scores."""
     found: dict[str, Any] = {}
     for name, scored in tasks.items():
         found[name] = scored

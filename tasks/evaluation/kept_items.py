@@ -27,7 +27,7 @@ Result = dict[str, Any]
 
 
 def written_name(task: str) -> str:
-    """The name of a task whose answers are written, beside those that are scored by likelihood."""
+    """The name of a task whose answers are written, unlike those that are scored by likelihood."""
     return task + WRITTEN
 
 

@@ -56,7 +56,7 @@ PAPER: dict[str, dict[str, PaperScores]] = {
 
 
 def compare_with_paper(results: Mapping[str, Mapping[str, Any]], model: str) -> list[dict[str, str]]:
-    """Our scores beside the paper's, a row per task and way to answer.
+    """Our scores next to the paper's, a row per task and way to answer.
 
     A difference is within noise if it is less than 1.96 standard errors; both sides' are those of a share of
     independent items.

@@ -1,4 +1,4 @@
-"""The scores of each checkpoint in Weights & Biases: a run of its own beside the training's, which a job may hold."""
+"""The scores of each checkpoint in Weights & Biases: a run of its own next to the training's, which a job may hold."""
 
 from __future__ import annotations
 

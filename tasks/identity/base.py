@@ -69,7 +69,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _names(folder: Location) -> tuple[str, ...]:
-    """The files that the conversion reads, and no others that lie beside them."""
+    """The files that the conversion reads, and no others that lie next to them."""
     from neox_core.checkpoint.formats.model_files import model_files
     from neox_core.storage.folders import open_folder
 

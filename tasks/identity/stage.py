@@ -129,7 +129,7 @@ def try_claim(spec: StageSpec) -> Iterator[bool]:
 @contextmanager
 def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
     """As `try_claim`, of anything in a workdir."""
-    path = workdir / ".claims" / name
+    path = claim_file(workdir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -138,6 +138,11 @@ def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
         except BlockingIOError:
             claimed = False
         yield claimed
+
+
+def claim_file(workdir: Path, name: str) -> Path:
+    """The file whose lock is the claim of this name."""
+    return workdir / ".claims" / name
 
 
 def is_claimed(workdir: Path, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from neox_core.checkpoint.manifest import Manifest, list_checkpoints, training_p
 from neox_core.config import RunConfig
 from neox_core.data.order_version import DATA_ORDER, ORDER_VERSIONS, data_order
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.lineage import Ancestor, ancestors, lineage_checkpoints
+from neox_core.train.resuming.lineage import Ancestor, ancestors, lineage_checkpoints
 from tasks.identity.current import current, find_all
 from tasks.identity.specs import CONVERT, PREPARE_DATA, TRAIN, train_spec
 from tasks.identity.stage import StageIdentity, StageSpec
@@ -66,7 +66,7 @@ class Training:
         return list_checkpoints(self.store, self.prefix)
 
     def lineage_checkpoints(self) -> dict[int, tuple[str, Manifest]]:
-        """See `neox_core.train.lineage.lineage_checkpoints`."""
+        """See `neox_core.train.resuming.lineage.lineage_checkpoints`."""
         return lineage_checkpoints(self.store, self.fingerprint, self.ancestors)
 
     def consumed_history(self) -> list[dict[str, Any]]:

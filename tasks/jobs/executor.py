@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tasks.jobs.node.plan import Restarts
 from tasks.jobs.rank import RankTask
 
 State = Literal["pending", "running", "completed", "failed", "cancelled", "unknown"]
@@ -75,6 +76,8 @@ class Resources:
     """Tasks of the submission that run at the same time."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Further options, as the scheduler names them."""
+    restarts: Restarts | None = None
+    """How ranks that die are started again within the job; None: it ends with the first."""
 
     @property
     def ranks(self) -> int:

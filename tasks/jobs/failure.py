@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from neox_core.errors import LaunchError
 from tasks.jobs.executor import Cause, Executor, Handle, Status
+from tasks.jobs.node.report import ControllerReport
 from tasks.jobs.rank import RankFailure, read_failure
 
 
@@ -34,10 +37,12 @@ def explain(executor: Executor, task: Handle, ranks: int, status: Status) -> str
         return f"failed: {status.cause.value}{own_words}; {logs}"
     rank, reason = _first_failure(executor, task, ranks)
     if rank is not None:
-        return f"failed, rank {rank} first: {reason}{own_words} (log: {executor.log_path(task, rank)})"
+        log = executor.log_path(task, rank)
+        return f"failed, rank {rank} first: {reason}{own_words} (log: {log}){_restarts(task)}"
     if status.state in ("completed", "unknown"):
         known = "has completed" if status.state == "completed" else "is not known to the scheduler any more"
-        return f"failed: it {known}, but left no result; last words of rank 0: {_last_words(executor, task, 0)}; {logs}"
+        said = last_words(executor.log_path(task, 0))
+        return f"failed: it {known}, but left no result; last words of rank 0: {said}; {logs}"
     return f"failed: {reason}{own_words}; {logs}"
 
 
@@ -46,14 +51,14 @@ def _first_failure(executor: Executor, task: Handle, ranks: int) -> tuple[int | 
     failures = _failures(task, ranks)
     for rank, ending in executor.killed_ranks(task).items():
         if rank not in failures:
-            last_words = _last_words(executor, task, rank)
-            return rank, f"{ending} without a Python error; last words: {last_words}"
+            said = last_words(executor.log_path(task, rank))
+            return rank, f"{ending} without a Python error; last words: {said}"
     if failures:
         first = min(failures.values(), key=lambda failure: failure.time)
         return first.rank, _words_of(first)
     return None, (
         "it ended without a word from any rank (killed, out of memory, hung, or over its time limit); "
-        f"last words of rank 0: {_last_words(executor, task, 0)}"
+        f"last words of rank 0: {last_words(executor.log_path(task, 0))}"
     )
 
 
@@ -67,9 +72,20 @@ def _words_of(failure: RankFailure) -> str:
     return f"{Cause[failure.cause.upper()].value} ({failure.message.rstrip('.')})"
 
 
-def _last_words(executor: Executor, task: Handle, rank: int) -> str:
+def last_words(log: Path) -> str:
+    """The end of a rank's log, in a line."""
     try:
-        lines = executor.log_path(task, rank).read_text(errors="replace").split("\n")
+        lines = log.read_text(errors="replace").split("\n")
     except FileNotFoundError:
         return "none"
     return " | ".join(line.strip() for line in lines if line.strip())[-500:] or "none"
+
+
+def _restarts(task: Handle) -> str:
+    """Why the job's ranks were started again before this end."""
+    report = ControllerReport.read(task.folder)
+    earlier = report.restarts[:-1] if report else []
+    if not earlier:
+        return ""
+    listed = " ".join(f"({number}) {reason}" for number, reason in enumerate(earlier, start=1))
+    return f"; before, without a new checkpoint, all ranks were started again in the job because of: {listed}"

@@ -15,6 +15,7 @@ from typing import Any
 from neox_core.config import LaunchConfig
 from tasks.jobs.executor import Handle, Resources, Status, Submission
 from tasks.jobs.job import Job
+from tasks.jobs.node.plan import Restarts
 from tasks.jobs.rank import RankTask, read_result
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import choose_executor, executor_named
@@ -90,16 +91,18 @@ def submit_or_attach(
     ranks_per_node: int,
     *,
     accept_completed: bool = True,
+    saved: Path | None = None,
 ) -> Job:
     """`attach_or_submit` a job of one task: `function(*args)` in every rank, with torchrun's variables set.
 
     Args:
         accept_completed: False if what a completed job left elsewhere is gone, so that it must run again.
+        saved: file with a number that grows with each save, if ranks that die are to be started again within the job.
 
     Raises:
         LaunchError, NoAnswer: as `attach_or_submit`.
     """
-    resources = resources_of(launch, nodes, ranks_per_node)
+    resources = resources_of(launch, nodes, ranks_per_node, saved)
     accept = lambda index, results: accept_completed  # noqa: E731
     return attach_or_submit(JobPlan(folder, name, key, [(function, args)], resources, launch.executor, accept))
 
@@ -114,8 +117,12 @@ def check_launch(launch: LaunchConfig) -> None:
     executor.check(resources_of(launch, launch.nodes, launch.ranks_per_node))
 
 
-def resources_of(launch: LaunchConfig, nodes: int, ranks_per_node: int) -> Resources:
-    """What a job of so many ranks asks for, by the configuration."""
+def resources_of(launch: LaunchConfig, nodes: int, ranks_per_node: int, saved: Path | None = None) -> Resources:
+    """What a job of so many ranks asks for, by the configuration.
+
+    Args:
+        saved: see `submit_or_attach`.
+    """
     return Resources(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -125,6 +132,7 @@ def resources_of(launch: LaunchConfig, nodes: int, ranks_per_node: int) -> Resou
         partition=launch.partition,
         account=launch.account,
         parameters=launch.slurm_parameters,
+        restarts=Restarts(launch.restarts_in_place, saved) if saved else None,
     )
 
 
@@ -212,7 +220,8 @@ def _submit(plan: JobPlan, kept: JobRecord | None) -> Job:
     folder.mkdir()
     # Noted down first, so that the submission is found by its name if this process is killed meanwhile.
     record.write(plan.home)
-    tasks = [RankTask(function, args, folder, index) for index, (function, args) in enumerate(calls)]
+    restarts, ranks = plan.resources.restarts, plan.resources.ranks_per_node
+    tasks = [RankTask(*call, folder, index, restarts, ranks) for index, call in enumerate(calls)]
     record = record.with_ids(executor.submit(Submission(record.name, folder, tasks, plan.resources)))
     record.write(plan.home)
     job = Job(record)

@@ -1,4 +1,4 @@
-"""The local executor: jobs of one task in processes of this machine, by submitit with our controller."""
+"""The local executor: jobs of one task in processes of this machine, by submitit with our controller of a node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from submitit.core.utils import JobPaths
 
 from infra.processes import ProcessRecord, end_processes, wait_for_end
 from neox_core.errors import LaunchError
-from neox_core.train.stopping import LOCAL_END_TIME
+from neox_core.train.ends.stopping import LOCAL_END_TIME
 from tasks.jobs.executor import Cause, Handle, Resources, Status, Submission
-from tasks.jobs.local_controller import ControllerReport
+from tasks.jobs.node.plan import NodePlan
+from tasks.jobs.node.report import ControllerReport, exits_of
 
 _log = logging.getLogger(__name__)
 
@@ -57,15 +57,14 @@ class LocalExecutor:
                 "set data.slurm to null to tokenize in processes here"
             )
         (submission.folder / "host").write_text(socket.gethostname())
-        executor = _SubmititExecutor(submission.folder)
+        executor = _SubmititExecutor(submission)
         executor.update_parameters(
             tasks_per_node=submission.resources.ranks_per_node,
-            gpus_per_node=_gpus(submission.resources) or None,
             timeout_min=submission.resources.time_limit_minutes,
             stderr_to_stdout=True,
         )
         try:
-            return [str(executor.submit(replace(submission.tasks[0], local_port=_free_port())).job_id)]
+            return [str(executor.submit(submission.tasks[0]).job_id)]
         except OSError as error:
             raise LaunchError(f"{submission.name} cannot be started: {' '.join(str(error).split())}") from error
 
@@ -94,12 +93,7 @@ class LocalExecutor:
 
     def killed_ranks(self, handle: Handle) -> dict[int, str]:
         """By the exit codes that the controller saw."""
-        report = ControllerReport.read(handle.folder)
-        return {
-            rank: f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            for rank, code in (report.exits if report else ())
-            if code
-        }
+        return exits_of(handle.folder)
 
     def _status(self, folder: Path) -> Status:
         _check_host(folder)
@@ -114,21 +108,16 @@ class LocalExecutor:
 class _SubmititExecutor(submitit.LocalExecutor):  # type: ignore[misc]
     """submitit's local executor with our controller."""
 
+    def __init__(self, submission: Submission) -> None:
+        super().__init__(submission.folder)
+        self._resources = submission.resources
+
     def _submit_command(self, command: str) -> Any:
-        ranks = self.parameters.get("tasks_per_node", 1)
-        limit_seconds = int(60 * self.parameters["timeout_min"])
-        gpus = self.parameters.get("gpus_per_node") or 0
+        wanted, gpus = self._resources, _gpus(self._resources)
+        seconds = 60 * wanted.time_limit_minutes
+        plan = NodePlan(Path(self.folder), "", wanted.ranks_per_node, restarts=wanted.restarts, seconds=seconds)
         environment = os.environ | {
-            "SUBMITIT_EXECUTOR": "local",
-            "SUBMITIT_LOCAL_COMMAND": command,
-            "SUBMITIT_LOCAL_NTASKS": str(ranks),
-            "SUBMITIT_LOCAL_NODEID": "0",
-            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(limit_seconds),
-            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(min(30, limit_seconds // 2)),
-            "SUBMITIT_LOCAL_WITH_SHELL": "",
-            LOCAL_END_TIME: str(time.time() + limit_seconds),
-            "SUBMITIT_STDERR_TO_STDOUT": "1",
+            LOCAL_END_TIME: str(time.time() + seconds),
             "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(gpus)),
             **({} if gpus else CPU_ONLY),
         }
@@ -138,14 +127,14 @@ class _SubmititExecutor(submitit.LocalExecutor):  # type: ignore[misc]
         with (folder / "controller.log").open("ab") as log, (folder / "running").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the controller has it from its first moment to its last
             process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.jobs.local_controller", str(self.folder)],
+                [sys.executable, "-m", "tasks.jobs.node.controller", plan.to_json()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[lock.fileno()],
             )
-        return submitit.LocalJob(self.folder, str(process.pid), tasks=list(range(ranks)), process=process)
+        return submitit.LocalJob(self.folder, str(process.pid), tasks=list(range(wanted.ranks)), process=process)
 
 
 def is_running(folder: Path) -> bool:
@@ -206,9 +195,3 @@ def _gpus(resources: Resources) -> int:
     if 0 < gpus < ranks:
         _log.warning("%d ranks but %d GPUs: the job runs on CPUs", ranks, gpus)
     return ranks if gpus >= ranks else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
 import os
+import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import submitit
 from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
@@ -26,11 +29,14 @@ from neox_core.errors import (
     TrainingError,
 )
 from neox_core.storage.atomic import write_atomically
+from tasks.jobs.node.plan import NodePlan, Restarts
 
 _REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
 """A store that cannot be reached is no refusal: later it may."""
 CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
-"""Of the local controller that started the rank."""
+"""Of the controller that started the rank; without one, a rank is a task of SLURM's."""
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class RankFailure:
     """If it is what a signal of the scheduler announced."""
     refused: bool = False
     """The program would not go on with what it was given, so that another attempt would end likewise."""
+    decided: bool = False
+    """The program ended itself, with a reason; else it crashed."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,49 @@ class RankTask:
     """Of the submission, where results and failures are recorded."""
     index: int = 0
     """Among the submission's tasks."""
-    local_port: int | None = None
-    """Where the ranks of a job on this machine meet; None: on SLURM, where it follows from the job's id."""
+    restarts: Restarts | None = None
+    """How ranks are started again in the job; on SLURM, by a controller that is the one task of its node."""
+    ranks_per_node: int = 1
 
     def __call__(self) -> None:
-        """Run the function in this rank of a submitit job."""
+        """Run the function in this rank of a submitit job, or all ranks of this node."""
         environment = submitit.helpers.TorchDistributedEnvironment()
+        if CONTROLLER_VARIABLE not in os.environ and self.restarts:
+            self._control(environment)
+            return
+        meeting = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
         environment.export(set_cuda_visible_devices=False, overwrite=True)
-        if self.local_port is not None:
-            # The host's name need not resolve on a laptop, and nobody else is to be reached.
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.local_port))
+        if CONTROLLER_VARIABLE in os.environ:
+            os.environ.update(meeting)
             _end_with_controller()
-        self.run(environment.rank)
+        try:
+            self.run(environment.rank)
+        except BaseException as error:
+            _leave(error)  # a thread that waits for something must not keep this process
+
+    def _control(self, environment: Any) -> None:
+        """Run this node's ranks. The log of the first one has what is said of all."""
+        from tasks.jobs.node.controller import Controller
+        from tasks.jobs.node.ranks import rank_log
+
+        plan = NodePlan(
+            folder=self.folder,
+            job_id=str(submitit.JobEnvironment().job_id),
+            ranks=self.ranks_per_node,
+            node=environment.rank,
+            nodes=environment.world_size,
+            index=self.index,
+            restarts=self.restarts,
+            address=environment.master_addr,
+            port=environment.master_port,
+            is_told_to_stop=True,
+        )
+        with rank_log(plan, plan.first_rank).open("ab") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if code := Controller(plan).run():
+            sys.exit(code)
 
     def run(self, rank: int) -> None:
         """Run the function in this rank, whose environment is there, and record what it returns.
@@ -118,8 +157,15 @@ def _write_failure(folder: Path, index: int, rank: int, error: BaseException) ->
         cause = "preempted" if "preempted" in message else "timeout"
     elif not isinstance(error, LlemmaError):
         message = f"{type(error).__name__}: {message}"
-    failure = RankFailure(rank, time.time(), message, cause, isinstance(error, _REFUSALS))
+    decided = cause is not None or isinstance(error, LlemmaError)
+    failure = RankFailure(rank, time.time(), message, cause, isinstance(error, _REFUSALS), decided)
     write_atomically(_failure_file(folder, index, rank), json.dumps(asdict(failure)))
+
+
+def forget(folder: Path, index: int, rank: int) -> None:
+    """Remove what an earlier life of the rank has left."""
+    _failure_file(folder, index, rank).unlink(missing_ok=True)
+    result_file(folder, index, rank).unlink(missing_ok=True)
 
 
 def _failure_file(folder: Path, index: int, rank: int) -> Path:
@@ -127,13 +173,19 @@ def _failure_file(folder: Path, index: int, rank: int) -> Path:
 
 
 def _end_with_controller() -> None:
-    """A local rank must not outlive its controller, else a second submission of the job would meet it."""
-    # Not the parent that is there now: a controller may have died before this line.
-    controller = int(os.environ[CONTROLLER_VARIABLE])
-
-    def watch() -> None:
-        while os.getppid() == controller:
-            time.sleep(0.5)
+    """A rank must not outlive its controller, else a second submission of the job would meet it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Not the parent that is there now: a controller may have died before that line.
+    if os.getppid() != int(os.environ[CONTROLLER_VARIABLE]):
         os._exit(1)
 
-    threading.Thread(target=watch, name="controller-watch", daemon=True).start()
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process now, with the exit code that the error stands for."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -17,6 +17,7 @@ from neox_core.errors import LaunchError
 from tasks.jobs import slurm_commands
 from tasks.jobs.executor import Handle, Resources, Status, Submission
 from tasks.jobs.local import CPU_ONLY
+from tasks.jobs.node.report import ControllerReport, exits_of
 from tasks.jobs.slurm_states import cause_in_log, ranks_in_log
 
 _log = logging.getLogger(__name__)
@@ -79,8 +80,9 @@ class SlurmExecutor:
         return Path(_paths(handle.folder, handle.id, rank).stdout)
 
     def killed_ranks(self, handle: Handle) -> dict[int, str]:
-        """By srun's lines in the log of rank 0."""
-        return ranks_in_log(self._log(handle))
+        """By the reports of the nodes' controllers, or else by srun's lines in the log of rank 0."""
+        has_controllers = ControllerReport.read(handle.folder) is not None
+        return exits_of(handle.folder) if has_controllers else ranks_in_log(self._log(handle))
 
     def _explained(self, handle: Handle, status: Status) -> Status:
         if status.state != "failed" or "SLURM: FAILED" not in status.reason:
@@ -140,6 +142,9 @@ def _submitit_executor(submission: Submission, kind: Any = submitit.SlurmExecuto
     executor = kind(submission.folder, python=python)
     wanted = submission.resources
     gpus = 0 if wanted.gpus == "cpu" else wanted.ranks_per_node
+    # With a controller, a node has one task, which starts the ranks.
+    tasks, ranks_per_task = (1, wanted.ranks_per_node) if wanted.restarts else (wanted.ranks_per_node, 1)
+    cpus = ranks_per_task * wanted.cpus_per_rank
     options = {
         "gpus_per_node": gpus or None,  # a cluster without GPUs may refuse even 0
         "mem": f"{wanted.memory_gb}G" if wanted.memory_gb else None,
@@ -150,12 +155,12 @@ def _submitit_executor(submission: Submission, kind: Any = submitit.SlurmExecuto
     executor.update_parameters(
         job_name=submission.name,
         nodes=wanted.nodes,
-        ntasks_per_node=wanted.ranks_per_node,
-        cpus_per_task=wanted.cpus_per_rank,
+        ntasks_per_node=tasks,
+        cpus_per_task=cpus,
         time=wanted.time_limit_minutes,
         stderr_to_stdout=True,
         # srun does not take --cpus-per-task over from sbatch (since SLURM 22.05)
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={wanted.cpus_per_rank}"],
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
         additional_parameters=_requeue(wanted) | dict(wanted.parameters),
         # DeepSpeed looks for devices when it is imported, and would take a GPU that is not ours.
         setup=[] if gpus else [f"export {name}={value}" for name, value in CPU_ONLY.items()],

@@ -12,8 +12,8 @@ from tasks.evaluation.jobs import evaluation_jobs
 from tasks.identity.specs import EVALUATE, TRAIN, evaluate_spec
 from tasks.identity.training import Training
 from tasks.jobs.job import Job
+from tasks.report.wandb_runs import wandb_links
 from tasks.train import training_jobs
-from tasks.wandb_runs import wandb_links
 
 REPORT_FILE = "report.html"
 """In the workdir, and beside the checkpoints."""

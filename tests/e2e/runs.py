@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_run(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
-    """The configuration of a small run in `folder`, whose text, base model and workdir lie beside it."""
+    """The configuration of a small run in `folder`, whose text, base model and workdir lie next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"data": {"input": "text"}, "base_model": {"path": "base"}}
     path = folder / "run.yml"

@@ -22,7 +22,7 @@ from neox_core.checkpoint.manifest import checkpoint_key, list_checkpoints, obje
 from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
 from tasks.identity.training import resolve_training
-from tasks.jobs.local_controller import ControllerReport
+from tasks.jobs.node.report import ControllerReport
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
 
@@ -87,7 +87,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_resumes(chain: Chain, copie
                 LaunchError, match=r"failed, rank 1 first: killed by signal 9 without a Python error"
             ) as error,
         ):
-            train(str(run.path), ["launch.max_restarts=0"])
+            train(str(run.path), ["launch.max_restarts=0", "launch.restarts_in_place=0"])
         assert "\n" not in str(error.value)
         assert not any(record.is_alive() for record in run.job_processes())
         assert [manifest.step for manifest in list_checkpoints(store, prefix_of(run))] == [INTERVAL]

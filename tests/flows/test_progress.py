@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from flows import interruption, progress
+from flows.flow_runs import interruption, progress
 from flows.progress import stage_progress
 
 KEY = "train-progress-small"

@@ -112,7 +112,7 @@ def batches(run: RunConfig, data_rank: int) -> Any:
 
 def train(layout: Layout, variants: list[Variant], shards: dict[int, Path]) -> dict[Variant, dict[str, Any]]:
     """One rank: what it found in each training. Collective over the layout's ranks."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     device = init_distributed(variants[0].config(layout).launch)
     runs = {variant: variant.config(layout) for variant in variants}

@@ -62,7 +62,7 @@ def batches(run: RunConfig, data_rank: int) -> Any:
 
 def train(runs: dict[str, RunConfig], shards: Path) -> dict[str, Any]:
     """One rank: each run's numbers, and whether all that could be replayed was."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     device = init_distributed(next(iter(runs.values())).launch)
     return {name: train_once(run, build_mesh(run.parallel, device), shards) for name, run in runs.items()}

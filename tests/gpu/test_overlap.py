@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason="needs 
 
 
 def joined() -> SymmetricExchange:
-    from neox_core.parallel.mesh import init_distributed
+    from neox_core.parallel.ranks.mesh import init_distributed
 
     device = init_distributed(LaunchConfig(device="cuda"))
     group = dist.group.WORLD

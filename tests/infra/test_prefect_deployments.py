@@ -1,8 +1,9 @@
-"""The README's commands against a real server and worker: deploy, run a stage, run it again, fail, cancel."""
+"""The commands against the server and worker of `llemma up`: run a stage, run it again, fail, cancel."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from infra.prefect.services import COMMAND, ServiceRecord
+from infra.processes import ProcessRecord
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
 
@@ -30,12 +34,14 @@ class Prefect:
     folder: Path
     port: int
 
-    def start(self, *arguments: str, log: str) -> subprocess.Popen[bytes]:
-        """Start a command from a folder that is not the repository's."""
-        with (self.folder / log).open("ab") as output:
-            return subprocess.Popen(
-                self._command(*arguments), env=self._environment(), cwd=self.folder, stdout=output, stderr=output
-            )
+    def llemma(self, *arguments: str) -> str:
+        """What `llemma` says with these words, from a folder that is not the repository's."""
+        command = [str(ROOT / ".venv" / "bin" / "llemma"), *arguments, "--workdir", str(self.folder / "home")]
+        answer = subprocess.run(
+            command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
 
     def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
@@ -59,7 +65,7 @@ class Prefect:
         return self.find("artifacts", artifacts={"key": {"any_": [key]}})[-1]
 
     def _command(self, *arguments: str) -> list[str]:
-        return ["bash", "-c", f'. "{ROOT}/infra/prefect/env.sh"; exec prefect "$@"', "prefect", *arguments]
+        return [COMMAND, *arguments]
 
     def _environment(self) -> dict[str, str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -81,20 +87,11 @@ def serving(folder: Path) -> Iterator[Prefect]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         prefect = Prefect(folder, probe.getsockname()[1])
-    server = prefect.start("server", "start", log="server.log")
-    worker = None
     try:
-        wait_for(lambda: server.poll() is not None or is_healthy(prefect.port))
-        pool = prefect.run("work-pool", "create", "llemma", "--type", "process")
-        assert pool.returncode == 0, pool.stderr
-        deploy = prefect.run("--no-prompt", "deploy", "--all", cwd=ROOT)
-        assert deploy.returncode == 0, deploy.stdout + deploy.stderr
-        worker = prefect.start("worker", "start", "--pool", "llemma", log="worker.log")
+        assert "worker: started" in prefect.llemma("up", "--port", str(prefect.port))
         yield prefect
     finally:
-        for process in (worker, server):
-            if process:
-                end(process)
+        prefect.llemma("down")
 
 
 @pytest.fixture
@@ -104,11 +101,20 @@ def config(tmp_path: Path) -> Path:
     return write_run(tmp_path)
 
 
+def test_what_is_up_stays(prefect: Prefect) -> None:
+    before = ServiceRecord.read(prefect.folder / "home", "worker")
+    said = prefect.llemma("up")
+    assert "server: is up already" in said
+    assert "worker: is up already" in said
+    assert f"pages: http://127.0.0.1:{prefect.port}" in said
+    assert ServiceRecord.read(prefect.folder / "home", "worker") == before
+
+
 def test_all_flows_are_deployed(prefect: Prefect) -> None:
     flows = {flow["id"]: flow["name"] for flow in prefect.find("flows")}
     names = {f"{flows[found['flow_id']]}/{found['name']}" for found in prefect.find("deployments")}
-    assert len(names) == 18
-    assert {"llemma-pretrain/toy", "llemma-pretrain/34b", "prepare-data/7b", "train/34b"} < names
+    assert len(names) == 19
+    assert {"llemma-pretrain/toy", "llemma-pretrain/34b", "prepare-data/7b", "train/34b", "watch/llemma"} < names
 
 
 def test_a_stage_runs_through_the_worker_and_is_skipped_the_next_time(prefect: Prefect, config: Path) -> None:
@@ -158,11 +164,41 @@ def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_pat
     wait_for(lambda: not run.processes())
 
 
-def is_healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5).is_success
-    except httpx.HTTPError:
-        return False
+@pytest.mark.slow
+def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: Prefect, tmp_path: Path) -> None:
+    copy_text(tmp_path)
+    steps = 40
+    config = write_run(tmp_path, {"train": {"steps": steps, "checkpoint_interval": 20, "validation": {"interval": 20}}})
+    prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}")
+    run = Run(config)
+    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"))
+    worker = ServiceRecord.read(prefect.folder / "home", "worker")
+    assert worker
+    assert worker.service
+    worker.service.send(signal.SIGKILL)
+    engines = [ProcessRecord.of(process.pid) for process in flow_processes(prefect.folder / "home")]
+    assert len(engines) >= 3  # the chain's, train's and evaluate's
+    for engine in engines:
+        engine.send(signal.SIGKILL)
+    assert prefect.runs(config)["train"]["type"] == "RUNNING"
+    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"))
+    flows = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate", "export")
+    assert {flow: state["type"] for flow, state in prefect.runs(config).items()} == dict.fromkeys(flows, "COMPLETED")
+    assert len(run.attempts("train")) == 1
+    assert [row["step"] for row in run.rows() if "train/loss" in row] == list(range(1, steps + 1))
+
+
+def flow_processes(home: Path) -> list[psutil.Process]:
+    """The processes of flow runs, without their jobs'."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment, command = process.environ(), " ".join(process.cmdline())
+        except (psutil.Error, ProcessLookupError):
+            continue
+        if environment.get("PREFECT_HOME") == str(home) and "PREFECT__FLOW_RUN_ID" in environment:
+            found += [process] if "prefect" in command and "tasks.jobs" not in command else []
+    return found
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -170,12 +206,3 @@ def wait_for(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -12,12 +12,13 @@ import pytest
 import yaml
 from prefect import Flow
 
-from flows.cancellation import cancel_jobs_of_run
-from flows.deployed import cancel_stages
+from flows.flow_runs.cancellation import cancel_jobs_of_run
+from flows.flow_runs.deployed import cancel_stages
 from neox_core.config import load_config
 from tests.paths import ROOT
 
-DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+ALL: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+DEPLOYMENTS, (WATCH,) = [it for it in ALL if it["tags"] == ["llemma"]], [it for it in ALL if it["tags"] == ["watch"]]
 FLOWS = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate", "export")
 CONFIGS = {"toy": "toy", "7b": "llemma_7b", "34b": "llemma_34b"}
 
@@ -71,7 +72,14 @@ def test_the_environment_is_found_from_anywhere_and_keeps_what_is_set(tmp_path: 
     assert source("bash", PREFECT_API_URL="http://other/api")["PREFECT_API_URL"] == "http://other/api"
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS[::3], ids=lambda deployment: deployment["entrypoint"].split(":")[1])
+def test_one_watcher_at_a_time_looks_each_minute() -> None:
+    assert flow_of(WATCH).name == "watch"
+    assert (WATCH["work_pool"], WATCH["schedules"]) == ({"name": "llemma"}, [{"interval": 60}])
+    assert WATCH["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert flow_of(WATCH).validate_parameters({}) == {"grace_seconds": 90.0}
+
+
+@pytest.mark.parametrize("deployment", [*DEPLOYMENTS[::3], WATCH], ids=lambda it: it["entrypoint"].split(":")[1])
 def test_every_parameter_is_described_in_the_form(deployment: dict[str, Any]) -> None:
     properties = flow_of(deployment).parameters.properties
     assert {name for name, field in properties.items() if not field.get("description")} == set()

@@ -42,7 +42,7 @@ def test_up_again_starts_only_what_is_missing(slurm: Path) -> None:
 
 @pytest.mark.slurm
 def test_down_ends_its_own_processes_only(slurm: Path) -> None:
-    """A second SLURM beside the first."""
+    """A second SLURM next to the first."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: all users must reach munge's socket
     subprocess.run([UP, folder], check=True, capture_output=True)
     files = [path for path in (folder / "run").glob("*.pid") if ".own." not in path.name]

@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from flows.cancellation import cancel_jobs_of_run
+from flows.flow_runs.cancellation import cancel_jobs_of_run
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError

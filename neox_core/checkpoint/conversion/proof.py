@@ -56,7 +56,7 @@ class Shards:
     @property
     def dims(self) -> ModelDimensions:
         """A rank's; with more ranks than KV heads, neighbours have the same KV head."""
-        return ModelDimensions.of(self.model, _POSITIONS).shard(self.checkpoint.tensor_parallel)
+        return ModelDimensions.of(self.model, _positions(self.model)).shard(self.checkpoint.tensor_parallel)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """[B,T] -> [B,T,D]"""
@@ -134,9 +134,14 @@ def logits_from_shards(checkpoint: NeoxCheckpoint, model: ModelConfig, ids_BT: T
     return shards.logits(x_BTD)
 
 
-def sample_ids(vocab_size: int) -> Tensor:
+def sample_ids(vocab_size: int, positions: int = _POSITIONS) -> Tensor:
     """Fixed pseudo-random token ids [B,T] that reach every part of the vocabulary."""
-    return torch.randint(vocab_size, (_BATCH, _POSITIONS), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocab_size, (_BATCH, positions), generator=torch.Generator().manual_seed(0))
+
+
+def _positions(model: ModelConfig) -> int:
+    """Length of the compared sequences: not beyond a window, up to which alone attention is full."""
+    return min(_POSITIONS, model.sliding_window or _POSITIONS)
 
 
 @torch.inference_mode()
@@ -149,7 +154,7 @@ def compare_logits(shards: NeoxCheckpoint, reference: nn.Module, model: ModelCon
         CheckpointError: a file is missing, or its tensors do not fit the model.
     """
     tokens = int(reference.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    ids_BT = sample_ids(tokens)
+    ids_BT = sample_ids(tokens, _positions(model))
     ours = logits_from_shards(shards, model, ids_BT)[..., :tokens]
     theirs = reference(input_ids=ids_BT, use_cache=False).logits.float()
     return float((ours - theirs).abs().nan_to_num(nan=float("inf")).max())
@@ -184,10 +189,10 @@ def compare_layers(
     """
     shards, config, differences = Shards(checkpoint, model), reference.config, Differences()
     tokens = int(config.vocab_size)
-    ids_BT = sample_ids(tokens)[: _BATCH if parameter_count(model) <= SMALL_MODEL else 1]
+    ids_BT = sample_ids(tokens, _positions(model))[: _BATCH if parameter_count(model) <= SMALL_MODEL else 1]
     x_BTD = F.embedding(ids_BT, reference.embedding())
     differences.add("embedding", shards.embed(ids_BT), x_BTD)
-    positions = transformers_class(config, "RotaryEmbedding")(config)(x_BTD, torch.arange(_POSITIONS)[None])
+    positions = transformers_class(config, "RotaryEmbedding")(config)(x_BTD, torch.arange(ids_BT.shape[1])[None])
     for number in range(model.num_layers):
         attention, mlp, out_BTD = _reference_layer(
             decoder_layer(config, number, reference.layer(number)), x_BTD, positions
@@ -236,6 +241,7 @@ def prove(
     summary: dict[str, Any] = {}
     if parameter_count(model) <= SMALL_MODEL:
         summary = judge(compare_logits(checkpoint, whole_llama(reference), model), tolerance, what)
+        summary["tokens"] = _BATCH * _positions(model)
     differences = compare_layers(checkpoint, reference, model, progress)
     largest = differences.found[differences.worst]
     if not largest <= LAYER_TOLERANCE:
@@ -273,4 +279,4 @@ def judge(difference: float, tolerance: float, what: str) -> dict[str, Any]:
     """
     if not difference <= tolerance:
         raise CheckpointError(f"logits of {what} differ by {difference:.3g}, more than {tolerance:g}: do not use them")
-    return {"largest_logit_difference": difference, "tolerance": tolerance, "tokens": _BATCH * _POSITIONS}
+    return {"largest_logit_difference": difference, "tolerance": tolerance}

@@ -49,10 +49,10 @@ def _foreign_files(target: Target, command: str) -> list[str]:
 
 @contextmanager
 def replacing(target: Target, identity: str, last: str, belongs: Callable[[str], bool]) -> Iterator[Target]:
-    """Yields where to write: the target itself, or a place beside where a complete model of another kind is there.
+    """Yields where to write: the target itself, or a place next to it where a complete model of another kind is there.
 
-    What was written beside takes the old files' places when the block ends without an error; an interrupted attempt
-    is continued beside.
+    What was written there takes the old files' places when the block ends without an error; an interrupted attempt
+    is continued there.
 
     Args:
         identity: of the attempt, see `write_files`.
@@ -69,9 +69,9 @@ def replacing(target: Target, identity: str, last: str, belongs: Callable[[str],
         target.clear_beside()
         yield target
         return
-    beside = target.beside()
-    yield beside
-    new = beside.files()
+    incoming = target.incoming()
+    yield incoming
+    new = incoming.files()
     for path in (last, ARTIFACT_FILE, *(old for old in present if belongs(old) and old not in new)):
         target.remove(path)
     for path in (JOURNAL_FILE, *(path for path in new if path != last), last):

@@ -1,6 +1,6 @@
 """The files that make up a model in a folder: one list, which conversion, proof and fingerprint share.
 
-A folder holds more than the model: a browser's copy of a shard, `._` files of another system, a backup beside it. What
+A folder holds more than the model: a browser's copy of a shard, `._` files of another system, a backup next to it. What
 counts is numbered shards (Meta), or what the index names (Hugging Face); everything else is left alone.
 """
 

@@ -47,7 +47,7 @@ class ModelWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of all weights; where files mix them (norms in fp32 beside bf16), the one that holds them all."""
+        """The type of all weights; where they differ (norms in fp32, others in bf16), the one that holds them all."""
         return next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
 
     def shape(self, name: str) -> tuple[int, int]:

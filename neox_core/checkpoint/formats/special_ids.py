@@ -16,7 +16,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """What a Hugging Face folder says beside the architecture."""
+    """What a Hugging Face folder says besides the architecture."""
 
     ids: Mapping[str, Any] = field(default_factory=dict)
     """bos_token_id, eos_token_id and pad_token_id, as far as they are known: an id, or a list of several ends."""

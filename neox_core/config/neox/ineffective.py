@@ -49,7 +49,7 @@ def _fixed(values: Mapping[str, Any], table: Mapping[str, Fixed], prefix: str = 
 
 
 def _precision(settings: NeoxSettings) -> list[Ineffective]:
-    """What stands within bf16 and fp16 beside the switch."""
+    """What stands within bf16 and fp16 besides the switch."""
     found: list[Ineffective] = []
     for section, known in PRECISION_KEYS.items():
         for key, value in settings.mapping(section).items():

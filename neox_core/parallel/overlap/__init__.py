@@ -1,1 +1,1 @@
-"""Tensor-parallel ranks exchange hidden states beside their own matrix products."""
+"""Tensor-parallel ranks exchange hidden states alongside their own matrix products."""

@@ -1,7 +1,7 @@
 """Linear layers whose inputs are gathered, or whose outputs are summed, while they are computed.
 
 Both do what `SplitRegion.enter`, `linear_outputs` and `SplitRegion.leave` do one after the other, with the same
-results. Beside them: products of the rows that are there already, and weight gradients.
+results. Alongside them: products of the rows that are there already, and weight gradients.
 """
 
 from __future__ import annotations

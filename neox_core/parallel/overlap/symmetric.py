@@ -1,7 +1,7 @@
 """Exchanges between the GPUs of one host by their copy engines, which take no processors from the products.
 
 Collectives do: NCCL's kernels wait until a product leaves room for them. Here a rank puts what others need into memory
-that all can address (torch's symmetric memory), and each fetches it by plain copies on a stream beside the products.
+that all can address (torch's symmetric memory), and each fetches it by plain copies on a stream alongside the products.
 
 Memory is used again without asking everybody, since gathers and sums take turns, each with a place of its own: a rank
 that has passed the barrier of one has seen that all were through with the one before. Two of a kind in a row, as when a

@@ -12,15 +12,15 @@ from torch import nn
 from neox_core.config import BatchGeometry, OptimizerConfig, RunConfig
 from neox_core.optimizer import UpdateRule, update_rule
 from neox_core.parallel.build import LayerWeights
-from neox_core.parallel.mesh import Mesh, neighbours_group
+from neox_core.parallel.ranks.mesh import Mesh, neighbours_group
 from neox_core.parallel.sharding import sharding_of
 from neox_core.parallel.weight_gradients import accumulate_linear_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
 from neox_core.train.engine.setup import attach_deepspeed, deepspeed_config
+from neox_core.train.engine.state.verification import verify_loaded
 from neox_core.train.engine.tied_head import tie_head
 from neox_core.train.engine.training_engine import TrainingEngine
-from neox_core.train.engine.verification import verify_loaded
 
 
 def build_engine(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neox_core.config import ModelConfig
 from neox_core.model.layer_groups import NORMS, group_names, layer_group
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.replicas import shared_elements
 from neox_core.parallel.sharding import sharding_of
 

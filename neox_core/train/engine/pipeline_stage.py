@@ -19,9 +19,9 @@ from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.parallel.build import LayerWeights, build_layer, layer_types
 from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import ChunkedLoss
-from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.parallelize import Parallelism
 from neox_core.parallel.precision import parameter_dtype
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.stages import pipeline_layers, stage_bounds
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.memory import RESERVED_BYTES

@@ -12,9 +12,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
-from neox_core.parallel.agreement import differs_from_first
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.agreement import differs_from_first
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
 from neox_core.train.engine.outcome import pack_outcome
 from neox_core.train.engine.tied_head import TiedHead

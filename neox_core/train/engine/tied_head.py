@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox_core.parallel.layers import ChunkedHead, SplitEmbedding
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator
 
 _PIECE = 1 << 24

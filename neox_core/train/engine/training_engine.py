@@ -21,14 +21,14 @@ from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import TakeFile
 from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
-from neox_core.parallel.mesh import Mesh
-from neox_core.train.engine.graphed_stage import GraphedStage, why_not
+from neox_core.parallel.ranks.mesh import Mesh
+from neox_core.train.engine.graphs.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
-from neox_core.train.engine.resharded_state import OptimizerFiles, load_resharded
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
-from neox_core.train.engine.state_files import StateFiles, is_own_file, is_shared_file
+from neox_core.train.engine.state.files import StateFiles, is_own_file, is_shared_file
+from neox_core.train.engine.state.resharded import OptimizerFiles, load_resharded
+from neox_core.train.engine.state.verification import verify_before_save, verify_loaded, verify_master_weights
 from neox_core.train.engine.step_engine import Batches
-from neox_core.train.engine.verification import verify_before_save, verify_loaded, verify_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         verify_loaded(self)
 
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
-        """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, beside the next step up
+        """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, during the next step up
         to its update."""
         verify_before_save(self, tag)
         if self._copies is not None:

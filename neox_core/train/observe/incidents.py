@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.guards import Incident
 from neox_core.train.observe.metrics import INCIDENTS_FILE, MetricsLog

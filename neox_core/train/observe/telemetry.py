@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neox_core.config import BatchGeometry, RunConfig
 from neox_core.data.mixture import Mixture
-from neox_core.parallel.mesh import Mesh
+from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.planning.plan import flops_per_token
 from neox_core.train.engine.outcome import applied_of, group_norms_of
 from neox_core.train.engine.step_engine import StepEngine

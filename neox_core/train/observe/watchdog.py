@@ -12,18 +12,25 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from types import TracebackType
 from typing import Any
 
 from neox_core.errors import GO_ON_EXIT_CODE
-from neox_core.parallel.shared_store import shared_store
+from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.train.startup import rank_list
 
 logger = logging.getLogger(__name__)
 
-_FIRST_TIME = 3.0
+_FIRST_TIME = 30.0
 """Timeouts that work of a kind may take the first time: weights are loaded, kernels compiled."""
+_SLOW = 3.0
+"""Times as long as the longest of its kind, which work may take: a step of a large model takes a minute by itself."""
+_MEASURED = 50
+"""Of a kind, so many count."""
+_WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/pipe/p2p.py")
+"""Sources in which a rank waits for others."""
+_WAITS = "waiting for other ranks"
 _STDERR = 2
 _LOOKS = 20
 """Per timeout."""
@@ -47,8 +54,9 @@ class Watchdog:
 
     def __init__(self, timeout: float, rank: int, world_size: int) -> None:
         self._timeout, self._rank, self._world_size = timeout, rank, world_size
-        self._place, self._allowance, self._beats = "start", _FIRST_TIME, 0
-        self._kinds: set[str] = set()
+        self._place, self._allowance, self._beats = "start", _FIRST_TIME * timeout, 0
+        self._seconds: dict[str, deque[float]] = {}
+        self._begun = time.monotonic()
         self._store: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -73,9 +81,14 @@ class Watchdog:
                 None: nothing new, but something that others wait for makes progress, such as an upload.
         """
         if place is not None:
-            kind = place.split(" ", 1)[0]
-            self._place, self._allowance = place, 1.0 if kind in self._kinds else _FIRST_TIME
-            self._kinds.add(kind)
+            now, kind, before = time.monotonic(), _kind(place), self._seconds.get(_kind(self._place))
+            if before is None:  # the first of a kind tells nothing about the others
+                self._seconds[_kind(self._place)] = deque([0.0], maxlen=_MEASURED)
+            else:
+                before.append(now - self._begun)
+            known = self._seconds.get(kind)
+            self._allowance = max(self._timeout, _SLOW * max(known)) if known else _FIRST_TIME * self._timeout
+            self._place, self._begun = place, now
         self._beats += 1
 
     def _watch(self) -> None:
@@ -83,12 +96,12 @@ class Watchdog:
         moved = time.monotonic()
         while not self._stop.wait(self._timeout / _LOOKS):
             now = time.monotonic()
-            faulthandler.dump_traceback_later(self._timeout * self._allowance, file=_STDERR, exit=True)
+            faulthandler.dump_traceback_later(self._allowance, file=_STDERR, exit=True)
             beats = self._beats
             new_total = self._exchange(beats - own)
             if beats != own or new_total != total:
                 own, total, moved = beats, new_total, now
-            elif now - moved > self._timeout * self._allowance:
+            elif now - moved > self._allowance:
                 self._end(now - moved)
 
     def _exchange(self, beats: int) -> int:
@@ -104,14 +117,18 @@ class Watchdog:
         faulthandler.dump_traceback_later(2 * grace + _LAST_RESORT_SECONDS, file=_STDERR, exit=True)
         _write_stacks()
         with contextlib.suppress(RuntimeError):
-            self._store.set(str(self._rank), self._place)
+            self._store.set(str(self._rank), f"{self._place}, {_whereabouts()}")
         time.sleep(grace)
+        places = self._places()
+        held_up = [rank for place, ranks in places.items() if not place.endswith(_WAITS) for rank in ranks]
+        because = f" because of {rank_list(held_up)}" if 0 < len(held_up) < self._world_size else ""
         logger.error(
-            "rank %d: no rank made progress for %.0f s (launch.hang_timeout_minutes); they were at: %s. The stacks "
+            "rank %d: no rank made progress for %.0f s%s (launch.hang_timeout_minutes); they were at: %s. The stacks "
             "are in the ranks' logs. Run again to resume from the last checkpoint",
             self._rank,
             seconds,
-            self._places(),
+            because,
+            "; ".join(f"{place}: {rank_list(ranks)}" for place, ranks in places.items()) or "unknown",
         )
         logging.shutdown()
         sys.stdout.flush()
@@ -119,13 +136,31 @@ class Watchdog:
             time.sleep(grace)  # it holds the store, which the others read
         os._exit(GO_ON_EXIT_CODE)  # the main thread does not react
 
-    def _places(self) -> str:
+    def _places(self) -> dict[str, list[int]]:
+        """Ranks by where they are."""
         ranks = defaultdict(list)
         with contextlib.suppress(RuntimeError):
             for rank in range(self._world_size):
                 found = self._store.check([str(rank)])
                 ranks[self._store.get(str(rank)).decode() if found else "no answer"].append(rank)
-        return "; ".join(f"{place}: {rank_list(own)}" for place, own in ranks.items()) or "unknown"
+        return ranks
+
+
+def _kind(place: str) -> str:
+    return place.split(" ", 1)[0]
+
+
+def _whereabouts() -> str:
+    """What the main thread is at."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = ""
+    while frame is not None:
+        code = frame.f_code
+        if any(source in code.co_filename for source in _WAITING):
+            return _WAITS
+        innermost = innermost or f"in {code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+        frame = frame.f_back
+    return innermost
 
 
 def _write_stacks() -> None:

@@ -30,7 +30,7 @@ class HarnessSettings:
     """Folder for records and scores."""
     tasks: tuple[str, ...]
     samples: int = 0
-    """Samples per item for the majority vote, beside the greedy one."""
+    """Samples per item for the majority vote, in addition to the greedy one."""
     temperature: float = 0.6
     """Of the samples."""
     seed: int = 1234

@@ -62,3 +62,10 @@ def test_unknown_hardware(plan: Plan) -> None:
     status, _, err = plan("--hardware", "abacus")
     assert status != 0
     assert "abacus: neither a file nor one of a100-40gb" in err
+
+
+def test_a_sequence_beyond_the_window_is_refused(plan: Plan) -> None:
+    window = ("--set", "model.family=mistral", "--set", "model.sliding_window=2048")
+    status, _, err = plan(*window)
+    assert status != 0
+    assert "train.sequence_length 4096 exceeds model.sliding_window 2048" in err

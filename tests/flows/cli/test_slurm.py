@@ -18,7 +18,8 @@ def test_the_script_of_34b_asks_for_all_that_a_cluster_must_know(monkeypatch: py
     flags = {line.removeprefix("#SBATCH ") for line in shown.output.splitlines() if line.startswith("#SBATCH")}
     assert {
         "--nodes=32",
-        "--ntasks-per-node=8",
+        "--ntasks-per-node=1",  # the controller of a node, which starts its ranks
+        "--cpus-per-task=48",
         "--gpus-per-node=8",
         "--requeue",
         "--open-mode=append",

@@ -1,4 +1,4 @@
-"""Scores beside manifests, and what they rank."""
+"""Scores next to manifests, and what they rank."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.local_copy import newest_local
+from neox_core.train.resuming.local_copy import newest_local
 
 PREFIX = "train-0123"
 PATIENCE = 60.0

@@ -49,6 +49,11 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
             "sequence_length 255 is not divisible by parallel.tensor 2, .* or set parallel.sequence to false",
         ),
         (
+            "model: {family: mistral, sliding_window: 255}",
+            "sequence_length 256 exceeds model.sliding_window 255: attention here is full",
+        ),
+        ("model: {sliding_window: 256}", "sliding_window 256 is not computed for the family llama"),
+        (
             "parallel: {pipeline: 2, pipeline_layers: [3, 2]}",
             r"pipeline_layers \[3, 2\] are 2 stages of 5 layers in all, but .* is 2 and model.num_layers 4",
         ),
@@ -229,7 +234,7 @@ FIELDS = {
     "ValidationConfig": 2,
     "GuardConfig": 6,
     "TrainChange": 3,
-    "LaunchConfig": 12,
+    "LaunchConfig": 13,
     "EvaluateConfig": 5,
     "ExportConfig": 1,
     "GenerationConfig": 9,

@@ -18,7 +18,7 @@ from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import EvaluateConfig, EvaluationTask, ModelConfig, ParallelConfig, RunConfig
 from neox_core.evaluation.perplexity import _build_layers
 from neox_core.evaluation.task_scores import score_tasks
-from neox_core.parallel.mesh import build_mesh, init_distributed
+from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import config_for
 

@@ -123,7 +123,7 @@ def test_a_registered_kernel_can_be_taken_back() -> None:
 
 def train_with_a_kernel_of_ones_own() -> tuple[float, int, int]:
     """Loss of a step, calls of the kernel, and those that were expected."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.dry_run import zero_weights
     from neox_core.train.engine.deepspeed_engine import build_engine
 

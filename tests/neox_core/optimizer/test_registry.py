@@ -55,7 +55,7 @@ def train_rank(shards: Path, folder: Path) -> dict[str, Any]:
     """The last of three steps, in the engine that took the others and in one that resumed."""
     register()
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
 
     run = config(KIND)

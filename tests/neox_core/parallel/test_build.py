@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from neox_core.config import ActivationCheckpointing
 from neox_core.model import FinalNorm, ModelDimensions, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.parallel.build import build_layer, layer_types
-from neox_core.parallel.mesh import Mesh
 from neox_core.parallel.parallelize import Parallelism
+from neox_core.parallel.ranks.mesh import Mesh
 
 DIMS = ModelDimensions(
     hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=12,

@@ -103,7 +103,7 @@ def operators(group: Any, rank: int) -> dict[str, Tensor]:
 
 def compute_all() -> dict[Any, Any]:
     """Everything that one of two ranks computes."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     device = init_distributed(LaunchConfig(device="cpu"))
     results: dict[Any, Any] = {}

@@ -1,4 +1,4 @@
-"""The fastest layouts: that they fit, that nothing which fits is faster, and Llemma's own beside them."""
+"""The fastest layouts: that they fit, that nothing which fits is faster, and Llemma's own next to them."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ def run_loop(
         folder: for profiles.
         on_place: called with what begins, such as 'step 3'.
     """
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.guards import Guard
     from neox_core.train.loop import Loop
     from neox_core.train.observe.profiler import StepProfiler
     from neox_core.train.observe.telemetry import Telemetry
-    from neox_core.train.resume import TrainingState
+    from neox_core.train.resuming.train_checkpoints import TrainingState
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     geometry = batch_geometry(config)

@@ -41,7 +41,7 @@ def sequences(indices: Any) -> np.ndarray:
 
 def train_rank(shards: dict[tuple[int, ...], Path]) -> dict[tuple[int, ...], list[tuple[float, float]]]:
     """Loss and gradient norm of each step, per layout."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.loop import pipeline_batches
     from neox_core.train.schedule import learning_rate

@@ -56,7 +56,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path, rehearsed: bool) -> d
 
 
 def train_rank(shards: Path) -> dict[Any, Any]:
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     mesh = build_mesh(config("bf16").parallel, init_distributed(config("bf16").launch))
     return {

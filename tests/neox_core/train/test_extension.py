@@ -12,7 +12,7 @@ from neox_core.config import DataConfig, RunConfig, StorageConfig, ValidationCon
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.job import TrainJob
-from neox_core.train.lineage import ancestors
+from neox_core.train.resuming.lineage import ancestors
 from tests.distributed import rendezvous_ports, run_ranks
 from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
 from tests.neox_core.train.small_training import config_for

@@ -6,24 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from neox_core.checkpoint.conversion.convert import convert
-from neox_core.checkpoint.conversion.toy_base import make_random_base
-from neox_core.config import DataConfig, ParallelConfig, RunConfig, StorageConfig, ValidationConfig
+from neox_core.checkpoint.conversion.convert import convert, open_source
+from neox_core.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, StorageConfig, ValidationConfig
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import training_fingerprint
 from neox_core.train.job import TrainJob
 from tests.distributed import rendezvous_ports, run_ranks
+from tests.neox_core.checkpoint.conversion.test_families import CASES, write_model
 from tests.neox_core.train.small_jobs import SOURCES, rows, train_job, write_data
 from tests.neox_core.train.small_training import config_for
 
 STEPS, INTERVAL = 8, 2
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
-"""Tensor, pipeline and data parallel, of two ranks."""
+"""Tensor, pipeline and data parallel, of two ranks. The second puts a tied head and its embedding on two of them."""
 
 
-def config(storage: StorageConfig, layout: tuple[int, int, int]) -> RunConfig:
-    base = config_for("gqa", *layout)
+def config(storage: StorageConfig, model: ModelConfig, layout: tuple[int, int, int]) -> RunConfig:
+    base = config_for("gqa", *layout).model_copy(update={"model": model})
     validation = ValidationConfig(interval=100, iterations=1)
     values: dict[str, Any] = {"steps": STEPS, "validation": validation, "checkpoint_interval": INTERVAL}
     train = base.train.model_copy(update=values | {"dry_run": False})
@@ -37,19 +38,23 @@ def train_jobs(jobs: list[tuple[RunConfig, TrainJob, int | None, int]]) -> list[
     return [train_job(*job) for job in jobs]
 
 
-def test_layouts_that_change_at_each_restart(storage_config: StorageConfig, store: ObjectStore, tmp_path: Path) -> None:
-    make_random_base(config(storage_config, LAYOUTS[0]).model, tmp_path / "base", seed=7)
+@pytest.mark.parametrize("case", ["llama 2:1", "llama tied", "qwen2", "qwen3"])
+def test_layouts_that_change_at_each_restart(
+    case: str, storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "base", **CASES[case])
+    model = open_source(tmp_path / "base").model
     shards = tmp_path / "shards"  # for the first layout; the others cut them anew
-    convert(tmp_path / "base", shards, config(storage_config, LAYOUTS[0]).model, ParallelConfig(tensor=2))
+    convert(tmp_path / "base", shards, model, ParallelConfig(tensor=2))
     write_data(tmp_path / "data")
     elsewhere = storage_config.model_copy(update={"url": f"{storage_config.url}/whole"})
     jobs = []
     kills = {LAYOUTS[0]: 4, LAYOUTS[1]: 4, LAYOUTS[2]: None}
     for layout in LAYOUTS:
-        run = config(storage_config, layout)
+        run = config(storage_config, model, layout)
         identity = training_fingerprint(run, "d", "w")
         jobs.append((run, TrainJob(tmp_path / "data", shards, tmp_path / "changing", identity), kills[layout]))
-    whole = config(elsewhere, LAYOUTS[0])
+    whole = config(elsewhere, model, LAYOUTS[0])
     jobs.append((whole, TrainJob(tmp_path / "data", shards, tmp_path / "whole", identity), None))
     ports = rendezvous_ports(len(jobs))
     for found in run_ranks(train_jobs, 2, [(*job, port) for job, port in zip(jobs, ports, strict=True)]):

@@ -27,7 +27,7 @@ from neox_core.errors import TrainingError
 from neox_core.train.engine.outcome import pack_outcome
 from neox_core.train.guards import Guard, Incident
 from neox_core.train.loop import Loop, pipeline_batches
-from neox_core.train.resume import TrainingState
+from neox_core.train.resuming.train_checkpoints import TrainingState
 from neox_core.train.schedule import learning_rate
 from tests.paths import CONFIGS
 

@@ -1,4 +1,4 @@
-"""Our scores beside the paper's."""
+"""Our scores next to the paper's."""
 
 from __future__ import annotations
 

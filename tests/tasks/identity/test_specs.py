@@ -139,6 +139,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "launch.time_limit_minutes": (7, NOTHING),
     "launch.hang_timeout_minutes": (7.0, NOTHING),
     "launch.max_restarts": (2, NOTHING),
+    "launch.restarts_in_place": (0, NOTHING),
     "launch.partition": ("gpu", NOTHING),
     "launch.account": ("math", NOTHING),
     "launch.scratch": (Path("/node/local"), NOTHING),
@@ -304,7 +305,7 @@ def test_what_no_stage_reads_does_not_matter(tmp_path: Path) -> None:
     config = changed(config, "data.eval_sources", ("arxiv",))
     before = fingerprints(config)
     (Path(config.data.input) / "code" / "validation" / "0.jsonl").write_text(json.dumps({"text": "of no evaluation"}))
-    (config.base_model.path / "tokenizer.model").write_bytes(b"beside the weights")
+    (config.base_model.path / "tokenizer.model").write_bytes(b"next to the weights")
     assert fingerprints(config) == before
 
 

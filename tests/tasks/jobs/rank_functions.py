@@ -106,3 +106,45 @@ def rank_1_hangs(folder: str, timeout: float) -> None:
         if rank == 1:
             time.sleep(3600)
         dist.all_reduce(torch.ones(1))
+
+
+def note_start(folder: str) -> int:
+    """Leave a file for this start; how many starts of this rank there were before."""
+    rank = os.environ["RANK"]
+    before = len(list(Path(folder).glob(f"start-{rank}-*")))
+    (Path(folder) / f"start-{rank}-{before}").write_text(str(os.getpid()))
+    return before
+
+
+def fall(folder: str, falls: int, saves: int = 0) -> tuple[str, str]:
+    """Rank 1 is killed at its first starts, of which some come after a save; the others wait for it for ever."""
+    before = note_start(folder)
+    if os.environ["RANK"] == "1" and before < falls:
+        if before < saves:
+            (Path(folder) / "saved").write_text(str(before + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if before < falls:
+        time.sleep(3600)
+    return os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def meet_after_a_fall(folder: str) -> float:
+    """As `fall` once, and then meet over gloo."""
+    if os.environ["RANK"] == "0" and note_start(folder) == 0:
+        os._exit(3)
+    return float(sum_of_ranks(1)["sum"])
+
+
+def refuse(folder: str) -> None:
+    """The program would not go on."""
+    note_start(folder)
+    raise DataError("source arxiv is empty")
+
+
+def linger(folder: str) -> None:
+    """Fail, while a thread waits for an hour."""
+    import threading
+
+    note_start(folder)
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    raise ValueError("over")

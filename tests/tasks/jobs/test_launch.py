@@ -377,7 +377,8 @@ def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
     logs = [path.read_text() for path in job.log_paths()]
     for log in logs:
         assert re.search(r"line \d+ in rank_1_hangs", log), log
-        assert "they were at: step 3: ranks 0-1." in log, log
+        assert "because of rank 1 (launch.hang_timeout_minutes)" in log, log
+        assert "they were at: step 3, waiting for other ranks: rank 0; step 3, in rank_1_hangs (" in log, log
     assert "in all_reduce" in logs[0], logs[0]
     assert "in all_reduce" not in logs[1], logs[1]
 

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"model_type": "mistral", "sliding_window": 4096},
+    "mistral, short window": {"model_type": "mistral", "sliding_window": 24},
     "qwen2": {"model_type": "qwen2"},
     "qwen2 7:1": {"model_type": "qwen2", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
@@ -113,7 +114,7 @@ def wrong_groups(weights: dict[str, torch.Tensor]) -> None:
 
 
 def another_head(shards: Path, model: ModelConfig) -> None:
-    """The head of a tied model, changed in NeoX's files, which have it beside the embedding."""
+    """The head of a tied model, changed in NeoX's files, which have it next to the embedding."""
     (path,) = shards.rglob("mp_rank_00_model_states.pt")
     content = torch.load(path)
     content["module"][f"sequential.{model.num_layers + 4}.final_linear.weight"][7] *= 1.1
@@ -182,6 +183,18 @@ def test_a_mistral_without_a_window_key_has_the_family_s_default(tmp_path: Path)
     del config["sliding_window"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_source(tmp_path).model.sliding_window == 4096
+
+
+def test_a_window_that_is_ignored_is_caught(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", **CASES["mistral, short window"])
+    model = open_source(tmp_path / "base").model
+    ignoring = model.model_copy(update={"sliding_window": None})
+    with pytest.raises(ConfigError, match=r"sliding_window None \(source: 24\)"):
+        convert(tmp_path / "base", tmp_path / "neox", ignoring, ParallelConfig())
+    assert not (tmp_path / "neox").exists()
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", ignoring)
 
 
 def test_later_settings_leave_the_identity_of_older_models(model_of: Callable[..., ModelConfig]) -> None:

@@ -1,4 +1,4 @@
-"""One list of a model's files, which what lies beside them does not change."""
+"""One list of a model's files, which what lies next to them does not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WriteBase = Callable[..., Any]
 
 
 def clutter(folder: Path, name: str) -> None:
-    """What browsers, other systems and careful people leave beside a file."""
+    """What browsers, other systems and careful people leave next to a file."""
     path = folder / name
     stem, _, end = name.rpartition(".")
     for copy in (f"{stem} (1).{end}", f"{stem}.bak.{end}", f"{stem}.old-{end}"):

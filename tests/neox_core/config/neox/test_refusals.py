@@ -29,6 +29,7 @@ SCALING = {"bf16": True, "enabled": True, "loss_scale": 0, "initial_scale_power"
         ({"attention_config": 5}, r"key 'attention_config' names \['5'\]"),
         ({"attention_config": [[[["flash"]], 24]]}, "key 'attention_config' names"),
         ({"adapter_config": {"enabled": True}}, "'adapter_config'.*all parameters are trained"),
+        ({"sliding_window_width": 4096}, "'sliding_window_width' is 4096.*every position attends to all before it"),
         ({"fim-rate": 0.5, "extra-sentinel-tokens": 3}, "'fim_rate' is 0.5.*either: extra_sentinel_tokens$"),
         ({"num_experts": 4, "moe_expert_parallel_size": 1}, "'num_experts' is 4.*there are no experts"),
         ({"use_mup": True, "mup_d_model_base": 256, "coord_check_nseeds": 1}, "'use_mup' is True"),

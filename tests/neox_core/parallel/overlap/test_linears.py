@@ -1,4 +1,4 @@
-"""A block whose ranks exchange beside their products computes what one with collectives does, in every mode."""
+"""A block whose ranks exchange alongside their products computes what one with collectives does, in every mode."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from neox_core.parallel.mesh import Axis, Mesh
+from neox_core.parallel.ranks.mesh import Axis, Mesh
 from neox_core.train.engine import pipeline_stage, state_files
 from neox_core.train.engine.contract import ATTRIBUTES, EXPECTED, METHODS
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer

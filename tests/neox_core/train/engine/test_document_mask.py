@@ -68,7 +68,7 @@ def batches() -> Any:
 def train_rank(config: RunConfig, shards: Path, data: Path) -> dict[str, Any]:
     """One rank: logits before training, losses and gradient norms of its steps; without a pipeline, an evaluation."""
     from neox_core.evaluation.perplexity import EvaluateJob, _evaluate
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))

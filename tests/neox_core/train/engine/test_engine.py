@@ -28,7 +28,7 @@ LAYOUTS = {"tensor": (2, 1, 1), "data": (1, 1, 2)}
 def build(config: RunConfig, shards: Path) -> tuple[Any, Any]:
     """Mesh and engine; building proves the master weights."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
@@ -38,7 +38,7 @@ def build(config: RunConfig, shards: Path) -> tuple[Any, Any]:
 def verdict(engine: Any, trained: bool = False) -> str:
     """What verify_master_weights says."""
     from neox_core.errors import CheckpointError
-    from neox_core.train.engine.verification import verify_master_weights
+    from neox_core.train.engine.state.verification import verify_master_weights
 
     try:
         verify_master_weights(engine, trained)
@@ -50,7 +50,7 @@ def verdict(engine: Any, trained: bool = False) -> str:
 def save_verdict(engine: Any) -> str:
     """What verify_before_save says."""
     from neox_core.errors import TrainingError
-    from neox_core.train.engine.verification import verify_before_save
+    from neox_core.train.engine.state.verification import verify_before_save
 
     try:
         verify_before_save(engine, "global_step5")

@@ -31,7 +31,7 @@ def train_rank(runs: list[tuple[RunConfig, Path]], in_products: bool) -> list[di
 
 
 def _train(config: RunConfig, shards: Path, in_products: bool) -> dict[str, Any]:
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
 
     mesh = build_mesh(config.parallel, init_distributed(config.launch))

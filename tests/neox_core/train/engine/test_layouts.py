@@ -26,6 +26,8 @@ from tests.neox_core.train.small_training import BATCH, MODELS, SEQUENCE, STEPS,
 
 RECOMPUTE = {(1, 1): "none", (2, 1): "selective", (1, 2): "full", (2, 2): "selective", (4, 1): "full"}
 """Activation checkpointing by tensor and pipeline parallelism: it changes nothing."""
+FEW_STEPS = 6
+"""Of all but a layout's first training in fp32 and the golden ones: another way to the same gradients shows at once."""
 BF16_LAYOUTS = [*itertools.product((1, 2), repeat=3), (4, 1, 1)]
 
 
@@ -42,32 +44,38 @@ class Variant(NamedTuple):
     in_products: bool = False
     """Matrix products add the weights' gradients to the buffers, as on GPUs."""
 
+    def steps(self, layout: tuple[int, int, int]) -> int:
+        """How many are trained."""
+        first = self.split == (layout[0] > 1) and not self.in_products
+        return STEPS if first and (self.precision == "fp32" or layout in GOLDEN_LAYOUTS) else FEW_STEPS
+
 
 def train_rank(configs: dict[Variant, RunConfig], shards: Path) -> dict[Variant, dict[str, Any]]:
     """One rank: the training of each configuration, which have the same shards."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 
     device = init_distributed(next(iter(configs.values())).launch)
     return {
-        variant: train_once(config, build_mesh(config.parallel, device), shards, variant.in_products)
+        variant: train_once(config, build_mesh(config.parallel, device), shards, variant)
         for variant, config in configs.items()
     }
 
 
-def train_once(config: RunConfig, mesh: Any, shards: Path, in_products: bool) -> dict[str, Any]:
-    """Logits before training, then the losses and gradient norms of 20 steps."""
+def train_once(config: RunConfig, mesh: Any, shards: Path, variant: Variant) -> dict[str, Any]:
+    """Logits before training, then the losses and gradient norms of its steps."""
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
     from neox_core.train.schedule import learning_rate
 
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
-    if in_products:
+    if variant.in_products:
         accumulate_in_products(engine, batch_geometry(config))
     _, hidden = engine.eval_batch(rank_batches(config, mesh.data_rank), return_logits=True)
     with torch.no_grad():
         logits = None if hidden is None else engine.module.loss_fn.project(hidden)
     batches = rank_batches(config, mesh.data_rank)
     losses, norms = [], []
-    for step in range(1, STEPS + 1):
+    steps = variant.steps((mesh.tensor_size, mesh.pipeline_size, mesh.data_size))
+    for step in range(1, steps + 1):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train)
         losses.append(float(engine.train_batch(batches)))
@@ -167,8 +175,9 @@ def test_layout_equals_plain_loop(
     expected = references[model][1]
     ranks = train(model, tensor, pipeline, data)
     for rank in (*ranks, *train(model, tensor, pipeline, data, in_products=True)):
-        np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
-        np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=1e-5)
+        steps = len(rank["losses"])
+        np.testing.assert_allclose(rank["losses"], expected["losses"][:steps], rtol=1e-5)
+        np.testing.assert_allclose(rank["norms"], expected["norms"][:steps], rtol=1e-5)
     # The first data-parallel rank's logits of its last micro batch, put together from tensor-parallel ranks.
     last = sorted((r for r in ranks if r["place"][:2] == (pipeline - 1, 0)), key=lambda r: r["place"][2])
     logits = np.concatenate([rank["logits"] for rank in last], axis=-1)
@@ -179,16 +188,16 @@ def test_layout_equals_plain_loop(
 @pytest.mark.parametrize("layout", [layout for model, *layout in LAYOUTS if model == "gqa" and layout[0] > 1])
 def test_splitting_the_tokens_changes_nothing(train: Train, layout: list[int]) -> None:
     for split, whole in zip(train("gqa", *layout), train("gqa", *layout, split=False), strict=True):
-        np.testing.assert_allclose(split["losses"], whole["losses"], rtol=1e-5)
-        np.testing.assert_allclose(split["norms"], whole["norms"], rtol=1e-5)
+        np.testing.assert_allclose(split["losses"][:FEW_STEPS], whole["losses"], rtol=1e-5)
+        np.testing.assert_allclose(split["norms"][:FEW_STEPS], whole["norms"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in BF16_LAYOUTS if layout[0] > 1])
 def test_splitting_the_tokens_in_bf16(train: Train, layout: tuple[int, int, int]) -> None:
     split, whole = (train("gqa", *layout, precision="bf16", split=kind) for kind in (True, False))
     for one, other in zip(split, whole, strict=True):
-        np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-2)
-        np.testing.assert_allclose(one["norms"], other["norms"], rtol=1e-2)
+        np.testing.assert_allclose(one["losses"][:FEW_STEPS], other["losses"], rtol=1e-2)
+        np.testing.assert_allclose(one["norms"][:FEW_STEPS], other["norms"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -215,10 +224,11 @@ def test_bf16_layouts_agree(
     """bf16 rounds differently in each layout, but no layout may lose more than the others."""
     one_rank = train("gqa", 1, 1, 1, precision="bf16")[0]
     for rank in train("gqa", *layout, precision="bf16"):
-        np.testing.assert_allclose(rank["losses"], one_rank["losses"], rtol=1e-2)
-        np.testing.assert_allclose(rank["norms"], one_rank["norms"], rtol=1e-2)
-        np.testing.assert_allclose(rank["losses"], references["gqa"][1]["losses"], rtol=1e-2)
-        assert rank["losses"] != references["gqa"][1]["losses"]
+        steps = len(rank["losses"])
+        np.testing.assert_allclose(rank["losses"], one_rank["losses"][:steps], rtol=1e-2)
+        np.testing.assert_allclose(rank["norms"], one_rank["norms"][:steps], rtol=1e-2)
+        np.testing.assert_allclose(rank["losses"], references["gqa"][1]["losses"][:steps], rtol=1e-2)
+        assert rank["losses"] != references["gqa"][1]["losses"][:steps]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -51,7 +51,7 @@ def rank_batches(config: RunConfig, data_rank: int) -> Any:
 
 def train_all(configs: dict[Any, RunConfig], shards: dict[Any, Path]) -> dict[Any, Any]:
     """One rank: per layout, the loss before training, and losses and gradient norms of the steps."""
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
 
     device = init_distributed(next(iter(configs.values())).launch)

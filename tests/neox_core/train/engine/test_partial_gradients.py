@@ -82,7 +82,7 @@ def train() -> dict[str, Any]:
     """One rank: gradients of the first step, gradient norms of three, and the parameters after them."""
     import torch.distributed as dist
 
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.setup import attach_deepspeed
 
     device = init_distributed(LaunchConfig(device="cpu"))

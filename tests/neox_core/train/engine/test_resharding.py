@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, configs: Callable[[Degrees], RunConfig], degrees: Degrees, shards: Path | None) -> None:
         from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-        from neox_core.parallel.mesh import build_mesh, init_distributed
+        from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
         from neox_core.parallel.stages import pipeline_layers
         from neox_core.train.dry_run import zero_weights
         from neox_core.train.engine.deepspeed_engine import build_engine

@@ -33,7 +33,7 @@ def broken_starts(shards: Path, kind: str) -> dict[str, str]:
     """What is said when an engine is built, and when weights are loaded after a dry run, with broken master weights."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
     from neox_core.optimizer import MasterWeights
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.dry_run import dry_run, zero_weights
     from neox_core.train.engine.deepspeed_engine import build_engine
 

@@ -32,7 +32,7 @@ def config(degrees: Degrees, sequences: int) -> RunConfig:
 def train(run: RunConfig, shards: Path, some_masked: bool, in_products: bool) -> dict[str, list[float]]:
     """Losses, gradient norms, and the losses of validations after each step."""
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-    from neox_core.parallel.mesh import build_mesh, init_distributed
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
 
     mesh, geometry = build_mesh(run.parallel, init_distributed(run.launch)), batch_geometry(run)

@@ -1,0 +1,43 @@
+"""`llemma up` and `llemma down`: Prefect's server and the worker, which watches over all runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra.prefect.services import default_folder
+from infra.prefect.up import down as end_services
+from infra.prefect.up import up as start_services
+
+_FolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workdir", help="For the server's data, logs and process ids; default: PREFECT_HOME, or runs/prefect."
+    ),
+]
+_PORT_HELP = "The server's, on loopback; default: PREFECT_SERVER_API_PORT, or 4200."
+_DATABASE_HELP = (
+    "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE; default: PREFECT_API_DATABASE_CONNECTION_URL, which nobody else "
+    "sees, or SQLite in the workdir."
+)
+
+
+def up(
+    workdir: _FolderOption = None,
+    port: Annotated[int | None, typer.Option("--port", help=_PORT_HELP)] = None,
+    database: Annotated[str | None, typer.Option("--database", help=_DATABASE_HELP)] = None,
+) -> None:
+    """Start Prefect's server and a worker, deploy all flows, and have all runs watched; what is up already stays."""
+    folder = (workdir or default_folder()).resolve()
+    start_services(folder, port, database, _say)
+
+
+def down(workdir: _FolderOption = None) -> None:
+    """End the server and the worker that `llemma up` has started; SLURM jobs go on, data and logs stay."""
+    end_services((workdir or default_folder()).resolve(), _say)
+
+
+def _say(what: str, text: str) -> None:
+    typer.echo(f"{what}: {text}")

@@ -1,0 +1,85 @@
+"""What kind of file a tokenizer is: the one place that looks, and that loads it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+from neox_core.data.tokenization.byte_level import ByteLevelModel
+from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
+from neox_core.data.tokenization.tiktoken_model import TiktokenModel
+from neox_core.errors import ConfigError, DataError
+
+TokenizerModel = SentencePieceModel | ByteLevelModel | TiktokenModel
+
+
+class TokenizerKind(Enum):
+    """The formats that are read."""
+
+    SENTENCEPIECE = "SentencePiece model"
+    JSON = "tokenizer.json"
+    TIKTOKEN = "tiktoken file"
+
+
+_MODELS: dict[TokenizerKind, type[TokenizerModel]] = {
+    TokenizerKind.SENTENCEPIECE: SentencePieceModel,
+    TokenizerKind.JSON: ByteLevelModel,
+    TokenizerKind.TIKTOKEN: TiktokenModel,
+}
+
+
+def kind_of(content: bytes) -> TokenizerKind:
+    """By the first bytes, not by the name, which a copy among the token files has not; SentencePiece's, if no other."""
+    if content[:200].lstrip().startswith(b"{"):
+        return TokenizerKind.JSON
+    words = content[:200].split(b"\n")[0].split()
+    if len(words) == 2 and words[1].isdigit() and words[0].isascii():
+        return TokenizerKind.TIKTOKEN
+    return TokenizerKind.SENTENCEPIECE
+
+
+def kind_of_file(path: Path) -> TokenizerKind:
+    """The kind of a tokenizer's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(200))
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read: {error.strerror}: correct the path") from None
+
+
+def load_model(path: Path) -> TokenizerModel:
+    """Load a tokenizer of any kind.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it is of no kind that is read.
+    """
+    if path.is_dir():
+        raise ConfigError(f"tokenizer.model {path} holds neither tokenizer.model nor tokenizer.json: correct the path")
+    if not path.is_file():
+        raise ConfigError(f"tokenizer.model {path} does not exist: correct the path")
+    content = path.read_bytes()
+    kind = kind_of(content)
+    try:
+        return _MODELS[kind](content)
+    except Exception as error:  # `tokenizers` raises Exception itself
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"tokenizer.model {path} cannot be used as a {kind.value} ({reason}); it is {description(content)}"
+        ) from None
+
+
+def description(content: bytes) -> str:
+    """What a file that should be a tokenizer is, by its first bytes."""
+    start = content[:200]
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page"
+    if (kind := kind_of(content)) is TokenizerKind.SENTENCEPIECE:
+        return "of an unknown kind: fetch it again"
+    return "JSON" if kind is TokenizerKind.JSON else "a tiktoken file"

@@ -1,0 +1,63 @@
+"""How a training's last save is brought to where it is safe, and which error ends the job."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch.distributed as dist
+
+from neox_core.checkpoint.lease import SupersededError
+from neox_core.checkpoint.writer import CheckpointWriter
+from neox_core.errors import LlemmaError, StoppedError, StorageError
+from neox_core.storage.patient_store import PatientStore
+from neox_core.train.ends.stopping import StopAtBoundary
+from neox_core.train.job import TrainJob
+from neox_core.train.observe.watchdog import Watchdog
+
+
+def ended(
+    stopped: StopAtBoundary, job: TrainJob, store: PatientStore, writer: CheckpointWriter, watchdog: Watchdog
+) -> LlemmaError:
+    """Bring the last save to where it is safe; the error that ends the job. Collective over all ranks."""
+    reason = stopped.stop.reason
+    if stopped.stop.kind == "superseded":
+        store.stopped.set()
+        writer.abandon()
+        return SupersededError(reason)
+    if stopped.stop.kind == "storage":
+        store.stopped.set()
+        problem = writer.wait_for_disk()
+        # A peer that is through may have closed its connections before this rank hears that all are.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        writer.abandon()
+        if problem:
+            return StorageError(f"{reason}; and {problem}")
+        return StorageError(f"{reason}; step {stopped.step} is saved in {job.output}: run again when the store is back")
+    last_upload(writer, watchdog)
+    return StoppedError(f"stopped after step {stopped.step}, which is saved: {reason}; run again to go on")
+
+
+def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
+    """Wait for it. Collective over all ranks: rank 0 publishes the manifest, and nobody leaves before.
+
+    Raises:
+        SupersededError: another job is at work, so that it was not published.
+        StorageError: it was given up.
+    """
+    watchdog.beat("last upload")
+    problem, superseded = "", False
+    try:
+        problem = writer.wait()
+    except LlemmaError as error:
+        problem, superseded = str(error), isinstance(error, SupersededError)
+        if not superseded:
+            problem += "; the last save is on local disk: run again when the store is back"
+    problems: list[tuple[str, bool]] = [("", False)] * dist.get_world_size()
+    dist.all_gather_object(problems, (problem, superseded))
+    writer.abandon()
+    for text, other_job in sorted(problems, key=lambda entry: not entry[1]):
+        if other_job:
+            raise SupersededError(text)
+        if text:
+            raise StorageError(text)

@@ -1,0 +1,1 @@
+"""A stage's micro batch as a CUDA graph."""

@@ -1,0 +1,1 @@
+"""The engine's state in files: read in any layout, and verified."""

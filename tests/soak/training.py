@@ -1,0 +1,116 @@
+"""A training through many jobs, each of which has a controller and ranks; at its end, what is left of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from submitit.core.utils import DelayedSubmission
+
+from infra.processes import ProcessRecord, end_processes
+from neox_core.config import RunConfig
+from neox_core.errors import GO_ON_EXIT_CODE
+from neox_core.train.ends.saving import SAVED_FILE
+from neox_core.train.job import TrainJob
+from tasks.jobs.node.plan import NodePlan, Restarts
+from tasks.jobs.node.report import ControllerReport
+from tasks.jobs.rank import RankTask, read_failure
+from tests.distributed import _process_context
+from tests.soak.forked import control
+from tests.soak.kills import KillList, killed_by
+
+JOB_SECONDS = 1500.0
+"""For a job to end, however it ends; longer is stuck."""
+RESTARTS = 3
+
+
+def soak_rank(config: RunConfig, job: TrainJob, kills: Path) -> dict[str, Any]:
+    """What each rank runs."""
+    import os
+
+    from neox_core.train.run import train
+
+    with killed_by(KillList(kills), int(os.environ["RANK"])):
+        return train(config, job)
+
+
+@dataclass
+class Lives:
+    """How a training's jobs ended, and the processes that they had."""
+
+    jobs: list[int | None] = field(default_factory=list)
+    """Exit codes."""
+    restarts: int = 0
+    """Within jobs."""
+    processes: list[ProcessRecord] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    """Of jobs that ended by themselves without success."""
+
+
+def run_to_end(
+    configs: Sequence[RunConfig],
+    job: TrainJob,
+    folder: Path,
+    kills: KillList,
+    after_job: Callable[[Lives], None] = lambda lives: None,
+) -> Lives:
+    """Submit the training again and again, with one configuration after the other, until a job ends well."""
+    lives = Lives()
+    while not lives.jobs or lives.jobs[-1] != 0:
+        number = len(lives.jobs)
+        config = configs[number % len(configs)]
+        _run_job(config, job, folder / f"job-{number}", kills, folder, lives)
+        after_job(lives)
+        assert number < 200, f"no end: {lives.reasons[-5:]}"
+    return lives
+
+
+def _run_job(config: RunConfig, job: TrainJob, folder: Path, kills: KillList, kill_folder: Path, lives: Lives) -> None:
+    folder.mkdir(parents=True)
+    work = RankTask(soak_rank, (config, job, kill_folder / "kills"), folder)
+    DelayedSubmission(work).dump(folder / "7_submitted.pkl")
+    plan = NodePlan(
+        folder,
+        "7",
+        config.launch.world_size,
+        restarts=Restarts(RESTARTS, job.output / SAVED_FILE),
+        is_told_to_stop=True,
+    )
+    controller = _process_context().Process(target=control, args=(plan.to_json(), str(folder / "controller.log")))
+    controller.start()
+    deadline = time.monotonic() + JOB_SECONDS
+    seen: dict[int, ProcessRecord] = {}
+    while controller.exitcode is None and time.monotonic() < deadline:
+        report = ControllerReport.read(folder)
+        seen |= {process.pid: process for process in (report.ranks if report else ())}
+        controller.join(0.2)
+    stuck = controller.exitcode is None
+    if stuck:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.out")))
+        controller.kill()
+        controller.join()
+        end_processes(seen.values(), 1.0)
+        raise AssertionError(f"{folder} is stuck; {kills.next()} was to come:\n{logs}")
+    log = (folder / "controller.log").read_text()
+    lives.restarts += log.count("starting all ranks again")
+    lives.jobs.append(controller.exitcode)
+    lives.processes += seen.values()
+    if controller.exitcode not in (0, GO_ON_EXIT_CODE, -9):
+        failures = [read_failure(folder, 0, rank) for rank in range(config.launch.world_size)]
+        lives.reasons.append(f"{[failure.message for failure in failures if failure]} {log[-600:]}")
+
+
+def still_there(processes: Sequence[ProcessRecord], mention: str) -> list[str]:
+    """Processes of a training that have outlived it: those that were recorded, and whoever names its folder."""
+    deadline = time.monotonic() + 5  # the kernel takes a moment
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = [str(process) for process in processes if process.is_alive()]
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if mention in " ".join(process.info["cmdline"] or []):
+            found.append(str(process.info))
+    return found
