@@ -8,7 +8,8 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from flows.flow_runs import interruption, progress
+from flows import progress
+from flows.flow_runs import interruption
 from flows.progress import stage_progress
 
 KEY = "train-progress-small"

@@ -22,10 +22,10 @@ from neox_core.data.skipped import SkippedSequences
 from neox_core.errors import CheckpointError, ConfigError, TrainingError
 from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train import run
 from neox_core.train.engine.state.files import is_own_file, is_shared_file
 from neox_core.train.job import TrainJob
 from neox_core.train.observe.hardware import peak_flops
-from neox_core.train.resuming import run
 from neox_core.train.resuming import train_checkpoints as resume
 from neox_core.train.resuming.lineage import Ancestor
 from neox_core.train.resuming.train_checkpoints import TrainCheckpoints, TrainingState

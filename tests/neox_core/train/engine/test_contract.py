@@ -19,9 +19,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from neox_core.parallel.ranks.mesh import Axis, Mesh
-from neox_core.train.engine import pipeline_stage, state_files
+from neox_core.train.engine import pipeline_stage
 from neox_core.train.engine.contract import ATTRIBUTES, EXPECTED, METHODS
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
+from neox_core.train.engine.state import files as state_files
 from neox_core.train.engine.step_engine import StepEngine
 from neox_core.train.engine.training_engine import TrainingEngine
 
