@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 7:1": {"model_type": "qwen2", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
-    "olmo2": {"model_type": "olmo2"},
-    "olmo2 3:1": {"model_type": "olmo2", "hidden_size": 96, "num_attention_heads": 12},
+    "olmo2": {"model_type": "olmo2", "pad_token_id": None},
+    "olmo2 3:1": {"model_type": "olmo2", "pad_token_id": None, "hidden_size": 96, "num_attention_heads": 12},
     "qwen3 3:1": {"model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 12, "head_dim": 32},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
