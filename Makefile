@@ -13,7 +13,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-real demo-slurm test test-all test-slurm soak check docs format clean
+.PHONY: demo demo-real demo-slurm test test-all test-slurm test-browser soak check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llemma run configs/toy.yml
@@ -29,14 +29,19 @@ demo-slurm: $(INSTALLED)
 	infra/slurm/demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not soak"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not slurm and not browser and not soak"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest -m "not soak"
 
 # On a SLURM of 4 nodes, which it brings up on this machine; as root.
 test-slurm: $(INSTALLED)
-	$(BIN)/pytest -m slurm
+	$(BIN)/pytest -m "slurm and not browser"
+
+# Prefect's pages as people use them, in the distribution's Chromium (apt-get install chromium) and on that SLURM; as root.
+test-browser: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint infra/constraints.txt --editable '.[browser]'
+	$(BIN)/pytest -m browser
 
 # Random kills and store faults; SOAK_SEED=N repeats them, SOAK_KILLS and SOAK_FAULTS are those of each training.
 soak: $(INSTALLED)

@@ -18,6 +18,7 @@ from flows.flow_runs.cancellation import cancel_jobs_of_run
 from flows.flow_runs.deployed import cancel_stages, run_deployed
 from flows.flow_runs.interruption import side_by_side
 from flows.flow_runs.names import artifact_key, run_name
+from flows.flow_runs.pages import StagePage
 from flows.prepare_data import prepare_data
 from flows.stage_flow import handed_down, opened
 from flows.stages import OpenedRun, finished_stage
@@ -91,9 +92,11 @@ def _call_deployed(run: OpenedRun, overrides: list[str] | None, force: bool, nam
 
 
 def _report(run: OpenedRun, results: dict[str, StageResult]) -> RunReport:
-    every = [results.get(name) or finished_stage(run, name) for name in STAGES]
-    report: RunReport = Task(write_run_report, name="report", cache_policy=NO_CACHE)(run.config, every)
+    every = {name: results.get(name) or finished_stage(run, name) for name in STAGES}
+    training = run.resolved_training()
+    report: RunReport = Task(write_run_report, name="report", cache_policy=NO_CACHE)(training, every)
     table = [{"what": what, "value": value} for what, value in report.rows]
     key = artifact_key(run.config, "llemma-pretrain")
     create_table_artifact(key=key, table=table, description=f"report: `{report.path}`")
+    StagePage(training, "llemma-pretrain").renew(now=True)
     return report

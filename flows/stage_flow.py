@@ -16,11 +16,13 @@ from prefect.runtime import flow_run
 from flows.flow_runs.at_work import at_work
 from flows.flow_runs.interruption import raise_if_interrupted
 from flows.flow_runs.names import artifact_key
+from flows.flow_runs.pages import StagePage
 from flows.progress import stage_progress
 from flows.stages import STAGE, OpenedRun, forget_stage, how_it_went, opened_run
 from neox_core.config import load_config
 from neox_core.errors import LaunchError
-from tasks.identity.specs import STAGES
+from neox_core.progress import Progress
+from tasks.identity.specs import CONVERT, PREPARE_DATA, STAGES
 from tasks.identity.stage import StageResult
 
 _SIGNAL_SECONDS = 2.0
@@ -75,7 +77,8 @@ def run_stage_flow(name: str, config: str, overrides: Collection[str] | None, fo
         if force:
             forget_stage(run, name)
         try:
-            result = Task(stage.run, name=name, cache_policy=NO_CACHE)(run, progress)
+            with _page(run, name, progress) as report:
+                result = Task(stage.run, name=name, cache_policy=NO_CACHE)(run, report)
         except LaunchError:
             # The signal that cancels a flow ends its local jobs as well, which may be noticed first.
             time.sleep(_SIGNAL_SECONDS)
@@ -89,3 +92,21 @@ def run_stage_flow(name: str, config: str, overrides: Collection[str] | None, fo
             f"fingerprint `{artifact.fingerprint}`",
         )
         return result
+
+
+@contextmanager
+def _page(run: OpenedRun, name: str, progress: Progress) -> Iterator[Progress]:
+    """The progress, which also renews the artifacts on the run's page: of stages of a training, as it goes on."""
+    if name in (PREPARE_DATA, CONVERT):
+        yield progress
+        return
+    page = StagePage(run.resolved_training(), name)
+
+    def report(share: float, text: str) -> None:
+        progress(share, text)
+        page.renew()
+
+    try:
+        yield report
+    finally:
+        page.renew(now=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flows.tables import Row, checkpoint_table, ledger_table, perplexity_table, summary_table
+from flows.tables import Row, checkpoint_table, ledger_table, perplexity_table, training_table
 from infra.s3.service import storage_service
 from neox_core.config import RunConfig, load_config
-from neox_core.progress import Progress
+from neox_core.progress import Progress, with_time_left
 from tasks import finished
 from tasks.convert import convert
 from tasks.evaluate import evaluate
@@ -19,6 +19,7 @@ from tasks.identity.stage import StageResult
 from tasks.identity.training import Training, resolve_training
 from tasks.preflight import check_run
 from tasks.prepare import prepare
+from tasks.report.run_report import renewing, write_run_report
 from tasks.train import train
 
 
@@ -49,13 +50,22 @@ class Stage:
     table: Callable[[RunConfig, StageResult], list[Row]]
 
 
+def _with_report(stage: Callable[[Training, Progress], StageResult], run: OpenedRun, progress: Progress) -> StageResult:
+    """Run a stage of a training, with a report that is renewed meanwhile."""
+    training = run.resolved_training()
+    result = stage(training, renewing(training, progress))
+    if not result.skipped:
+        write_run_report(training)
+    return result
+
+
 STAGE = {
     stage.name: stage
     for stage in (
-        Stage(PREPARE_DATA, lambda run, progress: prepare(run.config, progress), ledger_table),
+        Stage(PREPARE_DATA, lambda run, progress: prepare(run.config, with_time_left(progress)), ledger_table),
         Stage(CONVERT, lambda run, progress: convert(run.config, progress), checkpoint_table),
-        Stage(TRAIN, lambda run, progress: train(run.resolved_training(), progress), summary_table),
-        Stage(EVALUATE, lambda run, progress: evaluate(run.resolved_training(), progress), perplexity_table),
+        Stage(TRAIN, lambda run, progress: _with_report(train, run, progress), training_table),
+        Stage(EVALUATE, lambda run, progress: _with_report(evaluate, run, with_time_left(progress)), perplexity_table),
         Stage(EXPORT, lambda run, progress: export(run.resolved_training(), progress), checkpoint_table),
     )
 }

@@ -1,7 +1,8 @@
-"""The tables in which stages show their results."""
+"""The tables in which stages show their results: rounded, with units, and with the change against the base model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from neox_core.artifact import Artifact
@@ -9,6 +10,7 @@ from neox_core.config import RunConfig
 from tasks.evaluation.kept_items import scored_tasks
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
+from tasks.report.formats import format_bytes, format_change, format_count, format_duration
 
 Row = dict[str, Any]
 
@@ -19,28 +21,66 @@ _LARGEST = 5
 def ledger_table(config: RunConfig, result: StageResult) -> list[Row]:
     """prepare-data's: a row per source, what there is, and what the run takes of it."""
     data = ledger(config, result)
-    used = {name: {f"run {what}": value for what, value in use.items()} for name, use in data["run"].items()}
-    return [{"source": name, **splits["train"], **used.get(name, {})} for name, splits in data["sources"].items()]
+    rows = []
+    for name, splits in data["sources"].items():
+        train, use = splits["train"], data["run"].get(name)
+        row = {
+            "source": name,
+            "documents": f"{train['documents']:,}",
+            "text": format_bytes(train["bytes"]),
+            "tokens": format_count(train["tokens"]),
+            "left out": f"{train.get('documents_in', train['documents']) - train['documents']:,}",
+        }
+        taken = {
+            "share of the run": f"{use['share']:.1%}" if use else "",
+            "tokens in the run": format_count(use["tokens"]) if use else "",
+            "epochs in the run": f"{use['epochs']:.3g}" if use else "",
+        }
+        rows.append(row | taken)
+    return rows
 
 
-def summary_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """What a stage found out, and the files that it made."""
-    found = [{"what": name, "value": value} for name, value in result.artifact.summary.items()]
-    return found + [{"what": file.path, "value": f"{file.size:,} bytes"} for file in result.artifact.files]
+def training_table(config: RunConfig, result: StageResult) -> list[Row]:
+    """train's: how the loss went, how fast, and where the checkpoints are."""
+    found = result.artifact.summary
+    rows = [
+        ("training loss", f"{found['first_loss']:.3f} → {found['last_loss']:.3f}"),
+        ("steps", f"{found['steps']:,} of {config.train.steps:,}"),
+        ("speed", f"{found['tokens_per_second']:,.0f} tokens/s, median"),
+        ("model FLOPs utilisation", f"{found['mfu']:.1%}, median"),
+        ("time", format_duration(result.seconds)),
+        ("checkpoints", ", ".join(f"{step:,}" for step in found["checkpoints"])),
+        ("checkpoints lie in", str(found["prefix"])),
+        ("steps that were not done", f"{len(found['incidents']):,}"),
+    ]
+    return [{"what": what, "value": value} for what, value in rows]
 
 
 def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
-    """evaluate's: a row per checkpoint and source, and per score of an evaluation set, with its 95% interval."""
+    """evaluate's: a row per checkpoint and source, and per score of an evaluation set, with its 95% interval; each
+    with the change against the base weights."""
+    evaluations = result.artifact.summary["evaluations"]
+    base = evaluations[0]["sources"] if evaluations else {}
     rows = []
-    for evaluation in result.artifact.summary["evaluations"]:
-        step = evaluation["step"]
-        rows += [{"step": step, "source": source, **values} for source, values in evaluation["sources"].items()]
+    for evaluation in evaluations:
+        for source, values in evaluation["sources"].items():
+            change = format_change(values["perplexity"], base.get(source, {}).get("perplexity"))
+            row = _score_row(evaluation["step"], source, "perplexity", f"{values['perplexity']:.2f}", change)
+            rows.append(row | {"bits per byte": f"{values['bits_per_byte']:.3f}"})
         for task, scored in scored_tasks(evaluation).items():
             for metric, score in scored["metrics"].items():
-                change = scored.get("from_base", {}).get(metric, {})
-                compared = {"from base": change["value"], "p": change["p"]} if change else {}
-                rows.append({"step": step, "source": task, "score": metric, **score, **compared})
+                value = f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"
+                change = _difference(scored.get("from_base", {}).get(metric))
+                rows.append(_score_row(evaluation["step"], task, metric.replace("_", " "), value, change))
     return rows
+
+
+def _score_row(step: int, what: str, score: str, value: str, change: str) -> Row:
+    return {"step": f"{step:,}" if step else "base", "of": what, "score": score, "value": value, "against base": change}
+
+
+def _difference(found: Mapping[str, float] | None) -> str:
+    return f"{found['value']:+.4f}, p {found['p']:.2g}" if found else "–"
 
 
 def checkpoint_table(config: RunConfig, result: StageResult) -> list[Row]:
@@ -65,4 +105,6 @@ def checkpoint_rows(artifact: Artifact) -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1e-2 else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.config import RunConfig
-from neox_core.progress import Progress
+from neox_core.progress import Progress, short_time
 from neox_core.train.ends.saving import behind
 from tasks.jobs.executor import Status
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
-from tasks.report.page import read_metrics
+from tasks.report.rows import read_metrics
 
 _POLL_SECONDS = 1.0
 _NO_STEP_SECONDS = 120.0
@@ -74,7 +74,7 @@ def describe(
     if status is None:
         return "; ".join([f"job {job_id} may be at work: SLURM does not answer", *_last(row, config)])
     if status.state == "pending":
-        return "; ".join([f"job {job_id} {status}, for {_minutes(time.time() - since)}", *_last(row, config)])
+        return "; ".join([f"job {job_id} {status}, for {short_time(time.time() - since)}", *_last(row, config)])
     if row is None:
         return f"job {job_id} {status}" + _silence(time.time() - since)
     step_time = metrics.stat().st_mtime
@@ -103,16 +103,8 @@ def _step(row: Mapping[str, Any], config: RunConfig) -> str:
 
 def _left(row: Mapping[str, Any], config: RunConfig) -> str:
     tokens = (config.train.steps - row["step"]) * config.train.global_batch_tokens
-    return f", {_minutes(tokens / row['train/tokens_per_second'])} left" if tokens else ""
+    return f", {short_time(tokens / row['train/tokens_per_second'])} left" if tokens else ""
 
 
 def _silence(seconds: float) -> str:
-    return f", no step for {_minutes(seconds)}" if seconds >= _NO_STEP_SECONDS else ""
-
-
-def _minutes(seconds: float) -> str:
-    minutes = int(seconds / 60)
-    days, hours = minutes // 1440, minutes // 60 % 24
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"
+    return f", no step for {short_time(seconds)}" if seconds >= _NO_STEP_SECONDS else ""

@@ -25,7 +25,7 @@ from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
-from tasks.report.page import read_metrics
+from tasks.report.rows import read_metrics, training_figures
 
 logger = logging.getLogger(__name__)
 
@@ -152,17 +152,9 @@ def _last_saved(training: Training) -> int:
 
 
 def _summary(training: Training, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/loss" in row]
-    # The first steps of a job warm up; the median is what the rest ran at.
-    rates = sorted(row["train/tokens_per_second"] for row in rows)
-    utilisations = sorted(row["train/mfu"] for row in rows)
     return {
         **result,
-        "first_loss": rows[0]["train/loss"],
-        "last_loss": rows[-1]["train/loss"],
-        "steps": rows[-1]["step"],
-        "tokens_per_second": rates[len(rates) // 2],
-        "mfu": utilisations[len(utilisations) // 2],
+        **training_figures(read_metrics(folder / METRICS_FILE)),
         "checkpoints": _complete_steps(training),
         "consumed": training.consumed_history(),
         "incidents": _incidents(folder / INCIDENTS_FILE),

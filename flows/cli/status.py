@@ -62,7 +62,7 @@ def doctor(config: ConfigArgument, overrides: SetOption = None) -> None:
 def _show_run(config: RunConfig) -> None:
     from tasks.identity.training import find_training
     from tasks.overview import last_incident, stage_views
-    from tasks.report.page import REPORT_FILE
+    from tasks.report.places import REPORT_FILE
 
     records = [
         {"stage": view.stage, "state": view.state, "how far": view.text, "where": view.place}

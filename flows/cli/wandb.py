@@ -12,7 +12,7 @@ from neox_core.errors import ConfigError
 def sync(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Upload what the training and the evaluation wrote offline, by `wandb sync`; again: what is new."""
     from tasks.identity.training import find_training
-    from tasks.wandb_runs import upload_runs, wandb_links
+    from tasks.report.wandb_runs import upload_runs, wandb_links
 
     training = find_training(load_config(config, overrides or ()))
     if training is None:

@@ -89,10 +89,10 @@ class ObjectStore:
         """Write a small object in one atomic request."""
         self.put_bytes(key, text.encode())
 
-    def put_bytes(self, key: str, content: bytes) -> None:
-        """Write a small object in one atomic request."""
+    def put_bytes(self, key: str, content: bytes, kind: str = "binary/octet-stream") -> None:
+        """Write a small object in one atomic request; `kind` is its media type, by which browsers go."""
         with self._errors(key):
-            self._client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content)
+            self._client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content, ContentType=kind)
 
     def get_text(self, key: str) -> str | None:
         """Read a small object; None if there is none."""

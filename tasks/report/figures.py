@@ -150,16 +150,17 @@ def mixture_figure(run: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
     from plotly.subplots import make_subplots
 
     names = list(run)[::-1]  # plotly draws the first bar at the bottom
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    titles = ("share of training sequences, %", "epochs in this run")
+    figure = make_subplots(rows=2, cols=1, vertical_spacing=0.16)  # side by side, phones would have them overlap
     shares, epochs = [100 * run[name]["share"] for name in names], [run[name]["epochs"] for name in names]
-    for column, (values, text) in enumerate(((shares, "%{x:.1f}%"), (epochs, "%{x:.3~g}")), start=1):
+    for row, (values, text, title) in enumerate(
+        zip((shares, epochs), ("%{x:.1f}%", "%{x:.3~g}"), titles, strict=True), 1
+    ):
         bars = {"x": values, "y": names, "orientation": "h", "texttemplate": text, "textposition": "outside"}
-        figure.add_bar(**bars, marker_color=[colours[name] for name in names], cliponaxis=False, row=1, col=column)
-        figure.update_xaxes(range=[0, 1.22 * max(values, default=1) or 1], row=1, col=column)
-    _style(figure, height=72 + 40 * len(names))
+        figure.add_bar(**bars, marker_color=[colours[name] for name in names], cliponaxis=False, row=row, col=1)
+        figure.update_xaxes(range=[0, 1.22 * max(values, default=1) or 1], title_text=title, row=row, col=1)
+    _style(figure, height=160 + 64 * len(names))
     figure.update_layout(showlegend=False, hovermode="closest", bargap=0.35)
-    figure.update_xaxes(title_text="share of training sequences, %", row=1, col=1)
-    figure.update_xaxes(title_text="epochs in this run", row=1, col=2)
     figure.update_yaxes(gridcolor="rgba(0,0,0,0)")
     return _html(figure, "mixture")
 

@@ -24,3 +24,10 @@ def format_duration(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"
+
+
+def format_change(value: float, base: float | None) -> str:
+    """−12.3%, of a value against another one; a dash without that, or where both are one."""
+    if not base or value == base:
+        return "–"
+    return f"{value / base - 1:+.1%}".replace("-", "\u2212")

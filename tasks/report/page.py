@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +24,6 @@ from tasks.report.figures import (
 from tasks.report.formats import format_bytes, format_count, format_duration
 from tasks.report.tasks_section import task_context, task_figures
 
-logger = logging.getLogger(__name__)
-REPORT_FILE = "report.html"
-"""In the workdir."""
 _TEMPLATE = "report.html.j2"
 _STEP_METRICS = (
     ("train/lr", "learning rate", ".3~e"),
@@ -66,33 +61,9 @@ class ReportData:
     checkpoint its step and, per source, sequences, tokens and epochs; incidents and changes, as train records them."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Name -> path or URL of what the run left behind."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """By the same names, what a browser opens where the link itself is none."""
     software: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl into one row per step, in order of steps.
-
-    A resumed run repeats steps: the later line's values win. A run that was killed may leave half a last line, which
-    is passed over with a warning. A file that does not exist yet has no rows.
-
-    Raises:
-        DataError: another line is not a JSON object with a step.
-    """
-    if not path.exists():
-        return []
-    rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            rows.setdefault(int(values["step"]), {}).update(values)
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise DataError(
-                    f"{path}, line {number} is not a JSON object with a step ({error!r}): remove the line"
-                ) from None
-            logger.warning("%s: the last line is incomplete and is passed over", path)
-    return [rows[step] for step in sorted(rows)]
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -116,7 +87,7 @@ def write_report(path: Path, data: ReportData) -> None:
         accounts=_accounts(data.ledger.get("sources", {})),
         step_charts=[f"step-{key}" for key, _, _ in _STEP_METRICS if f"step-{key}" in charts],
         colours=colours,
-        total_seconds=sum(stage["seconds"] for stage in data.stages),
+        total_seconds=total_seconds(data.stages),
         longest_seconds=max((stage["seconds"] for stage in data.stages), default=0),
         config_yaml=yaml.safe_dump(_plain(data.config), sort_keys=False, default_flow_style=None, width=100),
         plotly_js=Markup(get_plotlyjs()) if charts else "",
@@ -145,9 +116,19 @@ def headline(data: ReportData) -> list[tuple[str, str, str]]:
         cards.append(("checkpoints", str(len(train["checkpoints"])), f"last at step {max(train['checkpoints']):,}"))
     if data.stages:
         skipped = sum(bool(stage["skipped"]) for stage in data.stages)
-        total = format_duration(sum(stage["seconds"] for stage in data.stages))
+        total = format_duration(total_seconds(data.stages))
         cards.append(("time", total, f"{skipped} of {len(data.stages)} stages skipped" if skipped else "all stages"))
     return cards
+
+
+def total_seconds(stages: Sequence[Mapping[str, Any]]) -> float:
+    """Time in which any stage was at work: stages that ran at the same time count once."""
+    total, until = 0.0, float("-inf")
+    known = [stage for stage in stages if stage.get("ended") is not None]
+    for begun, ended in sorted((stage["ended"] - stage["seconds"], stage["ended"]) for stage in known):
+        total += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return total + sum(stage["seconds"] for stage in stages if stage.get("ended") is None)
 
 
 def summary_rows(data: ReportData) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from infra.s3.service import storage_service
 from neox_core.artifact import DigestCache, find_verified, read_artifact
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.config import RunConfig
+from neox_core.data.ledger import run_ledger
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.identity import weights_identity
 from tasks.identity.training import resolve_training
@@ -78,13 +79,17 @@ def test_artifacts_name_the_ones_they_were_made_from(chain: Chain) -> None:
 
 
 def test_the_ledger_adds_up(chain: Chain, store: ObjectStore) -> None:
+    taken = run_ledger(summary(chain.run, "prepare-data")["sources"], chain.run.config)["run"]
+    assert set(taken) == SOURCES
+    assert sum(use["sequences"] for use in taken.values()) == STEPS * GLOBAL_BATCH
+    assert sum(use["tokens"] for use in taken.values()) == STEPS * GLOBAL_BATCH * SEQUENCE
     rows, _ = prefect_table("prepare-data")
-    assert {row["source"] for row in rows} == SOURCES
-    assert sum(row["run sequences"] for row in rows) == STEPS * GLOBAL_BATCH
-    assert sum(row["run tokens"] for row in rows) == STEPS * GLOBAL_BATCH * SEQUENCE
+    assert {row["source"]: row["share of the run"] for row in rows} == {
+        name: f"{use['share']:.1%}" for name, use in taken.items()
+    }
     last = list_checkpoints(store, chain.run.stage_folder("train").name)[-1]
     units = ("sequences", "tokens", "epochs")
-    consumed = {row["source"]: {unit: row[f"run {unit}"] for unit in units} for row in rows}
+    consumed = {name: {unit: use[unit] for unit in units} for name, use in taken.items()}
     assert last.consumed == consumed
     history = summary(chain.run, "train")["consumed"]
     assert [entry["step"] for entry in history] == CHECKPOINTS
@@ -119,7 +124,7 @@ def test_each_checkpoint_on_s3_has_a_manifest_and_its_files(chain: Chain, store:
         stored = {key: size for key, size in sizes.items() if f"/global_step{step}-1/" in key}
         assert stored == listed | {f"{prefix}/global_step{step}-1/manifest.json": len(text or "")}
     folders = {key.split("/")[1] for key in sizes}
-    assert folders == {"metrics.jsonl", "lease.json", *(f"global_step{step}-1" for step in CHECKPOINTS)}
+    assert folders == {"metrics.jsonl", "report.html", "lease.json", *(f"global_step{step}-1" for step in CHECKPOINTS)}
 
 
 def test_the_base_and_each_checkpoint_are_evaluated(chain: Chain) -> None:
@@ -157,13 +162,36 @@ def test_the_export_is_the_last_checkpoint_and_loads_in_transformers(
     assert torch.equal(head, torch.cat(shards))
 
 
-def test_the_report_and_the_offline_wandb_run_are_there(chain: Chain) -> None:
+def test_the_report_and_the_offline_wandb_runs_are_there(chain: Chain, store: ObjectStore) -> None:
     page = (chain.run.workdir / "report.html").read_text()
     assert chain.report.path == chain.run.workdir / "report.html"
     assert all(source in page for source in SOURCES)
     assert ("checkpoints", str(summary(chain.run, "train")["prefix"])) in chain.report.rows
-    (wandb,) = chain.run.workdir.glob("scratch/train-*/wandb/offline-run-*/*.wandb")
-    assert wandb.stat().st_size > 0
+    assert store.get_text(f"{chain.run.stage_folder('train').name}/report.html") == page
+    wandb = [*chain.run.workdir.glob("scratch/train-*/wandb/offline-run-*/*.wandb")]
+    assert len(wandb) == 2  # of the training, and of the evaluation
+    assert all(path.stat().st_size > 0 for path in wandb)
+    assert [row for row in chain.report.rows if row[0].startswith("W&B: ")] == [
+        (f"W&B: {stage}, 1 not uploaded", str(wandb[0].parent.parent)) for stage in ("train", "evaluate")
+    ]
+
+
+def test_perplexities_are_shown_against_the_base_model(chain: Chain) -> None:
+    rows, _ = prefect_table("evaluate")
+    of_arxiv = [row for row in rows if row["of"] == "arxiv"]
+    assert [row["step"] for row in of_arxiv] == ["base", *map(str, CHECKPOINTS)]
+    assert of_arxiv[0]["against base"] == "\u2013"
+    assert of_arxiv[-1]["against base"].startswith("\u2212")  # less of it
+    assert all(len(row["value"]) <= 8 for row in rows)
+
+
+def test_where_things_lie_and_the_loss_are_on_the_trainings_page(chain: Chain) -> None:
+    places, image = Artifact.get("train-places-small"), Artifact.get("train-loss-small")
+    assert places is not None
+    assert image is not None
+    (attempt,) = chain.run.attempts("train")
+    assert str(attempt) in str(places.data)
+    assert (image.type, str(image.data)[:26]) == ("image", "data:image/svg+xml;base64,")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,25 @@ class Prefect:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.folder / "home"), "PREFECT_SERVER_API_PORT": str(self.port)}
         own["LLEMMA_NOTIFY_URLS"] = self.receiver.url("alerts")
-        return outside | own | {"PREFECT_WORKER_QUERY_SECONDS": "1", "OMP_NUM_THREADS": "1"}
+        patient = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_SERVER_DATABASE_TIMEOUT": "120"}
+        return outside | own | patient | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     """A server with all deployments and a worker."""
+    with serving(tmp_path_factory.mktemp("prefect")) as prefect:
+        yield prefect
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Prefect]:
+    """A server with all deployments and a worker, which inherit the environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with receiving() as receiver:
-        prefect = Prefect(tmp_path_factory.mktemp("prefect"), port, receiver)
+        prefect = Prefect(folder, port, receiver)
         try:
             assert "worker: started" in prefect.llemma("up", "--port", str(port))
             yield prefect

@@ -14,7 +14,8 @@ import pytest
 
 from neox_core.errors import DataError
 from tasks.report.figures import SOURCE_COLOURS
-from tasks.report.page import ReportData, headline, read_metrics, summary_rows, write_report
+from tasks.report.page import ReportData, headline, summary_rows, total_seconds, write_report
+from tasks.report.rows import read_metrics
 
 
 def evaluation(step: int, **perplexity: float) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def test_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     page = render(tmp_path, DATA)
     assert not [tag for tag, attributes in page.tags if "src" in attributes or tag in ("link", "iframe", "img")]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert links == ["https://wandb.ai/x?a=1&b=2"]
+    assert links == ["file:///runs/toy/hf", "https://wandb.ai/x?a=1&b=2"]
     libraries = [script for script in page.scripts if len(script) > 1_000_000]
     assert len(libraries) == 1
 
@@ -202,7 +203,7 @@ def test_ledger_stages_and_links_are_shown(tmp_path: Path) -> None:
     text = render(tmp_path, DATA).text
     assert "arxiv 12 150 kB 50,000 3.00 777 75.0% 3,072 0.0614" in text
     assert "code 12 60 kB 20,000 3.00 – 25.0% 1,024 0.0512" in text
-    assert "prepare-data 0.2 s, skipped train 5.0 min total 5.0 min" in text
+    assert "prepare-data 0.2 s, skipped train 5.0 min in all 5.0 min" in text
     assert "model /runs/toy/hf" in text
     assert "torch 2.13.0" in text
 
@@ -271,7 +272,7 @@ def test_nothing_is_known_yet(tmp_path: Path) -> None:
     page = render(tmp_path, ReportData("new"))
     assert "No steps are recorded yet." in page.text
     assert "No checkpoint is evaluated yet." in page.text
-    assert page.scripts == []
+    assert not [script for script in page.scripts if "lotly" in script]
     assert summary_rows(ReportData("new")) == []
 
 
@@ -332,3 +333,23 @@ def test_every_record_is_accounted_for(tmp_path: Path) -> None:
     sources["code"]["train"] = with_account(8, 7, 0, 0, 0)
     with pytest.raises(DataError, match="'code': 8 records came in, 7 are accounted for"):
         render(tmp_path, replace(DATA, ledger={"sources": sources}))
+
+
+def test_time_in_which_stages_ran_together_counts_once() -> None:
+    stages = [
+        {"stage": "convert", "seconds": 10.0, "ended": 100.0},
+        {"stage": "train", "seconds": 300.0, "ended": 500.0},
+        {"stage": "evaluate", "seconds": 310.0, "ended": 520.0},
+        {"stage": "export", "seconds": 5.0, "ended": 600.0},
+    ]
+    assert total_seconds(stages) == 10 + 320 + 5
+    assert total_seconds([{"stage": "train", "seconds": 300.0}, {"stage": "export", "seconds": 5.0}]) == 305
+
+
+def test_what_lies_somewhere_is_a_link_to_it(tmp_path: Path) -> None:
+    links = {"model": "/runs/toy/hf", "checkpoints": "s3://bucket/toy", "note": "none"}
+    addresses = {"checkpoints": "http://127.0.0.1:9000/bucket/toy"}
+    page = render(tmp_path, ReportData("x", links=links, addresses=addresses))
+    found = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert found == ["file:///runs/toy/hf", "http://127.0.0.1:9000/bucket/toy"]
+    assert "s3://bucket/toy" in page.text

@@ -25,7 +25,7 @@ def wandb_links(training: Training) -> dict[str, str]:
         if address := address_of(training.scratch, run):
             links[f"W&B: {run.kind}"] = address
         if offline := list(offline_folders(training.scratch, run)):
-            links[f"W&B: {run.kind}, not uploaded"] = ", ".join(map(str, offline))
+            links[f"W&B: {run.kind}, {len(offline)} not uploaded"] = str(offline[0].parent)
     return links
 
 

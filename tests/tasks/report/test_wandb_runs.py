@@ -9,12 +9,12 @@ import pytest
 
 from neox_core.config import RunConfig, WandbConfig
 from neox_core.errors import ConfigError, LlemmaError
-from neox_core.train.observe.wandb_run import WandbRun, start_wandb
-from tasks import wandb_runs
+from neox_core.train.observe.wandb_run import WandbRun, offline_folders, start_wandb
 from tasks.evaluation.score_log import ScoreLog, score_run
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.training import Training, resolve_training
-from tasks.wandb_runs import upload_runs, wandb_links
+from tasks.report import wandb_runs
+from tasks.report.wandb_runs import upload_runs, wandb_links
 from tests.e2e.runs import Run, write_run
 from tests.flows.cli.command import run_command
 from tests.tasks.test_cancel import note_finished
@@ -68,11 +68,8 @@ def test_all_jobs_become_one_run_and_no_page_or_file_has_the_key(
     written: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     training = written
-    links = wandb_links(training)
-    assert {name: len(folders.split(", ")) for name, folders in links.items()} == {
-        "W&B: train, not uploaded": 2,
-        "W&B: evaluate, not uploaded": 1,
-    }
+    folder = str(training.scratch / "wandb")
+    assert wandb_links(training) == {"W&B: train, 2 not uploaded": folder, "W&B: evaluate, 1 not uploaded": folder}
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         assert upload_runs(training) == 3
@@ -97,9 +94,10 @@ def test_what_a_job_still_writes_is_left_for_later(training: Training, monkeypat
     runs = [(_training_run(training), True), (_score_run(training), True)]
     monkeypatch.setattr(wandb_runs, "_runs", lambda training: iter(runs))
     monkeypatch.setattr(wandb_runs, "_WANDB", (sys.executable, "-c", MARKS))
-    last = max((training.scratch / "wandb").glob(f"offline-run-*-{_training_run(training).id}"))
     assert upload_runs(training) == 1
-    assert wandb_links(training)["W&B: train, not uploaded"] == str(last)
+    assert list(wandb_links(training)) == ["W&B: train, 1 not uploaded", "W&B: evaluate, 1 not uploaded"]
+    last = max((training.scratch / "wandb").glob(f"offline-run-*-{_training_run(training).id}"))
+    assert list(offline_folders(training.scratch, _training_run(training))) == [last]
 
 
 def test_a_command_that_uploads_nothing_is_no_success(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,55 @@
+"""The training's rows, as metrics.jsonl has them, and what they come to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median_high
+from typing import Any
+
+from neox_core.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl into one row per step, in order of steps.
+
+    A resumed run repeats steps: the later line's values win. A run that was killed may leave half a last line, which
+    is passed over with a warning. A file that does not exist yet has no rows.
+
+    Raises:
+        DataError: another line is not a JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            rows.setdefault(int(values["step"]), {}).update(values)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise DataError(
+                    f"{path}, line {number} is not a JSON object with a step ({error!r}): remove the line"
+                ) from None
+            logger.warning("%s: the last line is incomplete and is passed over", path)
+    return [rows[step] for step in sorted(rows)]
+
+
+def training_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """First and last loss, steps, and the median of speed and utilisation, as the first steps of a job warm up; empty
+    before the first step."""
+    rows = [row for row in metrics if "train/loss" in row]
+    if not rows:
+        return {}
+    return {
+        "first_loss": rows[0]["train/loss"],
+        "last_loss": rows[-1]["train/loss"],
+        "steps": rows[-1]["step"],
+        "tokens_per_second": median_high(row["train/tokens_per_second"] for row in rows),
+        "mfu": median_high(row["train/mfu"] for row in rows),
+    }
