@@ -16,10 +16,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.flow_runs.following import show_progress
 from flows.flow_runs.reconcile import Reconciler
+from flows.flow_runs.telling import tell_news
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import LlemmaError
 from tasks.identity.stage import try_claim_name
 from tasks.watch.memory import Memory
+from tasks.watch.notify import Event
 
 _log = logging.getLogger(__name__)
 
@@ -39,33 +41,41 @@ class Watched:
 
 
 @flow(name="watch", log_prints=False)
-def watch(grace_seconds: float = 90.0) -> list[str]:
+def watch(grace_seconds: float = 90.0) -> None:
     """Look at every run of the last day and those that have not ended: reconcile, report progress, tell somebody.
 
     Args:
         grace_seconds: how long a run must have been in its state before its process can be found to be gone.
     """
-    done: list[str] = []
     with get_client(sync_client=True) as client:
         for watched in _watched(client):
             with try_claim_name(watched.config.workdir, _CLAIM) as claimed:
                 if claimed:  # else another watcher is at work
-                    done += _look_after(client, watched, grace_seconds)
+                    _look_after(client, watched, grace_seconds)
         _forget_old(client)
-    return done
 
 
-def _look_after(client: SyncPrefectClient, watched: Watched, grace_seconds: float) -> Iterator[str]:
+def _look_after(client: SyncPrefectClient, watched: Watched, grace_seconds: float) -> None:
     """One step after the other; what fails keeps no other step, nor the other configurations."""
-    memory = Memory.of(watched.config.workdir)
-    reconciler = Reconciler(client, watched.config, memory, grace_seconds)
-    try:
+    config, memory, done = watched.config, Memory.of(watched.config.workdir), list[Event]()
+    reconciler = Reconciler(client, config, memory, grace_seconds)
+
+    def reconcile() -> None:
         for run in _to_reconcile(watched.runs):
-            if done := reconciler.reconcile(run):
-                yield done
-        show_progress(client, watched.config)
-    except (LlemmaError, OSError) as error:
-        _log.warning("%s is not known fully: %s", watched.config.name, error)
+            state = reconciler.reconcile(run)
+            if state and state.is_scheduled():
+                todo = "nothing, unless it happens again"
+                done.append(Event("restart", f"run again {state.id}", f"{run.name}: {state.message}", todo))
+
+    for step in (
+        reconcile,
+        lambda: show_progress(client, config),
+        lambda: tell_news(config, watched.runs, done, memory),
+    ):
+        try:
+            step()
+        except (LlemmaError, OSError) as error:
+            _log.warning("%s: %s", config.name, error)
 
 
 def _to_reconcile(runs: list[FlowRun]) -> Iterator[FlowRun]:

@@ -33,5 +33,7 @@ class StoppedError(LlemmaError):
     """Training was told to stop before its last step and has saved its state: run again to go on."""
 
 
+SUPERSEDED_EXIT_CODE = 77
+"""EX_NOPERM of sysexits.h: another job of this training is at work, and this one ended in the middle of a step."""
 GO_ON_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the job ended too early, and the same command goes on from what is saved."""

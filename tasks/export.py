@@ -13,6 +13,7 @@ from neox_core.checkpoint.scores import ranking
 from neox_core.config import VALIDATION, RunConfig
 from neox_core.data.dataset import token_prefix
 from neox_core.data.indexed import IndexedDataset
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
@@ -104,9 +105,9 @@ def _ranks(training: Training, best_by: str) -> dict[int, float]:
 
 def sample_texts(data: Path, tokenizer: Path, config: RunConfig) -> list[str]:
     """The first documents of each source's training text, decoded from its token files."""
-    from neox_core.checkpoint.formats.huggingface_tokenizer import is_json_tokenizer, load_sentencepiece
+    from neox_core.checkpoint.formats.huggingface_tokenizer import load_sentencepiece
 
-    if is_json_tokenizer(tokenizer):  # which is exported as it is
+    if kind_of_file(tokenizer) is not TokenizerKind.SENTENCEPIECE:  # which is exported as it is
         return []
     pieces, begin = load_sentencepiece(tokenizer), int(config.tokenizer.begin_of_document)
     texts: list[str] = []

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from infra.s3.service import EMBEDDED
-from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, is_json_tokenizer, tokenizer_problem
+from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, tokenizer_problem
 from neox_core.config import RunConfig, batch_geometry
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files
 from neox_core.storage.object_store import ObjectStore
@@ -81,7 +82,9 @@ def check_workdir(workdir: Path) -> None:
 
 def note_tokenizer(path: Path) -> None:
     """Say now what the export will say of it, weeks later."""
-    if path.is_file() and not is_json_tokenizer(path) and (problem := tokenizer_problem(path)):
+    if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:
+        return
+    if problem := tokenizer_problem(path):
         logger.warning(
             "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file next to the model, "
             "as %s",

@@ -33,6 +33,8 @@ CONFIG_FILE = "config.json"
 """In the scratch folder: the configuration of the training that has it, for those who look in."""
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
+RESTART_FILE = "restart"
+"""In the scratch folder: why the job was last submitted again."""
 _INCIDENT_KEYS = ("step", "problem", "action", "loss", "gradient_norm", "ranks", "sources")
 
 
@@ -76,6 +78,10 @@ def _train(training: Training, progress: Progress) -> StageResult:
             saved=scratch / SAVED_FILE,
         )
 
+    def waiting(why: str) -> None:
+        write_atomically(scratch / RESTART_FILE, why)
+        progress(share_done(config, scratch / METRICS_FILE), why)
+
     def build(folder: Path) -> Mapping[str, Any]:
         result = run_to_end(
             lambda: SchedulerRetry().wait_for(
@@ -84,7 +90,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
             lambda job: follow(job, config, scratch / METRICS_FILE, progress),
             lambda: _last_saved(training),
             config.launch.max_restarts,
-            lambda why: progress(share_done(config, scratch / METRICS_FILE), why),
+            waiting,
         )[0]
         for path in (scratch / METRICS_FILE, scratch / INCIDENTS_FILE):
             if path.is_file():

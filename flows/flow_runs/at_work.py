@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from infra.processes import ProcessRecord
 from tasks.identity.stage import claim, claim_file, is_claimed
 
 
@@ -21,6 +27,8 @@ def at_work(workdir: Path, run: str | None) -> Iterator[None]:
         yield
         return
     with claim(workdir, _name(run), "this flow run", lambda share, text: None):
+        process = asdict(ProcessRecord.of(os.getpid())) | {"host": socket.gethostname()}
+        claim_file(workdir, _name(run)).write_text(json.dumps(process), encoding="utf-8")
         try:
             yield
         finally:
@@ -33,6 +41,13 @@ def has_died(workdir: Path, run: str) -> bool | None:
     if not claim_file(workdir, _name(run)).exists():
         return None
     return not is_claimed(workdir, _name(run))
+
+
+def end_process(workdir: Path, run: str) -> None:
+    """Have the process of a flow run end, by SIGTERM, if it is one of this host's."""
+    process = json.loads(claim_file(workdir, _name(run)).read_text(encoding="utf-8"))
+    if process.pop("host") == socket.gethostname():
+        ProcessRecord(**process).send(signal.SIGTERM)
 
 
 def forget_process(workdir: Path, run: str) -> None:

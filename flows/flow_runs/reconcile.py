@@ -7,13 +7,15 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
-from flows.flow_runs.at_work import forget_process, has_died
+from flows.flow_runs.at_work import end_process, forget_process, has_died
 from flows.flow_runs.deployed import parent_of
 from neox_core.config import RunConfig
 from tasks.identity.training import find_training
@@ -38,12 +40,12 @@ class Reconciler:
     grace_seconds: float
     """A run that has not been in its state for so long is left alone: its process may be starting."""
 
-    def reconcile(self, run: FlowRun) -> str | None:
+    def reconcile(self, run: FlowRun) -> State | None:
         """Give a run whose process is gone another state: cancelled, if that was under way; failed, if its job says so
         or it was run again too often; else it is run again. May be called anew after a kill at any point.
 
         Returns:
-            What was done, in words; None: nothing.
+            The state that it was given; None: nothing was done.
 
         Raises:
             NoAnswer: the scheduler does not answer; nothing was done.
@@ -59,7 +61,7 @@ class Reconciler:
             return self._set(run, Crashed(message=f"its process is gone; {found.text}; the chain runs it again"))
         return self._run_again(run, found)
 
-    def _run_again(self, run: FlowRun, found: Verdict) -> str | None:
+    def _run_again(self, run: FlowRun, found: Verdict) -> State | None:
         most = self.config.launch.max_restarts
         if not self.memory.may_rerun(str(run.id), saved_step(find_training(self.config)), most):
             text = f"its process was gone more than {most} times (launch.max_restarts) without a new checkpoint"
@@ -67,10 +69,11 @@ class Reconciler:
         forget_process(self.config.workdir, str(run.id))
         return self._set(run, AwaitingRetry(message=f"its process was gone: run again; {found.text}"))
 
-    def _finish_cancelling(self, run: FlowRun) -> str | None:
+    def _finish_cancelling(self, run: FlowRun) -> State | None:
         from flows.llemma_pretrain import FLOWS, llemma_pretrain  # seconds, which a look each minute need not cost
 
-        flow = {llemma_pretrain.name: llemma_pretrain, **FLOWS}[self.client.read_flow(run.flow_id).name]
+        flows: dict[str, Flow[Any, Any]] = {llemma_pretrain.name: llemma_pretrain, **FLOWS}
+        flow = flows[self.client.read_flow(run.flow_id).name]
         assert run.state
         for hook in flow.on_cancellation_hooks:
             hook(flow, run, run.state)
@@ -83,10 +86,13 @@ class Reconciler:
         age = (datetime.now(UTC) - run.state.timestamp).total_seconds()
         died = partial(has_died, self.config.workdir, str(run.id))
         gone = died() if run.state.type != StateType.PENDING else None
+        cancelling = run.state.type == StateType.CANCELLING
         if gone is None:
-            return age > _NEVER_BEGAN * self.grace_seconds
-        if not gone or age < self.grace_seconds:
+            return age > self.grace_seconds * (1 if cancelling else _NEVER_BEGAN)
+        if age < self.grace_seconds:
             return False
+        if cancelling and not gone:  # it would have ended, had its worker not been killed, which alone can tell it
+            end_process(self.config.workdir, str(run.id))
         time.sleep(_SURE_SECONDS)
         return died() is True
 
@@ -105,11 +111,11 @@ class Reconciler:
             return False
         return state is not None and (not state.is_final() or state.is_crashed())
 
-    def _set(self, run: FlowRun, state: State) -> str | None:
+    def _set(self, run: FlowRun, state: State) -> State | None:
         """Unless the run has got another state since it was looked at."""
         now = self.client.read_flow_run(run.id).state
         if now is None or run.state is None or now.id != run.state.id:
             return None
         self.client.set_flow_run_state(run.id, state, force=True)
         _log.warning("%s was %s: now %s: %s", run.name, run.state.name, state.name, state.message)
-        return f"{run.name}: {state.message}"
+        return state

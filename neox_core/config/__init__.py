@@ -8,6 +8,7 @@ from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
     LaunchConfig,
+    NotifyConfig,
     ParallelConfig,
     RunConfig,
     StorageConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "GuardConfig",
     "LaunchConfig",
     "ModelConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-FamilyName = Literal["llama", "mistral", "qwen2", "qwen3"]
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"]
+QkNorm = Literal["head", "projection"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,16 @@ class Family:
     """Prefix of transformers' classes."""
     qkv_bias: bool = False
     """Queries, keys and values have a bias."""
-    qk_norm: bool = False
-    """Each head's query and key are normalized before they are rotated."""
+    qk_norm: QkNorm | None = None
+    """Queries and keys are normalized before they are rotated: those of each head, or all heads' together."""
+    norms_after: bool = False
+    """What attention and MLP add is normalized, not what they read."""
     kv_heads_default: bool = False
     """A config.json without num_key_value_heads means as many as query heads."""
     head_dim_default: bool = True
     """A config.json without head_dim means hidden_size / num_attention_heads."""
+    norm_eps_default: float = 1e-6
+    """What a config.json without rms_norm_eps means."""
     sliding_window: int | None = None
     """What a config.json without sliding_window means; None: the family's models attend to all earlier positions."""
 
@@ -31,6 +36,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
     "llama": Family("Llama", kv_heads_default=True),
     "mistral": Family("Mistral", sliding_window=4096),
     "qwen2": Family("Qwen2", qkv_bias=True),
-    "qwen3": Family("Qwen3", qk_norm=True, head_dim_default=False),
+    "qwen3": Family("Qwen3", qk_norm="head", head_dim_default=False),
+    "olmo2": Family("Olmo2", qk_norm="projection", norms_after=True, kv_heads_default=True, norm_eps_default=1e-5),
 }
 """By transformers' model_type."""

@@ -38,7 +38,7 @@ class TokenizerConfig(Section):
     """The base model's tokenizer and the id that ends a document."""
 
     model: ConfigPath = Field(
-        description="SentencePiece's .model file, a tokenizer.json with byte-level BPE, or the folder of either"
+        description="SentencePiece's .model file, Llama 3's, a tokenizer.json with byte-level BPE, or the folder of one"
     )
     end_of_document: str = Field(
         "eos", description="unk: what Llemma's own data has; of a tokenizer.json: the special token, <|endoftext|>"
@@ -128,6 +128,15 @@ class WandbConfig(Section):
     entity: str | None = Field(None, description="team or user that the project belongs to; None: yours")
 
 
+class NotifyConfig(Section):
+    """What the watcher of `llemma up` tells, to the addresses in the environment variable LLEMMA_NOTIFY_URLS."""
+
+    events: tuple[Literal["failure", "restart", "incident", "no-step", "finished"], ...] = Field(
+        ("failure", "restart", "incident", "no-step", "finished"), description="those that are told, each once"
+    )
+    no_step_minutes: PositiveFloat = Field(30.0, description="minutes without a training step after which that is told")
+
+
 class RunConfig(Section):
     """Everything that a run depends on."""
 
@@ -146,6 +155,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     wandb: WandbConfig = WandbConfig()
+    notify: NotifyConfig = NotifyConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -9,6 +9,7 @@ from neox_core.kernels.attention import AUTO
 from neox_core.model.rope import RopeScaling
 
 if TYPE_CHECKING:  # so that the model needs nothing but torch
+    from neox_core.config.families import QkNorm
     from neox_core.config.model_sections import ModelConfig
 
 
@@ -32,8 +33,10 @@ class ModelDimensions:
     grouped_qkv: bool = False
     """The fused projection's rows go by KV heads, not by query heads (elementwise.py)."""
     qkv_bias: bool = False
-    qk_norm: bool = False
-    """Each head's query and key are normalized."""
+    qk_norm: QkNorm | None = None
+    """Queries and keys are normalized, by head or over all heads, those of other ranks included."""
+    norms_after: bool = False
+    """What attention and MLP add is normalized, not what they read."""
     tied_embeddings: bool = False
     """The output head's weight is the embedding's."""
 
@@ -55,6 +58,7 @@ class ModelDimensions:
             grouped_qkv=model.grouped_qkv,
             qkv_bias=model.differences.qkv_bias,
             qk_norm=model.differences.qk_norm,
+            norms_after=model.differences.norms_after,
             tied_embeddings=model.tied_embeddings,
         )
 

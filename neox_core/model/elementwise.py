@@ -31,9 +31,11 @@ def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
     return Kernel(function, choose)
 
 
-def _normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _normalize(x: Tensor, scale: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:
     x32 = x.float()
-    return scale * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if mean_square is None:
+        mean_square = x32.square().mean(-1, keepdim=True)
+    return scale * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
 @fused_on_cuda
@@ -81,6 +83,22 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
 
 
+def _split(fused_BTF: Tensor, head_dim: int, heads: int, kv_heads: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = kv_heads if grouped else heads
+    kv_slice = head_dim * kv_heads // rows
+    per_head = fused_BTF.view(*fused_BTF.shape[:-1], rows, head_dim * heads // rows + 2 * kv_slice)
+    q, k, v = torch.split(per_head, [head_dim * heads // rows, kv_slice, kv_slice], dim=-1)
+    k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
+    return q.reshape(*fused_BTF.shape[:-1], heads, head_dim), k, v
+
+
+@fused_on_cuda
+def mean_squares(fused_BTF: Tensor, head_dim: int, heads: int, kv_heads: int, grouped: bool) -> Tensor:
+    """Of all heads' queries and of all heads' keys in a fused projection: [B,T,2], in fp32."""
+    q, k, _ = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
+    return torch.stack([x.float().square().mean((-2, -1)) for x in (q, k)], dim=-1)
+
+
 @fused_on_cuda
 def split_and_rotate(
     fused_BTF: Tensor,
@@ -91,6 +109,7 @@ def split_and_rotate(
     grouped: bool = False,
     scales: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    means_BT2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys with their positions, and values, from a fused projection.
 
@@ -98,18 +117,16 @@ def split_and_rotate(
         fused_BTF: per query head its q, then its slices of k and of v, as NeoX has them; F = (heads + 2 kv_heads) x
             head width.
         grouped: instead, per KV head its queries, its k and its v.
-        scales: of the norms [H] that each head's q and k get before they are rotated.
+        scales: of the norms that q and k get before they are rotated: [H], the same for each head, or of all heads.
+        means_BT2: where they are normalized over all heads: mean squares of q and of k.
 
     Returns:
         q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
     """
     head_dim = 2 * cos.shape[-1]
-    rows = kv_heads if grouped else heads
-    kv_slice = head_dim * kv_heads // rows
-    per_head = fused_BTF.view(*fused_BTF.shape[:-1], rows, head_dim * heads // rows + 2 * kv_slice)
-    q, k, v = torch.split(per_head, [head_dim * heads // rows, kv_slice, kv_slice], dim=-1)
-    k, v = (x.reshape(*fused_BTF.shape[:-1], kv_heads, head_dim) for x in (k, v))
-    q = q.reshape(*fused_BTF.shape[:-1], heads, head_dim)
+    q, k, v = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
     if scales is not None:
-        q, k = _normalize(q, scales[0], eps), _normalize(k, scales[1], eps)
+        of_q, of_k = (None, None) if means_BT2 is None else means_BT2[..., None, None, :].unbind(-1)
+        q = _normalize(q, scales[0].view(-1, head_dim), eps, of_q)
+        k = _normalize(k, scales[1].view(-1, head_dim), eps, of_k)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()

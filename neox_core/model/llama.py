@@ -6,12 +6,14 @@ Parameter names are GPT-NeoX's, so that a layer's state_dict is its checkpoint f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.dimensions import ModelDimensions
-from neox_core.model.elementwise import rms_norm, split_and_rotate, swiglu
+from neox_core.model.elementwise import mean_squares, rms_norm, split_and_rotate, swiglu
 from neox_core.model.rope import RotaryEmbedding
 
 
@@ -37,9 +39,12 @@ class Attention(nn.Module):
         query_width = dims.num_heads * dims.head_dim
         kv_width = dims.num_kv_heads * dims.head_dim
         self.query_key_value = nn.Linear(dims.hidden_size, query_width + 2 * kv_width, bias=dims.qkv_bias)
-        if dims.qk_norm:
-            self.q_norm = RMSNorm(dims.head_dim, dims.norm_eps)
-            self.k_norm = RMSNorm(dims.head_dim, dims.norm_eps)
+        if dims.qk_norm is not None:
+            by_head = dims.qk_norm == "head"
+            self.q_norm = RMSNorm(dims.head_dim if by_head else query_width, dims.norm_eps)
+            self.k_norm = RMSNorm(dims.head_dim if by_head else kv_width, dims.norm_eps)
+        self.of_all_heads: Callable[[Tensor], Tensor] | None = None
+        """From means over these heads to those over all of the model's, where the module has a part of them."""
         self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
         self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta, dims.rope_scaling)
 
@@ -51,10 +56,12 @@ class Attention(nn.Module):
         """What every token's heads read: fused projection [B,T,F] -> [B,T,N*H]"""
         cos, sin = self.rotary(fused_BTF.shape[1], positions_BT)
         dims = self.dims
+        heads = dims.num_heads, dims.num_kv_heads, dims.grouped_qkv
         scales = (self.q_norm.scale, self.k_norm.scale) if dims.qk_norm else None
-        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(
-            fused_BTF, cos, sin, dims.num_heads, dims.num_kv_heads, dims.grouped_qkv, scales, dims.norm_eps
-        )
+        means_BT2 = mean_squares(fused_BTF, dims.head_dim, *heads) if dims.qk_norm == "projection" else None
+        if means_BT2 is not None and self.of_all_heads is not None:
+            means_BT2 = self.of_all_heads(means_BT2)
+        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, *heads, scales, dims.norm_eps, means_BT2)
         attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
         return attended_BTNH.flatten(2)
 
@@ -93,7 +100,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each with its norm before it and a residual around it.
+    """Attention and MLP, each with its norm before it, or after it where the dimensions say so, and a residual around.
 
     Where `positions` are given, each row of tokens is a pack of documents, in each of which they count from 0, and
     attention stays within a document. Otherwise a row is one document. What runs instead of this forward, to the same
@@ -102,13 +109,20 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dims: ModelDimensions) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
+        self.norms_after = dims.norms_after
+        if not dims.norms_after:
+            self.input_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
         self.attention = Attention(dims)
         self.post_attention_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
         self.mlp = MLP(dims)
+        if dims.norms_after:
+            self.post_feedforward_layernorm = RMSNorm(dims.hidden_size, dims.norm_eps)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
+        if self.norms_after:
+            h_BTD = x_BTD + self.post_attention_layernorm(self.attention(x_BTD, positions_BT))
+            return h_BTD + self.post_feedforward_layernorm(self.mlp(h_BTD))
         h_BTD = x_BTD + self.attention(self.input_layernorm(x_BTD), positions_BT)
         return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
 

@@ -71,16 +71,15 @@ class FusedBlock(PipelineLayer):
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
-        self.input_layernorm = block.input_layernorm
-        self.attention = block.attention
-        self.post_attention_layernorm = block.post_attention_layernorm
-        self.mlp = block.mlp
+        self.norms_after = block.norms_after
+        for name, part in block.named_children():
+            self.add_module(name, part)
         self.checkpointing = NoCheckpointing()
         """What is kept for the backward pass."""
 
     def compute(self, x: Tensor, positions_BT: Tensor | None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        return self.checkpointing.run(self._block, x, positions_BT)
+        return self.checkpointing.run(self._block_then_norms if self.norms_after else self._block, x, positions_BT)
 
     # Results are passed on without a name where a later product does not need them: a name would keep their memory.
     def _block(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
@@ -89,6 +88,11 @@ class FusedBlock(PipelineLayer):
             self.post_attention_layernorm, x_BTD, self._attention(normed_BTD, positions_BT)
         )
         return h_BTD + self._mlp(normed_BTD)
+
+    def _block_then_norms(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+        recomputed = self.checkpointing.recomputed
+        h_BTD = x_BTD + recomputed(self.post_attention_layernorm, self._attention(x_BTD, positions_BT))
+        return h_BTD + recomputed(self.post_feedforward_layernorm, self._mlp(h_BTD))
 
     def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, addend_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total_BTD, normed_BTD = add_norm(x_BTD, addend_BTD, norm.scale, norm.eps)

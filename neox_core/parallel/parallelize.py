@@ -56,6 +56,8 @@ def split_among_ranks(layer: nn.Module, place: Parallelism) -> nn.Module:
     """Hidden states are exchanged where the layer's class enters and leaves a region that tensor parallelism splits."""
     assert isinstance(layer, PipelineLayer)
     layer.region = SplitRegion.of(place.mesh)
+    if isinstance(layer, FusedBlock) and layer.region is not None:
+        layer.attention.of_all_heads = layer.region.mean
     return layer
 
 

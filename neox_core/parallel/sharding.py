@@ -67,6 +67,7 @@ SHARDINGS: Mapping[type[nn.Module], Mapping[str, Sharding]] = {
         "attention.k_norm.scale": HEAD_NORM,
         "attention.dense.weight": COLUMNS,
         "post_attention_layernorm.scale": TOKEN_NORM,
+        "post_feedforward_layernorm.scale": TOKEN_NORM,
         "mlp.w1.weight": ROWS,
         "mlp.w2.weight": COLUMNS,
         "mlp.w3.weight": ROWS,
@@ -74,6 +75,9 @@ SHARDINGS: Mapping[type[nn.Module], Mapping[str, Sharding]] = {
     FinalNorm: {"norm.scale": TOKEN_NORM},
     OutputHead: {"final_linear.weight": ROWS},
 }
+
+_OF_ALL_HEADS: Mapping[str, Sharding] = dict.fromkeys(("attention.q_norm.scale", "attention.k_norm.scale"), ROW_BIAS)
+"""Where one norm is over the queries or keys of all heads, instead: its scale is split as they are."""
 
 
 def set_sharding(parameter: Tensor, sharding: Sharding) -> None:
@@ -108,7 +112,7 @@ def mark_parameters(layer: nn.Module, dims: ModelDimensions, ranks: int, tokens_
     Raises:
         ConfigError: the table lacks a parameter.
     """
-    table = SHARDINGS.get(type(layer), {})
+    table = {**SHARDINGS.get(type(layer), {}), **(_OF_ALL_HEADS if dims.qk_norm == "projection" else {})}
     for name, parameter in layer.named_parameters():
         if name in table:
             sharding = table[name]
@@ -121,6 +125,9 @@ def mark_parameters(layer: nn.Module, dims: ModelDimensions, ranks: int, tokens_
     if isinstance(layer, TransformerBlock) and ranks > dims.num_kv_heads:
         for fused in layer.attention.query_key_value.parameters():
             set_sharding(fused, replace(sharding_of(fused), shared_rows=key_value_rows(dims.shard(ranks))))
+        if dims.qk_norm == "projection":
+            scale = layer.attention.k_norm.scale
+            set_sharding(scale, replace(sharding_of(scale), shared_rows=(range(len(scale)),)))
 
 
 def key_value_rows(dims: ModelDimensions) -> tuple[range, ...]:

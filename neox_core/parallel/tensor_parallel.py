@@ -52,6 +52,19 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient, None
 
 
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total / dist.get_world_size(group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _MeanOverRanks.forward(ctx, gradient, ctx.group), None
+
+
 def copy_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity; the gradient is summed over the group."""
     return _CopyToRanks.apply(x, group)  # type: ignore[no-untyped-call]
@@ -135,6 +148,10 @@ class SplitRegion:
     def leave(self, partial_BTD: Tensor) -> Tensor:
         """The sum of the ranks' partial sums, or this rank's tokens of it."""
         return scatter_sum(partial_BTD, self.group) if self.tokens_split else sum_over_ranks(partial_BTD, self.group)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks of what each has of its own, and of its gradient, as all of them use the result."""
+        return _MeanOverRanks.apply(x, self.group)  # type: ignore[no-untyped-call]
 
     def enter_linears(
         self, x_BTD: Tensor, repeatable: Callable[..., Tensor], *linears: nn.Linear

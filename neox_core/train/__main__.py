@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from neox_core.artifact import Artifact, read_artifact
 from neox_core.config import RunConfig, batch_geometry, load_config
@@ -33,13 +36,22 @@ def main() -> None:
     try:
         summary = _train(arguments)
     except StoppedError as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        sys.exit(GO_ON_EXIT_CODE)
+        _end(f"{stopped}\n", GO_ON_EXIT_CODE)
     except LlemmaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+        _end(f"error: {error}\n", 1)
+    except Exception:
+        _end(traceback.format_exc(), 1)
     if os.environ["RANK"] == "0":
         sys.stdout.write(json.dumps(summary) + "\n")
+
+
+def _end(words: str, code: int) -> NoReturn:
+    """End this process now: a thread that waits for a peer or for the store must not keep it."""
+    logging.shutdown()
+    sys.stderr.write(words)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
-from neox_core.checkpoint.lease import JobLease, leased
+from neox_core.checkpoint.lease import JobLease, SupersededError, leased
 from neox_core.checkpoint.retention import apply_retention, remove_remains
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import BatchGeometry, RunConfig, batch_geometry, largest_batch
@@ -42,6 +42,9 @@ from neox_core.train.observe.telemetry import Telemetry
 from neox_core.train.observe.watchdog import Watchdog
 from neox_core.train.resuming.train_checkpoints import TrainCheckpoints, TrainingState
 from neox_core.train.startup import check_ranks_agree, startup_facts
+
+_SUPERSEDED_SECONDS = 40.0
+"""For a job that learns, at a renewal of its lease, that another one is at work, to come to a step's boundary."""
 
 
 def train(config: RunConfig, job: TrainJob) -> dict[str, Any]:
@@ -98,7 +101,12 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
     retain = partial(apply_retention, store, job.prefix, config.checkpoints)
     saving = Saving(stopping, job.output, mesh.rank, retain)
-    with _ending(store), leased(config.storage, job.prefix, mesh.rank, saving.superseded) as lease:
+
+    def superseded(error: SupersededError) -> None:
+        watchdog.end_soon(_SUPERSEDED_SECONDS, str(error))
+        saving.superseded(error)
+
+    with _ending(store), leased(config.storage, job.prefix, mesh.rank, superseded) as lease:
         writer = _writer(job, mesh, store, saving, lease, watchdog)
         watchdog.beat("resuming")
         if mesh.rank == 0:  # the others wait in what follows, and have nothing under way
@@ -171,15 +179,16 @@ def _steps(
             telemetry=telemetry,
             heartbeat=use.watchdog.beat,
         )
-        try:
-            with memory_explained(config, geometry, mesh), use.stopping.signals():
-                loop.run(start)
-        except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
+        with use.stopping.signals():  # up to the end: one that comes later must not disturb the last upload
+            try:
+                with memory_explained(config, geometry, mesh):
+                    loop.run(start)
+            except TrainingError:  # all ranks stop; the checkpoint on its way is the one to resume from
+                last_upload(writer, use.watchdog)
+                raise
+            except StopAtBoundary as stopped:
+                raise ended(stopped, job, use.store, writer, use.watchdog) from None
             last_upload(writer, use.watchdog)
-            raise
-        except StopAtBoundary as stopped:
-            raise ended(stopped, job, use.store, writer, use.watchdog) from None
-        last_upload(writer, use.watchdog)
         if mesh.rank == 0:
             remove_remains(use.store, job.prefix)  # of this training's jobs that were killed
 

@@ -29,6 +29,7 @@ from neox_core.errors import (
     TrainingError,
 )
 from neox_core.storage.atomic import write_atomically
+from neox_core.train.ends.stopping import SIGNALS
 from tasks.jobs.node.plan import NodePlan, Restarts
 
 _REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
@@ -79,6 +80,9 @@ class RankTask:
         if CONTROLLER_VARIABLE in os.environ:
             os.environ.update(meeting)
             _end_with_controller()
+        if self.restarts:  # the function listens when it can stop; the controller says it again and again
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         try:
             self.run(environment.rank)
         except BaseException as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from infra.prefect.services import ServiceRecord
+from infra.processes import ProcessRecord
 from neox_core.errors import ConfigError
 from tasks import overview
 from tasks.identity.training import resolve_training
@@ -27,13 +31,18 @@ def shown(*arguments: str) -> str:
     return " ".join(result.output.split())
 
 
-def test_a_finished_run(chain: Chain) -> None:
+def test_a_finished_run(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = stage_views(chain.run.config)
     assert [view.state for view in views] == ["finished"] * 5
     assert all(view.place is not None and view.place.is_dir() for view in views)
     assert views[2].text.startswith(f"step {STEPS} of {STEPS}, loss ")
     assert views[3].text == f"3 checkpoints, the last of step {STEPS}"
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     assert "report.html" in shown("status", str(chain.run.path))
+    assert "no server was started here (`llemma up`)" in shown("status", str(chain.run.path))
+    (tmp_path / "services").mkdir()
+    ServiceRecord(ProcessRecord.of(os.getpid()), None, 4300).write(tmp_path, "server")
+    assert "http://127.0.0.1:4300" in shown("status", str(chain.run.workdir))
     assert [config.name for config in begun_runs(chain.run.workdir)] == [chain.run.config.name]
     assert "trainings in" in shown("status", str(chain.run.workdir))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,32 @@ def test_under_torchrun_it_resumes_the_checkpoints_of_the_flow(
     assert [manifest.step for manifest in list_checkpoints(store, prefix)] == [INTERVAL, STEPS]
     rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()]
     assert training_values(rows[len(chain.run.rows()) :], 0) == training_values(chain.run.rows(), INTERVAL + 1)
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_stop_goes_on_where_it_was(
+    chain: Chain, copied: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = copied(".current", "prepare-data-*", "convert-*")
+    data, weights = run.stage_folder("prepare-data"), run.stage_folder("convert")
+    metrics = tmp_path / "output" / "metrics.jsonl"
+    with storage_service(run.config.storage, run.workdir) as storage:
+        path = served_config(run, ObjectStore(storage), {})
+        folders = ["--data", str(data), "--weights", str(weights), "--output", str(tmp_path / "output")]
+        with (tmp_path / "log").open("wb") as log:
+            agent = subprocess.Popen([sys.executable, *TORCHRUN, str(path), *folders], stdout=log, stderr=log)
+        while agent.poll() is None and not (metrics.is_file() and "train/loss" in metrics.read_text()):
+            time.sleep(0.02)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(120) != 0
+        assert "which is saved: rank" in (tmp_path / "log").read_text()
+        stopped_after = json.loads(metrics.read_text().splitlines()[-1])["step"]
+        assert stopped_after < STEPS
+        ended = start(TORCHRUN, path, data, weights, tmp_path / "output")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["started_from_step"] == stopped_after
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert training_values(rows, 0) == training_values(chain.run.rows(), 0)
 
 
 def test_one_process_is_one_rank(chain: Chain, served: tuple[Run, ObjectStore], tmp_path: Path) -> None:

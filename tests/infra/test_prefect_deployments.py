@@ -21,6 +21,7 @@ from infra.prefect.services import COMMAND, ServiceRecord
 from infra.processes import ProcessRecord
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
+from tests.tasks.watch.receiver import Receiver, receiving
 
 PATIENCE_SECONDS = 480.0
 
@@ -33,10 +34,12 @@ class Prefect:
 
     folder: Path
     port: int
+    receiver: Receiver
+    """Is told what there is to tell."""
 
     def llemma(self, *arguments: str) -> str:
         """What `llemma` says with these words, from a folder that is not the repository's."""
-        command = [str(ROOT / ".venv" / "bin" / "llemma"), *arguments, "--workdir", str(self.folder / "home")]
+        command = [str(ROOT / ".venv" / "bin" / "llemma"), *arguments]
         answer = subprocess.run(
             command, env=self._environment(), cwd=self.folder, capture_output=True, text=True, check=False
         )
@@ -70,6 +73,7 @@ class Prefect:
     def _environment(self) -> dict[str, str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.folder / "home"), "PREFECT_SERVER_API_PORT": str(self.port)}
+        own["LLEMMA_NOTIFY_URLS"] = self.receiver.url("alerts")
         patient = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_SERVER_DATABASE_TIMEOUT": "120"}
         return outside | own | patient | {"OMP_NUM_THREADS": "1"}
 
@@ -86,12 +90,14 @@ def serving(folder: Path) -> Iterator[Prefect]:
     """A server with all deployments and a worker, which inherit the environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        prefect = Prefect(folder, probe.getsockname()[1])
-    try:
-        assert "worker: started" in prefect.llemma("up", "--port", str(prefect.port))
-        yield prefect
-    finally:
-        prefect.llemma("down")
+        port = probe.getsockname()[1]
+    with receiving() as receiver:
+        prefect = Prefect(folder, port, receiver)
+        try:
+            assert "worker: started" in prefect.llemma("up", "--port", str(port))
+            yield prefect
+        finally:
+            prefect.llemma("down")
 
 
 @pytest.fixture
@@ -165,13 +171,16 @@ def test_cancel_ends_the_chain_its_stages_and_its_jobs(prefect: Prefect, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: Prefect, tmp_path: Path) -> None:
     copy_text(tmp_path)
     steps = 40
     config = write_run(tmp_path, {"train": {"steps": steps, "checkpoint_interval": 20, "validation": {"interval": 20}}})
-    prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}")
+    prefect.llemma("run", str(config), "prepare-data", "convert")
+    chain = ("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}", "--param", "start_at=train")
+    assert prefect.run(*chain).returncode == 0
     run = Run(config)
-    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"))
+    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"), 1500)
     worker = ServiceRecord.read(prefect.folder / "home", "worker")
     assert worker
     assert worker.service
@@ -181,11 +190,16 @@ def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: P
     for engine in engines:
         engine.send(signal.SIGKILL)
     assert prefect.runs(config)["train"]["type"] == "RUNNING"
-    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"))
-    flows = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate", "export")
+    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"), 1500)
+    flows = ("llemma-pretrain", "train", "evaluate", "export")
     assert {flow: state["type"] for flow, state in prefect.runs(config).items()} == dict.fromkeys(flows, "COMPLETED")
     assert len(run.attempts("train")) == 1
     assert [row["step"] for row in run.rows() if "train/loss" in row] == list(range(1, steps + 1))
+    page = f"http://127.0.0.1:{prefect.port}/runs/flow-run/"
+    wait_for(lambda: any("has finished" in line and page in line for line in prefect.receiver.messages("alerts")))
+    told = [line for line in prefect.receiver.messages("alerts") if str(run.workdir) in line]
+    assert len([line for line in told if "its process was gone: run again; job " in line]) == 1
+    assert len([line for line in told if "has finished" in line]) == 1
 
 
 def flow_processes(home: Path) -> list[psutil.Process]:
@@ -201,8 +215,8 @@ def flow_processes(home: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)

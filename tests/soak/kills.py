@@ -10,7 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +19,9 @@ from tasks.jobs.node.report import ControllerReport
 
 MOMENTS = ("step", "copy", "write", "upload", "commit", "load")
 WHO = ("rank", "group", "supervisor", "hang")
+
+_NOTHING_LOADED = 4
+"""Steps of a life after which it will load nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class KillList:
     """The kills of a training, in a folder, one after the other over all its lives."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._done = folder / "kills.jsonl"
 
     def write(self, kills: list[Kill]) -> None:
         """Begin with these."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "planned.json").write_text(json.dumps([asdict(kill) for kill in kills]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "planned.json").write_text(json.dumps([asdict(kill) for kill in kills]))
         self._done.touch()
 
     def done(self) -> list[Kill]:
@@ -62,7 +65,7 @@ class KillList:
 
     def next(self) -> Kill | None:
         """The one that is to come."""
-        planned = json.loads((self._folder / "planned.json").read_text())
+        planned = json.loads((self.folder / "planned.json").read_text())
         done = len(self.done())
         return Kill(**planned[done]) if done < len(planned) else None
 
@@ -104,6 +107,8 @@ def killed_by(kills: KillList, rank: int) -> Iterator[None]:
             result = whole(*args, **kwargs) if after else None
             times[moment] = times.get(moment, 0) + 1
             kill = kills.next()
+            if kill and kill.moment == "load" and times.get("step", 0) > _NOTHING_LOADED:
+                kill = replace(kill, moment="step")  # there was no checkpoint to load
             if kill and (kill.moment, kill.rank) == (moment, rank) and times[moment] >= kill.count:
                 kills.happen(kill)
             return result if after else whole(*args, **kwargs)

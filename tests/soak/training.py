@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from neox_core.errors import GO_ON_EXIT_CODE
 from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import TrainJob
 from tasks.jobs.node.plan import NodePlan, Restarts
-from tasks.jobs.node.report import ControllerReport
 from tasks.jobs.rank import RankTask, read_failure
 from tests.distributed import _process_context
 from tests.soak.forked import control
 from tests.soak.kills import KillList, killed_by
+from tests.tasks.jobs.node.nodes import free_port, rank_processes
 
 JOB_SECONDS = 1500.0
 """For a job to end, however it ends; longer is stuck."""
@@ -56,52 +56,57 @@ def run_to_end(
     job: TrainJob,
     folder: Path,
     kills: KillList,
-    after_job: Callable[[Lives], None] = lambda lives: None,
 ) -> Lives:
     """Submit the training again and again, with one configuration after the other, until a job ends well."""
     lives = Lives()
     while not lives.jobs or lives.jobs[-1] != 0:
         number = len(lives.jobs)
         config = configs[number % len(configs)]
-        _run_job(config, job, folder / f"job-{number}", kills, folder, lives)
-        after_job(lives)
+        _run_job(config, job, folder / f"job-{number}", kills, lives)
         assert number < 200, f"no end: {lives.reasons[-5:]}"
     return lives
 
 
-def _run_job(config: RunConfig, job: TrainJob, folder: Path, kills: KillList, kill_folder: Path, lives: Lives) -> None:
-    folder.mkdir(parents=True)
-    work = RankTask(soak_rank, (config, job, kill_folder / "kills"), folder)
-    DelayedSubmission(work).dump(folder / "7_submitted.pkl")
-    plan = NodePlan(
-        folder,
-        "7",
-        config.launch.world_size,
-        restarts=Restarts(RESTARTS, job.output / SAVED_FILE),
-        is_told_to_stop=True,
-    )
-    controller = _process_context().Process(target=control, args=(plan.to_json(), str(folder / "controller.log")))
-    controller.start()
-    deadline = time.monotonic() + JOB_SECONDS
-    seen: dict[int, ProcessRecord] = {}
-    while controller.exitcode is None and time.monotonic() < deadline:
-        report = ControllerReport.read(folder)
-        seen |= {process.pid: process for process in (report.ranks if report else ())}
-        controller.join(0.2)
-    stuck = controller.exitcode is None
-    if stuck:
+def _run_job(config: RunConfig, job: TrainJob, folder: Path, kills: KillList, lives: Lives) -> None:
+    codes, seen = run_job(config, folder, (config, job, kills.folder), job.output / SAVED_FILE)
+    lives.jobs.append(next((code for code in codes if code), codes[0]))
+    lives.processes += seen
+    if None in codes:
         logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.out")))
-        controller.kill()
-        controller.join()
-        end_processes(seen.values(), 1.0)
         raise AssertionError(f"{folder} is stuck; {kills.next()} was to come:\n{logs}")
-    log = (folder / "controller.log").read_text()
+    log = (folder / "controller-0.log").read_text()
     lives.restarts += log.count("starting all ranks again")
-    lives.jobs.append(controller.exitcode)
-    lives.processes += seen.values()
-    if controller.exitcode not in (0, GO_ON_EXIT_CODE, -9):
+    if lives.jobs[-1] not in (0, GO_ON_EXIT_CODE, -9):
         failures = [read_failure(folder, 0, rank) for rank in range(config.launch.world_size)]
         lives.reasons.append(f"{[failure.message for failure in failures if failure]} {log[-600:]}")
+
+
+def run_job(
+    config: RunConfig, folder: Path, args: tuple[Any, ...], saved: Path
+) -> tuple[list[int | None], list[ProcessRecord]]:
+    """A job of `soak_rank`, with a controller for each node; its exit codes by node (None: stuck), and all ranks."""
+    folder.mkdir(parents=True)
+    again = Restarts(RESTARTS, saved)
+    DelayedSubmission(RankTask(soak_rank, args, folder, restarts=again)).dump(folder / "7_submitted.pkl")
+    nodes, ranks, port = config.launch.nodes, config.launch.ranks_per_node, free_port()
+    controllers = []
+    for node in range(nodes):
+        plan = NodePlan(folder, "7", ranks, node, nodes, restarts=again, port=port, is_told_to_stop=True)
+        log = str(folder / f"controller-{node}.log")
+        controllers.append(_process_context().Process(target=control, args=(plan.to_json(), log)))
+        controllers[-1].start()
+    deadline = time.monotonic() + JOB_SECONDS
+    seen: dict[int, ProcessRecord] = {}
+    while any(controller.exitcode is None for controller in controllers) and time.monotonic() < deadline:
+        seen |= {process.pid: process for process in rank_processes(folder, nodes)}
+        controllers[0].join(0.2)
+    codes = [controller.exitcode for controller in controllers]
+    for controller in controllers:
+        controller.kill()
+        controller.join()
+    if None in codes:
+        end_processes(seen.values(), 1.0)
+    return codes, list(seen.values())
 
 
 def still_there(processes: Sequence[ProcessRecord], mention: str) -> list[str]:

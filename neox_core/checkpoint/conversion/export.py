@@ -20,8 +20,6 @@ from neox_core.checkpoint.formats.huggingface_tokenizer import (
     PLAIN_TOKENIZER,
     TOKENIZER_MODEL,
     compare_tokenizers,
-    is_json_tokenizer,
-    load_sentencepiece,
     tokenizer_files,
     tokenizer_problem,
 )
@@ -33,6 +31,7 @@ from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
 from neox_core.config import ModelConfig
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, load_model
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, small_files
 from neox_core.storage.targets import Target, open_target
@@ -107,17 +106,18 @@ def export_huggingface(
 
 def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
     """The base's special ids, or where it gives none those of the tokenizer."""
-    if tokenizer is None or (base is not None and base.ids) or is_json_tokenizer(tokenizer):
+    if tokenizer is None or (base is not None and base.ids):
         return base or SpecialIds()
-    pieces = load_sentencepiece(tokenizer)
-    ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+    pieces = load_model(tokenizer)
+    ids = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}
     return SpecialIds({key: value for key, value in ids.items() if value >= 0}, base.generation if base else None)
 
 
 def _tokenizer(tokenizer: Path, sequence_length: int, note: dict[str, str]) -> dict[str, bytes]:
     """The tokenizer's files; `note` gets a line where only its own file is exported."""
-    if is_json_tokenizer(tokenizer):
-        return {"tokenizer.json": tokenizer.read_bytes()}
+    kind = kind_of_file(tokenizer)
+    if kind is not TokenizerKind.SENTENCEPIECE:  # as it is
+        return {"tokenizer.json" if kind is TokenizerKind.JSON else TOKENIZER_MODEL: tokenizer.read_bytes()}
     if problem := tokenizer_problem(tokenizer):
         note["tokenizer"] = (
             f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "
@@ -221,6 +221,7 @@ def prove_export(
     summary = prove(checkpoint, folder, model, progress=progress)
     samples = [*_PROBES, *texts]
     with small_files(folder) as local:
-        if not (local / TOKENIZER_MODEL).is_file():  # there is none, or only its own file
+        path = local / TOKENIZER_MODEL
+        if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:  # none, or as it was
             return summary
         return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(local, samples)}

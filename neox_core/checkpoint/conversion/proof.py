@@ -11,7 +11,7 @@ before it made, and what attention and MLP add to them apart, so that a large hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,8 @@ SMALL_MODEL = 300_000_000
 """Parameters up to which the logits of the whole model are compared too."""
 _BATCH, _POSITIONS = 2, 96
 """Long enough for wrong RoPE to show at distances beyond a few tokens."""
-_ATTENTION, _MLP = ("input_layernorm.", "attention."), ("post_attention_layernorm.", "mlp.")
+
+ToTensor = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,35 @@ class Shards:
 
     def attention(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's attention adds to its input, [B,T,D]."""
-        blocks = self._ranks(number + 2, TransformerBlock, _ATTENTION)
-        return _sum(block.attention(block.input_layernorm(x_BTD)) for block in blocks)
+        names = ("input_layernorm", "attention", "post_attention_layernorm")
+        if self.model.differences.qk_norm != "projection":
+            return self._added(number, names, x_BTD)
+        means: list[Tensor] = []
+
+        def keep(own_BT2: Tensor) -> Tensor:
+            means.append(own_BT2)
+            return own_BT2
+
+        self._added(number, names, x_BTD, keep)  # with each rank's own means, which are wrong, but known then
+        return self._added(number, names, x_BTD, lambda _: torch.stack(means).mean(0))
 
     def mlp(self, number: int, x_BTD: Tensor) -> Tensor:
         """What a layer's MLP adds to its input, [B,T,D]."""
-        blocks = self._ranks(number + 2, TransformerBlock, _MLP)
-        return _sum(block.mlp(block.post_attention_layernorm(x_BTD)) for block in blocks)
+        before = "" if self.model.differences.norms_after else "post_attention_layernorm"
+        return self._added(number, (before, "mlp", "post_feedforward_layernorm"), x_BTD)
+
+    def _added(
+        self, number: int, names: tuple[str, str, str], x_BTD: Tensor, of_all_heads: ToTensor | None = None
+    ) -> Tensor:
+        """The sum of what each rank's part of a block gives, with the norm before it or after it; by their names."""
+        before, part, after = names
+        parts: list[Tensor] = []
+        block: Any = None
+        for block in self._ranks(number + 2, TransformerBlock, tuple(f"{name}." for name in names if name)):
+            block.attention.of_all_heads = of_all_heads
+            parts.append(getattr(block, part)(x_BTD if block.norms_after else getattr(block, before)(x_BTD)))
+        total = torch.stack(parts).sum(0)
+        return getattr(block, after)(total) if block.norms_after else total
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Final norm and output head, [B,T,V]."""
@@ -110,13 +133,6 @@ def _embed(embedding: Any, rank: int, ids_BT: Tensor) -> Tensor:
     local = ids_BT - rank * rows
     mine = (local >= 0) & (local < rows)
     return embedding(local.where(mine, 0)) * mine.unsqueeze(-1)
-
-
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
 
 
 @torch.inference_mode()
@@ -210,7 +226,8 @@ def compare_layers(
 def _reference_layer(layer: nn.Module, x_BTD: Tensor, positions: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What attention and MLP of transformers' layer add, and the layer's result."""
     seen: list[Tensor] = []
-    for name in ("self_attn", "mlp"):
+    after = hasattr(layer, "post_feedforward_layernorm")
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm") if after else ("self_attn", "mlp"):
         layer.get_submodule(name).register_forward_hook(
             lambda module, args, result: seen.append(result[0] if isinstance(result, tuple) else result)
         )

@@ -9,13 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neox_core.checkpoint.formats.huggingface_tokenizer import (
-    is_json_tokenizer,
-    json_tokenizer,
-    load_sentencepiece,
-)
 from neox_core.checkpoint.formats.model_weights import ModelWeights, NewRows
 from neox_core.config import ModelConfig
+from neox_core.data.tokenization.tokenizer_file import load_model
 from neox_core.errors import ConfigError
 
 NewTokens = Literal["mean", "normal", "zeros"]
@@ -62,10 +58,10 @@ def check_tokenizer(path: Path, model: ModelConfig) -> None:
     """Check that every piece of a tokenizer, and so every special id, has a row.
 
     Raises:
-        CheckpointError: the tokenizer cannot be loaded.
+        DataError: the tokenizer cannot be loaded.
         ConfigError: it has more pieces than the model has tokens, or a special id beyond them.
     """
-    count = len(json_tokenizer(path).get_vocab()) if is_json_tokenizer(path) else load_sentencepiece(path).vocab_size()
+    count = load_model(path).vocab_size
     if count > model.num_tokens:
         raise ConfigError(
             f"tokenizer {path} has {count} pieces, more than the {model.num_tokens} tokens of "

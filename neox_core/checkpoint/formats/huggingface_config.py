@@ -16,7 +16,6 @@ from neox_core.config.families import FAMILIES, Family
 from neox_core.errors import CheckpointError
 
 _DEFAULT_ROPE_THETA = 10000.0
-_DEFAULT_NORM_EPS = 1e-6
 _SCALINGS = ("linear", "llama3", "yarn")
 _COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim
     intermediate_size vocab_size rms_norm_eps rope_theta rope_parameters rope_scaling attention_bias mlp_bias
@@ -48,7 +47,7 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
     """
     values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
-    values.check_known(_KNOWN if config.get("model_type") in (None, "llama") else _KNOWN | _WINDOW_KEYS)
+    values.check_known(_KNOWN if config.get("model_type") in (None, "llama", "olmo2") else _KNOWN | _WINDOW_KEYS)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
         name = values.content.get("model_type") or "llama"
@@ -67,7 +66,7 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
             vocab_size=values.whole("vocab_size"),
             rope_theta=_rope_theta(values),
             rope_scaling=_rope_scaling(values),
-            norm_eps=values.number("rms_norm_eps", _DEFAULT_NORM_EPS),
+            norm_eps=values.number("rms_norm_eps", family.norm_eps_default),
             tied_embeddings=values.flag("tie_word_embeddings"),
         )
 

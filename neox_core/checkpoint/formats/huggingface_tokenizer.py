@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from neox_core.data.tokenization.tokenizer_file import description
 from neox_core.errors import CheckpointError
 
 TOKENIZER_MODEL = "tokenizer.model"
@@ -34,34 +35,9 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"tokenizer {path} cannot be loaded: {' '.join(str(error).split())[:120]}") from None
-
-
-def is_json_tokenizer(path: Path) -> bool:
-    """Whether a tokenizer is a tokenizer.json already, whatever its name.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"{")
-    except OSError as error:
-        raise CheckpointError(f"tokenizer {path} cannot be loaded: {error.strerror}") from None
-
-
-def json_tokenizer(path: Path) -> Any:
-    """Load a tokenizer.json.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise CheckpointError(f"tokenizer {path} cannot be loaded: {' '.join(str(error).split())[:120]}") from None
+        reason = " ".join(str(error).split())[:120]
+        found = f": it is {description(path.read_bytes())}, where SentencePiece was expected" if path.is_file() else ""
+        raise CheckpointError(f"tokenizer {path} cannot be loaded ({reason}){found}") from None
 
 
 def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:

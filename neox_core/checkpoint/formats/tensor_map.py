@@ -109,12 +109,19 @@ _QKV_BIAS = tuple(
     TensorLayout(QKV_BIAS, f"attention.w{name}.bias", f"self_attn.{name}_proj.bias", (axis,), 0, 0, rotary=name != "v")
     for name, axis in (("q", "query"), ("k", "key_value"), ("v", "key_value"))
 )
-_QK_NORM = tuple(
-    TensorLayout(
-        f"attention.{n}_norm.scale", f"attention.{n}_norm.weight", f"self_attn.{n}_norm.weight", ("head",), None, None
+_HEAD_NORMS, _PROJECTION_NORMS = (
+    tuple(
+        TensorLayout(
+            f"attention.{n}_norm.scale", f"attention.{n}_norm.weight", f"self_attn.{n}_norm.weight", (axis,), cut, cut
+        )
+        for n, axis in zip(("q", "k"), axes, strict=True)
     )
-    for n in ("q", "k")
+    for axes, cut in ((("head", "head"), None), (("query", "key_value"), 0))
 )
+_QK_NORM = {None: (), "head": _HEAD_NORMS, "projection": _PROJECTION_NORMS}
+_LAST = "post_feedforward_layernorm"
+_LAST_NORM = (TensorLayout(f"{_LAST}.scale", f"{_LAST}.weight", f"{_LAST}.weight", ("hidden",), None, None),)
+"""Of blocks with norms after attention and MLP, which lack the first norm."""
 _FINAL_NORM = (TensorLayout("norm.scale", "norm.weight", "norm.weight", ("hidden",), None, None),)
 _OUTPUT = (TensorLayout("final_linear.weight", "output.weight", "lm_head.weight", ("vocab", "hidden"), 0, 0),)
 
@@ -143,8 +150,9 @@ class Layer:
 def iterate_layers(model: ModelConfig) -> Iterator[Layer]:
     """All layers that hold weights, in the order of computation."""
     family, layers = model.differences, model.num_layers
-    further = (_QKV_BIAS if family.qkv_bias else ()) + (_QK_NORM if family.qk_norm else ())
+    further = (_QKV_BIAS if family.qkv_bias else ()) + _QK_NORM[family.qk_norm]
     block = _TRANSFORMER[:_AFTER_QKV] + further + _TRANSFORMER[_AFTER_QKV:]  # in the order of the model's parameters
+    block = block[1:] + _LAST_NORM if family.norms_after else block
     yield Layer(0, _EMBEDDING, "", "model.")
     for number in range(layers):
         yield Layer(number + 2, block, f"layers.{number}.", f"model.layers.{number}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy as np
 from neox_core.data.indexed import Tokens
 
 _LATIN_1 = bytes(range(256)).decode("latin-1")
-_log = logging.getLogger(__name__)
 
 
 class ByteLevelModel:
@@ -37,16 +35,15 @@ class ByteLevelModel:
         self._special = {token["content"]: int(token["id"]) for token in described["added_tokens"] if token["special"]}
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         """One more than the largest id."""
-        self._check_bytes(described["model"]["type"])
+        self.lost: list[str] = self._lost(described["model"]["type"])
+        """Control characters whose bytes the vocabulary lacks: the library gives them no id."""
 
-    def _check_bytes(self, kind: str) -> None:
-        """Some vocabularies lack the bytes of control characters, to which the library then gives no id."""
+    def _lost(self, kind: str) -> list[str]:
         kept = self._tokenizer.decode(self.encode(_LATIN_1).tolist())
         lost = sorted(set(_LATIN_1) - set(kept))
         if kind != "BPE" or kept != "".join(c for c in _LATIN_1 if c not in lost) or any(map(_matters, lost)):
             raise ValueError(f"its {kind} model loses characters: byte-level BPE is due")
-        if lost:
-            _log.warning("the tokenizer has no ids for %s: they are left out of texts, as everywhere", ascii(lost))
+        return lost
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, [tokens]; nothing is put before or after it."""
@@ -73,18 +70,3 @@ def _parsed(content: bytes) -> Any:
     except (KeyError, TypeError) as error:
         raise ValueError(f"it lacks {error}") from None
     return described
-
-
-def kind_of(content: bytes) -> str:
-    """What a file that should be a tokenizer is, by its first bytes."""
-    start = content[:200]
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself: run `git lfs pull`"
-    if start.lstrip().startswith(b"{"):
-        return "JSON"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "a web page"
-    words = start.split(b"\n")[0].split()
-    if len(words) == 2 and words[1].isdigit():
-        return "a tiktoken file: give the same tokenizer's tokenizer.json"
-    return "of an unknown kind: fetch it again"

@@ -11,9 +11,10 @@ import numpy as np
 import sentencepiece
 
 from neox_core.data.indexed import Tokens, token_dtype
-from neox_core.data.tokenization.byte_level import ByteLevelModel, kind_of
+from neox_core.data.tokenization.byte_level import ByteLevelModel
 from neox_core.data.tokenization.fast_engine import FastEngine
 from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
+from neox_core.data.tokenization.tokenizer_file import load_model
 from neox_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ class Tokenizer:
 
         Raises:
             ConfigError: the model file is missing, or has no piece for the configured end of document.
-            DataError: the file is neither a SentencePiece model nor a tokenizer.json, or takes literal `</s>` in a text
-                for its control piece.
+            DataError: the file is no tokenizer (tokenizer_file.py), or takes literal `</s>` in a text for its control
+                piece.
         """
-        self._model = _load(config.file)
+        self._model = load_model(config.file)
         self.vocab_size: int = self._model.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self.end_of_document_id = self._end_of_document(config)
@@ -45,10 +46,14 @@ class Tokenizer:
         self._refuse_control_texts(config.file)
         model, own = self._model, f"sentencepiece {sentencepiece.__version__}"
         self._fast: FastEngine | None = None
-        if isinstance(model, ByteLevelModel):
+        if not isinstance(model, SentencePieceModel):
             own = model.engine
         elif config.engine == "auto":
             self._fast = FastEngine.load(model)
+        if isinstance(model, ByteLevelModel) and model.lost:
+            _log.warning(
+                "the tokenizer has no ids for %s: they are left out of texts, as everywhere", ascii(model.lost)
+            )
         self.engine: str = self._fast.name if self._fast else own
         """Name and version of what encodes."""
 
@@ -91,22 +96,23 @@ class Tokenizer:
             return []
         if self._model.bos_id < 0:
             raise ConfigError(
-                f"tokenizer.begin_of_document is true, but {config.model} has no <s> piece: set it to false"
+                f"tokenizer.begin_of_document is true, but {config.model} names no token that begins a text: set it to "
+                "false"
             )
         return [self._model.bos_id]
 
     def _end_of_document(self, config: TokenizerConfig | TokenizerSettings) -> int:
         # Llemma's data ends in <unk>, because the seed asked for "<|endoftext|>", which Llama's vocabulary lacks.
         model, name = self._model, config.end_of_document
-        byte_level = isinstance(model, ByteLevelModel)
-        if isinstance(model, ByteLevelModel):
-            found = model.special_id(name)
-        else:
+        named = not isinstance(model, SentencePieceModel)
+        if isinstance(model, SentencePieceModel):
             found = {"eos": model.eos_id, "unk": model.unk_id}.get(name, -1)
+        else:
+            found = model.special_id(name)
         if found < 0:
             raise ConfigError(
                 f"tokenizer.end_of_document is {config.end_of_document!r}, but {config.model} has no such piece"
-                + (": name the special token that ends a text, such as <|endoftext|>" if byte_level else "")
+                + (": name the special token that ends a text, such as <|endoftext|>" if named else "")
             )
         return found
 
@@ -118,17 +124,3 @@ class Tokenizer:
                     f"tokenizer {path} turns the literal text {text!r} into the special id {controls[0]}: "
                     "use a model in which it is a control piece, not a user-defined one"
                 )
-
-
-def _load(path: Path) -> SentencePieceModel | ByteLevelModel:
-    if path.is_dir():
-        raise ConfigError(f"tokenizer.model {path} holds neither tokenizer.model nor tokenizer.json: correct the path")
-    if not path.is_file():
-        raise ConfigError(f"tokenizer.model {path} does not exist: correct the path")
-    content = path.read_bytes()
-    is_json = content.lstrip().startswith(b"{")  # not by its name, which a copy among the token files has not
-    try:
-        return ByteLevelModel(content) if is_json else SentencePieceModel(content)
-    except Exception as error:  # `tokenizers` raises Exception itself
-        reason, due = " ".join(str(error).split())[:200], "tokenizer.json" if is_json else "SentencePiece model"
-        raise DataError(f"tokenizer.model {path} is not a {due} ({reason}); it is {kind_of(content)}") from None

@@ -18,7 +18,7 @@ class TokenizerKind(Enum):
 
     SENTENCEPIECE = "SentencePiece model"
     JSON = "tokenizer.json"
-    TIKTOKEN = "tiktoken file"
+    TIKTOKEN = "tiktoken file of Llama 3"
 
 
 _MODELS: dict[TokenizerKind, type[TokenizerModel]] = {
@@ -69,7 +69,7 @@ def load_model(path: Path) -> TokenizerModel:
     except Exception as error:  # `tokenizers` raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"tokenizer.model {path} cannot be used as a {kind.value} ({reason}); it is {description(content)}"
+            f"tokenizer.model {path} is not a {kind.value} ({reason}); it is {description(content)}"
         ) from None
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import time
 
 import torch.distributed as dist
 
 from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import LlemmaError, StoppedError, StorageError
+from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.storage.patient_store import PatientStore
 from neox_core.train.ends.stopping import StopAtBoundary
 from neox_core.train.job import TrainJob
 from neox_core.train.observe.watchdog import Watchdog
+
+_LOOK_SECONDS = 0.05
+_LAST_SECONDS = 60.0
+"""For which rank 0 waits for the others to have heard."""
 
 
 def ended(
@@ -27,9 +33,7 @@ def ended(
     if stopped.stop.kind == "storage":
         store.stopped.set()
         problem = writer.wait_for_disk()
-        # A peer that is through may have closed its connections before this rank hears that all are.
-        with contextlib.suppress(RuntimeError):
-            dist.barrier()
+        _exchange("")
         writer.abandon()
         if problem:
             return StorageError(f"{reason}; and {problem}")
@@ -53,11 +57,25 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
         problem, superseded = str(error), isinstance(error, SupersededError)
         if not superseded:
             problem += "; the last save is on local disk: run again when the store is back"
-    problems: list[tuple[str, bool]] = [("", False)] * dist.get_world_size()
-    dist.all_gather_object(problems, (problem, superseded))
+    problems = [json.loads(text) for text in _exchange(json.dumps([problem, superseded]))]
     writer.abandon()
     for text, other_job in sorted(problems, key=lambda entry: not entry[1]):
         if other_job:
             raise SupersededError(text)
         if text:
             raise StorageError(text)
+
+
+def _exchange(own: str) -> list[str]:
+    """All ranks' texts, by rank. The last thing that they do together, so that no rank may end before all have heard.
+
+    By the ranks' store: in a collective, a rank that is through closes connections that others still listen to.
+    """
+    channel, rank, world_size = shared_store("ending"), dist.get_rank(), dist.get_world_size()
+    channel.set(str(rank), own or " ")
+    texts = [channel.get(str(other)).decode().strip() for other in range(world_size)]
+    heard, deadline = channel.add("heard", 1), time.monotonic() + _LAST_SECONDS
+    while rank == 0 and heard < world_size and time.monotonic() < deadline:  # which may hold the store
+        time.sleep(_LOOK_SECONDS)
+        heard = channel.add("heard", 0)
+    return texts

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from neox_core.config import RunConfig
+from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.observe.wandb_run import WandbRun, start_wandb
 
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 INCIDENTS_FILE = "incidents.jsonl"
+_WRITER_FILE = "metrics.writer"
+"""Beside the metrics: a token of the job that came last."""
 _LOSS = "validation/loss"
 _SHOWN = ("train/", "validation/", "guard/")
 
@@ -27,7 +31,8 @@ class MetricsLog:
     """Writes one row per call, on rank 0 only; on other ranks it does nothing.
 
     A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint. `backup` puts the
-    file next to the checkpoints in the store, from where it comes back if the folder is lost.
+    file next to the checkpoints in the store, from where it comes back if the folder is lost. A job in whose folder
+    another one has begun to write, writes no more.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class MetricsLog:
             self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
         _end_last_line(self._path)
         self._file = self._path.open("a", encoding="utf-8")
+        self._token, self._writer = uuid4().hex, folder / _WRITER_FILE
+        write_atomically(self._writer, self._token)
         if config.wandb.mode != "disabled":
             self._wandb = start_wandb(config, folder, WandbRun(run_id, "train", run_id))
 
@@ -61,7 +68,7 @@ class MetricsLog:
 
     def log(self, step: int, **values: float) -> None:
         """Record values of one step; `__` in a name stands for the `/` that groups charts. The log shows some."""
-        if not self._active:
+        if not self._writes():
             return
         row = {name.replace("__", "/"): value for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
@@ -78,9 +85,13 @@ class MetricsLog:
 
     def backup(self) -> Callable[[], None]:
         """What copies the rows so far to the store when it is called, in whatever thread."""
-        if not self._active:
+        if not self._writes():
             return lambda: None
         return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+
+    def _writes(self) -> bool:
+        """Whether this is the rank, and the job, that writes."""
+        return self._active and self._writer.read_text(encoding="utf-8") == self._token
 
 
 def validation_losses(metrics: Path) -> dict[int, float]:

@@ -16,7 +16,7 @@ from collections import defaultdict, deque
 from types import TracebackType
 from typing import Any
 
-from neox_core.errors import GO_ON_EXIT_CODE
+from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
 from neox_core.parallel.ranks.shared_store import shared_store
 from neox_core.train.startup import rank_list
 
@@ -59,11 +59,15 @@ class Watchdog:
         self._begun = time.monotonic()
         self._store: Any = None
         self._stop = threading.Event()
+        self._total = 0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # One of its own, as the store does not answer while the rank that holds it is stopped.
+        self._sharing = threading.Thread(target=self._share, name="watchdog's share", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._store = shared_store("watchdog")
         self._thread.start()
+        self._sharing.start()
         return self
 
     def __exit__(
@@ -71,6 +75,7 @@ class Watchdog:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self._sharing.join(_GRACE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, place: str | None = None) -> None:
@@ -91,35 +96,50 @@ class Watchdog:
             self._place, self._begun = place, now
         self._beats += 1
 
+    def end_soon(self, seconds: float, why: str) -> None:
+        """End this process so many seconds from now, unless the job has ended by itself."""
+
+        def wait() -> None:
+            if not self._stop.wait(seconds):
+                logger.error("%s; no step has ended within %.0f s: ending at once", why, seconds)
+                logging.shutdown()
+                os._exit(SUPERSEDED_EXIT_CODE)
+
+        threading.Thread(target=wait, name="end soon", daemon=True).start()
+
     def _watch(self) -> None:
-        own = total = 0
-        moved = time.monotonic()
+        seen, moved = (0, 0), time.monotonic()
         while not self._stop.wait(self._timeout / _LOOKS):
-            now = time.monotonic()
+            now, found = time.monotonic(), (self._beats, self._total)
             faulthandler.dump_traceback_later(self._allowance, file=_STDERR, exit=True)
-            beats = self._beats
-            new_total = self._exchange(beats - own)
-            if beats != own or new_total != total:
-                own, total, moved = beats, new_total, now
+            if found != seen:
+                seen, moved = found, now
             elif now - moved > self._allowance:
                 self._end(now - moved)
 
-    def _exchange(self, beats: int) -> int:
-        """Add to the job's heartbeats and return their sum; 0 when the store's host is gone."""
+    def _share(self) -> None:
+        """Add to the job's heartbeats and learn their sum, as long as the store's host is there."""
+        own = 0
         with contextlib.suppress(RuntimeError):
-            return int(self._store.add("beats", beats))
-        return 0
+            while not self._stop.wait(self._timeout / _LOOKS):
+                beats = self._beats
+                self._total = int(self._store.add("beats", beats - own))
+                own = beats
 
     def _end(self, seconds: float) -> None:
         """Write the stacks of all threads, then who was where, and exit."""
         grace = min(_GRACE_SECONDS, 4 * self._timeout / _LOOKS)
         # What follows needs locks and disks that the hung thread may hold.
-        faulthandler.dump_traceback_later(2 * grace + _LAST_RESORT_SECONDS, file=_STDERR, exit=True)
+        faulthandler.dump_traceback_later(3 * grace + _LAST_RESORT_SECONDS, file=_STDERR, exit=True)
         _write_stacks()
-        with contextlib.suppress(RuntimeError):
-            self._store.set(str(self._rank), f"{self._place}, {_whereabouts()}")
-        time.sleep(grace)
-        places = self._places()
+        places: dict[str, list[int]] = {}
+        meeting = threading.Thread(
+            target=self._meet, args=(f"{self._place}, {_whereabouts()}", grace, places), daemon=True
+        )
+        meeting.start()
+        meeting.join(2 * grace)
+        if not places:
+            places = {"no answer of the store, which it holds": [0]}
         held_up = [rank for place, ranks in places.items() if not place.endswith(_WAITS) for rank in ranks]
         because = f" because of {rank_list(held_up)}" if 0 < len(held_up) < self._world_size else ""
         logger.error(
@@ -128,7 +148,7 @@ class Watchdog:
             self._rank,
             seconds,
             because,
-            "; ".join(f"{place}: {rank_list(ranks)}" for place, ranks in places.items()) or "unknown",
+            "; ".join(f"{place}: {rank_list(ranks)}" for place, ranks in places.items()),
         )
         logging.shutdown()
         sys.stdout.flush()
@@ -136,14 +156,16 @@ class Watchdog:
             time.sleep(grace)  # it holds the store, which the others read
         os._exit(GO_ON_EXIT_CODE)  # the main thread does not react
 
-    def _places(self) -> dict[str, list[int]]:
-        """Ranks by where they are."""
-        ranks = defaultdict(list)
+    def _meet(self, place: str, grace: float, places: dict[str, list[int]]) -> None:
+        """Say where this rank is, and after a while collect the ranks by where they are."""
+        found = defaultdict(list)
         with contextlib.suppress(RuntimeError):
+            self._store.set(str(self._rank), place)
+            time.sleep(grace)
             for rank in range(self._world_size):
-                found = self._store.check([str(rank)])
-                ranks[self._store.get(str(rank)).decode() if found else "no answer"].append(rank)
-        return ranks
+                there = self._store.check([str(rank)])
+                found[self._store.get(str(rank)).decode() if there else "no answer"].append(rank)
+        places.update(found)
 
 
 def _kind(place: str) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from types import FrameType
 
 from infra.processes import ProcessRecord
-from neox_core.errors import GO_ON_EXIT_CODE
+from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
 from tasks.jobs.failure import last_words
 from tasks.jobs.node.agreement import Agreement, Failure, Memory, meeting_store
 from tasks.jobs.node.plan import NodePlan
@@ -134,7 +134,7 @@ class Controller:
             return Failure(f"rank {rank}: {record.message}", record.decided or bool(self._told), exit_code)
         said = f"rank {rank} was {ending(code)}" if code < 0 else f"rank {rank} {ending(code)}"
         reason = f"{said} without a Python error; last words: {last_words(rank_log(self._plan, rank))}"
-        return Failure(reason, bool(self._told), exit_code)
+        return Failure(reason, bool(self._told) or code == SUPERSEDED_EXIT_CODE, exit_code)
 
     def _time_is_over(self) -> bool:
         """Whether the job must end, where no scheduler sees to that; first it is told that the end is near."""

@@ -151,14 +151,33 @@ def test_a_run_that_crashed_is_run_again_until_restarts_are_used_up(
     assert "gone more than 5 times (launch.max_restarts) without a new checkpoint; job 7 is running" in state.message
 
 
-def test_cancelling_is_finished_with_the_flows_hooks(
-    server: Server, config: RunConfig, look: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[UUID]:
+    """The runs whose hook was called."""
     from flows.llemma_pretrain import FLOWS
 
-    cancelled: list[UUID] = []
-    monkeypatch.setattr(FLOWS["train"], "on_cancellation_hooks", [lambda flow, run, state: cancelled.append(run.id)])
+    called: list[UUID] = []
+    monkeypatch.setattr(FLOWS["train"], "on_cancellation_hooks", [lambda flow, run, state: called.append(run.id)])
+    return called
+
+
+def test_cancelling_is_finished_with_the_flows_hooks(
+    server: Server, config: RunConfig, look: Any, cancelled: list[UUID]
+) -> None:
     run = die(config, server.add(Cancelling()))
+    assert look(run).name == "Cancelled"
+    assert cancelled == [run.id]
+
+
+def test_a_process_that_was_not_told_of_its_cancelling_is_ended(
+    server: Server, config: RunConfig, look: Any, cancelled: list[UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(reconcile, "end_process", lambda workdir, run: ended.append(run))
+    run, just_now = server.add(Cancelling()), server.add(Cancelling(), seconds=30)
+    with at_work(config.workdir, str(run.id)), at_work(config.workdir, str(just_now.id)):
+        assert look(just_now).name == look(run).name == "Cancelling"
+    assert (ended, cancelled) == ([str(run.id)], [])
     assert look(run).name == "Cancelled"
     assert cancelled == [run.id]
 

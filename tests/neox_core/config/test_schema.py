@@ -214,7 +214,7 @@ def test_config_is_frozen() -> None:
 
 
 FIELDS = {
-    "RunConfig": 15,
+    "RunConfig": 16,
     "StorageConfig": 4,
     "CheckpointsConfig": 4,
     "TokenizerConfig": 4,
@@ -240,6 +240,7 @@ FIELDS = {
     "GenerationConfig": 9,
     "EvaluationTask": 10,
     "WandbConfig": 3,
+    "NotifyConfig": 2,
 }
 
 

@@ -154,6 +154,8 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "wandb.mode": ("disabled", NOTHING),
     "wandb.project": ("other", NOTHING),
     "wandb.entity": ("other", NOTHING),
+    "notify.events": (("failure",), NOTHING),
+    "notify.no_step_minutes": (5.0, NOTHING),
 }
 PLACES = {"workdir", "tokenizer.model", "data.input", "data.evaluation_sets", "base_model.path"}
 """Where things lie, and what lies there: tested below."""

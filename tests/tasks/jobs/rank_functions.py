@@ -148,3 +148,19 @@ def linger(folder: str) -> None:
     note_start(folder)
     threading.Thread(target=time.sleep, args=(3600,)).start()
     raise ValueError("over")
+
+
+def stop_when_told(folder: str) -> None:
+    """Listen to the signal that announces the end only after a while; then stop, and do not heed it any more."""
+    from neox_core.errors import StoppedError
+
+    note_start(folder)
+    told: list[int] = []
+    (Path(folder) / f"pid-{os.environ['RANK']}").touch()
+    time.sleep(1.0)
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
+    while not told:
+        time.sleep(0.02)
+    signal.signal(signal.SIGUSR2, before)
+    time.sleep(3.0)
+    raise StoppedError("stopped, and all is saved")

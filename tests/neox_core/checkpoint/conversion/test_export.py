@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
-from neox_core.checkpoint.formats.huggingface_tokenizer import compare_tokenizers, tokenizer_files
+from neox_core.checkpoint.formats.huggingface_tokenizer import compare_tokenizers, load_sentencepiece, tokenizer_files
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError
@@ -132,6 +132,15 @@ def test_the_wrong_tokenizer_is_caught(converted: Callable[..., Any], tmp_path: 
         prove_export(NeoxCheckpoint(neox), target, base.model)
 
 
+def test_another_kind_of_tokenizer_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(CheckpointError, match="it is a tiktoken file, where SentencePiece was expected"):
+        load_sentencepiece(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
+    with pytest.raises(CheckpointError, match="it is a git-lfs pointer"):
+        load_sentencepiece(tmp_path / "tokenizer.model")
+
+
 def test_refusals_leave_an_earlier_export_alone(converted: Callable[..., Any], tmp_path: Path) -> None:
     base, neox = converted()
     target = tmp_path / "hf"
@@ -139,7 +148,7 @@ def test_refusals_leave_an_earlier_export_alone(converted: Callable[..., Any], t
     small = base.model.model_copy(update={"vocab_size": 1024})
     with pytest.raises(ConfigError, match=r"2048 pieces, more than the 1024 tokens of model\.vocab_size 1024"):
         export_huggingface(neox, target, small, TOKENIZER, 512)
-    with pytest.raises(CheckpointError, match=r"absent\.model cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"absent\.model does not exist"):
         export_huggingface(neox, target, base.model, tmp_path / "absent.model", 512)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         export_huggingface(tmp_path / "nowhere", target, base.model, TOKENIZER, 512)

@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 7:1": {"model_type": "qwen2", "hidden_size": 112, "num_attention_heads": 28, "head_dim": 16},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo2 3:1": {"model_type": "olmo2", "hidden_size": 96, "num_attention_heads": 12},
     "qwen3 3:1": {"model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 12, "head_dim": 32},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
@@ -86,9 +88,10 @@ def test_round_trip_keeps_every_bit(case: str, tensor: int, pipeline: int, tmp_p
     assert open_source(tmp_path / "hf").model == model
 
 
-def test_more_ranks_than_kv_heads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "olmo2"])
+def test_more_ranks_than_kv_heads(family: str, tmp_path: Path) -> None:
     original = write_model(
-        tmp_path / "base", model_type="qwen2", hidden_size=96, num_attention_heads=12, num_key_value_heads=2
+        tmp_path / "base", model_type=family, hidden_size=96, num_attention_heads=12, num_key_value_heads=2
     )
     model = open_source(tmp_path / "base").model
     convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig(tensor=4))
@@ -111,6 +114,16 @@ def wrong_groups(weights: dict[str, torch.Tensor]) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     by_group = weights[name].view(4, 3, 8, -1)
     weights[name] = by_group.transpose(0, 1).reshape(weights[name].shape).contiguous()
+
+
+def norms_of_other_heads(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.self_attn.k_norm.weight"
+    weights[name] = weights[name].roll(8)
+
+
+def swapped_layer_norms(weights: dict[str, torch.Tensor]) -> None:
+    attention, mlp = (f"model.layers.0.post_{name}_layernorm.weight" for name in ("attention", "feedforward"))
+    weights[attention], weights[mlp] = weights[mlp], weights[attention]
 
 
 def another_head(shards: Path, model: ModelConfig) -> None:
@@ -143,7 +156,14 @@ def test_new_tokens_of_a_tied_model_are_tied(method: Literal["mean", "normal", "
 
 
 @pytest.mark.parametrize(
-    ("case", "mistake"), [("qwen2", no_bias), ("qwen3", swapped_norms), ("llama 3:1", wrong_groups)]
+    ("case", "mistake"),
+    [
+        ("qwen2", no_bias),
+        ("qwen3", swapped_norms),
+        ("llama 3:1", wrong_groups),
+        ("olmo2", norms_of_other_heads),
+        ("olmo2", swapped_layer_norms),
+    ],
 )
 def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     weights = write_model(tmp_path / "base", **CASES[case])
@@ -160,11 +180,13 @@ def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, An
     ("case", "changes", "words"),
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("olmo2", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
+        ("olmo2", {"attention_bias": True}, "attention_bias is True"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("qwen3", {"head_dim": None}, "lacks 'head_dim'"),
         ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
         ("llama 2:1", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
-        ("llama 2:1", {"model_type": "gemma"}, "model_type is 'gemma', but only llama, mistral, qwen2, qwen3"),
+        ("llama 2:1", {"model_type": "gemma"}, "model_type is 'gemma', but only llama, mistral, qwen2, qwen3, olmo2"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(

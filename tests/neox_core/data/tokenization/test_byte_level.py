@@ -58,7 +58,12 @@ def test_the_end_of_a_document_must_be_named(path: Path) -> None:
     ("name", "content", "words"),
     [
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "it is a git-lfs pointer"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "it is a tiktoken file"),
+        (
+            "tokenizer.model",
+            b"IQ== 0\nIg== 1\n",
+            "has 2 ranks.*known for Llama 3's 128000 only: give the same tokenizer's tokenizer.json",
+        ),
+        ("tokenizer.model", b"IQ== 0\nIg== x\n", "is not a tiktoken file of Llama 3.*no token with its rank"),
         ("tokenizer.model", b'{"model": {}}', "is not a tokenizer.json.*it is JSON"),
         ("tokenizer.json", b"{}", "is not a tokenizer.json.*lacks 'model'"),
         ("tokenizer.json", b"<!DOCTYPE html>", "it is a web page"),

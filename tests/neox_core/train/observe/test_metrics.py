@@ -51,6 +51,15 @@ def test_a_resumed_run_goes_on_and_its_rows_win(store: ObjectStore, tmp_path: Pa
     assert [row["train/loss"] for row in read_metrics(tmp_path / METRICS_FILE)] == [3.0, 2.5, 1.0]
 
 
+def test_a_job_that_lost_its_training_writes_no_more(store: ObjectStore, tmp_path: Path) -> None:
+    with open_log(tmp_path, store) as lost, open_log(tmp_path, store) as log:
+        log.log(1, train__loss=2.0)
+        lost.log(1, train__loss=3.0)
+        lost.backup()()
+        assert store.get_text(f"train-0123/{METRICS_FILE}") is None
+    assert [row["train/loss"] for row in read_metrics(tmp_path / METRICS_FILE)] == [2.0]
+
+
 def test_half_a_row_of_a_killed_run_is_removed(
     store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,7 +108,7 @@ def test_disabled_wandb_is_not_started(store: ObjectStore, tmp_path: Path, monke
     monkeypatch.setattr(metrics, "start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path, store) as log:
         log.log(1, train__loss=3.0)
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, "metrics.writer"}
 
 
 class FakeRun:

@@ -39,7 +39,7 @@ def job(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The controllers of a job, while the block lasts; then nothing of it runs any more."""
     folder.mkdir(parents=True, exist_ok=True)
-    DelayedSubmission(RankTask(function, args, folder)).dump(folder / f"{JOB}_submitted.pkl")
+    DelayedSubmission(RankTask(function, args, folder, restarts=restarts)).dump(folder / f"{JOB}_submitted.pkl")
     port, controllers = free_port(), []
     for node in range(nodes):
         plan = NodePlan(folder, JOB, ranks, node, nodes, restarts=restarts, port=port, is_told_to_stop=True)

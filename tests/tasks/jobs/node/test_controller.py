@@ -116,11 +116,14 @@ def test_a_rank_that_has_failed_does_not_wait_for_its_threads(tmp_path: Path) ->
 
 def test_a_signal_is_passed_on_and_is_the_end(tmp_path: Path) -> None:
     args = (str(tmp_path),)
-    with job(tmp_path / "job", rank_functions.sleep_for_ever, *args, restarts=restarts(tmp_path)) as (controller,):
+    with job(tmp_path / "job", rank_functions.stop_when_told, *args, restarts=restarts(tmp_path)) as (controller,):
         wait_for(lambda: list(tmp_path.glob("pid-*")))
-        controller.send_signal(signal.SIGUSR2)
+        controller.send_signal(signal.SIGUSR2)  # before the rank listens
         assert controller.wait(WAIT) == GO_ON_EXIT_CODE
-    assert "starting all ranks again" not in (tmp_path / "job" / "node-0.log").read_text()
+    assert starts(tmp_path, 0) == 1
+    failure = read_failure(tmp_path / "job", 0, 0)
+    assert failure is not None
+    assert failure.message == "stopped, and all is saved"
 
 
 def test_a_plan_survives_the_command_line(tmp_path: Path) -> None:
