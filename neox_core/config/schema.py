@@ -208,8 +208,8 @@ def _check_window(model: ModelConfig, train: TrainConfig) -> None:
 def _check_trainable(model: ModelConfig) -> None:
     if model.family == "olmo2":
         raise ValueError(
-            "model.family olmo2 is converted and exported, but not trained: no whole training of it in parallel "
-            "layouts was compared with transformers' yet"
+            "model.family olmo2 is converted and exported, but not trained: no training of it in parallel layouts "
+            "was compared with transformers' yet"
         )
 
 
