@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.add_norm import add_norm
-from neox_core.model.llama import Attention, RMSNorm
+from neox_core.model.llama import MLP, Attention, RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
 from neox_core.parallel.tensor_parallel import SplitRegion
 from neox_core.parallel.weight_gradients import linear_outputs
@@ -70,6 +70,10 @@ class FusedBlock(PipelineLayer):
     """TransformerBlock with each addition and the norm after it in one pass."""
 
     attention: Attention
+    mlp: MLP
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    post_feedforward_layernorm: RMSNorm
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
