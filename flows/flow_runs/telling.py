@@ -9,7 +9,7 @@ from prefect.utilities.urls import url_for
 
 from flows.flow_runs.deployed import parent_of
 from neox_core.config import RunConfig
-from tasks.report.page import REPORT_FILE
+from tasks.report.places import REPORT_FILE
 from tasks.watch.events import training_events
 from tasks.watch.memory import Memory
 from tasks.watch.notify import Event, tell

@@ -89,8 +89,9 @@ class ObjectStore:
         """Write a small object in one atomic request."""
         self.put_bytes(key, text.encode())
 
-    def put_bytes(self, key: str, content: bytes, kind: str = "binary/octet-stream") -> None:
-        """Write a small object in one atomic request; `kind` is its media type, by which browsers go."""
+    def put_bytes(self, key: str, content: bytes) -> None:
+        """Write a small object in one atomic request. Pages (.html) are kept as such, so that browsers show them."""
+        kind = "text/html; charset=utf-8" if key.endswith(".html") else "binary/octet-stream"
         with self._errors(key):
             self._client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content, ContentType=kind)
 

@@ -29,7 +29,7 @@ from neox_core.errors import (
     TrainingError,
 )
 from neox_core.storage.atomic import write_atomically
-from neox_core.train.ends.stopping import SIGNALS
+from neox_core.train.ends.stopping import LOCAL_END_TIME, SIGNALS, end_time
 from tasks.jobs.node.plan import NodePlan, Restarts
 
 _REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
@@ -92,6 +92,7 @@ class RankTask:
         """Run this node's ranks. The log of the first one has what is said of all."""
         from tasks.jobs.node.controller import Controller
         from tasks.jobs.node.ranks import rank_log
+        from tasks.jobs.slurm_commands import end_of
 
         plan = NodePlan(
             folder=self.folder,
@@ -109,6 +110,8 @@ class RankTask:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if end_time() is None and (ends := end_of(plan.job_id)):  # SLURM 22 does not tell its jobs
+            os.environ[LOCAL_END_TIME] = str(ends)
         if code := Controller(plan).run():
             sys.exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Collection, Sequence
+from datetime import datetime
 
 from neox_core.errors import LaunchError
 from tasks.jobs.executor import Resources, Status
@@ -86,6 +87,15 @@ def cancel(jobs: Collection[str]) -> None:
     answer = _run(["scancel", *jobs])
     if answer.returncode:
         raise failure(f"job {', '.join(jobs)} cannot be cancelled", answer.stderr)
+
+
+def end_of(job: str) -> float | None:
+    """Unix time at which the time of a running job is over; None: squeue does not say, or there is no limit."""
+    try:
+        answer = _run(["squeue", "--noheader", "--jobs", job, "--format=%e"]).stdout.strip()
+        return datetime.fromisoformat(answer).timestamp()  # SLURM's clock is local
+    except (NoAnswer, ValueError):
+        return None
 
 
 def check_names(wanted: Resources) -> None:

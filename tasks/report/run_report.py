@@ -51,7 +51,7 @@ def write_run_report(training: Training, results: Mapping[str, StageResult] | No
     data = _gathered(training, _finished(training) if results is None else results)
     write_report(path, data)
     try:
-        training.store.put_bytes(report_key(training), path.read_bytes(), "text/html; charset=utf-8")
+        training.store.put_bytes(report_key(training), path.read_bytes())
     except StorageError as error:
         logger.warning("the report is not in the store: %s", error)
     return RunReport(path, summary_rows(data))

@@ -43,11 +43,11 @@ def pages(prefect_on_slurm: Prefect, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Run]:
-    """Makes a run of the small configuration, on SLURM, which no failed job of restarts by itself."""
+    """Makes a run of the small configuration, on SLURM, of which no failed job restarts by itself."""
 
     def write(**changes: Any) -> Run:
         copy_text(tmp_path)
-        launch = {"executor": "slurm", "max_restarts": 0, "slurm_parameters": {"mem": "4G"}}
+        launch = {"executor": "slurm", "max_restarts": 0, "restarts_in_place": 0, "slurm_parameters": {"mem": "4G"}}
         return Run(write_run(tmp_path, {"launch": launch} | changes))
 
     return write

@@ -119,7 +119,7 @@ class Memory:
 
 def meeting_store(address: str, port: int, node: int, nodes: int) -> Any:
     """The store of several nodes' controllers, which the first one holds; port 0 there: a free one."""
-    from torch.distributed import TCPStore  # takes seconds, and one node does without
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # takes seconds, and one node does without
 
     timeout = timedelta(seconds=_MEETING_SECONDS)
     return TCPStore(address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
 from neox_core.errors import LaunchError
@@ -13,6 +15,16 @@ from tests.tasks.jobs.fake_slurm import FakeSlurm
 
 def state(job: str = "42") -> str:
     return slurm.task_states([job])[job].state
+
+
+def test_when_a_jobs_time_is_over(fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_slurm.answer("squeue", "2026-11-28T20:53:39\n")
+    assert slurm.end_of("42") == datetime(2026, 11, 28, 20, 53, 39).timestamp()
+    for answer in ("N/A\n", ""):
+        fake_slurm.answer("squeue", answer)
+        assert slurm.end_of("42") is None
+    monkeypatch.setenv("PATH", "")
+    assert slurm.end_of("42") is None
 
 
 def test_what_is_asked_of_slurm(fake_slurm: FakeSlurm) -> None:
