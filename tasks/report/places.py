@@ -16,7 +16,7 @@ from tasks.report.wandb_runs import wandb_links
 from tasks.train import training_jobs
 
 REPORT_FILE = "report.html"
-"""In the workdir, and beside the checkpoints."""
+"""In the workdir, and next to the checkpoints."""
 
 
 @dataclass(frozen=True)

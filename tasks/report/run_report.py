@@ -41,7 +41,7 @@ class RunReport:
 
 
 def write_run_report(training: Training, results: Mapping[str, StageResult] | None = None) -> RunReport:
-    """Write `<workdir>/report.html` and copy it to the store, beside the checkpoints. What is not finished yet is
+    """Write `<workdir>/report.html` and copy it to the store, next to the checkpoints. What is not finished yet is
     shown as far as it is.
 
     Args:

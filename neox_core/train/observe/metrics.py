@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 INCIDENTS_FILE = "incidents.jsonl"
 _WRITER_FILE = "metrics.writer"
-"""Beside the metrics: a token of the job that came last."""
+"""Next to the metrics: a token of the job that came last."""
 _LOSS = "validation/loss"
 _SHOWN = ("train/", "validation/", "guard/")
 
