@@ -1,4 +1,4 @@
-"""What the page of a stage's run in Prefect shows in addition to its progress: where things lie, and the loss as an image."""
+"""What the page of a stage's run in Prefect shows next to its progress: where things lie, and the loss as an image."""
 
 from __future__ import annotations
 
