@@ -164,7 +164,6 @@ class RunConfig(Section):
         _check_parallel(self.model, self.parallel)
         _check_sequence(self.train, self.parallel)
         _check_window(self.model, self.train)
-        _check_trainable(self.model)
         _check_weight_changes(self.data, self.train)
         _check_extension(self.data, self.train)
         return self
@@ -202,14 +201,6 @@ def _check_window(model: ModelConfig, train: TrainConfig) -> None:
         raise ValueError(
             f"train.sequence_length {train.sequence_length} exceeds model.sliding_window {model.sliding_window}: "
             "attention here is full, which is the same for sequences up to the window only"
-        )
-
-
-def _check_trainable(model: ModelConfig) -> None:
-    if model.family == "olmo2":
-        raise ValueError(
-            "model.family olmo2 is converted and exported, but not trained: no training of it in parallel layouts "
-            "was compared with transformers' yet"
         )
 
 

@@ -52,7 +52,6 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
             "model: {family: mistral, sliding_window: 255}",
             "sequence_length 256 exceeds model.sliding_window 255: attention here is full",
         ),
-        ("model: {family: olmo2}", "model.family olmo2 is converted and exported, but not trained"),
         ("model: {sliding_window: 256}", "sliding_window 256 is not computed for the family llama"),
         (
             "parallel: {pipeline: 2, pipeline_layers: [3, 2]}",
