@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.layer_groups import group_names
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
-from neox_core.planning.memory import copied_parameters, rank_parameters, replicated_parameters
+from neox_core.planning.memory import copied_parameters, rank_parameters, replicated_parameters, vector_parameters
 
 Collective = tuple[str, str]
 """(group's name, kind), such as ("tensor", "all-reduce")."""
@@ -33,10 +33,10 @@ def step_traffic(
     if config.parallel.pipeline > 1:
         traffic += _pipeline(config, geometry, stage)
     if geometry.data_parallel > 1:
-        parameters, norms = rank_parameters(config, stage), replicated_parameters(config, stage)
-        # Matrices by buckets, each to its owner; norms at once.
-        traffic["data", "reduce"] = _FP32 * (parameters - norms)
-        traffic["data", "reduce-scatter"] = _FP32 * norms
+        parameters, vectors = rank_parameters(config, stage), vector_parameters(config, stage)
+        # Matrices by buckets, each to its owner; norms and biases at once.
+        traffic["data", "reduce"] = _FP32 * (parameters - vectors)
+        traffic["data", "reduce-scatter"] = _FP32 * vectors
         traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * parameters
     if geometry.world_size > 1:
         # The share of tokens that count, the loss, the squared norms of the gradient and of its groups.

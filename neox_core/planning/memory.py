@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -41,19 +42,32 @@ def parameter_count(model: ModelConfig, input_embedding: bool = True) -> int:
     """
     embedding = int(input_embedding and not model.tied_embeddings)
     layers = {TokenEmbedding: embedding, TransformerBlock: model.num_layers, FinalNorm: 1, OutputHead: 1}
-    return sum(count * _parameters(model, layer, 1)[0] for layer, count in layers.items())
+    return sum(count * _parameters(model, layer, 1).all for layer, count in layers.items())
+
+
+class _Parameters(NamedTuple):
+    """One tensor-parallel rank's parameters, by their marks."""
+
+    all: int
+    replicated: int
+    """That all ranks of the group have."""
+    vectors: int
+    """Norms and biases."""
 
 
 @cache
-def _parameters(model: ModelConfig, layer_type: type[nn.Module], ranks: int) -> tuple[int, int]:
-    """One tensor-parallel rank's parameters of a layer, and those of them that all ranks have, by their marks."""
+def _parameters(model: ModelConfig, layer_type: type[nn.Module], ranks: int) -> _Parameters:
+    """Those of a layer."""
     dims = ModelDimensions.of(model, 1)
     with torch.device("meta"):
         layer = layer_type(dims.shard(ranks))
     mark_parameters(layer, dims, ranks, tokens_split=False)
-    parameters = list(layer.parameters())
-    replicated = [parameter for parameter in parameters if sharding_of(parameter).replicated]
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in replicated)
+    marked = [(parameter.numel(), sharding_of(parameter)) for parameter in layer.parameters()]
+    return _Parameters(
+        all=sum(size for size, _ in marked),
+        replicated=sum(size for size, mark in marked if mark.replicated),
+        vectors=sum(size for size, mark in marked if not mark.decays),
+    )
 
 
 @dataclass(frozen=True)
@@ -123,25 +137,30 @@ def rank_dimensions(config: RunConfig) -> ModelDimensions:
 
 def rank_parameters(config: RunConfig, stage: int) -> int:
     """Parameters that the optimizer has on each rank of one pipeline stage."""
-    return _stage_parameters(config, stage)[0]
+    return _stage_parameters(config, stage).all
 
 
 def copied_parameters(config: RunConfig, stage: int) -> int:
     """Parameters on each rank of a stage that another stage's optimizer has: a tied head far from the embedding."""
     if not config.model.tied_embeddings or not 0 < stage == config.parallel.pipeline - 1:
         return 0
-    return _parameters(config.model, OutputHead, config.parallel.tensor)[0]
+    return _parameters(config.model, OutputHead, config.parallel.tensor).all
 
 
 def replicated_parameters(config: RunConfig, stage: int) -> int:
     """Those of them that are the same on all tensor-parallel ranks."""
-    return _stage_parameters(config, stage)[1]
+    return _stage_parameters(config, stage).replicated
 
 
-def _stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
+def vector_parameters(config: RunConfig, stage: int) -> int:
+    """Those of them that are norms and biases."""
+    return _stage_parameters(config, stage).vectors
+
+
+def _stage_parameters(config: RunConfig, stage: int) -> _Parameters:
     last = int(stage == config.parallel.pipeline - 1)
     blocks = stage_layers(config, stage)
     head = 0 if config.model.tied_embeddings else last
     layers = {TokenEmbedding: int(stage == 0), TransformerBlock: blocks, FinalNorm: last, OutputHead: head}
     each = [(count, _parameters(config.model, layer, config.parallel.tensor)) for layer, count in layers.items()]
-    return sum(count * own for count, (own, _) in each), sum(count * shared for count, (_, shared) in each)
+    return _Parameters(*(sum(count * sizes[i] for count, sizes in each) for i in range(len(_Parameters._fields))))

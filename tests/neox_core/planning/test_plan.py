@@ -93,12 +93,22 @@ def test_checkpointing_keeps_less() -> None:
 
 def test_the_last_stage_holds_logits() -> None:
     """Where the vocabulary is large, a chunk of logits decides: bf16 with a bf16 gradient, or with fp32 parts."""
-    config = load("llemma_34b", tensor=1)
+    config = load("llemma_34b", tensor=1, pipeline=2)
+    large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2_560_000})})
+    more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
+    geometry = geometry_of(1, accumulation_steps=1)
+    added = memory_of(more, geometry, 1).working - memory_of(large, geometry, 1).working
+    assert added == 2048 * 2_560_000 * (2 + 2)
+
+
+def test_the_first_stage_holds_the_embeddings_gradient() -> None:
+    """Where the vocabulary is large: in bf16, and the fp32 copy that is added."""
+    config = load("llemma_34b", tensor=1, pipeline=2)
     large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2_560_000})})
     more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
     geometry = geometry_of(1, accumulation_steps=1)
     added = memory_of(more, geometry, 0).working - memory_of(large, geometry, 0).working
-    assert added == 2048 * 2_560_000 * (2 + 2)
+    assert added == 8192 * 2_560_000 * (2 + 4)
 
 
 def test_the_fullest_stage_is_found() -> None:
