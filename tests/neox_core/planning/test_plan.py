@@ -104,11 +104,11 @@ def test_the_last_stage_holds_logits() -> None:
 def test_the_first_stage_holds_the_embeddings_gradient() -> None:
     """Where the vocabulary is large: in bf16, and the fp32 copy that is added."""
     config = load("llemma_34b", tensor=1, pipeline=2)
-    large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2_560_000})})
-    more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
+    large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
+    more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 10_240_000})})
     geometry = geometry_of(1, accumulation_steps=1)
     added = memory_of(more, geometry, 0).working - memory_of(large, geometry, 0).working
-    assert added == 8192 * 2_560_000 * (2 + 4)
+    assert added == 8192 * 5_120_000 * (2 + 4)
 
 
 def test_the_fullest_stage_is_found() -> None:
