@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from neox_core.errors import CheckpointError
@@ -16,6 +17,8 @@ Stage = Literal["written", "uploaded"]
 _LOOK_SECONDS = 0.1
 _BEHIND = "behind"
 _GIVEN_UP = "given up"
+_FATAL: Mapping[Stage, tuple[Stage, ...]] = {"written": ("written",), "uploaded": ("written", "uploaded")}
+"""Stages that a rank must not have given up: what cannot be uploaded is written all the same."""
 
 
 class Reports:
@@ -45,8 +48,9 @@ class Reports:
         keys = [_key(serial, stage, rank) for rank in range(self._world_size)]
         deadline = time.monotonic() + self._timeout
         while not self._channel.check(keys):
-            if self._channel.check([_GIVEN_UP]):
-                raise CheckpointError(self._channel.get(_GIVEN_UP).decode())
+            for given_up in (f"{_GIVEN_UP}/{failed}" for failed in _FATAL[stage]):
+                if self._channel.check([given_up]):
+                    raise CheckpointError(self._channel.get(given_up).decode())
             if time.monotonic() > deadline or self._stopped.wait(_LOOK_SECONDS):
                 missing = [rank for rank, key in enumerate(keys) if not self._channel.check([key])]
                 raise CheckpointError(
@@ -59,9 +63,9 @@ class Reports:
             self._channel.delete_key(key)
         return texts
 
-    def give_up(self, text: str) -> None:
-        """Say that this rank's files will not come; the first rank's word counts."""
-        self._channel.compare_set(_GIVEN_UP, "", f"rank {self._rank}: {text}")
+    def give_up(self, stage: Stage, text: str) -> None:
+        """Say that this rank's files will not come so far; the first rank's word counts."""
+        self._channel.compare_set(f"{_GIVEN_UP}/{stage}", "", f"rank {self._rank}: {text}")
 
     def set_behind(self, behind: bool) -> None:
         """Say that the object store fails this rank, or works again."""

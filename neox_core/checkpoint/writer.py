@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest
-from neox_core.checkpoint.reports import Reports
+from neox_core.checkpoint.reports import Reports, Stage
 from neox_core.checkpoint.uploads import LocalCheckpoint, Uploads, completed, stand_back
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 from neox_core.storage.digest import sha256_of
@@ -87,7 +88,15 @@ class CheckpointWriter:
         timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
         self.reports = Reports(channel, rank, world_size, self._stop, timeout)
         self._uploads = Uploads(
-            store, prefix, rank, self.reports, self._stop, heartbeat, may_publish, published, self._failed
+            store,
+            prefix,
+            rank,
+            self.reports,
+            self._stop,
+            heartbeat,
+            may_publish,
+            published,
+            partial(self._failed, "uploaded"),
         )
         self._buffers = HostBuffers()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=stand_back)
@@ -172,9 +181,9 @@ class CheckpointWriter:
         self._executor.shutdown()
         self._uploads.close()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, stage: Stage, error: Exception) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0, which may hold the channel, may be gone
-            self.reports.give_up(str(error))
+            self.reports.give_up(stage, str(error))
             self._tell_failed(error)
 
     def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> str:
@@ -190,7 +199,7 @@ class CheckpointWriter:
                     write_atomically(folder / MANIFEST_FILE, manifest.to_json())
                     self._written(manifest)
         except Exception as error:  # all ranks must hear of it
-            self._failed(error)
+            self._failed("written", error)
             raise
         if upload:
             self._uploads.put(LocalCheckpoint(serial, manifest, folder, records, problem))

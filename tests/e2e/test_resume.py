@@ -105,7 +105,8 @@ def test_a_training_goes_on_in_its_job_after_a_rank_was_killed(chain: Chain, cop
         rank_1_killed_when_under_way(run, ObjectStore(storage)),
     ):
         result = train(str(run.path))
-    assert result.artifact.summary["started_from_step"] == INTERVAL
+    # The newest copy on the node's disk, which may be the last: steps are shorter than the upload that was waited for.
+    assert result.artifact.summary["started_from_step"] in (INTERVAL, STEPS)
     assert training_values(run.rows(), 0) == training_values(chain.run.rows(), 0)
     assert [attempt.name for attempt in run.attempts("train")] == ["attempt-0001"]
 

@@ -31,11 +31,10 @@ def ended(
         writer.abandon()
         return SupersededError(reason)
     if stopped.stop.kind == "storage":
-        store.stopped.set()
-        problem = writer.wait_for_disk()
-        _exchange("")
+        problems = _exchange(_problem_on_disk(writer))
+        store.stopped.set()  # not before all have written: then nothing is waited for any more
         writer.abandon()
-        if problem:
+        if problem := next(filter(None, problems), ""):
             return StorageError(f"{reason}; and {problem}")
         return StorageError(f"{reason}; step {stopped.step} is saved in {job.output}: run again when the store is back")
     last_upload(writer, watchdog)
@@ -53,7 +52,7 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
     problem, superseded = "", False
     try:
         problem = writer.wait()
-    except LlemmaError as error:
+    except (LlemmaError, OSError) as error:  # the others must hear of it
         problem, superseded = str(error), isinstance(error, SupersededError)
         if not superseded:
             problem += "; the last save is on local disk: run again when the store is back"
@@ -64,6 +63,14 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
             raise SupersededError(text)
         if text:
             raise StorageError(text)
+
+
+def _problem_on_disk(writer: CheckpointWriter) -> str:
+    """Why the last save is not on local disk; empty if it is."""
+    try:
+        return writer.wait_for_disk()
+    except (LlemmaError, OSError) as error:
+        return str(error)
 
 
 def _exchange(own: str) -> list[str]:
