@@ -49,13 +49,13 @@ def last_upload(writer: CheckpointWriter, watchdog: Watchdog) -> None:
         StorageError: it was given up.
     """
     watchdog.beat("last upload")
-    problem, superseded = "", False
+    problem, superseded = _problem_on_disk(writer), False
     try:
-        problem = writer.wait()
+        writer.wait()
     except (LlemmaError, OSError) as error:  # the others must hear of it
-        problem, superseded = str(error), isinstance(error, SupersededError)
-        if not superseded:
-            problem += "; the last save is on local disk: run again when the store is back"
+        superseded = isinstance(error, SupersededError)
+        given_up = f"{error}; the last save is on local disk: run again when the store is back"
+        problem = str(error) if superseded else problem or given_up
     problems = [json.loads(text) for text in _exchange(json.dumps([problem, superseded]))]
     writer.abandon()
     for text, other_job in sorted(problems, key=lambda entry: not entry[1]):

@@ -91,24 +91,22 @@ def test_checkpointing_keeps_less() -> None:
     assert block_bytes(config, dims, "none") == tokens * (4 * hidden + 4 * hidden + 3 * width + 4 * 32)
 
 
-def test_the_last_stage_holds_logits() -> None:
-    """Where the vocabulary is large, a chunk of logits decides: bf16 with a bf16 gradient, or with fp32 parts."""
-    config = load("llemma_34b", tensor=1, pipeline=2)
-    large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2_560_000})})
-    more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
-    geometry = geometry_of(1, accumulation_steps=1)
-    added = memory_of(more, geometry, 1).working - memory_of(large, geometry, 1).working
-    assert added == 2048 * 2_560_000 * (2 + 2)
-
-
-def test_the_first_stage_holds_the_embeddings_gradient() -> None:
-    """Where the vocabulary is large: in bf16, and the fp32 copy that is added."""
-    config = load("llemma_34b", tensor=1, pipeline=2)
-    large = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 5_120_000})})
-    more = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 10_240_000})})
-    geometry = geometry_of(1, accumulation_steps=1)
-    added = memory_of(more, geometry, 0).working - memory_of(large, geometry, 0).working
-    assert added == 8192 * 5_120_000 * (2 + 4)
+@pytest.mark.parametrize(
+    ("stage", "vocabulary", "bytes_per_token"),
+    [
+        pytest.param(1, 2_560_000, 2048 * (2 + 2), id="a chunk of logits, and their gradient"),
+        pytest.param(0, 5_120_000, 8192 * (2 + 4), id="the embedding's gradient, and the fp32 copy that is added"),
+    ],
+)
+def test_what_a_large_vocabulary_needs(stage: int, vocabulary: int, bytes_per_token: int) -> None:
+    """In bf16, on the last stage and on the first: so much for each further token of the vocabulary."""
+    config, geometry = load("llemma_34b", tensor=1, pipeline=2), geometry_of(1, accumulation_steps=1)
+    large, more = (
+        config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+        for size in (vocabulary, 2 * vocabulary)
+    )
+    added = memory_of(more, geometry, stage).working - memory_of(large, geometry, stage).working
+    assert added == vocabulary * bytes_per_token
 
 
 def test_the_fullest_stage_is_found() -> None:
