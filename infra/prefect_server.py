@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from infra.prefect.services import answers
 from infra.processes import ProcessRecord, end_processes
 from neox_core.errors import LlemmaError
 
@@ -86,11 +86,9 @@ def end_orphans() -> None:
 def _await(server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{os.environ[_URL]}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
+        if answers(os.environ[_URL]):
+            return
+        time.sleep(0.2)
     raise LlemmaError(f"Prefect's server does not start: see {log}, then run again")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def log_file(folder: Path, name: str) -> Path:
 def page_url(port: int) -> str:
     """Where the server's pages are."""
     return f"http://{os.environ.get('PREFECT_SERVER_API_HOST', '127.0.0.1')}:{port}"
+
+
+def answers(api: str) -> bool:
+    """Whether the server at this address, PREFECT_API_URL's, is ready."""
+    try:
+        with urllib.request.urlopen(f"{api}/health", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def running_page(folder: Path) -> str | None:

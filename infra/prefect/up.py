@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from infra.prefect.services import (
     SERVICES,
     WORKER,
     ServiceRecord,
+    answers,
     forget,
     log_file,
     page_url,
@@ -55,7 +55,7 @@ def up(folder: Path, port: int | None, database: str | None, say: Say) -> None:
         if port is None:
             port = running.port if running else int(os.environ.get("PREFECT_SERVER_API_PORT", _DEFAULT_PORT))
         environment = _environment(folder, port, database)
-        _start(SERVER, folder, port, environment, say, lambda: _answers(port))
+        _start(SERVER, folder, port, environment, say, lambda: answers(f"{page_url(port)}/api"))
         for command in DEPLOY:
             _run(command, environment)
         say("deployments", "all flows of prefect.yaml, and the watcher's schedule")
@@ -129,14 +129,6 @@ def _environment(folder: Path, port: int, database: str | None) -> dict[str, str
     outside = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     own = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_API_PORT": str(port)}
     return outside | own | ({"PREFECT_API_DATABASE_CONNECTION_URL": database} if database else {})
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"{page_url(port)}/api/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def _check_free(port: int) -> None:
