@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from infra.prefect.services import default_folder
-from infra.prefect.up import down as end_services
-from infra.prefect.up import up as start_services
-
 _FolderOption = Annotated[
     Path | None,
     typer.Option(
@@ -30,13 +26,18 @@ def up(
     database: Annotated[str | None, typer.Option("--database", help=_DATABASE_HELP)] = None,
 ) -> None:
     """Start Prefect's server and a worker, deploy all flows, and have all runs watched; what is up already stays."""
-    folder = (workdir or default_folder()).resolve()
-    start_services(folder, port, database, _say)
+    from infra.prefect import services
+    from infra.prefect import up as prefect
+
+    prefect.up((workdir or services.default_folder()).resolve(), port, database, _say)
 
 
 def down(workdir: _FolderOption = None) -> None:
     """End the server and the worker that `llemma up` has started; SLURM jobs go on, data and logs stay."""
-    end_services((workdir or default_folder()).resolve(), _say)
+    from infra.prefect import services
+    from infra.prefect import up as prefect
+
+    prefect.down((workdir or services.default_folder()).resolve(), _say)
 
 
 def _say(what: str, text: str) -> None:

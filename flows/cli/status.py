@@ -10,7 +10,6 @@ import typer
 
 from flows.cli.options import ConfigArgument, SetOption
 from flows.cli.printing import bar, print_records, print_rows
-from infra.prefect.services import default_folder, running_page
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import ConfigError
 
@@ -102,4 +101,6 @@ def _show_workdir(workdir: Path) -> None:
 
 
 def _pages() -> str:
+    from infra.prefect.services import default_folder, running_page
+
     return running_page(default_folder()) or "no server was started here (`llemma up`)"
