@@ -28,9 +28,16 @@ _SLOW = 3.0
 """Times as long as the longest of its kind, which work may take: a step of a large model takes a minute by itself."""
 _MEASURED = 50
 """Of a kind, so many count."""
-_WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/pipe/p2p.py")
+_WAITING = (
+    "/torch/distributed/",
+    "/deepspeed/comm/",
+    "/deepspeed/runtime/pipe/p2p.py",
+    "/neox_core/parallel/gradient_reduction.py",
+    "/neox_core/train/observe/figures.py",
+)
 """Sources in which a rank waits for others."""
 _WAITS = "waiting for other ranks"
+_SILENT = "no answer"
 _STDERR = 2
 _LOOKS = 20
 """Per timeout."""
@@ -140,8 +147,8 @@ class Watchdog:
         meeting.join(2 * grace)
         if not places:
             places = {"no answer of the store, which it holds": [0]}
-        held_up = [rank for place, ranks in places.items() if not place.endswith(_WAITS) for rank in ranks]
-        because = f" because of {rank_list(held_up)}" if 0 < len(held_up) < self._world_size else ""
+        suspects = _suspects(places)
+        because = f" because of {rank_list(suspects)}" if 0 < len(suspects) < self._world_size else ""
         logger.error(
             "rank %d: no rank made progress for %.0f s%s (launch.hang_timeout_minutes); they were at: %s. The stacks "
             "are in the ranks' logs. Run again to resume from the last checkpoint",
@@ -164,8 +171,15 @@ class Watchdog:
             time.sleep(grace)
             for rank in range(self._world_size):
                 there = self._store.check([str(rank)])
-                found[self._store.get(str(rank)).decode() if there else "no answer"].append(rank)
+                found[self._store.get(str(rank)).decode() if there else _SILENT].append(rank)
         places.update(found)
+
+
+def _suspects(places: dict[str, list[int]]) -> list[int]:
+    """Those of the ranks, by where they are, for which the others may wait: a stopped process cannot even answer."""
+    return places.get(_SILENT) or [
+        rank for place, ranks in places.items() if not place.endswith(_WAITS) for rank in ranks
+    ]
 
 
 def _kind(place: str) -> str:

@@ -1,4 +1,4 @@
-"""A hang that Python itself takes part in; hangs of several ranks are in tests/tasks/test_launch.py."""
+"""A hang that Python itself takes part in; hangs of several ranks are in tests/tasks/jobs/test_launch.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from neox_core.errors import SUPERSEDED_EXIT_CODE
-from neox_core.train.observe.watchdog import Watchdog
+from neox_core.train.observe.watchdog import _SILENT, _WAITS, Watchdog, _suspects
 
 LOCKED = """
 import ctypes, logging, sys
@@ -68,6 +68,18 @@ def test_what_a_kind_of_work_has_taken_counts(monkeypatch: pytest.MonkeyPatch) -
         allowed.append(watchdog._allowance)
         clock[0] += seconds
     assert allowed == [1800.0, 60.0, 150.0, 1800.0, 150.0]
+
+
+@pytest.mark.parametrize(
+    ("places", "suspects"),
+    [
+        ({f"step 7, {_WAITS}": [0, 2], "step 7, in read (bins.py:9)": [1]}, [1]),
+        ({"step 7, in read (bins.py:9)": [0, 2], _SILENT: [1]}, [1]),
+        ({f"step 7, {_WAITS}": [0, 1]}, []),
+    ],
+)
+def test_who_is_waited_for(places: dict[str, list[int]], suspects: list[int]) -> None:
+    assert _suspects(places) == suspects
 
 
 def test_ending_well_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
