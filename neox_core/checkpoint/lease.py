@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from neox_core.checkpoint.manifest import checkpoint_attempt, listing_key
 from neox_core.config import StorageConfig
 from neox_core.errors import LaunchError, StorageError
@@ -201,6 +199,8 @@ def leased(
     Args:
         on_lost: called on rank 0, in a thread.
     """
+    import torch.distributed as dist  # takes seconds, and a look at a job's files does without
+
     with ExitStack() as stack:
         lease = stack.enter_context(Lease(storage, prefix, on_lost)) if rank == 0 else None
         number: list[Any] = [lease.number if lease else None]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, ConfigError
-from neox_core.storage.folders import Location
 from tasks.identity.stage import digest_cache
+
+if TYPE_CHECKING:
+    from neox_core.storage.folders import Location
 
 _META, _HUGGINGFACE = "params.json", "config.json"
 
