@@ -36,6 +36,8 @@ class Prefect:
     port: int
     receiver: Receiver
     """Is told what there is to tell."""
+    options: tuple[str, ...] = ()
+    """Of `llemma up`."""
 
     def llemma(self, *arguments: str) -> str:
         """What `llemma` says with these words, from a folder that is not the repository's."""
@@ -86,15 +88,15 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Prefect]:
-    """A server with all deployments and a worker, which inherit the environment."""
+def serving(folder: Path, *options: str) -> Iterator[Prefect]:
+    """A server with all deployments and a worker, which inherit the environment; with options of `llemma up`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with receiving() as receiver:
-        prefect = Prefect(folder, port, receiver)
+        prefect = Prefect(folder, port, receiver, options)
         try:
-            assert "worker: started" in prefect.llemma("up", "--port", str(port))
+            assert "worker: started" in prefect.llemma("up", "--port", str(port), *options)
             yield prefect
         finally:
             prefect.llemma("down")
