@@ -52,6 +52,7 @@ class Seen:
 def chain(slurm: Path, tmp_path: Path) -> Iterator[ChainKills]:
     """A chain that could begin, whose training takes MINUTES at the pace that it has here without SLURM."""
     copy_text(tmp_path)
+    (tmp_path / "prefect").mkdir()
     launch = {"executor": "slurm", "max_restarts": 5, "slurm_parameters": {"mem": "4G"}}
     settings = {"data": {"max_epochs": 1_000_000}, "launch": launch}
     with sbatch_that_kills(tmp_path / "bin") as told, serving(tmp_path / "prefect") as prefect:

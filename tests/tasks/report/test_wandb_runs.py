@@ -1,4 +1,4 @@
-"""W&B's runs of a training: one through all its jobs, its evaluation's beside it, uploaded by W&B's own command."""
+"""W&B's runs of a training: one through all its jobs, and one of its evaluation, uploaded by W&B's own command."""
 
 from __future__ import annotations
 
