@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,16 @@ from infra.processes import ProcessRecord
 from tests.paths import ROOT
 
 UP = ROOT / "infra" / "slurm" / "up"
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Those that a SLURM has started, jobs included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == str(folder / "etc" / "slurm.conf"):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 @pytest.mark.slurm
@@ -48,8 +60,14 @@ def test_down_ends_its_own_processes_only(slurm: Path) -> None:
     files = [path for path in (folder / "run").glob("*.pid") if ".own." not in path.name]
     daemons = [ProcessRecord.of(int(path.read_text())) for path in files]
     environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
-    subprocess.run(["sbatch", "--wrap", "sleep 600", "--output=/dev/null"], check=True, env=environment)
+    job = ["sbatch", "--output=/dev/null", f"--wrap=trap '' TERM; touch {folder}/runs; setsid sleep 600"]
+    subprocess.run(job, check=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not (folder / "runs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     subprocess.run([UP.with_name("down"), folder], check=True)
+    assert processes_of(folder) == []
     assert len(daemons) == 9
     assert not any(daemon.is_alive() for daemon in daemons)
     assert subprocess.run(["scontrol", "ping"], check=True, capture_output=True, text=True).stdout.count(" UP") == 1

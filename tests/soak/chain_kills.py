@@ -14,6 +14,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
+import httpx
 import psutil
 
 from infra.prefect.services import ServiceRecord
@@ -120,15 +121,25 @@ class ChainKills:
 
     def goes_on(self, since: int) -> bool:
         """Whether steps were done since that one, and all that serve the chain run."""
-        state = self.prefect.runs(self.run.path).get("llemma-pretrain", {"type": ""})["type"]
+        state = self.state()
         if state == "COMPLETED":
             return True
         assert state not in ("FAILED", "CANCELLED"), self.prefect.runs(self.run.path)
         return bool(self.step() > since and self._engines("llemma-pretrain") and self._engines("train"))
 
+    def state(self) -> str:
+        """The chain's; empty while the server does not answer, or before there is one."""
+        try:
+            return str(self.prefect.runs(self.run.path)["llemma-pretrain"]["type"])
+        except (httpx.HTTPError, KeyError):
+            return ""
+
     def _engines(self, flow: str) -> list[psutil.Process]:
-        """Of the flow's newest run; of the watcher any."""
-        runs = self.prefect.find("flow_runs", flows={"name": {"any_": [flow]}})
+        """Of the flow's newest run; of the watcher any; none while the server does not answer."""
+        try:
+            runs = self.prefect.find("flow_runs", flows={"name": {"any_": [flow]}})
+        except httpx.HTTPError:
+            return []
         if flow != "watch":
             runs = [run for run in runs if run["parameters"].get("config") == str(self.run.path)][-1:]
         wanted = {run["id"] for run in runs}

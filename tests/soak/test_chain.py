@@ -51,12 +51,13 @@ class Seen:
 @pytest.fixture
 def chain(slurm: Path, tmp_path: Path) -> Iterator[ChainKills]:
     """A chain that could begin, whose training takes MINUTES at the pace that it has here without SLURM."""
-    copy_text(tmp_path)
+    for folder in (tmp_path, tmp_path / "pace"):
+        copy_text(folder)
     (tmp_path / "prefect").mkdir()
     launch = {"executor": "slurm", "max_restarts": 5, "slurm_parameters": {"mem": "4G"}}
     settings = {"data": {"max_epochs": 1_000_000}, "launch": launch}
     with sbatch_that_kills(tmp_path / "bin") as told, serving(tmp_path / "prefect") as prefect:
-        seconds = pace(prefect, write_run(tmp_path, settings | {"train": TRAIN}))
+        seconds = pace(prefect, write_run(tmp_path / "pace", settings | {"train": TRAIN}))
         steps = max(10 * INTERVAL, round(60 * MINUTES / seconds / INTERVAL) * INTERVAL)
         say(f"\n{steps} steps of {seconds:.2f} s")
         config = write_run(tmp_path, settings | {"train": TRAIN | {"steps": steps, "dry_run": False}})
@@ -64,7 +65,7 @@ def chain(slurm: Path, tmp_path: Path) -> Iterator[ChainKills]:
 
 
 def pace(prefect: Prefect, config: Path) -> float:
-    """Seconds that a step takes, of a short training without SLURM; data and shards are made on the way."""
+    """Seconds that a step takes, of a short training without SLURM."""
     words = (f"train.steps={PACE_STEPS}", "launch.executor=local", "train.dry_run=false")
     prefect.llemma("run", str(config), "prepare-data", "convert", "train", *(f"--set={word}" for word in words))
     rows = read_metrics(Run(config).stage_folder("train") / METRICS_FILE)
@@ -126,8 +127,7 @@ def killed(chain: ChainKills, name: str, kill: Callable[[], None], waits: bool) 
 
 
 def has_ended(chain: ChainKills) -> bool:
-    state = chain.prefect.runs(chain.run.path)["llemma-pretrain"]["type"]
-    return state in ("COMPLETED", "FAILED", "CANCELLED")
+    return chain.state() in ("COMPLETED", "FAILED", "CANCELLED")
 
 
 @contextmanager

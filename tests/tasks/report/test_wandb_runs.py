@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def written(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Training:
     training = resolve_training(config)
     training.scratch.mkdir(parents=True)
     for job in range(2):
+        time.sleep(1.1 * job)  # W&B tells a run's folders apart by the second
         run = start_wandb(config, training.scratch, _training_run(training))
         for step in range(3 * job + 1, 3 * job + 4):
             run.log({"step": step, "train/loss": 1 / step})
