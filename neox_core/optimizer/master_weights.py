@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 24
+_PIECE, _PIECE_ON_CPU = 1 << 24, 1 << 18
+"""Numbers that are converted at a time: few launches on a GPU, a core's cache on a CPU, where that is several times as fast."""
 
 _TIE = 0x8000
 """Low half of an fp32 number that lies midway between two bf16 numbers."""
@@ -100,12 +101,15 @@ class MasterWeights:
         dtype = self.low_precision.dtype if rounded else torch.float32
         count = 0
         for start, stop in self._ranges():
-            master, parameter = self.read(start, stop).to(dtype), self.low_precision[start:stop].to(dtype)
+            master = self.read(start, stop) if self.packed else self.storage[start:stop]
+            master, parameter = master.to(dtype), self.low_precision[start:stop].to(dtype)
+            if torch.equal(master, parameter):  # in one pass, unless there is a NaN
+                continue
             count += int(((master != parameter) & ~(master.isnan() & parameter.isnan())).sum())
         return count
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Pieces that fit on a card that is almost full."""
-        size = self.low_precision.numel()
-        for start in range(0, size, _PIECE):
-            yield start, min(start + _PIECE, size)
+        size, piece = self.low_precision.numel(), _PIECE if self.low_precision.is_cuda else _PIECE_ON_CPU
+        for start in range(0, size, piece):
+            yield start, min(start + piece, size)

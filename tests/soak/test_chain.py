@@ -38,14 +38,11 @@ CHAIN_FLOWS = ("llemma-pretrain", "prepare-data", "convert", "train", "evaluate"
 
 @dataclass
 class Seen:
-    """What a look at SLURM and the metrics, twice a second, has found."""
+    """What a look at SLURM, twice a second, has found."""
 
     jobs: set[str] = field(default_factory=set)
     """SLURM's numbers of all trainings."""
     most_at_once: int = 0
-    steps_lost: int = 0
-    """Done, and done again."""
-    last: int = 0
 
 
 @pytest.fixture
@@ -85,7 +82,7 @@ def test_ten_points(chain: ChainKills) -> None:
         "a rank": partial(chain.rank, 1),
         "the node": chain.node,
     }
-    with watched(chain) as seen, running(chain):
+    with watched() as seen, running(chain):
         for point, (name, kill) in enumerate(points.items()):
             killed(chain, name, kill, waits=point >= 2)  # of the first two, each ends the way to the first step
     check(chain, seen)
@@ -104,7 +101,7 @@ def test_an_hour_of_random_kills(chain: ChainKills) -> None:
         "rank 1": partial(chain.rank, 1),
         "node": chain.node,
     }
-    with watched(chain) as seen, running(chain):
+    with watched() as seen, running(chain):
         wait_for(chain.step)
         started = time.monotonic()
         while time.monotonic() - started < 60 * MINUTES and not has_ended(chain):
@@ -140,17 +137,15 @@ def running(chain: ChainKills) -> Iterator[None]:
 
 
 @contextmanager
-def watched(chain: ChainKills) -> Iterator[Seen]:
-    """Look at SLURM and the metrics while the block lasts."""
+def watched() -> Iterator[Seen]:
+    """Look at SLURM while the block lasts."""
     seen, over = Seen(), threading.Event()
 
     def look() -> None:
         while not over.wait(0.5):
-            jobs, step = training_jobs(), chain.step()
+            jobs = training_jobs()
             seen.jobs |= set(jobs)
             seen.most_at_once = max(seen.most_at_once, len(jobs))
-            seen.steps_lost += max(0, seen.last - step)
-            seen.last = step
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -162,7 +157,8 @@ def watched(chain: ChainKills) -> Iterator[Seen]:
 
 
 def check(chain: ChainKills, seen: Seen) -> None:
-    """The chain has completed; each step is there once, never were two jobs at work, and nothing is left."""
+    """The chain has completed; each step was done, with the same loss if again; never were two jobs at work, and
+    nothing is left."""
     states = {flow: state["type"] for flow, state in chain.prefect.runs(chain.run.path).items()}
     assert states == dict.fromkeys(CHAIN_FLOWS, "COMPLETED")
     rows = [row for row in chain.run.rows() if "train/loss" in row]
@@ -170,9 +166,13 @@ def check(chain: ChainKills, seen: Seen) -> None:
     useful = steps * statistics.median(row["time/step"] for row in rows if "time/step" in row)
     whole = rows[-1]["time"] - rows[0]["time"]
     say(
-        f"{len(seen.jobs)} SLURM jobs, {len(chain.run.attempts('train'))} of them with work, {seen.steps_lost} of "
-        f"{steps} steps done twice; {useful:.0f} s of steps in {whole:.0f} s: {useful / whole:.0%}"
+        f"{len(seen.jobs)} SLURM jobs, {len(chain.run.attempts('train'))} submissions with work; {len(rows) - steps} "
+        f"of {steps} steps were done again; {useful:.0f} s of steps in {whole:.0f} s: {useful / whole:.0%}"
     )
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    losses: dict[int, set[float]] = {}
+    for row in rows:
+        losses.setdefault(row["step"], set()).add(row["train/loss"])
+    assert sorted(losses) == list(range(1, steps + 1))
+    assert [step for step, found in losses.items() if len(found) > 1] == []
     assert seen.most_at_once == 1
     wait_for(lambda: not chain.run.processes(), 60)
