@@ -6,7 +6,6 @@ Debian's and Ubuntu's packages: RUNLEVEL=1 apt-get install --no-install-recommen
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -16,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from infra.s3.server import S3Endpoint
+from tests.ports import free_port
 
 _PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool")
 _ACCESS_KEY, _SECRET_KEY = "test-access", "test-secret"
@@ -66,7 +66,7 @@ def ceph_s3(folder: Path) -> Iterator[S3Endpoint]:
 
     One at a time: the monitor takes the ports 3300 and 6789.
     """
-    port = _free_port()
+    port = free_port()
     configuration = folder / "ceph.conf"
     configuration.write_text(_SETTINGS.format(folder=folder, port=port, fsid=uuid.uuid4()))
     for name in ("mon", "osd"):
@@ -118,9 +118,3 @@ def _until(there: Callable[[], bool], what: str) -> None:
             pass
         time.sleep(0.2)
     raise AssertionError(f"{what} did not come up within 90 s")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.ports import free_port
 
 USER = "postgres"
 """Of the system: the server refuses root."""
@@ -36,9 +37,7 @@ def postgresql(folder: Path, password: str) -> Iterator[str]:
     if os.getuid() == 0:
         owner = pwd.getpwnam(USER)
         os.chown(folder, owner.pw_uid, owner.pw_gid)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     _run(bin_folder / "initdb", "--pgdata", folder / "data", "--auth=scram-sha-256", "--auth-local=trust")
     options = f"-p {port} -h 127.0.0.1 -k {folder}"
     control = (bin_folder / "pg_ctl", "--pgdata", folder / "data", "--wait", "--log", folder / "log")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests import waiting
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.infra.test_prefect_deployments import Prefect
 
@@ -25,6 +26,8 @@ PATIENCE_SECONDS = 1800.0
 
 ENDLESS = {"steps": 100_000, "checkpoint_interval": 100_000, "validation": {"interval": 100_000}}
 """A training that does not end by itself."""
+
+wait_for = partial(waiting.wait_for, seconds=PATIENCE_SECONDS, pause=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +54,6 @@ def write(tmp_path: Path) -> Callable[..., Run]:
         return Run(write_run(tmp_path, {"launch": launch} | changes))
 
     return write
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(1.0)
 
 
 def deployment(prefect: Prefect, name: str) -> str:

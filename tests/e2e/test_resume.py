@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,12 +23,15 @@ from neox_core.errors import LaunchError
 from neox_core.storage.object_store import ObjectStore
 from tasks.identity.training import resolve_training
 from tasks.jobs.node.report import ControllerReport
+from tests import waiting
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
 
 pytestmark = pytest.mark.e2e
 
 PREPARED = (".current", "prepare-data-*", "convert-*")
+
+wait_for = partial(waiting.wait_for, seconds=300.0)
 
 
 def prefix_of(run: Run) -> str:
@@ -139,10 +142,3 @@ def test_a_killed_flow_leaves_a_job_that_the_next_run_follows(
     assert evaluations == read_artifact(chain.run.stage_folder("evaluate")).summary["evaluations"]
     assert [attempt.name for attempt in run.attempts("train")] == ["attempt-0001"]
     assert run.processes() == []
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,17 @@ import pytest
 
 from infra.prefect.services import COMMAND, ServiceRecord
 from infra.processes import ProcessRecord
+from tests import waiting
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.paths import ROOT
+from tests.ports import free_port
 from tests.tasks.watch.receiver import Receiver, receiving
 
 PATIENCE_SECONDS = 480.0
 
 pytestmark = pytest.mark.e2e
+
+wait_for = partial(waiting.wait_for, seconds=PATIENCE_SECONDS, pause=0.2)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[Prefect]:
     """A server with all deployments and a worker, which inherit the environment; with options of `llemma up`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with receiving() as receiver:
         prefect = Prefect(folder, port, receiver, options)
         try:
@@ -182,7 +183,7 @@ def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: P
     chain = ("deployment", "run", "llemma-pretrain/toy", "--param", f"config={config}", "--param", "start_at=train")
     assert prefect.run(*chain).returncode == 0
     run = Run(config)
-    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"), 1500)
+    wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")) and run.attempts("evaluate"), seconds=1500)
     worker = ServiceRecord.read(prefect.folder / "home", "worker")
     assert worker
     assert worker.service
@@ -192,7 +193,7 @@ def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: P
     for engine in engines:
         engine.send(signal.SIGKILL)
     assert prefect.runs(config)["train"]["type"] == "RUNNING"
-    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"), 1500)
+    wait_for(lambda: prefect.runs(config)["llemma-pretrain"]["type"] in ("COMPLETED", "FAILED"), seconds=1500)
     flows = ("llemma-pretrain", "train", "evaluate", "export")
     assert {flow: state["type"] for flow, state in prefect.runs(config).items()} == dict.fromkeys(flows, "COMPLETED")
     assert len(run.attempts("train")) == 1
@@ -204,21 +205,15 @@ def test_after_kill_9_of_flows_and_worker_the_chain_goes_on_by_itself(prefect: P
     assert len([line for line in told if "has finished" in line]) == 1
 
 
-def flow_processes(home: Path) -> list[psutil.Process]:
-    """The processes of flow runs, without their jobs'."""
+def flow_processes(home: Path, runs: Collection[str] | None = None) -> list[psutil.Process]:
+    """The processes of flow runs, or of those with these ids, without their jobs'."""
     found = []
     for process in psutil.process_iter():
         try:
             environment, command = process.environ(), " ".join(process.cmdline())
         except (psutil.Error, ProcessLookupError):
             continue
-        if environment.get("PREFECT_HOME") == str(home) and "PREFECT__FLOW_RUN_ID" in environment:
+        run = environment.get("PREFECT__FLOW_RUN_ID")
+        if environment.get("PREFECT_HOME") == str(home) and run and (runs is None or run in runs):
             found += [process] if "prefect" in command and "tasks.jobs" not in command else []
     return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.2)

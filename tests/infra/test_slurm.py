@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 
 from infra.processes import ProcessRecord
 from tests.paths import ROOT
+from tests.waiting import wait_for
 
 UP = ROOT / "infra" / "slurm" / "up"
 
@@ -62,10 +62,7 @@ def test_down_ends_its_own_processes_only(slurm: Path) -> None:
     environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
     job = ["sbatch", "--output=/dev/null", f"--wrap=trap '' TERM; touch {folder}/runs; setsid sleep 600"]
     subprocess.run(job, check=True, env=environment)
-    deadline = time.monotonic() + 60
-    while not (folder / "runs").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for((folder / "runs").exists, seconds=60.0)
     subprocess.run([UP.with_name("down"), folder], check=True)
     assert processes_of(folder) == []
     assert len(daemons) == 9

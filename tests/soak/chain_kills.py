@@ -6,13 +6,12 @@ import os
 import signal
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import Any
 
 import httpx
 import psutil
@@ -20,6 +19,7 @@ import psutil
 from infra.prefect.services import ServiceRecord
 from tasks.follow import last_step
 from tasks.jobs.node.report import ControllerReport
+from tests import waiting
 from tests.e2e.runs import Run
 from tests.infra.test_prefect_deployments import Prefect, flow_processes
 from tests.paths import ROOT
@@ -38,7 +38,8 @@ if [ -e "$LLEMMA_KILLED_AT_SBATCH" ] && grep -qs "job-name=llemma-train" "$scrip
 fi
 exec REAL "$@"
 """
-_LOOK_SECONDS = 0.5
+
+wait_for = partial(waiting.wait_for, seconds=900.0, pause=0.5)
 
 
 @contextmanager
@@ -142,12 +143,7 @@ class ChainKills:
             return []
         if flow != "watch":
             runs = [run for run in runs if run["parameters"].get("config") == str(self.run.path)][-1:]
-        wanted = {run["id"] for run in runs}
-        return [
-            process
-            for process in flow_processes(self.prefect.folder / "home")
-            if _environment(process).get("PREFECT__FLOW_RUN_ID") in wanted
-        ]
+        return flow_processes(self.prefect.folder / "home", {run["id"] for run in runs})
 
     def _of_job(self, pids: Callable[[ControllerReport], list[int]]) -> list[psutil.Process]:
         reports = [ControllerReport.read(attempt) for attempt in self.run.attempts("train")[-1:]]
@@ -169,15 +165,6 @@ def slurm(*command: str) -> str:
     return answer.stdout
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 900.0) -> Any:
-    """What the condition returns, once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(_LOOK_SECONDS)
-    return value
-
-
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         try:
@@ -190,13 +177,6 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _processes(pids: list[int]) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return dict(process.environ())
-    except (psutil.Error, ProcessLookupError):
-        return {}
 
 
 def _is_of(step: psutil.Process, job: str) -> bool:

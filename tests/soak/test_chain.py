@@ -133,7 +133,7 @@ def running(chain: ChainKills) -> Iterator[None]:
     started = chain.prefect.run("deployment", "run", "llemma-pretrain/toy", "--param", f"config={chain.run.path}")
     assert started.returncode == 0, started.stderr
     yield
-    wait_for(lambda: has_ended(chain), 7200)
+    wait_for(lambda: has_ended(chain), seconds=7200)
 
 
 @contextmanager
@@ -175,4 +175,4 @@ def check(chain: ChainKills, seen: Seen) -> None:
     assert sorted(losses) == list(range(1, steps + 1))
     assert [step for step, found in losses.items() if len(found) > 1] == []
     assert seen.most_at_once == 1
-    wait_for(lambda: not chain.run.processes(), 60)
+    wait_for(lambda: not chain.run.processes(), seconds=60)

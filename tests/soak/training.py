@@ -19,9 +19,10 @@ from neox_core.train.job import TrainJob
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.rank import RankTask, read_failure
 from tests.distributed import _process_context
+from tests.ports import free_port
 from tests.soak.forked import control
 from tests.soak.kills import KillList, killed_by
-from tests.tasks.jobs.node.nodes import free_port, rank_processes
+from tests.tasks.jobs.node.nodes import rank_processes
 
 JOB_SECONDS = 1500.0
 """For a job to end, however it ends; longer is stuck."""

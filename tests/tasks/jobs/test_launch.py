@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tasks.jobs.executor import Status
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import NoAnswer
+from tests import waiting
 from tests.tasks.jobs.fake_slurm import FakeSlurm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,6 +30,8 @@ import rank_functions
 
 LAUNCH = LaunchConfig(executor="local", ranks_per_node=2, device="cpu", time_limit_minutes=5)
 KEY = "0123456789abcdef" * 4
+
+wait_for = partial(waiting.wait_for, seconds=60.0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +48,6 @@ def _jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def submit(folder: Path, function: Callable[..., Any], *args: Any, ranks: int = 2, **options: Any) -> Job:
     return submit_or_attach(LAUNCH, folder / "jobs", "test", KEY, function, args, 1, ranks, **options)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def test_two_ranks_meet_and_return_their_results(tmp_path: Path) -> None:

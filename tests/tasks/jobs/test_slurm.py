@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tasks.jobs.executor import Cause
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_jobs, submit_or_attach
 from tasks.jobs.registry import choose_executor
+from tests import waiting
 from tests.paths import ROOT
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 KEY = "0123456789abcdef" * 4
 LATE = {"signal": "USR2@1"}
 """submitit has the end announced 90 s before, which is more than these jobs have."""
+
+wait_for = partial(waiting.wait_for, seconds=120.0, pause=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +58,6 @@ def submit(
 ) -> Job:
     config = LaunchConfig(**{"device": "cpu", "time_limit_minutes": 60, **launch})
     return submit_or_attach(config, folder, "test", key, function, args, nodes, ranks)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.2)
 
 
 def started(folder: Path, ranks: int = 1) -> Callable[[], bool]:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from neox_core.train.job import TrainJob
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_jobs, submit_or_attach
+from tests import waiting
 from tests.distributed import rendezvous_ports, run_ranks
 from tests.neox_core.train.ends.test_stopping import prepare
 from tests.neox_core.train.small_jobs import rows, train_job
@@ -31,6 +33,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.t
 
 STEPS = 40
 KEY = "0123456789abcdef" * 4
+
+wait_for = partial(waiting.wait_for, seconds=300.0, pause=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +78,6 @@ def submit(run: RunConfig, job: TrainJob, folder: Path, seconds: float, **launch
     return submit_or_attach(
         LaunchConfig(**values), folder / "jobs", "test", KEY, slow_training, arguments, 2, 1, saved=saved
     )
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.2)
 
 
 def signal_it(job: Job, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +16,9 @@ from infra.processes import ProcessRecord, end_processes
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.node.report import ControllerReport
 from tasks.jobs.rank import RankTask
+from tests.ports import free_port
 
 JOB = "7"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import psutil
@@ -18,6 +17,7 @@ from neox_core.errors import GO_ON_EXIT_CODE
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.node.report import ControllerReport
 from tasks.jobs.rank import read_failure, read_result
+from tests import waiting
 from tests.tasks.jobs.node.nodes import job, rank_processes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,19 +25,14 @@ import rank_functions
 
 WAIT = 120
 
+wait_for = partial(waiting.wait_for, seconds=WAIT)
+
 
 @pytest.fixture(autouse=True)
 def _by_value() -> Iterator[None]:
     cloudpickle.register_pickle_by_value(rank_functions)
     yield
     cloudpickle.unregister_pickle_by_value(rank_functions)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def starts(folder: Path, rank: int) -> int:
