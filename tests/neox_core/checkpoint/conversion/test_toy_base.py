@@ -66,7 +66,7 @@ def test_no_params_before_all_shards(tmp_path: Path, model_of: ModelOf, monkeypa
 
     def failing(tensors: list[StreamedTensor], path: Path) -> None:
         save(tensors, path)
-        if "01" in path.name:
+        if "consolidated.01" in path.name:
             raise OSError("disk full")
 
     monkeypatch.setattr(toy_base, "_save", failing)
