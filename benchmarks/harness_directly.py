@@ -68,7 +68,7 @@ def compare(out: Path, task: str, samples: list[dict[str, Any]]) -> bool:
             continue
         given = record.get("log_likelihoods") or [record["log_likelihood"]]
         largest = max(largest, *(abs(one - other) for one, other in zip(given, theirs, strict=True)))
-        differing += "acc" in sample and float(sample["acc"]) != float(record["picked"] == record.get("gold"))
+        differing += "picked" in record and float(sample["acc"]) != float(record["picked"] == record.get("gold"))
     sys.stdout.write(f"{task}: {len(ours)} items, largest difference {largest:.1e} nats, {differing} verdicts differ\n")
     return largest > BOUND or differing > 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.artifact import Artifact
+from neox_core.checkpoint.formats.tokenizer_folder import companions
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part_files import PARTS
@@ -69,10 +70,12 @@ def tokenizer_of(prepared: Artifact) -> Path:
 
 
 def _copy_tokenizer(model: Path, folder: Path, digest: str) -> None:
-    """So that later stages need no other file than the artifact's."""
+    """With what belongs to it, so that later stages need no other file than the artifact's."""
     shutil.copyfile(model, folder / TOKENIZER_FILE)
     if sha256_of(folder / TOKENIZER_FILE) != digest:
         raise DataError(f"tokenizer.model {model} has changed while the text was tokenized: run again")
+    for path in companions(model):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _give_up_parts(workdir: Path) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from neox_core.storage.folders import S3Folder
+from neox_core.storage.object_store import MOST_PARTS
 
 INCOMING = ".incoming"
 """Folder of what is to replace a target's files."""
-_PART_BYTES, _MOST_PARTS = 1 << 24, 10_000
-"""Of an upload, which is in memory part by part; S3 allows no more of them."""
+_PART_BYTES = 1 << 24
+"""Of an upload, which is in memory part by part."""
 
 Put = Callable[[memoryview], None]
 """Takes a file's next bytes."""
@@ -26,7 +27,7 @@ class S3Target(S3Folder):
 
     def create(self, path: str, size: int) -> AbstractContextManager[Put]:
         """An object that is sent in parts."""
-        return self.store.uploading(self.prefix + path, max(_PART_BYTES, size // (_MOST_PARTS // 2)))
+        return self.store.uploading(self.prefix + path, max(_PART_BYTES, size // (MOST_PARTS // 2)))
 
     def write(self, path: str, content: bytes) -> None:
         """Write a small object."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from neox_core.artifact import publish
+from neox_core.checkpoint.formats.tokenizer_folder import companions
 from neox_core.config import RunConfig
 from neox_core.errors import DataError
 from neox_core.progress import silent
@@ -18,6 +20,7 @@ from tasks.identity import stage as stage_module
 from tasks.identity.stage import claim
 from tasks.prepare import prepare
 from tasks.tokenization import tokenize
+from tests.neox_core.checkpoint.formats.test_tokenizer_folder import END, make_byte_level
 from tests.tasks.tokenization.test_tokenize import FILES, contents, small, small_input
 
 PATIENCE = 60.0
@@ -66,6 +69,21 @@ def test_parts_outlive_a_kill_before_the_artifact_is_there(tmp_path: Path, monke
     } | {"tokenizer.model", "in_validation.jsonl"}
     assert not list((tmp_path / "work").glob(".parts*"))
     assert not list(result.artifact.folder.rglob(".*"))
+
+
+def test_what_belongs_to_a_tokenizer_json_lies_among_the_token_files(tmp_path: Path) -> None:
+    small_input(tmp_path / "in", FILES)
+    tokenizer = make_byte_level(tmp_path / "base")
+    tokenizer.with_name("tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    tokenizer.with_name("chat_template.jinja").write_text("{{ messages }}")
+    config = run_config(tmp_path)
+    section = config.tokenizer.model_copy(update={"model": tokenizer.parent, "end_of_document": END})
+    folder = prepare(config.model_copy(update={"tokenizer": section}), silent).artifact.folder
+    shutil.rmtree(tokenizer.parent)
+    assert sorted(path.name for path in companions(folder / "tokenizer.model")) == [
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    ]
 
 
 def test_what_an_interrupted_removal_left_goes_with_the_next_run(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
+from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, TOKENIZER_JSON, tokenizer_folder
 from neox_core.config import ModelConfig
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, load_model
 from neox_core.progress import Progress, silent
@@ -40,7 +41,7 @@ ExportProof = Callable[[Location], Mapping[str, Any]]
 """Compares an export with the checkpoint, raises CheckpointError if it is not the same model, and yields a summary."""
 _MODEL_FILES = (
     *("model*.safetensors", "consolidated.[0-9]*.pth", INDEX_FILE, CONFIG_FILE, PARAMS_FILE, GENERATION_FILE),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TOKENIZER_MODEL, PLAIN_TOKENIZER),
+    *(TOKENIZER_JSON, *COMPANIONS, TOKENIZER_MODEL, PLAIN_TOKENIZER),
 )
 """What is left of another model would be taken for a part of this one."""
 _MAX_FILE_BYTES = 5_000_000_000
@@ -75,8 +76,9 @@ def export_huggingface(
         source: folder of a NeoX checkpoint or of a training checkpoint, any tensor and pipeline parallelism.
         target: folder to write; an export of something else in it is replaced.
         model: the checkpoint's architecture.
-        tokenizer: SentencePiece model; None: the folder gets none. One that has no equal in Hugging Face's format is
-            exported as it is, and the summary says so.
+        tokenizer: its file, of any kind that is read; None: the folder gets none. A tokenizer.json is exported as it
+            is, with the files next to it that belong to it; a SentencePiece model as an equal tokenizer.json. One that
+            has no equal in Hugging Face's format is exported as it is, and the summary says so.
         sequence_length: longest sequence that the model was trained on.
         progress: called with how far it is.
         max_file_bytes: size that a file of weights is kept under where one layer allows it.
@@ -99,7 +101,7 @@ def export_huggingface(
     if len(files) > 1:
         others[INDEX_FILE] = index_file(files).encode()
     if tokenizer is not None:
-        others |= _tokenizer(tokenizer, sequence_length, note)
+        others |= _tokenizer(tokenizer, sequence_length, known, note)
     others[CONFIG_FILE] = texts[CONFIG_FILE].encode()
     return _write(open_target(target), weights, files, others, progress, prove) | note
 
@@ -113,11 +115,13 @@ def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
     return SpecialIds({key: value for key, value in ids.items() if value >= 0}, base.generation if base else None)
 
 
-def _tokenizer(tokenizer: Path, sequence_length: int, note: dict[str, str]) -> dict[str, bytes]:
+def _tokenizer(tokenizer: Path, sequence_length: int, special: SpecialIds, note: dict[str, str]) -> dict[str, bytes]:
     """The tokenizer's files; `note` gets a line where only its own file is exported."""
     kind = kind_of_file(tokenizer)
-    if kind is not TokenizerKind.SENTENCEPIECE:  # as it is
-        return {"tokenizer.json" if kind is TokenizerKind.JSON else TOKENIZER_MODEL: tokenizer.read_bytes()}
+    if kind is TokenizerKind.JSON:
+        return tokenizer_folder(tokenizer, special)
+    if kind is TokenizerKind.TIKTOKEN:  # as it is
+        return {TOKENIZER_MODEL: tokenizer.read_bytes()}
     if problem := tokenizer_problem(tokenizer):
         note["tokenizer"] = (
             f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "

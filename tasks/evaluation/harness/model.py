@@ -41,7 +41,8 @@ def load_model(settings: HarnessSettings) -> Any:
     """The harness's model.
 
     Raises:
-        ConfigError: the answer's length leaves no room for a prompt, or the backend is not installed.
+        ConfigError: the answer's length leaves no room for a prompt, the backend is not installed, or the tokenizer
+            has no token that ends a text.
     """
     import torch
     from lm_eval.api.registry import get_model
@@ -59,7 +60,13 @@ def load_model(settings: HarnessSettings) -> Any:
             raise ConfigError(f"backend vllm is missing ({error}): `pip install vllm`, or --backend hf") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bf16 a log-probability has three digits.
-    return get_model("hf")(**arguments, device=device, batch_size=1, softmax_dtype="float32")
+    model = get_model("hf")(**arguments, device=device, batch_size=1, softmax_dtype="float32")
+    if model.tokenizer.eos_token_id is None and model.tokenizer.bos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer in {settings.model} names no token that begins or ends a text: give eos_token in its "
+            "tokenizer_config.json"
+        )
+    return model
 
 
 def model_config(model: Path) -> dict[str, Any]:

@@ -46,6 +46,21 @@ def test_files_and_texts_are_what_another_client_reads_and_writes(
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mine"]
 
 
+def test_parts_grow_where_there_would_be_too_many(
+    store: ObjectStore, s3_endpoint: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neox_core.storage.object_store.MOST_PARTS", 2)
+    content = bytes(range(256)) * (20 << 12) + b"more"  # three parts of 8 MiB
+    (tmp_path / "weights.pt").write_bytes(content)
+    store.put_file(tmp_path / "weights.pt", "weights.pt")
+    store.copy("weights.pt", "copied.pt")
+    client = plain_client(s3_endpoint)
+    for name in ("weights.pt", "copied.pt"):
+        stored = client.get_object(Bucket=store.bucket, Key=f"some/prefix/{name}")
+        assert stored["ETag"].strip('"').endswith("-2")
+        assert stored["Body"].read() == content
+
+
 def test_list_and_delete_go_over_pages_and_stay_below_the_prefix(
     store: ObjectStore, s3_endpoint: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

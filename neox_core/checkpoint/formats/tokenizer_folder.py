@@ -1,0 +1,58 @@
+"""The files of a Hugging Face folder that belong to its tokenizer.json. An export gives them as they are.
+
+Without tokenizer_config.json transformers takes a tokenizer for the usual one of the model's class, and knows no token
+that ends a text, so that answers never end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neox_core.checkpoint.formats.special_ids import SpecialIds
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+COMPANIONS = (
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What tokenizers of transformers keep in a folder, besides tokenizer.json and tokenizer.model."""
+
+
+def companions(tokenizer: Path) -> list[Path]:
+    """The files in the folder of a tokenizer.json, or of its copy, that belong to it; none for another kind's file."""
+    if kind_of_file(tokenizer) is not TokenizerKind.JSON:
+        return []
+    return [path for name in COMPANIONS if (path := tokenizer.with_name(name)).is_file()]
+
+
+def tokenizer_folder(tokenizer: Path, special: SpecialIds) -> dict[str, bytes]:
+    """The content of a tokenizer.json and its companions, by name.
+
+    Where there is no tokenizer_config.json, one is written that names the class and the tokens of `special`, which are
+    the base model's.
+    """
+    files = {TOKENIZER_JSON: tokenizer.read_bytes()}
+    files |= {path.name: path.read_bytes() for path in companions(tokenizer)}
+    if TOKENIZER_CONFIG not in files:
+        files[TOKENIZER_CONFIG] = _plain_config(json.loads(files[TOKENIZER_JSON]), special.ids)
+    return files
+
+
+def _plain_config(described: Mapping[str, Any], ids: Mapping[str, Any]) -> bytes:
+    texts = {int(token["id"]): str(token["content"]) for token in described["added_tokens"]}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for key, value in ids.items():
+        first = value[0] if isinstance(value, list) else value
+        if first in texts:
+            config[key.removesuffix("_id")] = texts[first]
+    return (json.dumps(config, indent=2) + "\n").encode()
