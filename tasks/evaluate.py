@@ -81,6 +81,7 @@ class _Scores:
         self._score_log, self._progress = score_log, progress
         self._overlapping = overlapping_items(spec.config, require(training.data).folder)
         self.results: dict[int, dict[str, Any]] = _inherited(training, folder) | _load(folder)
+        self._next_look = 0.0
 
     def report(self, text: str = "", /) -> None:
         """Tell how far it is; also the moment at which an interruption is heard, so never long apart."""
@@ -107,13 +108,22 @@ class _Scores:
         """Let the first checkpoint that is to write answers do so; False if there is none."""
         waiting = steps_to_generate(self._spec.config, self.results, available)
         for step in waiting[:1]:
-            written = generate_answers(self._training, self._spec, self._folder, step, available[step], self.report)
+            written = generate_answers(
+                self._training, self._spec, self._folder, step, available[step], self._report_and_evaluate
+            )
             self.results[step] = self.results[step] | {
                 GENERATED: without_overlap(self._folder, step, written, self._overlapping)
             }
             self._tell(step)
             self._store()
         return bool(waiting)
+
+    def _report_and_evaluate(self, text: str = "", /) -> None:
+        """While a checkpoint writes answers, which can take hours, those that appear meanwhile are evaluated."""
+        self.report(text)
+        if time.monotonic() >= self._next_look:
+            self.evaluate_new(_available(self._training))
+            self._next_look = time.monotonic() + self._spec.config.evaluate.poll_seconds
 
     def _tell(self, step: int) -> None:
         """Put a checkpoint's scores next to its manifest, and into W&B."""

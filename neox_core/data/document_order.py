@@ -110,7 +110,7 @@ class _Epoch:
         end = min(stop, block.end)
         if sizes.min() < 0:
             raise self._cut.damaged()
-        first, last = int(ends.searchsorted(start, "right")), int(ends.searchsorted(end))
+        first, last = ends.searchsorted([start + 1, end]).tolist()
         taken = order[first : last + 1]
         lengths = sizes[taken]
         if not lengths.all():

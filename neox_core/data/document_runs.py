@@ -34,6 +34,8 @@ class DocumentRuns:
         """Documents of the longest run."""
         self._offsets_at = HEADER.size + 4 * self._sequences
         self._documents_at = self._offsets_at + 8 * self._sequences
+        self._single = bytearray(self._runs)
+        """Of each run, whether each of its documents was found to be the one sequence of its number."""
         self._file = os.open(self._path, os.O_RDONLY)
         finalize(self, os.close, self._file)
         if int(dataset.document_index[0]) != 0:
@@ -61,13 +63,35 @@ class DocumentRuns:
             DataError: the documents do not follow one another.
         """
         width = self.longest + 1
+        # A document is mostly one sequence. Where all of a run's were found to be, its offsets are read alone.
+        if all(map(self._single.__getitem__, runs)):
+            return self._bounds_of_single(runs, firsts)
         # The run at the end of the file is one of the longest.
         sequences = self._read(self._documents_at, [(first, width) for first in firsts]).reshape(len(runs), width)
-        if self._documents % self._runs:
-            short = [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
+        for row, run in enumerate(runs):
+            self._single[run] = np.array_equal(sequences[row], np.arange(firsts[row], firsts[row] + width))
+        if short := self._short(runs, firsts):
             sequences = sequences.copy()
             sequences[short, -1] = sequences[short, -2]
         return self._offsets(sequences)
+
+    def _bounds_of_single(self, runs: Sequence[int], firsts: Sequence[int]) -> Tokens:
+        """`bounds`, where document and sequence have the same number."""
+        width = self.longest + 1
+        pieces = [os.pread(self._file, 8 * width, self._offsets_at + 8 * first) for first in firsts]
+        if firsts[-1] + width > self._sequences:  # what follows there in the file are no offsets
+            pieces[-1] = pieces[-1][: 8 * (width - 1)] + self._end.to_bytes(8, "little")
+        bounds = np.frombuffer(b"".join(pieces), dtype="<i8").reshape(len(runs), width)
+        if short := self._short(runs, firsts):
+            bounds = bounds.copy()
+            bounds[short, -1] = bounds[short, -2]
+        return bounds
+
+    def _short(self, runs: Sequence[int], firsts: Sequence[int]) -> list[int]:
+        """Which of the runs have a document less than the longest."""
+        if self._documents % self._runs == 0:
+            return []
+        return [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
 
     def _offsets(self, sequences: Tokens) -> Tokens:
         """Where sequences begin, of the same shape; the number of sequences stands for the end."""

@@ -234,8 +234,6 @@ def _engine(config: RunConfig, job: TrainJob, mesh: Mesh, geometry: BatchGeometr
         dry_run(engine, config, geometry, mesh)
     watchdog.beat("weights")
     engine.load_weights(weights)
-    if mesh.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     return engine
 
 

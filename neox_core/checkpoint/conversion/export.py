@@ -30,7 +30,7 @@ from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
-from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, TOKENIZER_JSON, tokenizer_folder
+from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, TOKENIZER_JSON, tiktoken_folder, tokenizer_folder
 from neox_core.config import ModelConfig
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, load_model
 from neox_core.progress import Progress, silent
@@ -120,8 +120,8 @@ def _tokenizer(tokenizer: Path, sequence_length: int, special: SpecialIds, note:
     kind = kind_of_file(tokenizer)
     if kind is TokenizerKind.JSON:
         return tokenizer_folder(tokenizer, special)
-    if kind is TokenizerKind.TIKTOKEN:  # as it is
-        return {TOKENIZER_MODEL: tokenizer.read_bytes()}
+    if kind is TokenizerKind.TIKTOKEN:
+        return tiktoken_folder(tokenizer, special)
     if problem := tokenizer_problem(tokenizer):
         note["tokenizer"] = (
             f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "
@@ -226,6 +226,6 @@ def prove_export(
     samples = [*_PROBES, *texts]
     with small_files(folder) as local:
         path = local / TOKENIZER_MODEL
-        if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:  # none, or as it was
+        if not path.is_file():  # none, or a tokenizer.json as it was
             return summary
         return summary | {"tokenizer_texts": len(samples), "tokenizer_tokens": compare_tokenizers(local, samples)}

@@ -8,14 +8,14 @@ merges ordered by score.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from neox_core.data.tokenization.tokenizer_file import description
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, description, kind_of_file, load_model
 from neox_core.errors import CheckpointError
 
 TOKENIZER_MODEL = "tokenizer.model"
@@ -136,7 +136,7 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
-    """Encode texts with the folder's AutoTokenizer and with its SentencePiece model; yields the number of tokens.
+    """Encode texts with the folder's AutoTokenizer and with its tokenizer.model; yields the number of tokens.
 
     Raises:
         CheckpointError: the ids of a text differ; the message says where.
@@ -144,16 +144,24 @@ def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
     ours = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    original = load_sentencepiece(folder / TOKENIZER_MODEL)
+    encode = _encoder(folder / TOKENIZER_MODEL)
     tokens = 0
     for number, text in enumerate(texts):
-        expected, found = original.encode(text), ours(text, verbose=False)["input_ids"]
+        expected = encode(text)
+        found = ours(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if expected != found:
             place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), -1)
-            near = original.decode(expected[max(0, place - 3) : place + 5])
+            near = ours.decode(expected[max(0, place - 3) : place + 5])
             raise CheckpointError(
-                f"{folder}: the tokenizer's ids differ from SentencePiece's in text {number}, token {place}, "
-                f"near {near!r}"
+                f"{folder}: the tokenizer's ids differ from those of {TOKENIZER_MODEL} in text {number}, "
+                f"token {place}, near {near!r}"
             )
         tokens += len(expected)
     return tokens
+
+
+def _encoder(path: Path) -> Callable[[str], list[int]]:
+    if kind_of_file(path) is TokenizerKind.SENTENCEPIECE:
+        return cast(Callable[[str], list[int]], load_sentencepiece(path).encode)
+    model = load_model(path)
+    return lambda text: model.encode(text).tolist()

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder that belong to its tokenizer.json. An export gives them as they are.
+"""A byte-level tokenizer in a Hugging Face folder: tokenizer.json and what belongs to it, exported as it is.
 
 Without tokenizer_config.json transformers takes a tokenizer for the usual one of the model's class, and knows no token
 that ends a text, so that answers never end.
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neox_core.checkpoint.formats.huggingface_tokenizer import TOKENIZER_MODEL
 from neox_core.checkpoint.formats.special_ids import SpecialIds
+from neox_core.data.tokenization.tiktoken_model import WORDS, special_tokens
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -44,12 +46,28 @@ def tokenizer_folder(tokenizer: Path, special: SpecialIds) -> dict[str, bytes]:
     files = {TOKENIZER_JSON: tokenizer.read_bytes()}
     files |= {path.name: path.read_bytes() for path in companions(tokenizer)}
     if TOKENIZER_CONFIG not in files:
-        files[TOKENIZER_CONFIG] = _plain_config(json.loads(files[TOKENIZER_JSON]), special.ids)
+        files[TOKENIZER_CONFIG] = _plain_config(files[TOKENIZER_JSON], special.ids)
     return files
 
 
-def _plain_config(described: Mapping[str, Any], ids: Mapping[str, Any]) -> bytes:
-    texts = {int(token["id"]): str(token["content"]) for token in described["added_tokens"]}
+def tiktoken_folder(tokenizer: Path, special: SpecialIds) -> dict[str, bytes]:
+    """Llama 3's tokenizer.model as it is, and by transformers' converter the tokenizer.json that gives the same ids.
+
+    A run of more than 25,000 blanks, or of other characters, has other ids there: only Meta's code cuts it.
+    """
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter(str(tokenizer), pattern=WORDS, extra_special_tokens=special_tokens())
+    described = converter.converted().to_str().encode()
+    return {
+        TOKENIZER_MODEL: tokenizer.read_bytes(),
+        TOKENIZER_JSON: described,
+        TOKENIZER_CONFIG: _plain_config(described, special.ids),
+    }
+
+
+def _plain_config(described: bytes, ids: Mapping[str, Any]) -> bytes:
+    texts = {int(token["id"]): str(token["content"]) for token in json.loads(described)["added_tokens"]}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for key, value in ids.items():
         first = value[0] if isinstance(value, list) else value

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import base64
 import re
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
 from neox_core.data.indexed import Tokens
 
 _RANKS = 128_000
-_WORDS = (
+WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+"""How text is cut before pairs are merged."""
 _NAMED = {
     "<|begin_of_text|>": 0,
     "<|end_of_text|>": 1,
@@ -33,6 +34,13 @@ _SPECIAL_TOKENS = 256
 _SEGMENT = 400_000
 _RUN = re.compile(r"\s{25001}|\S{25001}")
 """Blanks or other characters in a row, of which the engine cannot take a million: Meta's code cuts before the last."""
+
+
+def special_tokens() -> list[str]:
+    """The names of Llama 3.1's special tokens, in the order of their ids after the ranks; most are reserved."""
+    named = {place: name for name, place in _NAMED.items()}
+    reserved = (f"<|reserved_special_token_{number}|>" for number in count())
+    return [named[place] if place in named else next(reserved) for place in range(_SPECIAL_TOKENS)]
 
 
 class TiktokenModel:
@@ -58,7 +66,7 @@ class TiktokenModel:
         self._special = {name: _RANKS + place for name, place in _NAMED.items()}
         self.bos_id, self.eos_id = self._special["<|begin_of_text|>"], self._special["<|end_of_text|>"]
         self.vocab_size = _RANKS + _SPECIAL_TOKENS
-        self._model = tiktoken.Encoding("Llama 3", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=self._special)
+        self._model = tiktoken.Encoding("Llama 3", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=self._special)
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, [tokens]; nothing is put before or after it. Very long texts and words are cut as by Meta."""

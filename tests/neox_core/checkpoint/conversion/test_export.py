@@ -128,7 +128,7 @@ def test_the_wrong_tokenizer_is_caught(converted: Callable[..., Any], tmp_path: 
     content = json.loads((target / "tokenizer.json").read_text())
     content["model"]["merges"].reverse()
     (target / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"ids differ from SentencePiece's in text \d+, token \d+, near"):
+    with pytest.raises(CheckpointError, match=r"differ from those of tokenizer\.model in text \d+, token \d+, near"):
         prove_export(NeoxCheckpoint(neox), target, base.model)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from backports import zstd
+from transformers import AutoTokenizer
 
 from neox_core.checkpoint.conversion.convert import convert, open_source
 from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
@@ -73,7 +74,7 @@ def test_documents_may_end_in_a_named_special_token(path: Path, oracle: Any) -> 
     ]
 
 
-def test_it_is_exported_as_it_is(path: Path, tmp_path: Path) -> None:
+def test_it_is_exported_as_it_is_and_as_transformers_reads_it(path: Path, tmp_path: Path, oracle: Any) -> None:
     write_model(tmp_path / "base", model_type="llama", vocab_size=128_256)
     model = open_source(tmp_path / "base").model
     convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
@@ -81,4 +82,11 @@ def test_it_is_exported_as_it_is(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == path.read_bytes()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (128_000, 128_001)
-    assert "tokenizer_texts" not in prove_export(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "hf", model, ["a"])
+    texts = [*documents(), *(text for text in HOSTILE if len(text) < 25_000)]
+    proof = prove_export(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "hf", model, texts)
+    assert proof["tokenizer_texts"] >= len(texts)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|end_of_text|>", "<|begin_of_text|>")
+    assert len(tokenizer) == oracle.n_words
+    for name in ("<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_0|>"):
+        assert tokenizer.convert_tokens_to_ids(name) == oracle.special_tokens[name]
