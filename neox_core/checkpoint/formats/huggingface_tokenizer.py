@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
@@ -144,11 +144,10 @@ def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
     ours = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encode = _encoder(folder / TOKENIZER_MODEL)
+    encode, settings = _original(folder / TOKENIZER_MODEL)
     tokens = 0
     for number, text in enumerate(texts):
-        expected = encode(text)
-        found = ours(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        expected, found = encode(text), ours(text, verbose=False, **settings)["input_ids"]
         if expected != found:
             place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), -1)
             near = ours.decode(expected[max(0, place - 3) : place + 5])
@@ -160,8 +159,10 @@ def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
     return tokens
 
 
-def _encoder(path: Path) -> Callable[[str], list[int]]:
+def _original(path: Path) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
+    """What encodes a text with tokenizer.model, and how the other is asked for the same."""
     if kind_of_file(path) is TokenizerKind.SENTENCEPIECE:
-        return cast(Callable[[str], list[int]], load_sentencepiece(path).encode)
+        return load_sentencepiece(path).encode, {}
     model = load_model(path)
-    return lambda text: model.encode(text).tolist()
+    # In text; in a chat, special tokens are meant, so that its files do not say so.
+    return lambda text: model.encode(text).tolist(), {"split_special_tokens": True}

@@ -107,8 +107,9 @@ def preempt_it(job: Job, folder: Path) -> None:
             {"time_limit_minutes": 3, "slurm_parameters": {"signal": "USR2@1"}},
             "left of the time limit",
         ),
-        (preempt_it, {"partition": "requeue"}, "received SIGTERM"),
-        (preempt_it, {"partition": "cancel"}, "received SIGTERM"),
+        # SLURM sends SIGTERM and sbatch's --signal, USR2, at once: either may be the first that is heard.
+        (preempt_it, {"partition": "requeue"}, "received SIG"),
+        (preempt_it, {"partition": "cancel"}, "received SIG"),
     ],
     ids=["scancel --signal", "time limit", "preempted, requeue", "preempted, cancel"],
 )
