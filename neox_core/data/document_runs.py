@@ -63,35 +63,23 @@ class DocumentRuns:
             DataError: the documents do not follow one another.
         """
         width = self.longest + 1
+        ranges = [(first, width) for first in firsts]
         # A document is mostly one sequence. Where all of a run's were found to be, its offsets are read alone.
         if all(map(self._single.__getitem__, runs)):
-            return self._bounds_of_single(runs, firsts)
-        # The run at the end of the file is one of the longest.
-        sequences = self._read(self._documents_at, [(first, width) for first in firsts]).reshape(len(runs), width)
-        for row, run in enumerate(runs):
-            self._single[run] = np.array_equal(sequences[row], np.arange(firsts[row], firsts[row] + width))
-        if short := self._short(runs, firsts):
-            sequences = sequences.copy()
-            sequences[short, -1] = sequences[short, -2]
-        return self._offsets(sequences)
-
-    def _bounds_of_single(self, runs: Sequence[int], firsts: Sequence[int]) -> Tokens:
-        """`bounds`, where document and sequence have the same number."""
-        width = self.longest + 1
-        pieces = [os.pread(self._file, 8 * width, self._offsets_at + 8 * first) for first in firsts]
-        if firsts[-1] + width > self._sequences:  # what follows there in the file are no offsets
-            pieces[-1] = pieces[-1][: 8 * (width - 1)] + self._end.to_bytes(8, "little")
-        bounds = np.frombuffer(b"".join(pieces), dtype="<i8").reshape(len(runs), width)
-        if short := self._short(runs, firsts):
+            bounds = self._read(self._offsets_at, ranges).reshape(len(runs), width)
+            if firsts[-1] + width > self._sequences:  # what follows there in the file are no offsets
+                bounds = bounds.copy()
+                bounds[-1, -1] = self._end
+        else:
+            sequences = self._read(self._documents_at, ranges).reshape(len(runs), width)
+            for row, run in enumerate(runs):
+                self._single[run] = np.array_equal(sequences[row], np.arange(firsts[row], firsts[row] + width))
+            bounds = self._offsets(sequences)
+        if self._documents % self._runs:  # the run at the end of the file is one of the longest
+            short = [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
             bounds = bounds.copy()
             bounds[short, -1] = bounds[short, -2]
         return bounds
-
-    def _short(self, runs: Sequence[int], firsts: Sequence[int]) -> list[int]:
-        """Which of the runs have a document less than the longest."""
-        if self._documents % self._runs == 0:
-            return []
-        return [row for row, run in enumerate(runs) if self.first(run + 1) - firsts[row] < self.longest]
 
     def _offsets(self, sequences: Tokens) -> Tokens:
         """Where sequences begin, of the same shape; the number of sequences stands for the end."""

@@ -20,7 +20,7 @@ from tasks.identity import stage as stage_module
 from tasks.identity.stage import claim
 from tasks.prepare import prepare
 from tasks.tokenization import tokenize
-from tests.neox_core.checkpoint.formats.test_tokenizer_folder import END, make_byte_level
+from tests.byte_level import END, make_byte_level
 from tests.tasks.tokenization.test_tokenize import FILES, contents, small, small_input
 
 PATIENCE = 60.0

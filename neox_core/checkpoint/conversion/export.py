@@ -18,6 +18,7 @@ from neox_core.checkpoint.formats.huggingface import huggingface_files, index_fi
 from neox_core.checkpoint.formats.huggingface_config import config_files
 from neox_core.checkpoint.formats.huggingface_tokenizer import (
     PLAIN_TOKENIZER,
+    TOKENIZER_JSON,
     TOKENIZER_MODEL,
     compare_tokenizers,
     tokenizer_files,
@@ -30,7 +31,7 @@ from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
-from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, TOKENIZER_JSON, tiktoken_folder, tokenizer_folder
+from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, tiktoken_folder, tokenizer_folder
 from neox_core.config import ModelConfig
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, load_model
 from neox_core.progress import Progress, silent

@@ -18,7 +18,8 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, description, kind_of_file, load_model
 from neox_core.errors import CheckpointError
 
-TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 PLAIN_TOKENIZER = "sentencepiece.model"
 """Of a model that has no equal tokenizer.json: under tokenizer.model, transformers would make one by its own rules."""
 _SPACE = "\u2581"
@@ -68,9 +69,9 @@ def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     return {
-        "tokenizer.json": _build(model).to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        TOKENIZER_JSON: _build(model).to_str(pretty=True),
+        TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
+        SPECIAL_TOKENS_MAP: json.dumps(special, indent=2) + "\n",
     }
 
 

@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neox_core.checkpoint.formats.huggingface_tokenizer import TOKENIZER_MODEL
+from neox_core.checkpoint.formats.huggingface_tokenizer import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+)
 from neox_core.checkpoint.formats.special_ids import SpecialIds
 from neox_core.data.tokenization.tiktoken_model import WORDS, special_tokens
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",

@@ -6,28 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from neox_core.checkpoint.formats.special_ids import SpecialIds
 from neox_core.checkpoint.formats.tokenizer_folder import companions, tokenizer_folder
+from tests.byte_level import BEGIN, END, make_byte_level
 from tests.paths import ROOT
 
-BEGIN, END = "<|im_start|>", "<|endoftext|>"
 SPECIAL = SpecialIds({"bos_token_id": 1, "eos_token_id": [0, 1]})
-
-
-def make_byte_level(folder: Path) -> Path:
-    """A tokenizer.json of 300 pieces; the first ends a text, the second begins a message."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END, BEGIN], initial_alphabet=alphabet)
-    made.train_from_iterator(["the derivative of x is the theorem of the thing"] * 9, trainer)
-    made.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
 
 
 @pytest.fixture

@@ -6,27 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from neox_core.config.schema import TokenizerConfig
 from neox_core.data.tokenization import tokenizer as ours
 from neox_core.errors import ConfigError, DataError
+from tests.byte_level import END, make_byte_level
 
-END = "<|endoftext|>"
 TEXTS = ["", " ", "Let  $x^2$.\n\n\tThen", "naïve ∀ε>0 数学 🙂\r\n", "\x00\x7f\u0301e\u0301", "x" * 5000]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A tokenizer of 400 pieces, with NFC and ids above 65,535."""
-    made = Tokenizer(models.BPE())
+    """A tokenizer of 300 pieces, with NFC and ids above 65,535."""
+    made = Tokenizer.from_file(str(make_byte_level(tmp_path)))
     made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    made.train_from_iterator(["the derivative of x is the theorem of the thing"] * 9, trainer)
     made.add_tokens([AddedToken(f"<extra{number}>", normalized=False) for number in range(66_000)])
     made.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
