@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.artifact import Artifact
-from neox_core.checkpoint.formats.tokenizer_folder import companions
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part_files import PARTS
+from neox_core.data.tokenization.tokenizer_file import TOKENIZER_MODEL, companions
 from neox_core.errors import DataError
 from neox_core.progress import Progress
 from neox_core.storage.digest import sha256_of
@@ -24,7 +24,6 @@ from tasks.tokenization.tokenize import prepare_data
 
 PARTS_CLAIM = "prepare-data-parts"
 """Of the parts in a workdir, for tasks.identity.stage.claim."""
-TOKENIZER_FILE = "tokenizer.model"
 _GIVEN_UP = f"{PARTS}-done-"
 
 
@@ -52,7 +51,7 @@ def _prepare(config: RunConfig, progress: Progress) -> StageResult:
             parts = claim(config.workdir, PARTS_CLAIM, "the parts of this workdir", progress)
             until_published.enter_context(parts)
             summary = prepare_data(config, folder, config.workdir, progress)
-            _copy_tokenizer(config.tokenizer.file, folder, spec.inputs[TOKENIZER_FILE])
+            _copy_tokenizer(config.tokenizer.file, folder, spec.inputs[TOKENIZER_MODEL])
             return summary
 
         spec = prepare_spec(config)
@@ -66,13 +65,13 @@ def _prepare(config: RunConfig, progress: Progress) -> StageResult:
 
 def tokenizer_of(prepared: Artifact) -> Path:
     """The copy of the tokenizer's model that lies among the token files."""
-    return prepared.folder / TOKENIZER_FILE
+    return prepared.folder / TOKENIZER_MODEL
 
 
 def _copy_tokenizer(model: Path, folder: Path, digest: str) -> None:
     """With what belongs to it, so that later stages need no other file than the artifact's."""
-    shutil.copyfile(model, folder / TOKENIZER_FILE)
-    if sha256_of(folder / TOKENIZER_FILE) != digest:
+    shutil.copyfile(model, folder / TOKENIZER_MODEL)
+    if sha256_of(folder / TOKENIZER_MODEL) != digest:
         raise DataError(f"tokenizer.model {model} has changed while the text was tokenized: run again")
     for path in companions(model):
         shutil.copyfile(path, folder / path.name)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from neox_core.artifact import publish
-from neox_core.checkpoint.formats.tokenizer_folder import companions
 from neox_core.config import RunConfig
+from neox_core.data.tokenization.tokenizer_file import companions
 from neox_core.errors import DataError
 from neox_core.progress import silent
 from tasks.identity import once

@@ -18,8 +18,6 @@ from neox_core.checkpoint.formats.huggingface import huggingface_files, index_fi
 from neox_core.checkpoint.formats.huggingface_config import config_files
 from neox_core.checkpoint.formats.huggingface_tokenizer import (
     PLAIN_TOKENIZER,
-    TOKENIZER_JSON,
-    TOKENIZER_MODEL,
     compare_tokenizers,
     tokenizer_files,
     tokenizer_problem,
@@ -31,9 +29,16 @@ from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
-from neox_core.checkpoint.formats.tokenizer_folder import COMPANIONS, tiktoken_folder, tokenizer_folder
+from neox_core.checkpoint.formats.tokenizer_folder import tiktoken_folder, tokenizer_folder
 from neox_core.config import ModelConfig
-from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, load_model
+from neox_core.data.tokenization.tokenizer_file import (
+    COMPANIONS,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TokenizerKind,
+    kind_of_file,
+    load_model,
+)
 from neox_core.progress import Progress, silent
 from neox_core.storage.folders import Location, small_files
 from neox_core.storage.targets import Target, open_target

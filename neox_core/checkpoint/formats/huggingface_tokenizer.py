@@ -15,11 +15,18 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from neox_core.data.tokenization.tokenizer_file import TokenizerKind, description, kind_of_file, load_model
+from neox_core.data.tokenization.tokenizer_file import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TokenizerKind,
+    description,
+    kind_of_file,
+    load_model,
+)
 from neox_core.errors import CheckpointError
 
-TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 PLAIN_TOKENIZER = "sentencepiece.model"
 """Of a model that has no equal tokenizer.json: under tokenizer.model, transformers would make one by its own rules."""
 _SPACE = "\u2581"

@@ -11,33 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neox_core.checkpoint.formats.huggingface_tokenizer import (
-    SPECIAL_TOKENS_MAP,
+from neox_core.checkpoint.formats.special_ids import SpecialIds
+from neox_core.data.tokenization.tiktoken_model import WORDS, special_tokens
+from neox_core.data.tokenization.tokenizer_file import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
+    companions,
 )
-from neox_core.checkpoint.formats.special_ids import SpecialIds
-from neox_core.data.tokenization.tiktoken_model import WORDS, special_tokens
-from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
-
-COMPANIONS = (
-    TOKENIZER_CONFIG,
-    SPECIAL_TOKENS_MAP,
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What tokenizers of transformers keep in a folder, besides tokenizer.json and tokenizer.model."""
-
-
-def companions(tokenizer: Path) -> list[Path]:
-    """The files in the folder of a tokenizer.json, or of its copy, that belong to it; none for another kind's file."""
-    if kind_of_file(tokenizer) is not TokenizerKind.JSON:
-        return []
-    return [path for name in COMPANIONS if (path := tokenizer.with_name(name)).is_file()]
 
 
 def tokenizer_folder(tokenizer: Path, special: SpecialIds) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""What kind of file a tokenizer is: the one place that looks, and that loads it."""
+"""What kind of file a tokenizer is and what belongs to it: the one place that looks, and that loads it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from neox_core.data.tokenization.tiktoken_model import TiktokenModel
 from neox_core.errors import ConfigError, DataError
 
 TokenizerModel = SentencePieceModel | ByteLevelModel | TiktokenModel
+
+TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+COMPANIONS = (
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What tokenizers of transformers keep in a folder, besides tokenizer.json and tokenizer.model."""
 
 
 class TokenizerKind(Enum):
@@ -49,6 +62,17 @@ def kind_of_file(path: Path) -> TokenizerKind:
             return kind_of(file.read(200))
     except OSError as error:
         raise DataError(f"tokenizer {path} cannot be read: {error.strerror}: correct the path") from None
+
+
+def companions(tokenizer: Path) -> list[Path]:
+    """The files in the folder of a tokenizer.json, or of its copy, that belong to it; none for another kind's file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if kind_of_file(tokenizer) is not TokenizerKind.JSON:
+        return []
+    return [path for name in COMPANIONS if (path := tokenizer.with_name(name)).is_file()]
 
 
 def load_model(path: Path) -> TokenizerModel:

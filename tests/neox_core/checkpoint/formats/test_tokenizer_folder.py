@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from neox_core.checkpoint.formats.special_ids import SpecialIds
-from neox_core.checkpoint.formats.tokenizer_folder import companions, tokenizer_folder
+from neox_core.checkpoint.formats.tokenizer_folder import tokenizer_folder
+from neox_core.data.tokenization.tokenizer_file import companions
 from tests.byte_level import BEGIN, END, make_byte_level
 from tests.paths import ROOT
 
