@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -104,21 +103,20 @@ def rank_process(run: Run, rank: int) -> psutil.Process | None:
 def test_the_chain_survives_a_killed_job(
     prefect_on_slurm: Prefect, pages: PrefectPages, write: Callable[..., Run]
 ) -> None:
-    prefect, run = (
-        prefect_on_slurm,
-        write(train={"steps": 12, "checkpoint_interval": 6, "validation": {"interval": 6}}),
-    )
+    train_settings = {"steps": 24, "checkpoint_interval": 6, "validation": {"interval": 6}}
+    prefect, run = prefect_on_slurm, write(train=train_settings)
     pages.start(deployment(prefect, "llemma-pretrain/toy"), run.path, shot="form")
     wait_for(lambda: list(run.workdir.glob("scratch/train-*/metrics.jsonl")))
     metrics = next(run.workdir.glob("scratch/train-*/metrics.jsonl"))
     wait_for(lambda: '"step": 8,' in metrics.read_text())  # the checkpoint of step 6 is under way
+    victim = rank_process(run, 1)
+    assert victim is not None
+    victim.suspend()  # the training must not end while the page is looked at
     train = newest(prefect, run, "train")
     pages.open_run(train["id"], "Artifacts")
     pages.shows("train-progress")
     pages.shoot("training")
-    victim = rank_process(run, 1)
-    assert victim is not None
-    victim.send_signal(signal.SIGKILL)
+    victim.kill()
 
     wait_for(lambda: has_ended(prefect, run, "train", "FAILED"))
     wait_for(lambda: has_ended(prefect, run, "llemma-pretrain", "FAILED"))
@@ -143,7 +141,7 @@ def test_the_chain_survives_a_killed_job(
     pages.shows("llemma-pretrain-small")
     pages.shoot("completed")
     steps = [row["step"] for row in run.rows() if "train/loss" in row]
-    assert steps[-1] == 12
+    assert steps[-1] == 24
     assert steps.count(1) == 1  # the second job went on from a checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -104,7 +105,7 @@ class ChainKills:
         victims = [psutil.Process(daemon), *steps]
         below = [child for step in steps for child in step.children(recursive=True)]
         _kill([*victims, *below])
-        wait_for(lambda: "down" in slurm("sinfo", "--noheader", "--nodes", name, "--format=%t"))
+        wait_for(lambda: _is_down(name))
         subprocess.run([ROOT / "infra" / "slurm" / "up", self.slurm], check=True, capture_output=True, timeout=300)
 
     def at_sbatch(self, point: str) -> None:
@@ -151,6 +152,12 @@ class ChainKills:
 
     def _wait_and_kill(self, found: Callable[[], list[psutil.Process]]) -> None:
         _kill(wait_for(found))
+
+
+def _is_down(node: str) -> bool:
+    """Whether SLURM has missed the node, which it may also have drained by then."""
+    shown = slurm("scontrol", "--oneliner", "show", "node", node)
+    return re.search(r"\bState=\S*(DOWN|NOT_RESPONDING)", shown) is not None
 
 
 def training_jobs() -> list[str]:

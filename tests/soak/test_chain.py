@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from neox_core.train.observe.metrics import METRICS_FILE
-from tasks.report.rows import read_metrics
+from neox_core.train.observe.rows import read_metrics
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.infra.test_prefect_deployments import Prefect, serving
 from tests.soak.chain_kills import ChainKills, sbatch_that_kills, training_jobs, wait_for

@@ -17,7 +17,7 @@ import pytest
 from neox_core.config import StorageConfig
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.observe.metrics import METRICS_FILE
-from tasks.jobs.rank import read_result
+from tasks.jobs.rank_record import read_result
 from tests.faulty_s3 import FAULTS, FaultyS3, faulty_s3
 from tests.neox_core.train.small_jobs import rows
 from tests.soak.kills import KillList

@@ -17,7 +17,8 @@ from neox_core.errors import GO_ON_EXIT_CODE
 from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import TrainJob
 from tasks.jobs.node.plan import NodePlan, Restarts
-from tasks.jobs.rank import RankTask, read_failure
+from tasks.jobs.rank import RankTask
+from tasks.jobs.rank_record import read_failure
 from tests.distributed import _process_context
 from tests.ports import free_port
 from tests.soak.forked import control
