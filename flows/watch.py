@@ -19,7 +19,7 @@ from flows.flow_runs.reconcile import Reconciler
 from flows.flow_runs.telling import tell_news
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import LlemmaError
-from tasks.identity.stage import try_claim_name
+from neox_core.storage.claims import try_claim_name
 from tasks.watch.memory import Memory
 from tasks.watch.notify import Event
 

@@ -8,9 +8,10 @@ from functools import partial
 
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
+from neox_core.storage.claims import try_claim_name
 from tasks.evaluation.jobs import evaluation_jobs
 from tasks.identity.specs import evaluate_spec
-from tasks.identity.stage import try_claim, try_claim_name
+from tasks.identity.stage import try_claim
 from tasks.identity.training import find_trainings
 from tasks.jobs.job import Job
 from tasks.prepare import PARTS_CLAIM

@@ -19,9 +19,9 @@ from neox_core.optimizer import update_rule
 from neox_core.optimizer.rule import STATE_BYTES
 from neox_core.planning.memory import parameter_count
 from neox_core.storage.object_store import ObjectStore
-from tasks.jobs import slurm_commands
 from tasks.jobs.launch import check_launch
 from tasks.jobs.registry import choose_executor
+from tasks.jobs.slurm import commands as slurm
 from tasks.preflight import check_run, check_workdir
 
 _PACKAGES = ("torch", "deepspeed", "prefect", "submitit", "sentencepiece", "boto3", "wandb", "transformers")
@@ -81,7 +81,7 @@ def _launcher(what: str, config: RunConfig) -> Finding:
     check_launch(config.launch)
     if name != "slurm":
         return Finding(what, "good", f"jobs run by executor {name!r}")
-    if not slurm_commands.has_accounting():
+    if not slurm.has_accounting():
         text = "SLURM takes the job, but keeps no accounting: why a job ended is then often not known"
         return Finding(what, "warning", f"{text}; ask the cluster's administrators for slurmdbd")
     return Finding(what, "good", "SLURM takes the job, and accounting answers")

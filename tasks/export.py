@@ -13,7 +13,7 @@ from neox_core.checkpoint.scores import ranking
 from neox_core.config import VALIDATION, RunConfig
 from neox_core.data.dataset import token_prefix
 from neox_core.data.indexed import IndexedDataset
-from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
+from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file, tokenizer_in
 from neox_core.errors import CheckpointError
 from neox_core.progress import Progress
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
@@ -21,7 +21,6 @@ from tasks.evaluation.kept_items import BASE_STEP, scored_tasks
 from tasks.identity.specs import evaluate_spec, export_spec
 from tasks.identity.stage import StageResult, digest_cache, require, run_stage
 from tasks.identity.training import Training
-from tasks.prepare import tokenizer_of
 from tasks.train import last_manifest
 
 _SAMPLE_DOCUMENTS = 3
@@ -46,7 +45,7 @@ def export(training: Training, progress: Progress) -> StageResult:
         from neox_core.storage.targets import open_target
 
         data = require(training.data)
-        tokenizer = tokenizer_of(data)
+        tokenizer = tokenizer_in(data.folder)
         with _weights(training, config.workdir / "scratch" / spec.folder.name, progress) as weights:
             texts = sample_texts(data.folder, tokenizer, config)
             summary = export_huggingface(

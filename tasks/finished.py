@@ -6,10 +6,11 @@ import shutil
 
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
+from neox_core.storage.claims import try_claim_name
 from tasks.evaluation.jobs import evaluation_jobs
 from tasks.identity.current import current, find_current, outlived
 from tasks.identity.specs import CONVERT, EVALUATE, EXPORT, PREPARE_DATA, TRAIN, evaluate_spec, export_spec
-from tasks.identity.stage import StageIdentity, StageResult, StageSpec, require, try_claim_name
+from tasks.identity.stage import StageIdentity, StageResult, StageSpec, require
 from tasks.identity.training import Training
 
 

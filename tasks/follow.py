@@ -10,10 +10,10 @@ from typing import Any
 from neox_core.config import RunConfig
 from neox_core.progress import Progress, short_time
 from neox_core.train.ends.saving import behind
-from tasks.jobs.executor import Status
+from neox_core.train.observe.rows import read_metrics
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
-from tasks.report.rows import read_metrics
+from tasks.jobs.status import Status
 
 _POLL_SECONDS = 1.0
 _NO_STEP_SECONDS = 120.0

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
+from neox_core.storage.claims import is_claimed
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
 from tasks.evaluate import EVALUATIONS_FILE
 from tasks.evaluation.jobs import evaluation_jobs
 from tasks.follow import describe, last_step
 from tasks.identity.current import find_current
 from tasks.identity.specs import CONVERT, EVALUATE, PREPARE_DATA, STAGES, TRAIN, evaluate_spec, export_spec
-from tasks.identity.stage import StageIdentity, find, is_claimed
+from tasks.identity.stage import StageIdentity, find
 from tasks.identity.training import Training, find_training
 from tasks.jobs.job import Job
 from tasks.jobs.retry import NoAnswer

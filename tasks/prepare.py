@@ -9,17 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.data.ledger import run_ledger
 from neox_core.data.tokenization.part_files import PARTS
-from neox_core.data.tokenization.tokenizer_file import TOKENIZER_MODEL, companions
+from neox_core.data.tokenization.tokenizer_file import TOKENIZER_MODEL, companions, tokenizer_in
 from neox_core.errors import DataError
 from neox_core.progress import Progress
+from neox_core.storage.claims import claim
 from neox_core.storage.digest import sha256_of
 from tasks.identity.current import note_current, outlived
 from tasks.identity.specs import PREPARE_DATA, prepare_spec
-from tasks.identity.stage import StageResult, claim, run_stage
+from tasks.identity.stage import StageResult, run_stage
 from tasks.tokenization.tokenize import prepare_data
 
 PARTS_CLAIM = "prepare-data-parts"
@@ -55,7 +55,7 @@ def _prepare(config: RunConfig, progress: Progress) -> StageResult:
             return summary
 
         spec = prepare_spec(config)
-        result = run_stage(spec, build, progress, still_valid=lambda artifact: tokenizer_of(artifact).is_file())
+        result = run_stage(spec, build, progress, still_valid=lambda artifact: tokenizer_in(artifact.folder).is_file())
         if not result.skipped:
             _give_up_parts(config.workdir)
     _remove_given_up(config.workdir)
@@ -63,15 +63,10 @@ def _prepare(config: RunConfig, progress: Progress) -> StageResult:
     return result
 
 
-def tokenizer_of(prepared: Artifact) -> Path:
-    """The copy of the tokenizer's model that lies among the token files."""
-    return prepared.folder / TOKENIZER_MODEL
-
-
 def _copy_tokenizer(model: Path, folder: Path, digest: str) -> None:
     """With what belongs to it, so that later stages need no other file than the artifact's."""
-    shutil.copyfile(model, folder / TOKENIZER_MODEL)
-    if sha256_of(folder / TOKENIZER_MODEL) != digest:
+    shutil.copyfile(model, tokenizer_in(folder))
+    if sha256_of(tokenizer_in(folder)) != digest:
         raise DataError(f"tokenizer.model {model} has changed while the text was tokenized: run again")
     for path in companions(model):
         shutil.copyfile(path, folder / path.name)

@@ -17,6 +17,7 @@ from neox_core.storage.atomic import write_atomically
 from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import local_checkpoints
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
+from neox_core.train.observe.rows import read_metrics, training_figures
 from neox_core.train.resuming.lineage import Ancestor
 from tasks.follow import follow, share_done
 from tasks.identity.specs import TRAIN
@@ -25,7 +26,6 @@ from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
-from tasks.report.rows import read_metrics, training_figures
 
 logger = logging.getLogger(__name__)
 

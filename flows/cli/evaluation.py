@@ -37,8 +37,8 @@ def evaluate(
         return
     if model is None:
         raise ConfigError("no model: give --model FOLDER, or a command; see `llemma evaluate --help`")
-    from tasks.evaluation.harness.run import evaluate_model
-    from tasks.evaluation.harness.settings import HarnessSettings
+    from tasks.harness.run import evaluate_model
+    from tasks.harness.settings import HarnessSettings
 
     settings = HarnessSettings(
         model=model.resolve(),
@@ -113,8 +113,8 @@ def compare(
     """Our scores next to the Llemma paper's, and which differences are within noise."""
     import json
 
-    from tasks.evaluation.harness.run import RESULTS_FILE
     from tasks.evaluation.paper import compare_with_paper
+    from tasks.harness.run import RESULTS_FILE
 
     path = folder / RESULTS_FILE
     if not path.is_file():

@@ -13,7 +13,7 @@ def render(config: ConfigArgument, overrides: SetOption = None) -> None:
     from neox_core.train.ends.saving import SAVED_FILE
     from tasks.jobs.executor import Submission
     from tasks.jobs.launch import resources_of
-    from tasks.jobs.slurm import script
+    from tasks.jobs.slurm.executor import script
 
     loaded = load_config(config, overrides or ())
     launch, saved = loaded.launch, loaded.workdir / "FINGERPRINT" / SAVED_FILE

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from infra.processes import ProcessRecord
-from tasks.identity.stage import claim, claim_file, is_claimed
+from neox_core.storage.claims import claim, claim_file, is_claimed
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from prefect.client.schemas.sorting import ArtifactSort
 
 from flows.flow_runs.names import artifact_key
 from neox_core.config import RunConfig
+from neox_core.storage.claims import is_claimed
 from neox_core.train.observe.metrics import METRICS_FILE
 from tasks.follow import share_done
 from tasks.identity.specs import TRAIN
-from tasks.identity.stage import is_claimed
 from tasks.identity.training import find_training
 from tasks.overview import training_view
 

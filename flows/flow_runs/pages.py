@@ -17,11 +17,11 @@ from prefect.exceptions import PrefectException
 from flows.flow_runs.names import artifact_key
 from neox_core.errors import LlemmaError
 from neox_core.train.observe.metrics import METRICS_FILE
+from neox_core.train.observe.rows import read_metrics
 from tasks.identity.specs import TRAIN
 from tasks.identity.training import Training
 from tasks.report.curve import loss_image
 from tasks.report.places import Place, job_place, places
-from tasks.report.rows import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from neox_core.config import RunConfig
 from neox_core.data.tokenization.filters.findings import OVERLAP_FILE
 from neox_core.data.tokenization.filters.overlap import set_names
 from neox_core.evaluation.scores import scores
-from tasks.evaluation.harness.catalogue import TASKS
 from tasks.evaluation.kept_items import load_items, written_name
+from tasks.harness.catalogue import TASKS
 
 
 def overlapping_items(config: RunConfig, data: Path) -> dict[str, set[str]]:

@@ -18,8 +18,8 @@ from typing import Any
 from neox_core.config import GenerationConfig, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
-from tasks.evaluation.harness.catalogue import TASKS, check_tasks, set_files
 from tasks.evaluation.kept_items import BASE_STEP, GENERATED, Result, generated_folder, written_name
+from tasks.harness.catalogue import TASKS, check_tasks, set_files
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def steps_to_generate(config: RunConfig, results: Mapping[int, Result], availabl
 
 def generate_rank(config: RunConfig, job: GenerationJob) -> dict[str, Any]:
     """What the job runs: export the checkpoint, answer the tasks, return the content of results.json."""
-    from tasks.evaluation.harness.run import evaluate_model
-    from tasks.evaluation.harness.settings import HarnessSettings
+    from tasks.harness.run import evaluate_model
+    from tasks.harness.settings import HarnessSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in _RANK_VARIABLES:  # one process; the harness would take them for a group of them

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from neox_core.artifact import fingerprint
 from neox_core.config import RunConfig
+from neox_core.data.tokenization.tokenizer_file import tokenizer_in
 from tasks.evaluation.generation import GenerationJob, answers_so_far, finish, generate_rank, progress_text
 from tasks.evaluation.kept_items import generated_folder
 from tasks.identity.specs import EVALUATE
@@ -17,7 +18,6 @@ from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
-from tasks.prepare import tokenizer_of
 
 
 class Report(Protocol):
@@ -99,7 +99,7 @@ def generate_answers(training: Training, spec: StageSpec, folder: Path, step: in
         step,
         weights.folder,
         prefix,
-        tokenizer_of(require(training.data)),
+        tokenizer_in(require(training.data).folder),
         weights.summary.get("special_ids") or {},
         config.workdir / "scratch" / f"generate-{key[:16]}",
         generated_folder(folder, step),

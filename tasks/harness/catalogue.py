@@ -16,8 +16,8 @@ import yaml
 from neox_core.config import GenerationConfig
 from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
-from tasks.evaluation.harness.documents import Document, gsm8k, minerva, minif2f, mmlu, write_documents
-from tasks.evaluation.harness.settings import HarnessSettings
+from tasks.harness.documents import Document, gsm8k, minerva, minif2f, mmlu, write_documents
+from tasks.harness.settings import HarnessSettings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import ConfigError
-from tasks.evaluation.harness.settings import HarnessSettings
+from tasks.harness.settings import HarnessSettings
 
 _INSTALL = "install it with `pip install 'llemma-pretrain[harness]'`"
 _CPU_BATCH = 8

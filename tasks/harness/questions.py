@@ -10,11 +10,11 @@ from typing import Any
 from neox_core.evaluation.answers.judge import Judge
 from neox_core.evaluation.scores import solution_record
 from neox_core.progress import Progress
-from tasks.evaluation.harness.catalogue import TASKS, HarnessTask
-from tasks.evaluation.harness.model import fitting_batch
-from tasks.evaluation.harness.responses import Answer, answer_all
-from tasks.evaluation.harness.settings import HarnessSettings
-from tasks.evaluation.harness.verdicts import generated_record
+from tasks.harness.catalogue import TASKS, HarnessTask
+from tasks.harness.model import fitting_batch
+from tasks.harness.responses import Answer, answer_all
+from tasks.harness.settings import HarnessSettings
+from tasks.harness.verdicts import generated_record
 
 _GREEDY = {"do_sample": False, "temperature": 0.0}
 _PLAIN = {"do_sample": True, "top_k": 0, "top_p": 1.0}

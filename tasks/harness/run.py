@@ -10,12 +10,12 @@ from typing import Any
 from neox_core.errors import ConfigError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
-from tasks.evaluation.harness.catalogue import write_task_files
-from tasks.evaluation.harness.model import go_offline, load_model
-from tasks.evaluation.harness.questions import Questions
-from tasks.evaluation.harness.settings import HarnessSettings, claim_folder
-from tasks.evaluation.harness.verdicts import task_scores
-from tasks.identity.stage import try_claim_name
+from neox_core.storage.claims import try_claim_name
+from tasks.harness.catalogue import write_task_files
+from tasks.harness.model import go_offline, load_model
+from tasks.harness.questions import Questions
+from tasks.harness.settings import HarnessSettings, claim_folder
+from tasks.harness.verdicts import task_scores
 
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from neox_core.config import VALIDATION, RunConfig
 from neox_core.errors import ConfigError
 from neox_core.train.identity import shards_logic, training_inputs, training_logic
-from tasks.evaluation.harness.catalogue import set_files
+from tasks.harness.catalogue import set_files
 from tasks.identity.base import base_digests
 from tasks.identity.stage import StageSpec, digest_cache
 from tasks.tokenization.tokenize import input_digests

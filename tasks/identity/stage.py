@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,8 @@ from neox_core.artifact import Artifact, DigestCache, find_verified, fingerprint
 from neox_core.config import RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
+from neox_core.storage.claims import claim, try_claim_name
 from tasks.identity.once import LocalPlace, build_unless_verified
-
-_CLAIM_SECONDS = 1.0
-"""How often a stage that another run is at work on is tried again."""
 
 
 @dataclass(frozen=True)
@@ -101,59 +98,10 @@ def run_stage(
 
 
 @contextmanager
-def claim(workdir: Path, name: str, what: str, progress: Progress) -> Iterator[None]:
-    """Have something in a workdir for this run alone while the context lasts; wait for a run that has it now.
-
-    Args:
-        what: says it in the progress while waiting.
-    """
-    while True:
-        with try_claim_name(workdir, name) as claimed:
-            if claimed:
-                yield
-                return
-        progress(0.0, f"another run is at work on {what}: waiting for it")
-        time.sleep(_CLAIM_SECONDS)
-
-
-@contextmanager
 def try_claim(spec: StageSpec) -> Iterator[bool]:
-    """Whether no other run is at work on the stage; if so, none can begin while the context lasts.
-
-    The kernel drops the claim of a process that dies.
-    """
+    """Whether no other run is at work on the stage; if so, none can begin while the context lasts."""
     with try_claim_name(spec.config.workdir, spec.folder.name) as claimed:
         yield claimed
-
-
-@contextmanager
-def try_claim_name(workdir: Path, name: str) -> Iterator[bool]:
-    """As `try_claim`, of anything in a workdir."""
-    path = claim_file(workdir, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            claimed = True
-        except BlockingIOError:
-            claimed = False
-        yield claimed
-
-
-def claim_file(workdir: Path, name: str) -> Path:
-    """The file whose lock is the claim of this name."""
-    return workdir / ".claims" / name
-
-
-def is_claimed(workdir: Path, pattern: str) -> bool:
-    """Whether a run is at work now on anything in a workdir whose name matches."""
-    for path in (workdir / ".claims").glob(pattern):
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
 
 
 def _run_claimed(

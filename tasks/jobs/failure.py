@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from neox_core.errors import LaunchError
-from tasks.jobs.executor import Cause, Executor, Handle, Status
+from tasks.jobs.executor import Executor, Handle
 from tasks.jobs.node.report import ControllerReport
-from tasks.jobs.rank import RankFailure, read_failure
+from tasks.jobs.rank_record import RankFailure, last_words, read_failure
+from tasks.jobs.status import Cause, Status
 
 
 class JobFailed(LaunchError):
@@ -70,15 +69,6 @@ def _words_of(failure: RankFailure) -> str:
     if failure.cause is None:
         return failure.message
     return f"{Cause[failure.cause.upper()].value} ({failure.message.rstrip('.')})"
-
-
-def last_words(log: Path) -> str:
-    """The end of a rank's log, in a line."""
-    try:
-        lines = log.read_text(errors="replace").split("\n")
-    except FileNotFoundError:
-        return "none"
-    return " | ".join(line.strip() for line in lines if line.strip())[-500:] or "none"
 
 
 def _restarts(task: Handle) -> str:

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.jobs.executor import AT_WORK, Cause, Handle, State, Status
+from tasks.jobs.executor import Handle
 from tasks.jobs.failure import JobFailed, explain, is_final
-from tasks.jobs.rank import read_result, result_file
+from tasks.jobs.rank_record import read_result, result_file
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import executor_named
 from tasks.jobs.retry import SchedulerRetry
+from tasks.jobs.status import AT_WORK, Cause, State, Status
 
 _POLL_SECONDS = 0.5
 """How often it is looked whether there are results."""

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.config import LaunchConfig
-from tasks.jobs.executor import Handle, Resources, Status, Submission
+from tasks.jobs.executor import Handle, Resources, Submission
 from tasks.jobs.job import Job
 from tasks.jobs.node.plan import Restarts
-from tasks.jobs.rank import RankTask, read_result
+from tasks.jobs.rank import RankTask
+from tasks.jobs.rank_record import read_result
 from tasks.jobs.record import LOST, JobRecord
 from tasks.jobs.registry import choose_executor, executor_named
+from tasks.jobs.status import Status
 
 __all__ = [
     "Job",

@@ -20,9 +20,10 @@ from submitit.core.utils import JobPaths
 from infra.processes import ProcessRecord, end_processes, wait_for_end
 from neox_core.errors import LaunchError
 from neox_core.train.ends.stopping import LOCAL_END_TIME
-from tasks.jobs.executor import Cause, Handle, Resources, Status, Submission
+from tasks.jobs.executor import Handle, Resources, Submission
 from tasks.jobs.node.plan import NodePlan
 from tasks.jobs.node.report import ControllerReport, exits_of
+from tasks.jobs.status import Cause, Status
 
 _log = logging.getLogger(__name__)
 

@@ -1,58 +1,27 @@
-"""What one rank of a job runs: its environment, the function, and a record of what it returned or how it failed."""
+"""What one rank of a job runs: its environment and the function, whose result or failure is recorded."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import submitit
-from submitit.core.utils import UncompletedJobError, cloudpickle_dump, pickle_load, temporary_save_path
 
-from neox_core.errors import (
-    GO_ON_EXIT_CODE,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    LaunchError,
-    LlemmaError,
-    StoppedError,
-    TrainingError,
-)
-from neox_core.storage.atomic import write_atomically
+from neox_core.errors import GO_ON_EXIT_CODE, StoppedError
 from neox_core.train.ends.stopping import LOCAL_END_TIME, SIGNALS, end_time
-from tasks.jobs.node.plan import NodePlan, Restarts
+from tasks.jobs.node.plan import CONTROLLER_VARIABLE, NodePlan, Restarts
+from tasks.jobs.rank_record import forget, write_failure, write_result
 
-_REFUSALS = (ConfigError, DataError, CheckpointError, LaunchError, TrainingError)
-"""A store that cannot be reached is no refusal: later it may."""
-CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
-"""Of the controller that started the rank; without one, a rank is a task of SLURM's."""
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """The exception that ended a rank; `time` in unix seconds."""
-
-    rank: int
-    time: float
-    message: str
-    cause: Literal["timeout", "preempted"] | None = None
-    """If it is what a signal of the scheduler announced."""
-    refused: bool = False
-    """The program would not go on with what it was given, so that another attempt would end likewise."""
-    decided: bool = False
-    """The program ended itself, with a reason; else it crashed."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +61,7 @@ class RankTask:
         """Run this node's ranks. The log of the first one has what is said of all."""
         from tasks.jobs.node.controller import Controller
         from tasks.jobs.node.ranks import rank_log
-        from tasks.jobs.slurm_commands import end_of
+        from tasks.jobs.slurm.commands import end_of
 
         plan = NodePlan(
             folder=self.folder,
@@ -122,61 +91,15 @@ class RankTask:
             BaseException: whatever the function raised, after it was recorded; SystemExit with the code that says
                 'go on' for a StoppedError.
         """
-        _failure_file(self.folder, self.index, rank).unlink(missing_ok=True)  # of a time before a requeue
+        forget(self.folder, self.index, rank)  # what a time before a requeue has left
         try:
             result = self.function(*self.args)
         except BaseException as error:  # recorded, not handled: KeyboardInterrupt and SystemExit end a rank too
-            _write_failure(self.folder, self.index, rank, error)
+            write_failure(self.folder, self.index, rank, error)
             if isinstance(error, StoppedError):
                 sys.exit(GO_ON_EXIT_CODE)
             raise
-        with temporary_save_path(result_file(self.folder, self.index, rank)) as temporary:
-            cloudpickle_dump(result, temporary)
-
-
-def result_file(folder: Path, index: int, rank: int) -> Path:
-    """Where what a rank returned is recorded."""
-    return folder / f"task_{index}_rank_{rank}_result.pkl"
-
-
-def read_result(folder: Path, index: int, rank: int) -> Any:
-    """What a rank returned.
-
-    Raises:
-        FileNotFoundError: it has not returned.
-    """
-    return pickle_load(result_file(folder, index, rank))
-
-
-def read_failure(folder: Path, index: int, rank: int) -> RankFailure | None:
-    """The rank's failure, if it recorded one."""
-    try:
-        return RankFailure(**json.loads(_failure_file(folder, index, rank).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-
-
-def _write_failure(folder: Path, index: int, rank: int, error: BaseException) -> None:
-    """Record an exception in one line."""
-    message = " ".join(str(error).split())
-    cause: Literal["timeout", "preempted"] | None = None
-    if isinstance(error, UncompletedJobError):  # raised by submitit's signal handler, which says which of the two it is
-        cause = "preempted" if "preempted" in message else "timeout"
-    elif not isinstance(error, LlemmaError):
-        message = f"{type(error).__name__}: {message}"
-    decided = cause is not None or isinstance(error, LlemmaError)
-    failure = RankFailure(rank, time.time(), message, cause, isinstance(error, _REFUSALS), decided)
-    write_atomically(_failure_file(folder, index, rank), json.dumps(asdict(failure)))
-
-
-def forget(folder: Path, index: int, rank: int) -> None:
-    """Remove what an earlier life of the rank has left."""
-    _failure_file(folder, index, rank).unlink(missing_ok=True)
-    result_file(folder, index, rank).unlink(missing_ok=True)
-
-
-def _failure_file(folder: Path, index: int, rank: int) -> Path:
-    return folder / f"task_{index}_rank_{rank}_failure.json"
+        write_result(self.folder, self.index, rank, result)
 
 
 def _end_with_controller() -> None:

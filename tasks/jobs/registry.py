@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from neox_core.errors import LaunchError
-from tasks.jobs import slurm_commands
 from tasks.jobs.executor import Executor
 from tasks.jobs.local import LocalExecutor
-from tasks.jobs.slurm import SlurmExecutor
+from tasks.jobs.slurm import commands
+from tasks.jobs.slurm.executor import SlurmExecutor
 
 _EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "slurm": SlurmExecutor}
 
@@ -21,7 +21,7 @@ def register_executor(name: str, make: Callable[[], Executor]) -> None:
 def choose_executor(name: str) -> str:
     """The name of a scheduler; for 'auto', slurm if its controller answers, else local."""
     if name == "auto":
-        return "slurm" if slurm_commands.answers() else "local"
+        return "slurm" if commands.answers() else "local"
     return name
 
 

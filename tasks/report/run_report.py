@@ -14,6 +14,7 @@ from neox_core.artifact import ARTIFACT_FILE, software
 from neox_core.errors import LlemmaError, StorageError
 from neox_core.progress import Progress
 from neox_core.train.observe.metrics import METRICS_FILE
+from neox_core.train.observe.rows import read_metrics, training_figures
 from tasks.evaluate import EVALUATIONS_FILE
 from tasks.evaluation.kept_items import BASE_STEP, load_items, scored_tasks
 from tasks.evaluation.show import flipped, is_right
@@ -23,7 +24,6 @@ from tasks.identity.training import Training
 from tasks.prepare import ledger
 from tasks.report.page import ReportData, summary_rows, write_report
 from tasks.report.places import REPORT_FILE, places, report_key
-from tasks.report.rows import read_metrics, training_figures
 from tasks.report.tasks_section import flipped_rows
 
 logger = logging.getLogger(__name__)

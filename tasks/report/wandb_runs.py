@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 
 from neox_core.errors import LlemmaError
+from neox_core.storage.claims import is_claimed
 from neox_core.train.observe.wandb_run import WandbRun, address_of, offline_folders
 from tasks.evaluation.score_log import score_run
 from tasks.identity.specs import evaluate_spec
-from tasks.identity.stage import is_claimed
 from tasks.identity.training import Training
 from tasks.train import training_jobs
 

@@ -17,7 +17,7 @@ from infra.processes import ProcessRecord
 from neox_core.errors import ConfigError
 from tasks import overview
 from tasks.identity.training import resolve_training
-from tasks.jobs.executor import Status
+from tasks.jobs.status import Status
 from tasks.overview import begun_runs, last_incident, stage_views
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import STEPS, Run

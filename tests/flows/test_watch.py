@@ -14,7 +14,7 @@ from prefect.states import Completed, Crashed, Pending, Running
 from flows import watch
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
-from tasks.identity.stage import try_claim_name
+from neox_core.storage.claims import try_claim_name
 from tests.e2e.runs import write_run
 
 

@@ -17,11 +17,12 @@ from flows.flow_runs.cancellation import cancel_jobs_of_run
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.errors import LaunchError
+from neox_core.storage.claims import try_claim_name
 from tasks.cancel import cancel_jobs
 from tasks.evaluation.jobs import _key_prefix
 from tasks.identity.current import note_current
 from tasks.identity.specs import evaluate_spec
-from tasks.identity.stage import StageResult, StageSpec, try_claim, try_claim_name
+from tasks.identity.stage import StageResult, StageSpec, try_claim
 from tasks.identity.training import resolve_training
 from tasks.jobs.executor import Resources
 from tasks.jobs.job import Job

@@ -8,10 +8,10 @@ import pytest
 
 from neox_core.errors import ConfigError, LlemmaError
 from neox_core.progress import silent
+from neox_core.storage.claims import try_claim_name
 from tasks.convert import convert
 from tasks.finished import finished_stage, forget_stage
 from tasks.identity.specs import CONVERT, STAGES, stages_between
-from tasks.identity.stage import try_claim_name
 from tests.e2e.runs import Run, copy_text, write_run
 
 

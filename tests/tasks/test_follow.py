@@ -11,10 +11,11 @@ import pytest
 
 from neox_core.config import RunConfig
 from tasks.follow import describe, follow, last_step
-from tasks.jobs.executor import Resources, Status
+from tasks.jobs.executor import Resources
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.launch import JobPlan, attach_or_submit
 from tasks.jobs.registry import register_executor
+from tasks.jobs.status import Status
 from tests.e2e.runs import Run, write_run
 from tests.tasks.jobs.scripted_executor import ScriptedExecutor
 

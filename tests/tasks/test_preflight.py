@@ -11,11 +11,11 @@ from neox_core.config import RunConfig
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import ConfigError, LaunchError
 from tasks.jobs.executor import Resources
-from tasks.jobs.slurm import SlurmExecutor
+from tasks.jobs.slurm.executor import SlurmExecutor
 from tasks.preflight import check_run, check_workdir, note_tokenizer
 from tasks.tokenization.estimate import check_repeats, estimated_tokens
 from tests.neox_core.data.tokenization.test_tokenizer import train_model
-from tests.tasks.jobs.fake_slurm import FakeSlurm
+from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 from tests.tasks.tokenization.test_tokenize import small
 
 

@@ -15,9 +15,9 @@ from neox_core.config import RunConfig
 from neox_core.data.tokenization.tokenizer_file import companions
 from neox_core.errors import DataError
 from neox_core.progress import silent
+from neox_core.storage import claims
+from neox_core.storage.claims import claim
 from tasks.identity import once
-from tasks.identity import stage as stage_module
-from tasks.identity.stage import claim
 from tasks.prepare import prepare
 from tasks.tokenization import tokenize
 from tests.byte_level import END, make_byte_level
@@ -141,7 +141,7 @@ def test_configurations_in_one_workdir_do_not_mix(tmp_path: Path, monkeypatch: p
 def test_runs_in_one_workdir_take_turns_and_a_finished_one_does_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module, "_CLAIM_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "_CLAIM_SECONDS", 0.01)
     small_input(tmp_path / "in", FILES)
     finished = run_config(tmp_path)
     prepare(finished, silent)
@@ -166,7 +166,7 @@ def test_the_parts_are_this_runs_until_the_artifact_is_there(tmp_path: Path, mon
     held = []
 
     def publish_and_look(*arguments: Any) -> Any:
-        with stage_module.try_claim_name(tmp_path / "work", "prepare-data-parts") as claimed:
+        with claims.try_claim_name(tmp_path / "work", "prepare-data-parts") as claimed:
             held.append(not claimed)
         return publish(*arguments)
 

@@ -75,6 +75,11 @@ def companions(tokenizer: Path) -> list[Path]:
     return [path for name in COMPANIONS if (path := tokenizer.with_name(name)).is_file()]
 
 
+def tokenizer_in(prepared: Path) -> Path:
+    """The copy of the tokenizer's file that lies among the token files."""
+    return prepared / TOKENIZER_MODEL
+
+
 def load_model(path: Path) -> TokenizerModel:
     """Load a tokenizer of any kind.
 

@@ -17,12 +17,11 @@ from types import FrameType
 
 from infra.processes import ProcessRecord
 from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
-from tasks.jobs.failure import last_words
 from tasks.jobs.node.agreement import Agreement, Failure, Memory, meeting_store
 from tasks.jobs.node.plan import NodePlan
 from tasks.jobs.node.ranks import Ranks, rank_log
 from tasks.jobs.node.report import ControllerReport, ending
-from tasks.jobs.rank import forget, read_failure
+from tasks.jobs.rank_record import forget, last_words, read_failure
 
 _log = logging.getLogger(__name__)
 

@@ -6,6 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+CONTROLLER_VARIABLE = "LLEMMA_CONTROLLER_PID"
+"""Of the environment of a rank: the controller that started it; without one, a rank is a task of SLURM's."""
+
 
 @dataclass(frozen=True)
 class Restarts:

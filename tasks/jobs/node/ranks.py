@@ -12,8 +12,7 @@ from pathlib import Path
 from submitit.core.utils import JobPaths
 
 from infra.processes import ProcessRecord
-from tasks.jobs.node.plan import NodePlan
-from tasks.jobs.rank import CONTROLLER_VARIABLE
+from tasks.jobs.node.plan import CONTROLLER_VARIABLE, NodePlan
 
 _END_SECONDS = 60.0
 """For the kernel to end a killed process."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from neox_core.errors import LaunchError
-from tasks.jobs.executor import Resources, Status
 from tasks.jobs.retry import NoAnswer
-from tasks.jobs.slurm_states import status_of
+from tasks.jobs.slurm.states import status_of
+from tasks.jobs.status import Status
 
 _SILENT = ("unable to contact", "timed out", "zero bytes were transmitted", "standby mode", "connection refused")
 """In what sbatch and scancel write when they were not refused but have heard nothing."""
@@ -98,20 +98,18 @@ def end_of(job: str) -> float | None:
         return None
 
 
-def check_names(wanted: Resources) -> None:
-    """Ask SLURM, without submitting, whether it takes jobs of this partition, account and QOS.
+def check_names(names: Mapping[str, str | None], minutes: float) -> None:
+    """Ask SLURM, without submitting, whether it takes jobs of such a length with these options, such as a partition.
 
     Another answer, such as that no node is free or none is large enough now, is left to the submission.
 
     Raises:
         LaunchError: it knows one of them not, or this user may not use it.
     """
-    given = {name: getattr(wanted, name) for name in ("partition", "account")}
-    given |= {name: wanted.parameters.get(name) for name in ("qos", "reservation")}
-    options = [f"--{name}={value}" for name, value in given.items() if value]
+    options = [f"--{name}={value}" for name, value in names.items() if value]
     if not options:
         return
-    answer = _run(["sbatch", "--test-only", *options, f"--time={int(wanted.time_limit_minutes)}", "--wrap=true"])
+    answer = _run(["sbatch", "--test-only", *options, f"--time={int(minutes)}", "--wrap=true"])
     reason = one_line(answer.stderr)
     if answer.returncode and any(words in reason.lower() for words in _UNKNOWN_NAMES):
         raise LaunchError(

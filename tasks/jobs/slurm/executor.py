@@ -14,11 +14,12 @@ import submitit
 from submitit.core.utils import JobPaths
 
 from neox_core.errors import LaunchError
-from tasks.jobs import slurm_commands
-from tasks.jobs.executor import Handle, Resources, Status, Submission
+from tasks.jobs.executor import Handle, Resources, Submission
 from tasks.jobs.local import CPU_ONLY
 from tasks.jobs.node.report import ControllerReport, exits_of
-from tasks.jobs.slurm_states import cause_in_log, ranks_in_log
+from tasks.jobs.slurm import commands
+from tasks.jobs.slurm.states import cause_in_log, ranks_in_log
+from tasks.jobs.status import Status
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class SlurmExecutor:
     def check(self, resources: Resources) -> None:
         """Raise a LaunchError if there is no SLURM here, or it knows no such partition, account or QOS."""
         _check_present()
-        slurm_commands.check_names(resources)
+        names = {"partition": resources.partition, "account": resources.account}
+        names |= {name: resources.parameters.get(name) for name in ("qos", "reservation")}
+        commands.check_names(names, resources.time_limit_minutes)
 
     def submit(self, submission: Submission) -> list[str]:
         """One sbatch, for a job or an array."""
@@ -44,10 +47,10 @@ class SlurmExecutor:
             with executor.batch():
                 jobs = [executor.submit(task) for task in submission.tasks]
         except OSError as error:
-            reason = slurm_commands.one_line(str(error))
+            reason = commands.one_line(str(error))
             raise LaunchError(f"{submission.name} cannot be submitted: {reason}") from error
         except RuntimeError as error:  # sbatch failed
-            raise slurm_commands.failure(f"{submission.name} cannot be submitted", str(error)) from error
+            raise commands.failure(f"{submission.name} cannot be submitted", str(error)) from error
         return [str(job.job_id) for job in jobs]
 
     def find(self, name: str, folder: Path, count: int) -> list[str | None]:
@@ -55,7 +58,7 @@ class SlurmExecutor:
         so after sbatch has answered. Others are cancelled."""
         lost: list[str | None] = [None] * count
         # What has ended meanwhile is no longer in squeue, but its work lies in the folder.
-        job = _array_with_work(folder) or (slurm_commands.find_by_name(name) if shutil.which("squeue") else None)
+        job = _array_with_work(folder) or (commands.find_by_name(name) if shutil.which("squeue") else None)
         if job is None:
             return lost
         ids = [f"{job}_{number}" for number in range(count)] if count > 1 else [job]  # submitit makes no array of one
@@ -63,17 +66,17 @@ class SlurmExecutor:
         idle = [task for task, kept in zip(ids, found, strict=True) if kept is None]
         if idle:
             _log.warning("cancelling %d tasks of %s that did not get their work", len(idle), job)
-            slurm_commands.cancel([job] if len(idle) == count else idle)
+            commands.cancel([job] if len(idle) == count else idle)
         return found
 
     def states(self, handles: Collection[Handle]) -> dict[Handle, Status]:
         """Ask squeue, then sacct about what squeue does not know; where that says FAILED only, look into the log."""
-        states = slurm_commands.task_states({handle.id for handle in handles})
+        states = commands.task_states({handle.id for handle in handles})
         return {handle: self._explained(handle, states[handle.id]) for handle in handles}
 
     def cancel(self, handles: Collection[Handle]) -> None:
         """scancel; returns at once."""
-        slurm_commands.cancel(sorted({handle.id for handle in handles}))
+        commands.cancel(sorted({handle.id for handle in handles}))
 
     def log_path(self, handle: Handle, rank: int) -> Path:
         """As submitit names it."""
@@ -113,7 +116,7 @@ def _paths(folder: Path, job_id: str, rank: int = 0) -> Any:
 def _array_with_work(folder: Path) -> str | None:
     """Id of the job or array whose work submitit has laid down in the folder."""
     work = next(iter(folder.glob("*_submitted.pkl")), None)
-    return slurm_commands.array_of(work.name.removesuffix("_submitted.pkl")) if work else None
+    return commands.array_of(work.name.removesuffix("_submitted.pkl")) if work else None
 
 
 def _requeue(wanted: Resources) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flows.flow_runs import reconcile
 from flows.flow_runs.at_work import at_work
 from flows.flow_runs.reconcile import Reconciler
 from neox_core.config import RunConfig, load_config
-from tasks.identity.stage import claim_file
+from neox_core.storage.claims import claim_file
 from tasks.jobs.retry import NoAnswer
 from tasks.watch.memory import Memory
 from tasks.watch.verdict import Verdict

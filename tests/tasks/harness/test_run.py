@@ -13,11 +13,11 @@ import pytest
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
-from tasks.evaluation.harness.catalogue import write_task_files
-from tasks.evaluation.harness.model import batch_for
-from tasks.evaluation.harness.run import evaluate_model
-from tasks.evaluation.harness.settings import HarnessSettings
-from tasks.identity.stage import try_claim_name
+from neox_core.storage.claims import try_claim_name
+from tasks.harness.catalogue import write_task_files
+from tasks.harness.model import batch_for
+from tasks.harness.run import evaluate_model
+from tasks.harness.settings import HarnessSettings
 from tests.neox_core.train.small_training import CONFIG
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")

@@ -11,6 +11,7 @@ import pytest
 
 from neox_core.artifact import Artifact, read_artifact
 from neox_core.config import RunConfig, TrainChange
+from neox_core.data.tokenization.tokenizer_file import tokenizer_in
 from neox_core.errors import ConfigError, DataError, LlemmaError
 from neox_core.progress import silent
 from tasks import preflight
@@ -19,7 +20,7 @@ from tasks.identity.current import current, find_current, note_current, outlived
 from tasks.identity.stage import StageResult
 from tasks.identity.training import find_training, resolve_training
 from tasks.preflight import check_run
-from tasks.prepare import prepare, tokenizer_of
+from tasks.prepare import prepare
 from tests.tasks.identity.test_specs import changed, small_config
 
 WORDS = "Let the group be a ring. "
@@ -75,7 +76,7 @@ def test_raw_inputs_that_are_gone(config: RunConfig, caplog: pytest.LogCaptureFi
     assert (again.skipped, again.artifact) == (True, made.artifact)
     assert f"{config.data.input} does not exist any more: prepare-data stays what it was" in caplog.text
     check_run(config, ["prepare-data", "train"])
-    texts = sample_texts(made.artifact.folder, tokenizer_of(made.artifact), config)
+    texts = sample_texts(made.artifact.folder, tokenizer_in(made.artifact.folder), config)
     assert sorted(text.split()[0].split("/")[-2] for text in texts) == sorted(config.data.sources)
     assert all(text.endswith(WORDS) for text in texts)
 

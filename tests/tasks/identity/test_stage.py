@@ -14,8 +14,9 @@ from neox_core.artifact import ARTIFACT_FILE, fingerprint
 from neox_core.config import RunConfig, load_config
 from neox_core.errors import DataError, LlemmaError
 from neox_core.progress import silent
-from tasks.identity import stage as stage_module
-from tasks.identity.stage import StageSpec, is_claimed, require, run_stage, try_claim, try_claim_name
+from neox_core.storage import claims
+from neox_core.storage.claims import is_claimed, try_claim_name
+from tasks.identity.stage import StageSpec, require, run_stage, try_claim
 
 PATIENCE = 60.0
 
@@ -113,7 +114,7 @@ def test_what_lies_elsewhere_can_make_it_run_again(spec: StageSpec) -> None:
 
 
 def test_a_second_run_waits_for_the_first_and_does_nothing(spec: StageSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_module, "_CLAIM_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "_CLAIM_SECONDS", 0.01)
     begun, go_on, waiting = threading.Event(), threading.Event(), threading.Event()
     build, results = Build(), {}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from tasks.jobs.executor import Cause, Handle, Resources, Status, Submission
+from tasks.jobs.executor import Handle, Resources, Submission
 from tasks.jobs.rank import RankTask
 from tasks.jobs.retry import NoAnswer
+from tasks.jobs.status import Cause, Status
 
 
 class ScriptedExecutor:

@@ -18,12 +18,12 @@ import pytest
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
 from tasks.jobs import local
-from tasks.jobs.executor import Status
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import NoAnswer
+from tasks.jobs.status import Status
 from tests import waiting
-from tests.tasks.jobs.fake_slurm import FakeSlurm
+from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_functions

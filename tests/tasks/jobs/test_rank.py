@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from neox_core.errors import GO_ON_EXIT_CODE, StoppedError, TrainingError
-from tasks.jobs.rank import RankTask, read_failure
+from tasks.jobs.rank import RankTask
+from tasks.jobs.rank_record import read_failure
 
 
 def fail(error: Exception) -> None:

@@ -13,9 +13,10 @@ from submitit.core.utils import cloudpickle_dump
 
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
-from tasks.jobs.executor import Cause, Handle, Resources, Status, Submission
+from tasks.jobs.executor import Handle, Resources, Submission
 from tasks.jobs.launch import check_launch, find_job, submit_or_attach
 from tasks.jobs.registry import register_executor
+from tasks.jobs.status import Cause, Status
 from tests.paths import ROOT
 
 KEY = "0123456789abcdef" * 4

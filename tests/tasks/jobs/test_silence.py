@@ -16,10 +16,10 @@ from tasks.identity.current import note_current
 from tasks.identity.specs import evaluate_spec
 from tasks.identity.stage import StageResult
 from tasks.identity.training import Training, resolve_training
-from tasks.jobs.rank import result_file
+from tasks.jobs.rank_record import result_file
 from tasks.jobs.retry import SchedulerRetry
 from tests.e2e.runs import Run, copy_text, write_run
-from tests.tasks.jobs.fake_slurm import FakeSlurm
+from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 
 SILENT = "job 42 may be at work: SLURM does not answer"
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from neox_core.errors import DataError
+from neox_core.train.observe.rows import read_metrics
 from tasks.report.figures import SOURCE_COLOURS
 from tasks.report.page import ReportData, headline, summary_rows, total_seconds, write_report
-from tasks.report.rows import read_metrics
 
 
 def evaluation(step: int, **perplexity: float) -> dict[str, Any]:

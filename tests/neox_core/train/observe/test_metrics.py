@@ -14,7 +14,7 @@ from neox_core.config import RunConfig, WandbConfig, load_config
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.observe import metrics
 from neox_core.train.observe.metrics import METRICS_FILE, MetricsLog
-from tasks.report.rows import read_metrics
+from neox_core.train.observe.rows import read_metrics
 from tests.paths import CONFIGS
 
 Mode = Literal["disabled", "offline", "online"]

@@ -16,7 +16,7 @@ import pytest
 from neox_core.errors import GO_ON_EXIT_CODE
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.node.report import ControllerReport
-from tasks.jobs.rank import read_failure, read_result
+from tasks.jobs.rank_record import read_failure, read_result
 from tests import waiting
 from tests.tasks.jobs.node.nodes import job, rank_processes
 

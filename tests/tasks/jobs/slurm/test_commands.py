@@ -8,9 +8,9 @@ import pytest
 
 from neox_core.errors import LaunchError
 from tasks.jobs import retry
-from tasks.jobs import slurm_commands as slurm
 from tasks.jobs.registry import choose_executor
-from tests.tasks.jobs.fake_slurm import FakeSlurm
+from tasks.jobs.slurm import commands as slurm
+from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 
 
 def state(job: str = "42") -> str:

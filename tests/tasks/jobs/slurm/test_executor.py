@@ -16,10 +16,10 @@ import pytest
 
 from neox_core.config import LaunchConfig
 from neox_core.errors import LaunchError
-from tasks.jobs.executor import Cause
 from tasks.jobs.job import Job
 from tasks.jobs.launch import find_jobs, submit_or_attach
 from tasks.jobs.registry import choose_executor
+from tasks.jobs.status import Cause
 from tests import waiting
 from tests.paths import ROOT
 
