@@ -93,7 +93,7 @@ def rank_process(run: Run, rank: int) -> psutil.Process | None:
     for process in psutil.process_iter():
         try:
             ours = str(attempt) in process.cmdline() and process.name().startswith("python")
-            if ours and process.environ().get("SLURM_PROCID") == str(rank):
+            if ours and process.environ().get("SUBMITIT_LOCAL_GLOBALID") == str(rank):
                 return process
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
