@@ -7,6 +7,17 @@ from typing import Annotated
 
 import typer
 
+from neox_core.config.paths import local_path
+
+
+def on_disk(text: str) -> Path:
+    """A place to write to, as configurations name places: `~` and variables are expanded, s3:// is refused."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 SetOption = Annotated[
     list[str] | None,

@@ -7,10 +7,15 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.options import on_disk
+
 _FolderOption = Annotated[
     Path | None,
     typer.Option(
-        "--workdir", help="For the server's data, logs and process ids; default: PREFECT_HOME, or runs/prefect."
+        "--workdir",
+        parser=on_disk,
+        metavar="PATH",
+        help="For the server's data, logs and process ids; default: PREFECT_HOME, or runs/prefect.",
     ),
 ]
 _PORT_HELP = "The server's, on loopback; default: PREFECT_SERVER_API_PORT, or 4200."

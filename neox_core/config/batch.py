@@ -46,7 +46,7 @@ def batch_geometry(config: RunConfig, nodes: int | None = None, step: int = 1) -
     """
     nodes = nodes or config.launch.nodes
     if problem := _problem(config, nodes):
-        fits = [n for n in range(1, max(64, 2 * nodes) + 1) if not _problem(config, n)]
+        fits = [n for n in range(1, min(max(64, 2 * nodes), _most_nodes(config)) + 1) if not _problem(config, n)]
         nearest = sorted(sorted(fits, key=lambda n: abs(n - nodes))[:_ADVISED])
         advice = f"numbers of nodes that work: {', '.join(map(str, nearest))}" if fits else _no_nodes_advice(config)
         raise ConfigError(f"{problem}; {advice}")
@@ -88,6 +88,13 @@ def _problem(config: RunConfig, nodes: int) -> str | None:
     """What stands in the way of some step's batch."""
     found = [_try_geometry(config, nodes, tokens) for _, tokens in _batches(config.train)]
     return next((problem for problem in found if isinstance(problem, str)), None)
+
+
+def _most_nodes(config: RunConfig) -> int:
+    """Above so many, the smallest batch has no micro batch for each data-parallel rank."""
+    smallest = min(tokens for _, tokens in _batches(config.train))
+    micro_batches = smallest // config.train.sequence_length // config.train.micro_batch_size
+    return micro_batches * config.parallel.tensor * config.parallel.pipeline // config.launch.ranks_per_node
 
 
 def _try_geometry(config: RunConfig, nodes: int, tokens: int) -> BatchGeometry | str:

@@ -10,6 +10,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -30,6 +32,14 @@ class BaseModelConfig(Section):
     )
     new_tokens: Literal["mean", "normal", "zeros"] = Field("mean", description="how rows that the base lacks are made")
     random_seed: int | None = Field(None, description="toys only: make random weights at `path` when it is missing")
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number as fields read it, 8.0 and '8' too; None: it is none."""
+    try:
+        return TypeAdapter(int).validate_python(value)
+    except ValidationError:
+        return None
 
 
 _ALL = ("rope_type", "factor")
@@ -134,8 +144,8 @@ class ModelConfig(Section):
     def _default_head_dim(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("head_dim"):
             return values
-        hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-        if type(hidden) is int and type(heads) is int and heads > 0:
+        hidden, heads = _whole(values.get("hidden_size")), _whole(values.get("num_attention_heads"))
+        if hidden is not None and heads is not None and heads > 0:
             if hidden % heads:
                 raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
             return values | {"head_dim": hidden // heads}

@@ -26,6 +26,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100_000_000
 _READ_AHEAD = 1 << 17
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Content(Protocol):
@@ -161,7 +162,11 @@ def _located(content: Content, name: str, value: Any) -> Any:
 
 
 def _open_safetensors(content: Content, file: BinaryIO) -> dict[str, Any]:
-    (length,) = struct.unpack("<Q", file.read(8))
+    start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CheckpointError(f"checkpoint file {content.name} is a git-lfs pointer, not the file: run `git lfs pull`")
+    (length,) = struct.unpack("<Q", start[:8])
+    file.seek(8)
     if length > min(content.size, _LARGEST_HEADER):
         raise ValueError("neither torch's nor safetensors' format")
     header = json.loads(file.read(length))
@@ -176,6 +181,9 @@ def _open_safetensors(content: Content, file: BinaryIO) -> dict[str, Any]:
         if tensor.nbytes != end - start:
             raise ValueError(f"{name} takes {end - start} bytes, but its shape needs {tensor.nbytes}")
         tensors[name] = _checked(tensor)
+    last = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+    if last != content.size:  # which safetensors itself refuses
+        raise ValueError(f"its tensors end at byte {last}")
     return tensors
 
 

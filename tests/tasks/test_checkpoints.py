@@ -174,6 +174,23 @@ def test_a_finished_result_may_get_a_readme(base: Path, tmp_path: Path) -> None:
     assert contents(target) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_was_changed_since_is_not_our_own(base: Path, tmp_path: Path, name: str) -> None:
+    """Another model that was saved over an export, an edited config.json."""
+    target = tmp_path / "target"
+    convert_to(base, tmp_path / "neox")
+    export_to(tmp_path / "neox", target)
+    changed = (target / name).read_bytes() + b" "
+    (target / name).write_bytes(changed)
+    message = rf"target holds {name}, changed since llemma export wrote it: .*--overwrite"
+    for form in ("huggingface", "meta"):
+        with pytest.raises(CheckpointError, match=message):
+            export_to(tmp_path / "neox", target, form)
+    assert (target / name).read_bytes() == changed
+    export_to(tmp_path / "neox", target, overwrite=True)
+    assert (target / name).read_bytes() != changed
+
+
 def test_an_object_store(base: Path, tmp_path: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
     place = f"{store.url()}run#1"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neox_core.artifact import FileRecord
+from neox_core.checkpoint.conversion.reference import open_reference
 from neox_core.checkpoint.conversion.replacement import replacing
 from neox_core.checkpoint.conversion.vocabulary import NewTokens, new_rows
 from neox_core.checkpoint.formats.huggingface import HuggingFaceCheckpoint
@@ -81,6 +82,9 @@ def convert(
     check_architecture(checkpoint, model, base_rope_theta, base_vocab_size)
     check_divides(model, parallel.tensor, "parallel.tensor")
     checkpoint.check_values()
+    special = special_ids_of(checkpoint.folder)
+    if prove is not None:
+        open_reference(checkpoint.folder, 1, torch.bfloat16)  # which may refuse config.json
     started = time.monotonic()
     weights = checkpoint.weights
     files = neox_files(weights, model, parallel, torch.bfloat16, new_rows(new_tokens, weights))
@@ -91,7 +95,7 @@ def convert(
             folder.remove(LATEST_FILE)
         records = write_files(folder, identity, files, progress, finished, [LATEST_FILE])
         summary = sizes(records, finished, time.monotonic() - started)
-        summary |= _rounding(weights) | {"special_ids": special_ids_of(checkpoint.folder).as_json()}
+        summary |= _rounding(weights) | {"special_ids": special.as_json()}
         if prove is not None:
             progress(0.999, "comparing layers with transformers")
             summary |= prove(checkpoint, NeoxCheckpoint(folder.sub(CONVERTED_TAG)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neox_core.artifact import ARTIFACT_FILE, Artifact, parse_artifact
+from neox_core.artifact import ARTIFACT_FILE, Artifact, FileRecord, parse_artifact
 from neox_core.checkpoint.formats.model_files import some
 from neox_core.checkpoint.formats.outputs import JOURNAL_FILE, read_journal
 from neox_core.errors import CheckpointError
@@ -30,21 +30,35 @@ def check_target(target: Target, command: str, overwrite: bool) -> None:
         StorageError: nothing can be written there.
     """
     target.check_usable()
-    if not overwrite and (foreign := _foreign_files(target, command)):
-        raise CheckpointError(
-            f"{target} holds {some(foreign)}, which llemma {command} did not write: choose another place, or let it "
-            "replace the model that is there with --overwrite"
-        )
+    if overwrite:
+        return
+    foreign, changed = _foreign_files(target, command)
+    advice = "choose another place, or let it replace the model that is there with --overwrite"
+    if foreign:
+        raise CheckpointError(f"{target} holds {some(foreign)}, which llemma {command} did not write: {advice}")
+    if changed:
+        raise CheckpointError(f"{target} holds {some(changed)}, changed since llemma {command} wrote it: {advice}")
 
 
-def _foreign_files(target: Target, command: str) -> list[str]:
+def _foreign_files(target: Target, command: str) -> tuple[list[str], list[str]]:
+    """What is not of the command's own earlier output, and what of a finished output has another content by now."""
     present = target.files()
     artifact = recorded_artifact(target) if ARTIFACT_FILE in present else None
     mine = set(read_journal(target).get("planned", ()))
     if artifact is not None:
         mine = {ARTIFACT_FILE, *(mine or (record.path for record in artifact.files))}
         mine = mine if artifact.name == command else set()
-    return [path for path in present if path not in mine]
+    foreign = [path for path in present if path not in mine]
+    if artifact is None or foreign:  # an unfinished output's files are replaced by those of the same name at any time
+        return foreign, []
+    marks = read_journal(target).get("marks", {})
+    written = [record for record in artifact.files if record.path in present]
+    return [], [record.path for record in written if not _as_written(target, record, marks.get(record.path))]
+
+
+def _as_written(target: Target, record: FileRecord, mark: str | None) -> bool:
+    """By the mark that was kept, which spares an object's content, else by the content."""
+    return target.mark(record.path) == mark or target.digest(record.path) == (record.size, record.sha256)
 
 
 @contextmanager

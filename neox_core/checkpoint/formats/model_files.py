@@ -93,6 +93,11 @@ def huggingface_files_of(folder: Folder) -> ModelFiles:
     names = set(folder.names())
     if INDEX_FILE not in names:
         if WEIGHTS_FILE not in names:
+            if others := sorted(name for name in names if name.lower().endswith(".safetensors") and name[0] != "."):
+                raise CheckpointError(
+                    f"{folder} holds {some(others)}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}, which names the "
+                    "files of a model: copy the index too, or give the file its name"
+                )
             raise CheckpointError(
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: weights in other formats (.bin) are not "
                 "read, because they are pickles; save them as safetensors"

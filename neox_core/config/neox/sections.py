@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 from neox_core.config.neox.mlp import intermediate_size
@@ -56,7 +58,12 @@ def _vocab_size(settings: NeoxSettings, folder: Path) -> int:
     if tokenizer.is_file():
         from sentencepiece import SentencePieceProcessor
 
-        size = SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+        try:
+            size = SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"GPT-NeoX key 'vocab_file' names {tokenizer}, which is no SentencePiece model ({error}): correct it"
+            ) from None
     else:
         settings.todo.append(
             (
@@ -149,20 +156,26 @@ def _sequences(settings: NeoxSettings, micro: int, launch: dict[str, Any], paral
     return sequences
 
 
+def _paths(written: Sequence[str]) -> list[str]:
+    """Of two spellings of one path, a//b and ./a/b, one."""
+    return [normpath(path) for path in written]
+
+
 def data_section(settings: NeoxSettings) -> dict[str, Any]:
     """Sources and weights. Token files become source names; the text they were made from must be supplied."""
     if settings.get("train_data_paths") and settings.get("data_path"):
         raise ConfigError("GPT-NeoX keys data_path and train_data_paths are both set: keep one")
-    paths = settings.get("train_data_paths") or [settings.need("data_path")]
+    paths = _paths(settings.get("train_data_paths") or [settings.need("data_path")])
     weights = settings.get("train_data_weights") or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise ConfigError(f"GPT-NeoX has {len(paths)} train_data_paths but {len(weights)} train_data_weights")
     known = source_names(paths)
     sources: dict[str, dict[str, float]] = {name: {"weight": 0} for name in known.values()}
     for path, weight in zip(paths, weights, strict=True):  # a path that is given twice counts twice
-        sources[known[str(path)]]["weight"] += as_number("train_data_weights", weight)
+        sources[known[path]]["weight"] += as_number("train_data_weights", weight)
     validation, test = (
-        list((source_names(settings.get(key) or [], known)).values()) for key in ("valid_data_paths", "test_data_paths")
+        list(source_names(_paths(settings.get(key) or []), known).values())
+        for key in ("valid_data_paths", "test_data_paths")
     )
     evaluated = list(dict.fromkeys([*validation, *test]))
     if set(validation) != set(test):

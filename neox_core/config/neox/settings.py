@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,10 @@ def as_number(key: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+        raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"GPT-NeoX key {key!r} is {value!r}, which is not a number") from None
 
 

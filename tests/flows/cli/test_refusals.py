@@ -54,6 +54,27 @@ def test_a_value_of_set_is_what_was_written() -> None:
     assert "010 without quotes is octal, 8" in refused("plan", ROOT / "configs/toy.yml", "--set", "seed=010")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("config", "import", "neox.yml", "-o"),
+        ("checkpoint", "fetch", "run.yml", "--to"),
+        ("plan", "run.yml", "--calibrate"),
+        ("evaluate", "--model", "model", "--out"),
+        ("evaluate", "proofs", "proofs.jsonl", "--command", "true", "--out"),
+        ("up", "--workdir"),
+    ],
+)
+@pytest.mark.parametrize("place", ["s3://bucket/x", "$NOWHERE_AT_ALL/x"])
+def test_places_that_would_be_folders_of_that_name(
+    command: tuple[str, ...], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = "is no folder or file on a disk" if place.startswith("s3") else "which is not set in the environment"
+    assert said in refused(*command, place)
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_import_replaces_nothing_without_a_word(tmp_path: Path) -> None:
     files = tmp_path / "neox.yml"
     files.write_text(yaml.safe_dump(WHOLE))

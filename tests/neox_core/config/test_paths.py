@@ -30,6 +30,8 @@ def test_variables_and_home_are_expanded(monkeypatch: pytest.MonkeyPatch) -> Non
         ("~no-such-user/x", "there is no such user's home"),
         ("", "it is empty"),
         ("  ", "it is empty"),
+        ("${NOWHERE_AT_ALL:-/tmp}/x", r"holds \$\{NOWHERE_AT_ALL:-/tmp\}, which only a shell computes"),
+        ("$(pwd)/x", r"holds \$\(pwd\), which only a shell computes"),
     ],
 )
 def test_what_cannot_be_expanded(text: str, message: str) -> None:
@@ -45,6 +47,7 @@ def test_what_cannot_be_expanded(text: str, message: str) -> None:
     [
         ("workdir: s3://bucket/x", "s3://bucket/x is no folder or file on a disk"),
         ("workdir: $NOWHERE_AT_ALL/x", "NOWHERE_AT_ALL, which is not set"),
+        ("workdir: s3:/bucket/x", "s3:/bucket/x is no folder or file on a disk"),
         ("workdir: ''", "it is empty"),
         ("workdir: ~no-such-user/x", "no such user's home"),
         ("tokenizer: {model: 'https://example.org/x.model'}", "is no folder or file on a disk"),

@@ -190,6 +190,12 @@ def test_batch_with_fewer_micro_batches_than_ranks_names_node_counts(tmp_path: P
     hopeless = toy(tmp_path, "train: {micro_batch_size: 5}")
     with pytest.raises(ConfigError, match=r"no number of nodes works with launch.ranks_per_node 2"):
         batch_geometry(hopeless)
+    with pytest.raises(ConfigError, match=r"on 100000000000 nodes; numbers of nodes that work: 1, 2, 3, 4$"):
+        batch_geometry(config, nodes=10**11)  # answered at once
+
+
+def test_a_head_is_as_wide_however_the_numbers_are_written(tmp_path: Path) -> None:
+    assert toy(tmp_path, "model: {hidden_size: 256.0, num_attention_heads: '8'}").model.head_dim == 32
 
 
 def test_a_batch_that_the_ranks_do_not_divide(tmp_path: Path) -> None:

@@ -489,7 +489,7 @@ def test_training_texts_in_validation_are_reported_and_dropped_on_request(tmp_pa
         )
     equal = [("a/train/0.jsonl", 2, "equal"), ("b/train/0.jsonl", 3, "equal")]
     both = [*equal, ("b/train/0.jsonl", 1, "near")]
-    assert found[0] == ({"a": {"equal": 1, "near": 0}, "b": {"equal": 1, "near": 0}}, equal, [2, 3])
+    assert found[0] == ({"a": {"equal": 1}, "b": {"equal": 1}}, equal, [2, 3])
     assert found[1] == ({"a": {"equal": 1, "near": 0}, "b": {"equal": 1, "near": 1}}, both, [2, 3])
     assert found[2] == (found[1][0], both, [1, 1])
 

@@ -79,17 +79,18 @@ def write_in_validation(
     """List every training document that is in a validation split, or have no list if there is none.
 
     Returns:
-        per source with such documents, how many are "equal" and "near".
+        per source with such documents, how many are "equal", and where near-duplicates are looked for, how many "near".
     """
     path = folder / VALIDATION_FILE
     remove_remains(path)
     summary: dict[str, dict[str, int]] = {}
+    sought = ("equal",) if data.near_duplicates is None else ("equal", "near")
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as output:
         for part, found in zip(parts, texts, strict=True):
             for kind, mask in found._asdict().items():
                 if not mask.any():
                     continue
-                summary.setdefault(part.file.source, {"equal": 0, "near": 0})[kind] += int(mask.sum())
+                summary.setdefault(part.file.source, dict.fromkeys(sought, 0))[kind] += int(mask.sum())
                 for line in load_table(part.paths)["line"][mask].tolist():
                     what = {"file": part.file.logical_name, "line": line, "likeness": kind}
                     output.write(json.dumps(what | {"dropped": data.drop_validation_duplicates}) + "\n")

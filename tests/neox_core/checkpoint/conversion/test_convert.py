@@ -275,6 +275,27 @@ def test_a_failed_proof_publishes_and_deletes_nothing(write_base: WriteBase, tmp
     assert not (target / "latest").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": None}, r"transformers refuses .*config\.json"),
+        ({"max_position_embeddings": None}, r"transformers refuses .*config\.json.*max_position_embeddings"),
+        ({"bos_token_id": "<s>"}, "bos_token_id is '<s>': give an id"),
+    ],
+)
+def test_what_the_proof_could_not_read_is_refused_before_a_shard_is_written(
+    write_base: WriteBase, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    base, folder = write_base(), tmp_path / "hf"
+    convert(base.folder, tmp_path / "neox", base.model, ParallelConfig())
+    export_huggingface(tmp_path / "neox", folder, base.model, None, 64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "out", base.model, ParallelConfig(), prove=lambda source, shards: {})
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_conversion_has_no_latest(write_base: WriteBase, tmp_path: Path) -> None:
     base, target, parallel = write_base(), tmp_path / "neox", ParallelConfig(tensor=2, pipeline=2)
 

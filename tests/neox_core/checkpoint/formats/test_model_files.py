@@ -130,3 +130,10 @@ def test_an_embedding_cut_by_rows(write_base: WriteBase, tmp_path: Path, vocab_s
     assert torch.equal(source.weights.tensor("model.embed_tokens.weight"), base.weights["tok_embeddings.weight"])
     convert(base.folder, tmp_path / "neox", base.model, ParallelConfig(tensor=2))
     assert prove_conversion(base.folder, NeoxCheckpoint(tmp_path / "neox"), base.model)
+
+
+def test_a_shard_without_its_index_is_named(write_base: WriteBase, tmp_path: Path) -> None:
+    huggingface(write_base, tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds model-00001-of-00002\.safetensors, but neither .* index too"):
+        open_source(tmp_path / "hf")

@@ -96,3 +96,15 @@ def test_no_pipeline_is_written_as_zero_and_no_warmup_too(tmp_path: Path) -> Non
     assert found["parallel"]["pipeline"] == 1
     assert found["train"]["schedule"]["warmup_steps"] == 0
     assert found["train"]["steps"] == LLEMMA_34B["train_iters"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan"])
+def test_numbers_that_are_none(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^GPT-NeoX key 'warmup' is .*, which is not a number$"):
+        do_import(tmp_path, "warmup_iters", warmup=value)
+
+
+def test_a_vocab_file_that_is_no_sentencepiece_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"'vocab_file' names .*tokenizer\.json, which is no SentencePiece model"):
+        do_import(tmp_path, **{"vocab-file": "tokenizer.json"})

@@ -369,7 +369,7 @@ def test_nothing_within_a_section_is_dropped_in_silence(tmp_path: Path) -> None:
 
 def test_sources_of_paths_that_end_alike_or_come_twice(tmp_path: Path) -> None:
     data = {
-        "train-data-paths": ["/a/web/text_document", "/b/code/text_document", "/a/web/text_document", "/c/math"],
+        "train-data-paths": ["/a/web/text_document", "/b/code/text_document", "/a//web/./text_document", "/c/math"],
         "train-data-weights": [1, 2, 3, 4],
         "valid-data-paths": ["/b/code/text_document"],
         "test-data-paths": ["/b/code/text_document"],
