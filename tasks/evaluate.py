@@ -10,7 +10,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from neox_core.checkpoint.retention import apply_retention
 from neox_core.checkpoint.scores import publish_scores
+from neox_core.config import VALIDATION
 from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
@@ -66,6 +68,8 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
                     )
                 _wait(config.evaluate.poll_seconds, found.report)
             found.report()
+            if config.checkpoints.best_by != VALIDATION:  # those that waited for their scores
+                apply_retention(training.store, training.prefix, config.checkpoints, {})
         return {"evaluations": [found.results[step] for step in sorted(found.results)]}
 
     return run_stage(spec, build, progress)

@@ -1,8 +1,9 @@
 """Scores of evaluation sets from each item's likelihoods, with intervals and paired differences.
 
 All uncertainty is over items, by the bootstrap: items are drawn again, with replacement, 1,000 times; an interval holds
-the middle 95% of what that gives. Two checkpoints are compared on the same draws (a paired test): the p-value is that
-of a normal distribution with the bootstrap's standard error, two-sided.
+the middle 95% of what that gives. Where all items are right, or all wrong, that has no width: such a share has Wilson's
+interval (1927). One item tells nothing of others: its interval is NaN. Two checkpoints are compared on the same draws
+(a paired test): the p-value is that of a normal distribution with the bootstrap's standard error, two-sided.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 
 DRAWS = 1_000
 _LEVEL = 0.95
+_TWO_SIDED = 1.96
+"""Standard deviations."""
 Record = Mapping[str, Any]
 """An item's result, as it is kept."""
 Score = dict[str, float]
@@ -47,17 +50,14 @@ def scores(records: Sequence[Record]) -> dict[str, Score]:
     if not counted:
         return {}
     weights, found = _draws(len(counted)), {}
-    for name, parts in _parts(counted).items():
-        found[name] = _scored(*parts, weights)
-        del found[name]["error"]
+    for name, (values, sizes) in _parts(counted).items():
+        found[name] = _with_interval(values, sizes, weights)
     return found
 
 
 def shares(values: Sequence[float]) -> Score:
     """The mean of the items' values and its 95% interval over items."""
-    found = _scored(np.asarray(values, dtype=float), np.ones(len(values)), _draws(len(values)))
-    del found["error"]
-    return found
+    return _with_interval(np.asarray(values, dtype=float), np.ones(len(values)), _draws(len(values)))
 
 
 def differences(records: Sequence[Record], earlier: Sequence[Record]) -> dict[str, Score]:
@@ -119,12 +119,19 @@ def _draws(items: int) -> np.ndarray:
     return np.random.default_rng(items).multinomial(items, np.full(items, 1 / items), size=DRAWS).astype(float)
 
 
+def _with_interval(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> Score:
+    found = _scored(values, sizes, weights)
+    del found["error"]
+    if (sizes == 1).all() and (values == values[0]).all() and values[0] in (0, 1):
+        width = _TWO_SIDED**2 / (len(values) + _TWO_SIDED**2)
+        found |= {"low": 0.0, "high": width} if values[0] == 0 else {"low": 1 - width, "high": 1.0}
+    return found
+
+
 def _scored(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> Score:
     drawn = (weights @ values) / (weights @ sizes)
+    value = float(values.sum() / sizes.sum())
+    if len(values) == 1:
+        return {"value": value, "low": math.nan, "high": math.nan, "error": math.nan}
     low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return {
-        "value": float(values.sum() / sizes.sum()),
-        "low": float(low),
-        "high": float(high),
-        "error": float(drawn.std()),
-    }
+    return {"value": value, "low": float(low), "high": float(high), "error": float(drawn.std())}

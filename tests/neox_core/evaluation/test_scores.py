@@ -36,6 +36,30 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.90 <= inside / 200 <= 0.99
 
 
+@pytest.mark.parametrize("items", [1, 5, 100])
+def test_shares_of_none_and_of_all_have_wilsons_interval(items: int) -> None:
+    z, end = 1.96, {}
+    for right in (False, True):
+        found = scores(choices(np.full(items, right)))["accuracy"]
+        middle = (float(right) + z**2 / (2 * items)) / (1 + z**2 / items)
+        reach = z / (1 + z**2 / items) * math.sqrt(z**2 / (4 * items**2))
+        assert (found["low"], found["high"]) == pytest.approx((middle - reach, middle + reach), abs=1e-9)
+        end[right] = found
+    assert end[False]["low"] == 0 == end[False]["value"]
+    assert end[True]["high"] == 1 == end[True]["value"]
+
+
+def test_one_item_tells_nothing_of_others() -> None:
+    before, after = ([{"id": 0, **solution_record(value, "x" * 20)}] for value in (-8.0, -9.0))
+    found = scores(after)["bits_per_byte"]
+    assert math.isfinite(found["value"])
+    assert math.isnan(found["low"])
+    assert math.isnan(found["high"])
+    difference = differences(after, before)["bits_per_byte"]
+    assert difference["value"] == pytest.approx(1 / (20 * math.log(2)))
+    assert math.isnan(difference["p"])
+
+
 def test_likelihood_among_choices() -> None:
     record = {"id": 0, **choices_record([-1.0, -2.0, -3.0], [-1.0, -5.0, -3.0], 1)}
     found = scores([record])
