@@ -249,6 +249,12 @@ def test_rotation_on_all_layers_is_caught(tmp_path: Path) -> None:
     convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
     with pytest.raises(CheckpointError, match=r"logits of .* differ"):
         prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", everywhere)
+    # The same weights, which transformers reads with an exported config.json that rotates as the base does, or wrongly.
+    export_huggingface(tmp_path / "neox", tmp_path / "right", model, None, 256)
+    prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "right", model)
+    export_huggingface(tmp_path / "neox", tmp_path / "wrong", everywhere, None, 256)
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "wrong", model)
 
 
 def test_a_smollm3_that_says_nothing_is_what_transformers_takes_it_for(tmp_path: Path) -> None:
