@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"]
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"]
 QkNorm = Literal["head", "projection"]
 
 
@@ -28,6 +28,13 @@ class Family:
     """A config.json without head_dim means hidden_size / num_attention_heads."""
     norm_eps_default: float = 1e-6
     """What a config.json without rms_norm_eps means."""
+    rope_theta_default: float = 10000.0
+    """What a config.json without a RoPE base means."""
+    tied_default: bool = False
+    """What a config.json without tie_word_embeddings means."""
+    no_rope_interval: int | None = None
+    """What a config.json without no_rope_layer_interval means: every n-th layer is without rotary positions; None: the
+    family's layers all have them."""
     sliding_window: int | None = None
     """What a config.json without sliding_window means; None: the family's models attend to all earlier positions."""
 
@@ -38,5 +45,6 @@ FAMILIES: Mapping[FamilyName, Family] = {
     "qwen2": Family("Qwen2", qkv_bias=True),
     "qwen3": Family("Qwen3", qk_norm="head", head_dim_default=False),
     "olmo2": Family("Olmo2", qk_norm="projection", norms_after=True, kv_heads_default=True, norm_eps_default=1e-5),
+    "smollm3": Family("SmolLM3", rope_theta_default=2e6, tied_default=True, no_rope_interval=4),
 }
 """By transformers' model_type."""

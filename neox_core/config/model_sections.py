@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -111,6 +112,9 @@ class ModelConfig(Section):
     )
     rope_theta: PositiveFloat = Field(description="base of the rotary embedding's wavelengths")
     rope_scaling: RopeScalingConfig | None = Field(None, description="None: positions are not scaled")
+    layers_without_rope: tuple[NonNegativeInt, ...] = Field(
+        (), description="smollm3 only: numbers, from 0 and ascending, of the layers without rotary positions"
+    )
     norm_eps: PositiveFloat = Field(1e-5, description="added to the mean square in RMSNorm; Llama's value")
     sliding_window: PositiveInt | None = Field(
         None, description="mistral only: positions that attention reaches back; sequences must not be longer"
@@ -157,11 +161,14 @@ class ModelConfig(Section):
         defaults = {
             "family": "llama",
             "head_dim": self.hidden_size // self.num_attention_heads,
+            "layers_without_rope": (),
             "sliding_window": None,
             "tied_embeddings": False,
         }
         content: dict[str, Any] = handler(self)
-        return {key: value for key, value in content.items() if key not in defaults or value != defaults[key]}
+        return {
+            key: value for key, value in content.items() if key not in defaults or getattr(self, key) != defaults[key]
+        }
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -173,6 +180,11 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim {self.head_dim} is not a multiple of 2, which rotary positions need")
         if self.sliding_window is not None and self.differences.sliding_window is None:
             raise ValueError(f"sliding_window {self.sliding_window} is not computed for the family {self.family}")
+        if without := list(self.layers_without_rope):
+            if self.differences.no_rope_interval is None:
+                raise ValueError(f"layers_without_rope {without} is not computed for the family {self.family}")
+            if without != sorted(set(without)) or without[-1] >= self.num_layers:
+                raise ValueError(f"layers_without_rope {without} must ascend, up to {self.num_layers - 1}")
         if self.num_tokens > self.vocab_size:
             raise ValueError(f"unpadded_vocab_size {self.num_tokens} exceeds vocab_size {self.vocab_size}")
         return self

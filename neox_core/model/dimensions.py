@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from neox_core.kernels.attention import AUTO
-from neox_core.model.rope import RopeScaling
+from neox_core.model.rope import NO_ROTATION, RopeScaling
 
 if TYPE_CHECKING:  # so that the model needs nothing but torch
     from neox_core.config.families import QkNorm
@@ -30,6 +30,8 @@ class ModelDimensions:
     attention: str = AUTO
     """Name of the causal attention's kernel (kernels/attention.py)."""
     rope_scaling: RopeScaling | None = None
+    layers_without_rope: tuple[int, ...] = ()
+    """Numbers of the transformer layers, from 0 over the whole model, whose positions are not rotated."""
     grouped_qkv: bool = False
     """The fused projection's rows go by KV heads, not by query heads (elementwise.py)."""
     qkv_bias: bool = False
@@ -55,12 +57,20 @@ class ModelDimensions:
             sequence_length=sequence_length,
             attention=attention,
             rope_scaling=RopeScaling(**model.rope_scaling.model_dump()) if model.rope_scaling else None,
+            layers_without_rope=model.layers_without_rope,
             grouped_qkv=model.grouped_qkv,
             qkv_bias=model.differences.qkv_bias,
             qk_norm=model.differences.qk_norm,
             norms_after=model.differences.norms_after,
             tied_embeddings=model.tied_embeddings,
         )
+
+    def of_layer(self, number: int) -> ModelDimensions:
+        """Those of one transformer layer, by its number in the whole model.
+
+        Layers without rotation run the same kernels on other tables, so that one compiled form serves them all.
+        """
+        return replace(self, rope_scaling=NO_ROTATION) if number in self.layers_without_rope else self
 
     def shard(self, tensor_parallel: int) -> ModelDimensions:
         """What one of `tensor_parallel` ranks computes: fewer heads, a narrower MLP, a part of the vocabulary.

@@ -157,7 +157,7 @@ class Llama(nn.Module):
     def __init__(self, dims: ModelDimensions, num_layers: int) -> None:
         super().__init__()
         self.embedding = TokenEmbedding(dims)
-        self.blocks = nn.ModuleList(TransformerBlock(dims) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(dims.of_layer(number)) for number in range(num_layers))
         self.norm = FinalNorm(dims)
         self.head = OutputHead(dims)
 

@@ -74,6 +74,10 @@ class RopeScaling:
         return frequencies * (1 - lowered + lowered / self.factor)
 
 
+NO_ROTATION = RopeScaling("linear", math.inf)
+"""Every position counts as 0: cosines are 1 and sines 0, by which queries and keys keep every bit."""
+
+
 def rope_tables(
     head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def build_layer(
     """
     mesh = place.mesh
     with torch.device("meta"):
-        layer = layer_type(place.dims.shard(mesh.tensor_size))
+        layer = layer_type(place.dims.of_layer(index - 2).shard(mesh.tensor_size))
     loaded = weights(index, mesh.tensor_rank)
     own = {name: tensor.to(mesh.device, dtype, copy=True) for name, tensor in loaded.items()}
     layer.load_state_dict(own, strict=True, assign=True)

@@ -110,7 +110,7 @@ class Shards:
         """Each rank's module of the layer at `index`, with the weights whose names start so."""
         for rank in range(self.checkpoint.tensor_parallel):
             with torch.device("meta"):
-                module = build(self.dims)
+                module = build(self.dims.of_layer(index - 2))
             stored = self.checkpoint.stored_layer(index, rank)
             self._check(index, rank, stored, module)
             state = {name: value.whole().float() for name, value in stored.items() if name.startswith(prefixes)}

@@ -38,9 +38,9 @@ class Values:
             raise self.wrong(key, "a number above 0, without quotes")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        """true or false; absent: false."""
-        value = self._value(key, False, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self._value(key, default, False)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value

@@ -15,13 +15,14 @@ from neox_core.config import ModelConfig, RopeScalingConfig
 from neox_core.config.families import FAMILIES, Family
 from neox_core.errors import CheckpointError
 
-_DEFAULT_ROPE_THETA = 10000.0
 _SCALINGS = ("linear", "llama3", "yarn")
 _COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim
     intermediate_size vocab_size rms_norm_eps rope_theta rope_parameters rope_scaling attention_bias mlp_bias
     tie_word_embeddings"""
 _WINDOW_KEYS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers"])
 """Of families that have windows, whether used or not."""
+_NO_ROPE_KEYS = frozenset(["no_rope_layers", "no_rope_layer_interval"])
+"""Of families whose layers may lack rotary positions."""
 _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
     hidden_dropout resid_pdrop embd_pdrop attn_pdrop max_position_embeddings max_sequence_length model_max_length
     pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
@@ -47,10 +48,11 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
     """
     values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
-    values.check_known(_KNOWN if config.get("model_type") in (None, "llama", "olmo2") else _KNOWN | _WINDOW_KEYS)
+    name = config.get("model_type") or "llama"
+    known = _KNOWN if name in ("llama", "olmo2") else _KNOWN | _WINDOW_KEYS
+    values.check_known(known | _NO_ROPE_KEYS if name == "smollm3" else known)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
-        name = values.content.get("model_type") or "llama"
         family = _family(values, name)
         return ModelConfig(
             family=name,
@@ -64,10 +66,11 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
             ),
             intermediate_size=values.whole("intermediate_size"),
             vocab_size=values.whole("vocab_size"),
-            rope_theta=_rope_theta(values),
+            rope_theta=_rope_theta(values, family),
+            layers_without_rope=_layers_without_rope(values, family),
             rope_scaling=_rope_scaling(values),
             norm_eps=values.number("rms_norm_eps", family.norm_eps_default),
-            tied_embeddings=values.flag("tie_word_embeddings"),
+            tied_embeddings=values.flag("tie_word_embeddings", family.tied_default),
         )
 
 
@@ -98,6 +101,20 @@ def _sliding_window(values: Values, family: Family) -> int | None:
     return values.whole("sliding_window", family.sliding_window)
 
 
+def _layers_without_rope(values: Values, family: Family) -> tuple[int, ...]:
+    """Numbers of the layers whose queries and keys are not rotated."""
+    if family.no_rope_interval is None:
+        return ()
+    layers = values.whole("num_hidden_layers")
+    rotated = values.content.get("no_rope_layers")
+    if rotated is None:
+        interval = values.whole("no_rope_layer_interval", family.no_rope_interval)
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(rotated, list) or len(rotated) < layers or not set(rotated) <= {0, 1}:
+        raise values.wrong("no_rope_layers", f"for each of {layers} layers 1 (rotary positions) or 0 (none)")
+    return tuple(number for number in range(layers) if not rotated[number])
+
+
 def _rope_parts(values: Values) -> list[Values]:
     """What transformers 5 (rope_parameters) and those before it (rope_scaling) say, where they say anything."""
     parts = [values.section(key) for key in ("rope_parameters", "rope_scaling")]
@@ -116,7 +133,7 @@ def _rope_parts(values: Values) -> list[Values]:
     return [part for part in parts if part.content]
 
 
-def _rope_theta(values: Values) -> float:
+def _rope_theta(values: Values, family: Family) -> float:
     """The RoPE base, from transformers 5's rope_parameters or the top level.
 
     Raises:
@@ -126,7 +143,7 @@ def _rope_theta(values: Values) -> float:
     bases = {part.number("rope_theta") for part in given}
     if len(bases) > 1:
         raise CheckpointError(f"{values.path} gives two RoPE bases, {sorted(bases)}")
-    return bases.pop() if bases else _DEFAULT_ROPE_THETA
+    return bases.pop() if bases else family.rope_theta_default
 
 
 def _rope_scaling(values: Values) -> RopeScalingConfig | None:
@@ -159,6 +176,8 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
 
     if model.differences.sliding_window is not None:
         further["sliding_window"] = model.sliding_window
+    if model.differences.no_rope_interval is not None:
+        further["no_rope_layers"] = [int(n not in model.layers_without_rope) for n in range(model.num_layers)]
     return AutoConfig.for_model(
         model.family,
         vocab_size=model.vocab_size,

@@ -52,6 +52,9 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
             "model: {family: mistral, sliding_window: 255}",
             "sequence_length 256 exceeds model.sliding_window 255: attention here is full",
         ),
+        ("model: {layers_without_rope: [1]}", r"layers_without_rope \[1\] is not computed for the family llama"),
+        ("model: {family: smollm3, layers_without_rope: [3, 1]}", r"layers_without_rope \[3, 1\] must ascend, up to 3"),
+        ("model: {family: smollm3, layers_without_rope: [4]}", r"layers_without_rope \[4\] must ascend, up to 3"),
         ("model: {sliding_window: 256}", "sliding_window 256 is not computed for the family llama"),
         (
             "parallel: {pipeline: 2, pipeline_layers: [3, 2]}",
@@ -231,7 +234,7 @@ FIELDS = {
     "TokenizeJobConfig": 7,
     "BaseModelConfig": 5,
     "RopeScalingConfig": 8,
-    "ModelConfig": 14,
+    "ModelConfig": 15,
     "ParallelConfig": 5,
     "TrainConfig": 24,
     "ProfileConfig": 3,

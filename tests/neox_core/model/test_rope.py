@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from neox_core.model import elementwise
-from neox_core.model.rope import RopeScaling, RotaryEmbedding, rope_tables
+from neox_core.model.rope import NO_ROTATION, RopeScaling, RotaryEmbedding, rope_tables
 from tests.neox_core.model.reference import rotate
 
 HEAD_DIM, POSITIONS = 128, 16_384
@@ -90,6 +90,12 @@ def test_rotation_of_bf16_is_rounded_once() -> None:
     assert rotated.dtype == torch.bfloat16
     # bf16 has 8 significant bits: rounding to nearest is off by at most 2^-8 of the number.
     assert bool(((rotated.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rotation_keeps_every_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 512, 3, HEAD_DIM, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert torch.equal(elementwise.rotate(x, *RotaryEmbedding(HEAD_DIM, 512, 1e6, NO_ROTATION)(512)), x)
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

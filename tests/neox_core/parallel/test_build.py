@@ -70,6 +70,14 @@ def test_the_right_part_is_asked_for() -> None:
     assert asked == [(17, 3)]
 
 
+def test_layers_lack_rotation_by_their_number_in_the_whole_model() -> None:
+    dims = replace(DIMS, layers_without_rope=(1, 14))
+    for index in (2, 3, 16, 17):
+        place = Parallelism(replace(ONE_RANK, pipeline_rank=1, pipeline_size=2), dims)
+        block: Any = build_layer(TransformerBlock, index, place, weights_of(torch.float32), torch.float32)
+        assert bool(block.attention.rotary.sin.any()) == (index - 2 not in (1, 14))
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_weights_that_do_not_fit_are_refused(change: str) -> None:
     state = weights_of(torch.float32)(2, 0)

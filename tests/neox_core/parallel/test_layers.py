@@ -14,17 +14,18 @@ from neox_core.parallel.weight_gradients import accept_accumulators
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("layer", [0, 1])
 def test_output_and_every_gradient_are_those_of_the_plain_block(
-    device: str, dtype: torch.dtype, tolerance: float
+    layer: int, device: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     dims = ModelDimensions(
         hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96, vocab_size=8,
-        rope_theta=1e4, norm_eps=1e-5, sequence_length=32,
+        rope_theta=1e4, norm_eps=1e-5, sequence_length=32, layers_without_rope=(1,),
     )  # fmt: skip
-    block = TransformerBlock(dims)
+    block = TransformerBlock(dims.of_layer(layer))
     for norm in (block.input_layernorm, block.post_attention_layernorm):
         torch.nn.init.uniform_(norm.scale, 0.5, 1.5)
     block, x = block.to(dtype), torch.randn(2, 32, 64).to(dtype)

@@ -51,6 +51,7 @@ def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
         pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
+        pytest.param(of("llama3_8b", 2, family="smollm3", layers_without_rope=(1, 3)), id="layers without rotation"),
     ],
 )
 def test_memory_and_collectives_are_the_planners(config: RunConfig) -> None:

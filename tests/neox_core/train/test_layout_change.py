@@ -38,7 +38,7 @@ def train_jobs(jobs: list[tuple[RunConfig, TrainJob, int | None, int]]) -> list[
     return [train_job(*job) for job in jobs]
 
 
-@pytest.mark.parametrize("case", ["llama 2:1", "llama tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama 2:1", "llama tied", "qwen2", "qwen3", "smollm3"])
 def test_layouts_that_change_at_each_restart(
     case: str, storage_config: StorageConfig, store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.unpadded_vocab_size": (2040, CONVERT),
     "model.rope_theta": (1e4, CONVERT),
     "model.rope_scaling": (RopeScalingConfig(rope_type="linear", factor=2), CONVERT),
+    "model.layers_without_rope": ((3,), CONVERT),
     "model.norm_eps": (1e-6, CONVERT),
     "model.family": ("qwen2", CONVERT),
     "model.head_dim": (64, CONVERT),

@@ -45,6 +45,19 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "olmo2": {"model_type": "olmo2", "pad_token_id": None},
     "olmo2 3:1": {"model_type": "olmo2", "pad_token_id": None, "hidden_size": 96, "num_attention_heads": 12},
+    "smollm3": {
+        "model_type": "smollm3",
+        "pad_token_id": None,
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 0, 0, 1],  # not the same in each of two stages
+        "tie_word_embeddings": True,
+    },
+    "smollm3, every second": {
+        "model_type": "smollm3",
+        "pad_token_id": None,
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": 2,
+    },
     "qwen3 3:1": {"model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 12, "head_dim": 32},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
@@ -186,7 +199,14 @@ def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, An
         ("qwen3", {"head_dim": None}, "lacks 'head_dim'"),
         ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
         ("llama 2:1", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
-        ("llama 2:1", {"model_type": "gemma"}, "model_type is 'gemma', but only llama, mistral, qwen2, qwen3, olmo2"),
+        ("llama 2:1", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*, which is not known here"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 24}, "use_sliding_window is True"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types is .*, which is not known here"),
+        ("smollm3", {"attention_bias": True}, "attention_bias is True"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*: give for each of 4 layers 1"),
+        ("smollm3", {"no_rope_layers": [2] * 4}, "no_rope_layers is .*: give for each of 4 layers 1"),
+        ("smollm3", {"num_key_value_heads": None}, "num_key_value_heads"),
+        ("llama 2:1", {"model_type": "gemma"}, "but only llama, mistral, qwen2, qwen3, olmo2, smollm3 are supported"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(
@@ -219,12 +239,45 @@ def test_a_window_that_is_ignored_is_caught(tmp_path: Path) -> None:
         prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", ignoring)
 
 
+def test_rotation_on_all_layers_is_caught(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", **CASES["smollm3"])
+    model = open_source(tmp_path / "base").model
+    assert model.layers_without_rope == (1, 2)
+    everywhere = model.model_copy(update={"layers_without_rope": ()})
+    with pytest.raises(ConfigError, match=r"layers_without_rope \(\) \(source: \(1, 2\)\)"):
+        convert(tmp_path / "base", tmp_path / "neox", everywhere, ParallelConfig())
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", everywhere)
+    # The same weights, which transformers reads with an exported config.json that rotates as the base does, or wrongly.
+    export_huggingface(tmp_path / "neox", tmp_path / "right", model, None, 256)
+    prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "right", model)
+    export_huggingface(tmp_path / "neox", tmp_path / "wrong", everywhere, None, 256)
+    with pytest.raises(CheckpointError, match=r"logits of .* differ"):
+        prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "wrong", model)
+
+
+def test_a_smollm3_that_says_nothing_is_what_transformers_takes_it_for(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    write_model(tmp_path, model_type="smollm3", pad_token_id=None, num_hidden_layers=9)
+    config = json.loads((tmp_path / "config.json").read_text())
+    silent = ("no_rope_layers", "no_rope_layer_interval", "layer_types", "rope_parameters", "rope_theta")
+    content = {k: v for k, v in config.items() if k not in (*silent, "tie_word_embeddings", "rms_norm_eps")}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model, theirs = open_source(tmp_path).model, AutoConfig.from_pretrained(tmp_path)
+    assert [int(n not in model.layers_without_rope) for n in range(9)] == theirs.no_rope_layers
+    assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert model.tied_embeddings == theirs.tie_word_embeddings
+    assert model.norm_eps == theirs.rms_norm_eps
+
+
 def test_later_settings_leave_the_identity_of_older_models(model_of: Callable[..., ModelConfig]) -> None:
     content = model_of().model_dump(mode="json")
-    assert not content.keys() & {"family", "head_dim", "sliding_window", "tied_embeddings"}
+    assert not content.keys() & {"family", "head_dim", "layers_without_rope", "sliding_window", "tied_embeddings"}
     assert ModelConfig(**content) == model_of()
-    changed = model_of(family="qwen3", head_dim=32)
-    assert ModelConfig(**changed.model_dump(mode="json")) == changed
+    for changed in (model_of(family="qwen3", head_dim=32), model_of(family="smollm3", layers_without_rope=(1,))):
+        assert ModelConfig(**changed.model_dump(mode="json")) == changed
 
 
 def test_metas_format_has_no_words_for_other_families(model_of: Callable[..., ModelConfig]) -> None:
