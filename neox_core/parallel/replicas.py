@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neox_core.parallel.norms import short_pieces
 from neox_core.parallel.sharding import Sharding, sharding_of
 
 
@@ -72,4 +73,4 @@ class ReplicatedGradients:
         """Sum of the squares that another rank of the group counts too; 0 on the group's first rank."""
         if not self._pieces or dist.get_rank(self._group) == 0:
             return 0.0
-        return torch.stack(torch._foreach_norm(self._pieces)).square().sum()
+        return torch.stack(torch._foreach_norm(short_pieces(self._pieces))).square().sum()

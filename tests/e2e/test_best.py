@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 BEST, LAST = 4, 8
 
 
-def test_the_best_is_kept_and_exported(tmp_path: Path) -> None:
+def test_the_best_is_kept_and_exported(prefect_server: None, tmp_path: Path) -> None:
     copy_text(tmp_path)
     shutil.copy(ROOT / "data" / "eval" / "gsm8k_test.jsonl", tmp_path / "items.jsonl")
     changes = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neox_core.config import ModelConfig
 from neox_core.model.layer_groups import NORMS, group_names, layer_group
+from neox_core.parallel.norms import short_pieces
 from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.replicas import shared_elements
 from neox_core.parallel.sharding import sharding_of
@@ -55,7 +56,11 @@ class GradientNorms:
         return self._sums(self._pieces) - (self._sums(self._repeated) if any(self._repeated.values()) else 0)
 
     def _sums(self, groups: Mapping[str, list[Tensor]]) -> Tensor:
-        found = {name: torch.stack(torch._foreach_norm(pieces)).norm() for name, pieces in groups.items() if pieces}
+        found = {
+            name: torch.stack(torch._foreach_norm(short_pieces(pieces))).norm()
+            for name, pieces in groups.items()
+            if pieces
+        }
         return torch.stack([found.get(name, self._zero) for name in self.names]).square()
 
 

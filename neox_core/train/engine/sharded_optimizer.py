@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
+from neox_core.parallel.norms import short_pieces
 from neox_core.parallel.ranks.agreement import differs_from_first
 from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
@@ -190,7 +191,8 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def _own_square(self) -> Tensor:
         """This rank's share of the whole model's squared gradient norm."""
-        total = torch.stack([part.norm().square() for part in self.fp32_groups_gradient_flat_partition]).sum()
+        parts = short_pieces(self.fp32_groups_gradient_flat_partition)
+        total = torch.stack([part.norm().square() for part in parts]).sum()
         for shared in self._replicated:
             total -= shared.repeated_squares()
         return total
