@@ -35,7 +35,7 @@ def test_the_best_is_kept_and_exported(prefect_server: None, tmp_path: Path) -> 
         "export": {"checkpoint": "best"},
     }
     run = Run(write_run(tmp_path, changes))
-    llemma_pretrain(run.path)
+    llemma_pretrain(str(run.path))
     found = read_artifact(run.stage_folder("evaluate")).summary["evaluations"]
     scores = {entry["step"]: entry["tasks"]["gold"]["metrics"]["bits_per_byte"]["value"] for entry in found}
     assert min(scores, key=scores.__getitem__) == BEST
