@@ -12,7 +12,7 @@ from rich.markup import escape
 from flows.cli.checkpoints import convert, export, inspect, make_base
 from flows.cli.config import import_neox_files
 from flows.cli.evaluation import evaluate_app
-from flows.cli.plans import data_plan, plan
+from flows.cli.planning.commands import data_plan, plan
 from flows.cli.runs import run
 from flows.cli.services import down, up
 from flows.cli.slurm import render

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli.plan_tables import memory_table, traffic_table
+from flows.cli.planning.memory_tables import memory_table, traffic_table
 from neox_core.config import RunConfig, load_config
 from neox_core.planning.plan import plan
 from neox_core.simulate import simulate

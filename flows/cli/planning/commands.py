@@ -46,8 +46,8 @@ def plan(
     overrides: SetOption = None,
 ) -> None:
     """Will it fit, how long will it take, what is sent, is the batch still what it should be?"""
-    from flows.cli.plan_tables import memory_table, traffic_table
-    from flows.cli.plan_times import best_table, time_table
+    from flows.cli.planning.memory_tables import memory_table, traffic_table
+    from flows.cli.planning.time_tables import best_table, time_table
     from neox_core.evaluation.cost import cost_rows
     from neox_core.planning.calibration import calibrate as measure
     from neox_core.planning.hardware import load_hardware
@@ -80,7 +80,7 @@ def plan(
 
 def data_plan(config: ConfigArgument, overrides: SetOption = None) -> None:
     """What there is of each source and what the run will take; fails if it would repeat one too often."""
-    from flows.cli.data_plan_tables import changes_table, plan_table
+    from flows.cli.planning.data_tables import changes_table, plan_table
     from neox_core.data.ledger import check_epochs, plan_ledger
     from tasks.identity.current import current
     from tasks.identity.specs import PREPARE_DATA
