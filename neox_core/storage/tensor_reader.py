@@ -70,8 +70,13 @@ class LocalContent:
         self._mapped: Tensor | None = None
 
     def open(self) -> BinaryIO:
-        """Open for reading."""
-        return self.path.open("rb")
+        """Open for reading; raises CheckpointError where that fails."""
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint file {self.path} cannot be read: {error.strerror}: correct its permissions or copy it"
+            ) from None
 
     def bytes_at(self, offset: int, count: int) -> Tensor:
         """A view of the mapped file."""
