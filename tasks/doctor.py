@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from infra.s3.service import EMBEDDED
-from neox_core.config import RunConfig
+from neox_core.config import EMBEDDED, RunConfig
 from neox_core.errors import LlemmaError
 from neox_core.optimizer import update_rule
 from neox_core.optimizer.rule import STATE_BYTES

@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from infra.s3.service import EMBEDDED
 from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, tokenizer_problem
-from neox_core.config import RunConfig, batch_geometry
+from neox_core.config import EMBEDDED, RunConfig, batch_geometry
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 from neox_core.errors import ConfigError
 from neox_core.evaluation.items import check_item_files

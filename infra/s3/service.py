@@ -9,10 +9,8 @@ from pathlib import Path
 
 from infra.s3.embedded import embedded_s3
 from infra.s3.server import REGION
-from neox_core.config import StorageConfig
+from neox_core.config import EMBEDDED, StorageConfig
 from neox_core.storage.object_store import ObjectStore
-
-EMBEDDED = "embedded"
 
 
 @contextlib.contextmanager

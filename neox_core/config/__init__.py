@@ -7,6 +7,7 @@ from neox_core.config.evaluation_sections import WRITTEN, EvaluateConfig, Evalua
 from neox_core.config.load import load_config, parse_config
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig, RopeScalingConfig
 from neox_core.config.schema import (
+    EMBEDDED,
     LaunchConfig,
     NotifyConfig,
     ParallelConfig,
@@ -28,6 +29,7 @@ from neox_core.config.train_sections import (
 from neox_core.config.yaml_file import read_yaml
 
 __all__ = [
+    "EMBEDDED",
     "VALIDATION",
     "WRITTEN",
     "ActivationCheckpointing",

@@ -17,19 +17,35 @@ from neox_core.errors import ConfigError
 _INCLUDE = "include"
 
 
-def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; `override` wins, other values are kept."""
+def merge(base: Mapping[str, Any], override: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Merge nested mappings; `override` wins, other values are kept.
+
+    Args:
+        within: the dotted key of the two, for messages.
+
+    Raises:
+        ConfigError: an empty mapping overrides one that is not, which would have no effect.
+    """
     merged = dict(base)
     for key, value in override.items():
-        both_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both_mappings else value
+        known = merged.get(key)
+        if not (isinstance(value, Mapping) and isinstance(known, Mapping)):
+            merged[key] = value
+            continue
+        name = f"{within}{key}"
+        if known and not value:
+            raise ConfigError(
+                f"{name} is {{}}, which changes nothing of the {name} below it ({', '.join(map(str, known))}): "
+                "sections are merged key by key, so leave it out, or set its keys one by one"
+            )
+        merged[key] = merge(known, value, f"{name}.")
     return merged
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a run's configuration; the file may `include:` others (a name or a list), which it overrides.
 
-    Relative paths are relative to the folder of `path`.
+    Those names are relative to the folder of the file that includes; all other relative paths to the folder of `path`.
 
     Args:
         overrides: `key=value` texts that override the file; see `parse_overrides`.

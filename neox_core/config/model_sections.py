@@ -98,7 +98,8 @@ class ModelConfig(Section):
     """Architecture of a Llama-type model."""
 
     family: FamilyName = Field("llama", description="in what the model differs from Llama (config/families.py)")
-    num_layers: PositiveInt = Field(description="transformer blocks")
+    # More would be a mistake, whose tensors' names alone take all memory.
+    num_layers: PositiveInt = Field(le=10_000, description="transformer blocks")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     num_attention_heads: PositiveInt = Field(description="query heads")
     num_kv_heads: PositiveInt = Field(

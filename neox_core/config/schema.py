@@ -10,6 +10,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -22,6 +23,9 @@ from neox_core.config.train_sections import (
     TrainConfig,
 )
 
+EMBEDDED = "embedded"
+"""`storage.endpoint_url`: a server on loopback, which the flows start."""
+
 
 class StorageConfig(Section):
     """The object store that holds the checkpoints. Credentials come from the environment, as boto3 reads them."""
@@ -32,6 +36,16 @@ class StorageConfig(Section):
     patience_minutes: PositiveFloat = Field(
         60.0, description="minutes for which a training bears a store that fails; then it stops, saved on local disk"
     )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        scheme, _, host = (address or "").partition("://")
+        if address not in (None, EMBEDDED) and (scheme not in ("http", "https") or not host.strip("/")):
+            raise ValueError(
+                f"{address!r} is not an address such as https://s3.example.org:9000, with http:// or https:// in front"
+            )
+        return address
 
 
 class TokenizerConfig(Section):

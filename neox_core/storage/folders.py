@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from neox_core.config import StorageConfig
@@ -197,15 +198,25 @@ Location = Path | str | Folder
 
 
 def storage_at(url: str, storage: StorageConfig | None = None) -> StorageConfig:
-    """Access to s3://bucket/prefix: as `storage` has it, else as boto3 and other clients read the environment."""
+    """Access to s3://bucket/prefix: as `storage` has it, else as boto3 and other clients read the environment.
+
+    Raises:
+        ConfigError: the environment's endpoint is no address, or the URL names no bucket.
+    """
     if storage is not None:
         return storage.model_copy(update={"url": url.rstrip("/")})
     environment = os.environ
-    return StorageConfig(
-        url=url.rstrip("/"),
-        endpoint_url=environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"),
-        region=environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
-    )
+    given = {
+        "url": url.rstrip("/"),
+        "endpoint_url": environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"),
+        "region": environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
+    }
+    try:
+        return StorageConfig.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "AWS_ENDPOINT_URL" if problem["loc"] == ("endpoint_url",) else url
+        raise ConfigError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def check_exists(folder: Folder) -> None:

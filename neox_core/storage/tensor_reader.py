@@ -21,12 +21,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neox_core.errors import CheckpointError
+from neox_core.storage.stand_ins import stand_in
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LARGEST_HEADER = 100_000_000
 _READ_AHEAD = 1 << 17
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class Content(Protocol):
@@ -70,8 +70,13 @@ class LocalContent:
         self._mapped: Tensor | None = None
 
     def open(self) -> BinaryIO:
-        """Open for reading."""
-        return self.path.open("rb")
+        """Open for reading; raises CheckpointError where that fails."""
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint file {self.path} cannot be read: {error.strerror}: correct its permissions or copy it"
+            ) from None
 
     def bytes_at(self, offset: int, count: int) -> Tensor:
         """A view of the mapped file."""
@@ -162,9 +167,9 @@ def _located(content: Content, name: str, value: Any) -> Any:
 
 
 def _open_safetensors(content: Content, file: BinaryIO) -> dict[str, Any]:
-    start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise CheckpointError(f"checkpoint file {content.name} is a git-lfs pointer, not the file: run `git lfs pull`")
+    start = file.read(64)
+    if instead := stand_in(start):
+        raise CheckpointError(f"checkpoint file {content.name} is {instead}")
     (length,) = struct.unpack("<Q", start[:8])
     file.seek(8)
     if length > min(content.size, _LARGEST_HEADER):

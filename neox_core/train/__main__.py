@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from neox_core.artifact import Artifact, read_artifact
-from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.config import EMBEDDED, RunConfig, batch_geometry, load_config
 from neox_core.errors import GO_ON_EXIT_CODE, ConfigError, LlemmaError, StoppedError
 from neox_core.train.identity import training_fingerprint, weights_identity
 
-_EMBEDDED = "embedded"
 _SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -94,9 +93,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _check_endpoint(config: RunConfig) -> None:
-    if config.storage.endpoint_url == _EMBEDDED:
+    if config.storage.endpoint_url == EMBEDDED:
         raise ConfigError(
-            f"storage.endpoint_url is {_EMBEDDED!r}, a server that only the flows start: give a server's URL here, or "
+            f"storage.endpoint_url is {EMBEDDED!r}, a server that only the flows start: give a server's URL here, or "
             "use `llemma run`"
         )
 

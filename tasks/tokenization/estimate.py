@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from neox_core.config import RunConfig, sequences_before
 from neox_core.data.dataset import consumption
 from neox_core.data.mixture_weights import training_mixture
-from neox_core.data.tokenization.readers import InputFile
+from neox_core.data.tokenization.readers import Document, InputFile, open_input, read_records
 from neox_core.data.tokenization.readers.lines import COMPRESSIONS
 from neox_core.errors import ConfigError, DataError
 
@@ -28,10 +28,12 @@ def check_repeats(files: Sequence[InputFile], config: RunConfig) -> None:
 
     Raises:
         ConfigError: even with a token for each byte, which is the most that there can be.
+        DataError: such a source has no text at all, or less than a sequence.
     """
     limit = config.data.max_epochs
     for name, epochs in _epochs(files, config, most_tokens).items():
         if epochs > limit:
+            _check_text(files, name, config)
             raise ConfigError(
                 f"source {name!r}: its files hold {most_tokens(files, name):,} bytes, so that the run would repeat it "
                 f"at least {epochs:.3g} times, more than data.max_epochs {limit:g}: lower its weight or train.steps, "
@@ -64,6 +66,32 @@ def _epochs(
         name: consumption(sequences, config.train.sequence_length, tokens[name])["epochs"]
         for name, sequences in taken.items()
     }
+
+
+def _check_text(files: Sequence[InputFile], source: str, config: RunConfig) -> None:
+    """Refuse a source of less than a sequence, or without a single document that holds text.
+
+    A file that cannot be read may hold some.
+    """
+    found, length = _training(files, source), config.train.sequence_length
+    if (most := most_tokens(files, source)) <= length:
+        raise DataError(
+            f"source {source!r}: its train files hold {most:,} bytes, fewer than the tokens of one sequence, {length} "
+            "+ 1: add text, leave it out, or lower train.sequence_length"
+        )
+    scratch = config.workdir / ".fetch"
+    for file in found:
+        try:
+            with open_input(file, config.storage, scratch) as path:
+                records = read_records(path, config.data.text_key)
+                if any(isinstance(record, Document) and not record.is_empty for record in records):
+                    return
+        except (DataError, OSError):
+            return
+    raise DataError(
+        f"source {source!r} has no text: none of the records of its {len(found)} train files holds any "
+        f"({sum(file.size for file in found):,} bytes): correct data.text_key or the files, or leave the source out"
+    )
 
 
 def most_tokens(files: Sequence[InputFile], source: str) -> int:

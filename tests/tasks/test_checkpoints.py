@@ -17,6 +17,7 @@ from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError, StorageError
 from neox_core.progress import silent
 from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.targets import LocalTarget
 from tasks.checkpoints import convert_folder, export_folder
 
 MODEL = ModelConfig(
@@ -148,6 +149,43 @@ def test_a_failed_proof_leaves_what_was_there(
         }
         assert json.loads(after["artifact.json"])["config"]["parallel"]["tensor"] == 2
     assert after["artifact.json"] != visible["artifact.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_foreign_folder_where_a_replacement_is_made(base: Path, tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "target"
+    (target / ".incoming").mkdir(parents=True)
+    (target / ".incoming/thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"target/\.incoming, .* holds thesis\.tex, which llemma convert did not"):
+        convert_to(base, target, overwrite=overwrite)
+    assert contents(target) == {".incoming/thesis.tex": b"mine"}
+
+
+@pytest.mark.parametrize("moment", ["while it is made", "while it takes the place"])
+def test_what_a_killed_replacement_leaves_is_our_own(
+    base: Path, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "neox"
+    convert_to(base, target)
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        place = {
+            "while it is made": "neox_core.checkpoint.conversion.proof.prove_conversion",
+            "while it takes the place": "neox_core.storage.targets.LocalTarget.clear_beside",
+        }[moment]
+        patch.setattr(place, stop)
+        if moment == "while it takes the place":
+            moved = LocalTarget.take_over
+            patch.setattr(LocalTarget, "take_over", lambda self, path: moved(self, path) if path[0] == "." else stop())
+        with pytest.raises(KeyboardInterrupt):
+            convert_to(base, target, tensor=2)
+    assert contents(target / ".incoming")
+    convert_to(base, target, tensor=2)
+    assert not (target / ".incoming").exists()
+    assert (target / "global_step0/mp_rank_01_model_states.pt").is_file()
 
 
 def test_a_killed_attempt_is_our_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

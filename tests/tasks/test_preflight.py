@@ -9,7 +9,7 @@ import pytest
 
 from neox_core.config import RunConfig
 from neox_core.data.tokenization.readers import InputFile
-from neox_core.errors import ConfigError, LaunchError
+from neox_core.errors import ConfigError, DataError, LaunchError
 from tasks.jobs.executor import Resources
 from tasks.jobs.slurm.executor import SlurmExecutor
 from tasks.preflight import check_run, check_workdir, note_tokenizer
@@ -50,8 +50,27 @@ def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog:
     assert f"source '{poor}' holds about 35 tokens" in message
     assert "lower its weight or train.steps" in message
     assert estimated_tokens([], "none") == 1
-    with pytest.raises(ConfigError, match=rf"'{poor}': its files hold 30 bytes, .* raise data.max_epochs"):
-        check_repeats([InputFile(poor, "train", "a.jsonl", "/in/a", 30), *files[1:]], config)
+    with pytest.raises(ConfigError, match=rf"'{poor}': its files hold 3,000 bytes, .* raise data.max_epochs"):
+        check_repeats([InputFile(poor, "train", "a.jsonl", "/in/a", 3000), *files[1:]], config)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"text": "tiny"}\n',
+            "its train files hold 17 bytes, fewer than the tokens of one sequence, 256 .*: add text",
+        ),
+        ('{"text": " "}\n' * 100, r"has no text: none of the records of its 1 train files holds any \(1,400 bytes\)"),
+        ('{"body": "x"}\n' * 100, r"has no text: .* correct data\.text_key or the files"),
+    ],
+)
+def test_a_source_without_text_is_not_repeated_too_often(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    config = with_train(small(tmp_path), steps=10**6)
+    with pytest.raises(DataError, match=f"source 'a':? {reason}"):
+        check_repeats([InputFile("a", "train", path.name, str(path), len(content))], config)
 
 
 def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,10 +26,18 @@ def check_target(target: Target, command: str, overwrite: bool) -> None:
     """Refuse a folder or prefix that holds anything but the command's own earlier output, finished or not.
 
     Raises:
-        CheckpointError: it does, and `overwrite` is false; the message names the files.
+        CheckpointError: it does, and `overwrite` is false; or its hidden folder `incoming` holds anything else, which
+            nobody can have meant to be overwritten. The message names the files.
         StorageError: nothing can be written there.
     """
     target.check_usable()
+    incoming = target.incoming()
+    mine = {path for place in (incoming, target) for path in read_journal(place).get("planned", ())}
+    if foreign := [path for path in incoming.files() if path not in mine]:
+        raise CheckpointError(
+            f"{incoming}, where what replaces a model is made, holds {some(foreign)}, which llemma {command} did not "
+            "write: move that away, or choose another place"
+        )
     if overwrite:
         return
     foreign, changed = _foreign_files(target, command)

@@ -90,4 +90,4 @@ def described_by(path: str) -> Iterator[None]:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise CheckpointError(f"{path} has a value that is not a number of the right kind: {error}") from None
+        raise CheckpointError(f"{path} has a value of the wrong kind: {error}") from None

@@ -82,7 +82,7 @@ def _neutral(key: str, value: Any) -> bool:
 
 def _family(values: Values, name: Any) -> Family:
     """The model's family; refuses what our model would compute in another way."""
-    if name not in FAMILIES:
+    if name not in tuple(FAMILIES):  # whatever its type
         raise CheckpointError(f"{values.path}: model_type is {name!r}, but only {', '.join(FAMILIES)} are supported")
     expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}

@@ -9,6 +9,7 @@ from neox_core.data.tokenization.byte_level import ByteLevelModel
 from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
 from neox_core.data.tokenization.tiktoken_model import TiktokenModel
 from neox_core.errors import ConfigError, DataError
+from neox_core.storage.stand_ins import stand_in
 
 TokenizerModel = SentencePieceModel | ByteLevelModel | TiktokenModel
 
@@ -104,11 +105,8 @@ def load_model(path: Path) -> TokenizerModel:
 
 def description(content: bytes) -> str:
     """What a file that should be a tokenizer is, by its first bytes."""
-    start = content[:200]
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself: run `git lfs pull`"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "a web page"
+    if instead := stand_in(content[:200]):
+        return instead
     if (kind := kind_of(content)) is TokenizerKind.SENTENCEPIECE:
         return "of an unknown kind: fetch it again"
     return "JSON" if kind is TokenizerKind.JSON else "a tiktoken file"

@@ -96,6 +96,26 @@ def test_include_is_overridden_key_by_key(tmp_path: Path) -> None:
     assert set(config.data.sources) == {*toy.data.sources, "extra"}
 
 
+def test_an_empty_section_over_an_included_one(tmp_path: Path) -> None:
+    line = message(variant(tmp_path, "train: {optimizer: {}}"))
+    assert "train.optimizer is {}, which changes nothing" in line
+    assert line.endswith("sections are merged key by key, so leave it out, or set its keys one by one")
+
+
+def test_an_include_is_relative_to_the_file_that_includes_it_and_other_paths_to_the_first(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/all.yml").write_text(f"include: [{TOY}, paths.yml]\n")
+    (tmp_path / "shared/paths.yml").write_text("workdir: runs\n")
+    (tmp_path / "run.yml").write_text("include: shared/all.yml\n")
+    assert load_config(tmp_path / "run.yml").workdir == tmp_path.resolve() / "runs"
+
+
+@pytest.mark.parametrize("address", ["localhost:9000", "http://", "https:///", "ftp://x", "", "s3.example.org"])
+def test_an_endpoint_without_its_scheme_or_host(tmp_path: Path, address: str) -> None:
+    line = message(variant(tmp_path, f"storage: {{endpoint_url: '{address}'}}"))
+    assert f"storage.endpoint_url: {address!r} is not an address such as https://s3.example.org:9000" in line
+
+
 def test_later_includes_win_and_a_file_cannot_include_itself(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text("seed: 1\nname: a\n")
     (tmp_path / "b.yml").write_text("seed: 2\n")

@@ -57,6 +57,14 @@ def test_they_override_the_file_and_keep_the_rest() -> None:
     assert config.workdir == Path(CONFIGS, "elsewhere")  # as in the file, relative to its folder
 
 
+def test_an_empty_section_changes_nothing_and_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.sources is \{\}, which changes nothing of the data\.sources below it"
+    ):
+        load_config(TOY, ["data.sources={}"])
+    assert load_config(TOY, ["notify={}"]) == load_config(TOY)  # the file has none
+
+
 def test_unknown_keys_and_wrong_types_are_refused_as_in_a_file() -> None:
     with pytest.raises(ConfigError, match=r"toy\.yml with train\.stepz=5: unknown key .*did you mean 'train\.steps'"):
         load_config(TOY, ["train.stepz=5"])

@@ -27,7 +27,13 @@ def test_bytes_after_the_tensors_are_refused_as_safetensors_itself_does(file: Pa
         open_tensors(LocalContent(file))
 
 
+def test_a_folder_under_a_files_name(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").mkdir()
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth cannot be read: Is a directory"):
+        open_tensors(LocalContent(tmp_path / "consolidated.00.pth"))
+
+
 def test_a_git_lfs_pointer_says_what_to_do(file: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 8\n")
-    with pytest.raises(CheckpointError, match=r"is a git-lfs pointer, not the file: run `git lfs pull`"):
+    with pytest.raises(CheckpointError, match=r"is a git-lfs pointer, not the file itself: run `git lfs pull`"):
         open_tensors(LocalContent(file))

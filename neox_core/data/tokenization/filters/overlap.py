@@ -16,6 +16,7 @@ from typing import Any
 
 from neox_core.data.tokenization.filters.words import words
 from neox_core.errors import ConfigError, DataError
+from neox_core.storage.stand_ins import stand_in
 
 _IDENTIFIERS = ("id", "name")
 _SHOWN = 400
@@ -152,7 +153,10 @@ def load_items(paths: tuple[Path, ...], length: OverlapWords) -> EvaluationItems
 def _items_of(set_number: int, path: Path) -> Iterator[Item]:
     if not path.is_file():
         raise ConfigError(f"data.evaluation_sets: {path} does not exist: correct the path")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    content = path.read_bytes()
+    if instead := stand_in(content[:200]):
+        raise DataError(f"evaluation set {path} is {instead}")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

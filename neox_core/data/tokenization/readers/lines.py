@@ -11,6 +11,7 @@ from typing import BinaryIO, cast
 from backports import zstd
 
 from neox_core.data.tokenization.readers.record import DamagedFileError
+from neox_core.storage.stand_ins import stand_in
 
 COMPRESSIONS = (".zst", ".zstd", ".gz")
 MAX_LINE = 16 << 20
@@ -21,6 +22,7 @@ _MAX_WINDOW: dict[int, int] = {
 }  # zstd --long=31, which it refuses by default
 _UTF8_MARK = b"\xef\xbb\xbf"
 _BINARY_MARKS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
+_LONGEST_MARK = 4
 _WIDE_MARKS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
@@ -50,6 +52,8 @@ def lines(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[int, byt
 def _unmarked(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
     for position, chunk in enumerate(chunks):
         if position == 0:
+            if instead := stand_in(chunk[:200]):
+                raise DamagedFileError(path, f"it is {instead}")
             for mark, encoding in _WIDE_MARKS.items():
                 if chunk.startswith(mark):
                     raise DamagedFileError(path, f"its text is {encoding}: convert it to UTF-8, with iconv for example")
@@ -84,13 +88,21 @@ def _chunks(path: Path, on_read: Callable[[int], None]) -> Iterator[bytes]:
 def _check_packed(path: Path) -> None:
     """Say of a file that is not packed as its name says what it is."""
     with path.open("rb") as stored:
-        first = stored.read(4)
+        first = stored.read(200)
     if not first:
         raise DamagedFileError(path, "it is empty (0 bytes), which no packed file is")
+    if instead := stand_in(first):
+        raise DamagedFileError(path, f"it is {instead}")
     expected = "gzip" if path.name.endswith(".gz") else "zstd"
-    found = next((kind for mark, kind in _BINARY_MARKS.items() if first.startswith(mark)), expected)
+    unmarked = "plain text" if _is_text(first) else expected
+    found = next((kind for mark, kind in _BINARY_MARKS.items() if first.startswith(mark)), unmarked)
     if found != expected:
         raise DamagedFileError(path, f"it is {found}, not {expected}, whatever its name says: rename it")
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file that has no format's mark begins as text does: without control characters."""
+    return len(start) >= _LONGEST_MARK and not any(byte < 9 or 13 < byte < 32 for byte in start)
 
 
 def _decompressed(stored: BinaryIO, name: str) -> BinaryIO:

@@ -15,6 +15,7 @@ from neox_core.data.tokenization.readers.record import (
     checked_text,
 )
 from neox_core.errors import ConfigError
+from neox_core.storage.stand_ins import stand_in
 
 _READ_BYTES = 1 << 20
 """At a time, of a column; without it, a whole row group's."""
@@ -37,6 +38,9 @@ def parquet_records(path: Path, key: str, on_read: Callable[[int], None]) -> Ite
     except ImportError:
         raise ConfigError(f"reading {path} needs pyarrow: pip install 'llemma-pretrain[parquet]'") from None
     try:
+        with path.open("rb") as stored:
+            if instead := stand_in(stored.read(200)):
+                raise DamagedFileError(path, f"it is {instead}")
         with pyarrow.parquet.ParquetFile(
             path, pre_buffer=False, memory_map=False, buffer_size=_READ_BYTES, page_checksum_verification=True
         ) as file:

@@ -83,6 +83,8 @@ def test_params_without_effect() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"num_experts": 8}, "num_experts is 8"),
+        ({"num_hidden_layers": 10**30}, "num_layers Input should be less than or equal to 10000"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\], but only llama, .* are supported"),
     ],
 )
 def test_configs_that_are_refused(change: dict[str, Any], message: str) -> None:

@@ -68,6 +68,9 @@ def test_items_are_every_text_but_names(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl does not exist"):
         load_items((tmp_path / "nowhere.jsonl",), OverlapWords(2, 2))
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="is a git-lfs pointer, not the file itself"):
+        load_items((path,), OverlapWords(4, 4))
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1 is not a JSON object"):
         load_items((path,), OverlapWords(3, 3))

@@ -21,6 +21,7 @@ from neox_core.errors import DataError
 TEXTS = ["one", "zwei\u2028drei\u0085vier", "", "líne\nbreak", "∀x. x = x", "nul\x00", "end"]
 LINES = [json.dumps({"text": text, "meta": {"n": n}}, ensure_ascii=False).encode() for n, text in enumerate(TEXTS)]
 WHOLE = b"\n".join(LINES)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 8\n"
 SKIPPABLE = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
 
 
@@ -120,14 +121,20 @@ def test_truncation_is_found_at_every_byte(tmp_path: Path, suffix: str) -> None:
     [
         ("a.jsonl.zst", zst(WHOLE) + b"garbage", "Unknown frame"),
         ("a.jsonl.zst", zst(WHOLE) + b"\x00" * 5, "Unknown frame"),
-        ("a.jsonl.zst", WHOLE, "Unknown frame"),
+        ("a.jsonl.zst", WHOLE, "it is plain text, not zstd, whatever its name says: rename it"),
+        ("a.jsonl.zst", POINTER, "it is a git-lfs pointer, not the file itself: run `git lfs pull`"),
+        ("a.jsonl.gz", POINTER, "it is a git-lfs pointer"),
+        ("a.jsonl", POINTER, "it is a git-lfs pointer"),
+        ("a.parquet", POINTER, "it is a git-lfs pointer"),
+        ("a.jsonl.gz", b"<!DOCTYPE html>", "it is a web page"),
+        ("a.jsonl.gz", b"\x00\x01not text", "Not a gzipped file"),
         ("a.jsonl.zst", gzip.compress(WHOLE), "it is gzip, not zstd, whatever its name says: rename it"),
         ("a.jsonl.gz", zst(WHOLE), "it is zstd, not gzip, whatever its name says: rename it"),
         ("a.jsonl.zst", zst(WHOLE)[:-6] + b"\xff" + zst(WHOLE)[-5:], ""),
         ("a.jsonl.zst", zst(WHOLE) + SKIPPABLE[:-1], "truncated"),
         ("a.jsonl.zst", b"", "it is empty (0 bytes), which no packed file is"),
         ("a.jsonl.gz", gzip.compress(WHOLE) + b"garbage", "Not a gzipped file"),
-        ("a.jsonl.gz", WHOLE, "Not a gzipped file"),
+        ("a.jsonl.gz", WHOLE, "it is plain text, not gzip, whatever its name says: rename it"),
         ("a.jsonl.gz", gzip.compress(WHOLE)[:-8] + bytes(8), "CRC"),
         ("a.jsonl.gz", b"", "it is empty (0 bytes), which no packed file is"),
         ("a.jsonl", WHOLE.decode().encode("utf-16"), "UTF-16 or UTF-32: convert it to UTF-8"),
