@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -28,17 +29,25 @@ def side_by_side(config: str, *flows: Callable[[str], Result]) -> list[Result]:
         Exception: when all have ended, that of the first flow in the given order that failed.
     """
     interruption: list[BaseException] = []
+    all_there = threading.Event()  # an error of one must not meet the start of another
+
+    def run(flow: Callable[[str], Result]) -> Result:
+        all_there.wait()
+        return flow(config)
+
     with ThreadPoolExecutor(len(flows)) as pool:
         futures: list[Future[Result]] = []
         try:
             for flow in flows:
                 context = contextvars.copy_context()
                 context.run(_interruption.set, interruption)
-                futures.append(pool.submit(context.run, flow, config))
+                futures.append(pool.submit(context.run, run, flow))
+            all_there.set()
             while wait(futures, _WAKE_SECONDS).not_done:
                 pass  # awake, so that a signal is heard whichever thread the kernel has given it to
         except BaseException as error:
             interruption.append(error)
+            all_there.set()
             raise
     return [future.result() for future in futures]
 

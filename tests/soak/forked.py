@@ -72,8 +72,13 @@ class ForkedRanks(Ranks):
             os._exit(code)
 
 
-def control(plan: str, log: str) -> None:
-    """Run a node's part of a job in this process, which ends with the job's exit code."""
+def control(plan: str, log: str, environment: dict[str, str]) -> None:
+    """Run a node's part of a job in this process, which ends with the job's exit code.
+
+    Args:
+        environment: the caller's; that of the fork server may be older.
+    """
+    os.environ.update(environment)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

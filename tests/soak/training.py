@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,6 @@ RESTARTS = 3
 
 def soak_rank(config: RunConfig, job: TrainJob, kills: Path) -> dict[str, Any]:
     """What each rank runs."""
-    import os
-
     from neox_core.train.run import train
 
     with killed_by(KillList(kills), int(os.environ["RANK"])):
@@ -95,7 +94,7 @@ def run_job(
     for node in range(nodes):
         plan = NodePlan(folder, "7", ranks, node, nodes, restarts=again, port=port, is_told_to_stop=True)
         log = str(folder / f"controller-{node}.log")
-        controllers.append(_process_context().Process(target=control, args=(plan.to_json(), log)))
+        controllers.append(_process_context().Process(target=control, args=(plan.to_json(), log, dict(os.environ))))
         controllers[-1].start()
     deadline = time.monotonic() + JOB_SECONDS
     seen: dict[int, ProcessRecord] = {}

@@ -515,7 +515,7 @@ def test_duplicates_across_sources(tmp_path: Path) -> None:
 def test_all_damaged_files_are_named_and_what_may_be_skipped_is_bounded(tmp_path: Path) -> None:
     folder = small_input(tmp_path / "in", FILES)
     for name in ("a/train/8.jsonl.zst", "b/train/9.jsonl.gz"):
-        (folder / name).write_bytes(b"neither of the two")
+        (folder / name).write_bytes(b"\1either of the two")
     (folder / "b/train/7.jsonl").write_bytes(b"")  # whole
     with pytest.raises(
         DataError, match=r"2 of \d+ files are damaged: .*8\.jsonl\.zst \(Unable to.*; .*9\.jsonl\.gz \(Not a gz"

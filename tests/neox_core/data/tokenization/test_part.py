@@ -72,7 +72,7 @@ def test_damaged_file_fails_or_is_left_out_as_a_whole(tmp_path: Path) -> None:
     made = make_part(file, settings(), tmp_path / "out")
     paths = PartPaths.of(file, tmp_path / "out")
     assert (made.documents, made.rejected, made.tokens, len(IndexedDataset(paths.prefix))) == (0, 0, 0, 0)
-    assert "Unknown frame" in made.damaged
+    assert "it is plain text, not zstd" in made.damaged
     (line,) = listed(paths.rejected)
     assert line["line"] is None
     assert line["reason"].startswith("the file is damaged and left out: ")
