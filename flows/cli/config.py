@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import OverwriteOption, on_disk
+from flows.cli.options import OverwriteOption, place_option
 from neox_core.errors import ConfigError
 
 
 def import_neox_files(
     files: Annotated[list[Path], typer.Argument(help="GPT-NeoX YAML files, merged in this order.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", parser=on_disk, metavar="PATH", help="File to write; default: standard output."),
+        Path | None, place_option("--output", "-o", help="File to write; default: standard output.")
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import SetOption, on_disk
+from flows.cli.options import SetOption, place_option
 from flows.cli.printing import bar, print_records
 from neox_core.errors import ConfigError
 
@@ -22,10 +22,7 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="Folder in Hugging Face's format.")] = None,
     tasks: _TaskList = "gsm8k_cot",
     data: Annotated[Path, typer.Option(help="Folder of the sets' JSON lines.")] = Path("data/eval"),
-    out: Annotated[
-        Path | None,
-        typer.Option(parser=on_disk, metavar="PATH", help="Folder for items and scores; default: MODEL-evaluation."),
-    ] = None,
+    out: Annotated[Path | None, place_option(help="Folder for items and scores; default: MODEL-evaluation.")] = None,
     samples: Annotated[int, typer.Option(help="Samples per item for a majority vote; 0: greedy alone.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.6,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 1234,
@@ -130,9 +127,7 @@ def compare(
 def proofs(
     file: Annotated[Path, typer.Argument(help="JSON lines with header, formal_statement and proof.")],
     command: Annotated[str, typer.Option(help="Gets a theory file as its last argument; exits with 0 if it holds.")],
-    out: Annotated[
-        Path | None, typer.Option(parser=on_disk, metavar="PATH", help="For the verdicts; default: next to the file.")
-    ] = None,
+    out: Annotated[Path | None, place_option(help="For the verdicts; default: next to the file.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for one proof.")] = 120.0,
 ) -> None:
     """Check formal proofs with a prover of yours."""

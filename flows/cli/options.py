@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,16 @@ import typer
 from neox_core.config.paths import local_path
 
 
-def on_disk(text: str) -> Path:
+def _on_disk(text: str) -> Path:
     """A place to write to, as configurations name places: `~` and variables are expanded, s3:// is refused."""
     try:
         return local_path(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
+
+place_option = partial(typer.Option, parser=_on_disk, metavar="PATH")
+"""As typer.Option, of a file or folder to write to."""
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 SetOption = Annotated[

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import on_disk
+from flows.cli.options import place_option
 
 _FolderOption = Annotated[
     Path | None,
-    typer.Option(
+    place_option(
         "--workdir",
-        parser=on_disk,
-        metavar="PATH",
         help="For the server's data, logs and process ids; default: PREFECT_HOME, or runs/prefect.",
     ),
 ]

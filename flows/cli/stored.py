@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import ConfigArgument, SetOption, on_disk
+from flows.cli.options import ConfigArgument, SetOption, place_option
 from flows.cli.printing import bar, print_records, print_rows
 from neox_core.config import load_config
 from neox_core.errors import CheckpointError
@@ -55,10 +55,7 @@ def verify(config: ConfigArgument, step: _StepOption = None, overrides: SetOptio
 @checkpoint_app.command("fetch")
 def fetch(
     config: ConfigArgument,
-    to: Annotated[
-        Path,
-        typer.Option("--to", parser=on_disk, metavar="PATH", help="Folder, in which the checkpoint's own appears."),
-    ],
+    to: Annotated[Path, place_option("--to", help="Folder, in which the checkpoint's own appears.")],
     step: _StepOption = None,
     overrides: SetOption = None,
 ) -> None:

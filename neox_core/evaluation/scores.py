@@ -16,8 +16,8 @@ import numpy as np
 
 DRAWS = 1_000
 _LEVEL = 0.95
-_TWO_SIDED = 1.96
-"""Standard deviations."""
+TWO_SIDED_95 = 1.96
+"""Standard deviations on each side of a normal distribution's middle 95%."""
 Record = Mapping[str, Any]
 """An item's result, as it is kept."""
 Score = dict[str, float]
@@ -123,15 +123,15 @@ def _with_interval(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -
     found = _scored(values, sizes, weights)
     del found["error"]
     if (sizes == 1).all() and (values == values[0]).all() and values[0] in (0, 1):
-        width = _TWO_SIDED**2 / (len(values) + _TWO_SIDED**2)
+        width = TWO_SIDED_95**2 / (len(values) + TWO_SIDED_95**2)
         found |= {"low": 0.0, "high": width} if values[0] == 0 else {"low": 1 - width, "high": 1.0}
     return found
 
 
 def _scored(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> Score:
-    drawn = (weights @ values) / (weights @ sizes)
     value = float(values.sum() / sizes.sum())
     if len(values) == 1:
         return {"value": value, "low": math.nan, "high": math.nan, "error": math.nan}
+    drawn = (weights @ values) / (weights @ sizes)
     low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return {"value": value, "low": float(low), "high": float(high), "error": float(drawn.std())}

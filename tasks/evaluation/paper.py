@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_core.errors import ConfigError
-
-_TWO_SIDED_95 = 1.96
+from neox_core.evaluation.scores import TWO_SIDED_95
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _row(task: str, ours: Mapping[str, float] | None, result: Mapping[str, Any],
         return {"ours": "not evaluated", "paper": f"{theirs:.1f}", "difference": "", "verdict": ""}
     value, count = 100 * ours["value"], int(result["items"])
     difference = value - theirs
-    noise = _TWO_SIDED_95 * math.hypot(_error(value, count), _error(theirs, ITEMS[task]))
+    noise = TWO_SIDED_95 * math.hypot(_error(value, count), _error(theirs, ITEMS[task]))
     return {
         "ours": f"{value:.1f} ({100 * ours['low']:.1f} to {100 * ours['high']:.1f}, {count} items)",
         "paper": f"{theirs:.1f}",

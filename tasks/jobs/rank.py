@@ -17,8 +17,11 @@ import submitit
 
 from neox_core.errors import GO_ON_EXIT_CODE, StoppedError
 from neox_core.train.ends.stopping import LOCAL_END_TIME, SIGNALS, end_time
+from tasks.jobs.node.controller import Controller
 from tasks.jobs.node.plan import CONTROLLER_VARIABLE, NodePlan, Restarts
+from tasks.jobs.node.ranks import rank_log
 from tasks.jobs.rank_record import forget, write_failure, write_result
+from tasks.jobs.slurm.commands import end_of
 
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
@@ -59,10 +62,6 @@ class RankTask:
 
     def _control(self, environment: Any) -> None:
         """Run this node's ranks. The log of the first one has what is said of all."""
-        from tasks.jobs.node.controller import Controller
-        from tasks.jobs.node.ranks import rank_log
-        from tasks.jobs.slurm.commands import end_of
-
         plan = NodePlan(
             folder=self.folder,
             job_id=str(submitit.JobEnvironment().job_id),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import ConfigArgument, SetOption, on_disk
+from flows.cli.options import ConfigArgument, SetOption, place_option
 from flows.cli.printing import print_rows, wide_console
 from neox_core.config import batch_geometry, load_config
 from neox_core.errors import ConfigError
@@ -36,12 +36,7 @@ def plan(
         bool, typer.Option("--best", help="Also show the ten fastest layouts of these nodes that fit.")
     ] = False,
     calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            parser=on_disk,
-            metavar="PATH",
-            help="Measure this node first, write its figures to this file, and use them.",
-        ),
+        Path | None, place_option(help="Measure this node first, write its figures to this file, and use them.")
     ] = None,
     overrides: SetOption = None,
 ) -> None:

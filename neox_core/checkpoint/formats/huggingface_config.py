@@ -23,6 +23,7 @@ _WINDOW_KEYS = frozenset(["sliding_window", "use_sliding_window", "max_window_la
 """Of families that have windows, whether used or not."""
 _NO_ROPE_KEYS = frozenset(["no_rope_layers", "no_rope_layer_interval"])
 """Of families whose layers may lack rotary positions."""
+_NO_ROPE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.no_rope_interval is not None)
 _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
     hidden_dropout resid_pdrop embd_pdrop attn_pdrop max_position_embeddings max_sequence_length model_max_length
     pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
@@ -50,7 +51,7 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
     values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
     name = config.get("model_type") or "llama"
     known = _KNOWN if name in ("llama", "olmo2") else _KNOWN | _WINDOW_KEYS
-    values.check_known(known | _NO_ROPE_KEYS if name == "smollm3" else known)
+    values.check_known(known | _NO_ROPE_KEYS if name in _NO_ROPE_FAMILIES else known)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
         family = _family(values, name)

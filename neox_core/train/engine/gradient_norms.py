@@ -56,18 +56,14 @@ class GradientNorms:
         return self._sums(self._pieces) - (self._sums(self._repeated) if any(self._repeated.values()) else 0)
 
     def _sums(self, groups: Mapping[str, list[Tensor]]) -> Tensor:
-        found = {
-            name: torch.stack(torch._foreach_norm(short_pieces(pieces))).norm()
-            for name, pieces in groups.items()
-            if pieces
-        }
+        found = {name: torch.stack(torch._foreach_norm(pieces)).norm() for name, pieces in groups.items() if pieces}
         return torch.stack([found.get(name, self._zero) for name in self.names]).square()
 
 
 def _pieces(partition: Tensor, first: int, ranges: Sequence[range]) -> list[Tensor]:
-    """What a partition that begins at `first` of the flat gradient has of these ranges."""
+    """What a partition that begins at `first` of the flat gradient has of these ranges, in pieces for norms."""
     pieces = [partition[max(r.start - first, 0) : max(r.stop - first, 0)] for r in ranges]
-    return [piece for piece in pieces if piece.numel()]
+    return short_pieces([piece for piece in pieces if piece.numel()])
 
 
 def _group(parameter: Tensor, index: int, num_layers: int) -> str:

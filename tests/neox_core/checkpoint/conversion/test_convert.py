@@ -275,6 +275,15 @@ def test_a_failed_proof_publishes_and_deletes_nothing(write_base: WriteBase, tmp
     assert not (target / "latest").exists()
 
 
+def write_huggingface(base: Any, folder: Path, change: dict[str, Any]) -> None:
+    """A base model's export, whose config.json is changed."""
+    shards = folder.with_name("neox")
+    convert(base.folder, shards, base.model, ParallelConfig())
+    export_huggingface(shards, folder, base.model, None, 64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,10 +296,7 @@ def test_what_the_proof_could_not_read_is_refused_before_a_shard_is_written(
     write_base: WriteBase, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     base, folder = write_base(), tmp_path / "hf"
-    convert(base.folder, tmp_path / "neox", base.model, ParallelConfig())
-    export_huggingface(tmp_path / "neox", folder, base.model, None, 64)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    write_huggingface(base, folder, change)
     with pytest.raises(CheckpointError, match=message):
         convert(folder, tmp_path / "out", base.model, ParallelConfig(), prove=lambda source, shards: {})
     assert not (tmp_path / "out").exists()
@@ -401,10 +407,7 @@ def test_hugging_face_folders_that_cannot_be_right(
     write_base: WriteBase, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     base, folder = write_base(), tmp_path / "hf"
-    convert(base.folder, tmp_path / "neox", base.model, ParallelConfig())
-    export_huggingface(tmp_path / "neox", folder, base.model, None, 64)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    write_huggingface(base, folder, change)
     with pytest.raises(CheckpointError, match=message):
         open_source(folder)
 
