@@ -107,7 +107,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
         sizes |= {"vocab_size": 8192}
     length = 4096 if cuda else 32
     steps = {"sequence_length": length, "global_batch_tokens": (16 if cuda else 2) * length, "micro_batch_size": 1}
-    modes = {"precision": "bf16", "activation_checkpointing": "none", "attention": "auto", "cuda_graphs": "off"}
+    modes = {"precision": "bf16", "activation_checkpointing": "none", "attention": "auto", "cuda_graphs": "auto"}
     launch = {"nodes": 1, "ranks_per_node": 1, "device": "auto" if cuda else "cpu"}
     return config.model_copy(
         update={
@@ -179,6 +179,10 @@ def _measure(config: RunConfig, store: ObjectStore, folder: Path, saves: int) ->
         waits.append(time.perf_counter() - begin)
         writer.wait()
         resident.append(process.memory_info().rss)
+        tqdm.write(  # a run that is ended early has said something
+            f"save {number}: stall {stall:.3f} s, waited for {waits[-1]:.2f} s, steps after it {slower[-1]:+.1%}, "
+            f"resident {resident[-1] / 1e9:.3f} GB"
+        )
     writer.close()
     parameters = parameter_count(config.model)
     stall, wait = statistics.median(stalls[2:]), statistics.median(waits[2:])

@@ -237,7 +237,12 @@ def _save_atomically(content: Any, path: Path) -> None:
     remove_remains(path)
     # To a stream, as a name would be written into the file.
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch closed its archive after that, which failed as well
+                raise error.__context__ from None
+            raise
 
 
 def _copied() -> torch.cuda.Event | None:

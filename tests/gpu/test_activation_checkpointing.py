@@ -58,10 +58,13 @@ def test_gradients_agree_and_kept_bytes_are_the_planners() -> None:
     config = config.model_copy(update={"train": train, "parallel": ParallelConfig()})
     expected, _ = run("none")
     modes: tuple[ActivationCheckpointing, ...] = ("none", "selective", "full")
+    unplanned = {}
     for mode in modes:
         found, kept = run(mode)
-        assert kept == pytest.approx(block_bytes(config, DIMS, mode), rel=0.02), mode
+        unplanned[mode] = kept - block_bytes(config, DIMS, mode)
         for one, other in zip(found, expected, strict=True):
             # The norm is computed again from the rounded sum: within bf16.
             error = (one.float() - other.float()).abs().max() / other.float().abs().max()
             assert float(error) < 2e-2, mode
+    for mode in modes:  # after all were measured: their differences are of use together
+        assert abs(unplanned[mode]) <= 0.02 * block_bytes(config, DIMS, mode), unplanned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import threading
 import time
 from collections import OrderedDict
@@ -339,27 +340,46 @@ def test_a_copy_is_made_in_the_background_and_may_fail(
     assert "the store is away; the training continues" in caplog.text
 
 
-def fill_disk(monkeypatch: pytest.MonkeyPatch, *full: str) -> None:
-    """Let files in folders with these names find no space."""
-    through = writer_module._save_atomically
+class FullDisk(io.RawIOBase):
+    """A file on a disk that has room for its beginning."""
 
-    def save_atomically(content: Any, path: Path) -> None:
-        if path.parent.name in full:
+    def __init__(self, free: int) -> None:
+        self._free = free
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self._free <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        through(content, path)
+        written = min(self._free, len(data))
+        self._free -= written
+        return written
 
-    monkeypatch.setattr(writer_module, "_save_atomically", save_atomically)
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: str, free: int) -> None:
+    """Let files in folders of this name find so many bytes of space each."""
+    through = Path.open
+
+    def opened(path: Path, mode: str = "r", *others: Any, **named: Any) -> Any:
+        if path.parent.name == folder and mode == "wb":
+            return io.BufferedWriter(FullDisk(free), buffer_size=64)
+        return through(path, mode, *others, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
 
 
+@pytest.mark.parametrize("free", [0, 70, 500, 1000])  # at the archive's first bytes, within it, at its end
 def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
     new_writer: Callable[..., CheckpointWriter],
     store: ObjectStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    free: int,
 ) -> None:
     """Of one rank, for all; files that the store has make room first."""
-    fill_disk(monkeypatch, "global_step2")
+    fill_disk(monkeypatch, "global_step2", free)
     first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
     old = []
     for step in (1, 2, 3):
