@@ -9,10 +9,8 @@ the files; when all ranks have done that, rank 0 publishes the manifest, and the
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +28,7 @@ from neox_core.checkpoint.reports import Reports, Stage
 from neox_core.checkpoint.uploads import LocalCheckpoint, Uploads, completed, stand_back
 from neox_core.storage.atomic import atomic_file, remove_remains, write_atomically
 from neox_core.storage.digest import sha256_of
+from neox_core.storage.full_disk import is_full, room_wanted
 from neox_core.storage.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -188,6 +187,7 @@ class CheckpointWriter:
 
     def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> str:
         """The problem, if the disk is full: then there is no such checkpoint, and training goes on."""
+        unnamed = ""
         try:
             records, problem = self._write_or_explain(staged, folder)
             self.reports.tell(serial, "written", json.dumps(problem or [asdict(record) for record in records]))
@@ -196,14 +196,27 @@ class CheckpointWriter:
                 problem = problem or next((found for found in reports if isinstance(found, str)), "")
                 if not problem:
                     manifest = completed(manifest, [tuple(FileRecord(**r) for r in found) for found in reports])
-                    write_atomically(folder / MANIFEST_FILE, manifest.to_json())
-                    self._written(manifest)
+                    unnamed = self._name(manifest, folder)
         except Exception as error:  # all ranks must hear of it
             self._failed("written", error)
             raise
         if upload:
             self._uploads.put(LocalCheckpoint(serial, manifest, folder, records, problem))
-        return problem
+        return problem or unnamed
+
+    def _name(self, manifest: Manifest, folder: Path) -> str:
+        """Write the manifest next to its files. The problem, if that finds no room: the store may have them yet."""
+        path, text = folder / MANIFEST_FILE, manifest.to_json()
+        try:
+            write_atomically(path, text)
+            self._written(manifest)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            problem = f"{path} {room_wanted(path, len(text))}: free some"
+            logger.error("%s; the training continues", problem)
+            return problem
+        return ""
 
     def _write_or_explain(self, staged: list[StagedFile], folder: Path) -> tuple[tuple[FileRecord, ...], str]:
         """All files; or none, and why, if they do not fit even where older ones have made room."""
@@ -212,15 +225,14 @@ class CheckpointWriter:
             try:
                 return tuple(self._write_file(file) for file in staged), ""
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not is_full(error):
                     raise
             for file in staged:
                 file.path.unlink(missing_ok=True)
             if not self._uploads.free_disk():
-                free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
                 problem = (
-                    f"{folder} is not saved: rank {self._rank} needs {need:,} bytes ({need / 1e9:.1f} GB) there, and "
-                    f"the disk has {free:,} ({free / 1e9:.1f} GB) left: free some, or name another launch.scratch"
+                    f"{folder} is not saved: rank {self._rank} {room_wanted(folder, need)}: free some, or name another "
+                    "launch.scratch"
                 )
                 logger.error("%s; the training continues", problem)
                 return (), problem

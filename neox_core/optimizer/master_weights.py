@@ -103,7 +103,7 @@ class MasterWeights:
         for start, stop in self._ranges():
             master = self.read(start, stop) if self.packed else self.storage[start:stop]
             master, parameter = master.to(dtype), self.low_precision[start:stop].to(dtype)
-            if torch.equal(master, parameter):  # in one pass, unless there is a NaN
+            if _same_bits(master, parameter):
                 continue
             count += int(((master != parameter) & ~(master.isnan() & parameter.isnan())).sum())
         return count
@@ -113,3 +113,10 @@ class MasterWeights:
         size, piece = self.low_precision.numel(), _PIECE if self.low_precision.is_cuda else _PIECE_ON_CPU
         for start in range(0, size, piece):
             yield start, min(start + piece, size)
+
+
+def _same_bits(*flats: Tensor) -> bool:
+    """Whether two are the same bit for bit: compared as whole words, which is several times as fast on CPUs."""
+    if all(flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0 for flat in flats):
+        flats = tuple(flat.view(torch.int64) for flat in flats)
+    return torch.equal(*flats)

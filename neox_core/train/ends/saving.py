@@ -10,6 +10,7 @@ from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.storage.atomic import write_atomically
+from neox_core.storage.full_disk import is_full
 from neox_core.train.ends.stopping import Stop, Stopping
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 
@@ -66,10 +67,14 @@ class Saving:
     def behind(self, reports: Reports, text: str) -> None:
         """The store fails this rank, as the text says; an empty one: it works again."""
         reports.set_behind(bool(text))
-        if text:
-            write_atomically(self._path, text)
-        else:
+        if not text:
             self._path.unlink(missing_ok=True)
+            return
+        try:
+            write_atomically(self._path, text)
+        except OSError as error:  # the log says it too
+            if not is_full(error):
+                raise
 
 
 def behind(output: Path) -> list[str]:

@@ -18,6 +18,7 @@ from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.guards import Incident
 from neox_core.train.observe.metrics import INCIDENTS_FILE, MetricsLog
+from neox_core.train.observe.row_file import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ class IncidentLog:
         in_background: Callable[[str, Callable[[], None]], None],
     ) -> None:
         self._in_background = in_background
-        self._path, self._store, self._key = folder / INCIDENTS_FILE, store, f"{prefix}/{INCIDENTS_FILE}"
+        self._store, self._key = store, f"{prefix}/{INCIDENTS_FILE}"
         self._metrics, self._groups, self._mesh = metrics, tuple(groups), mesh
+        self._path = folder / INCIDENTS_FILE
+        self._rows: RowFile | None = None
         if mesh.rank == 0 and not self._path.exists() and (stored := store.get_text(self._key)):
             self._path.write_text(stored, encoding="utf-8")
 
@@ -58,9 +61,9 @@ class IncidentLog:
         if self._mesh.rank != 0:
             return
         record = describe(incident, self._groups, suspects(found))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        copy = partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+        self._rows = self._rows or RowFile(self._path)  # a training without incidents has no such file
+        self._rows.add(record)
+        copy = partial(self._store.put_text, self._key, self._rows.text())
         self._in_background("incidents", copy)
         self._metrics.log(record["step"], **{f"guard/{record['action']}": 1.0})
         self._metrics.note(f"incident/step_{record['step']}", json.dumps(record))

@@ -15,6 +15,7 @@ from uuid import uuid4
 from neox_core.config import RunConfig
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
+from neox_core.train.observe.row_file import RowFile
 from neox_core.train.observe.wandb_run import WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,7 @@ class MetricsLog:
         self._store, self._key = store, f"{prefix}/{METRICS_FILE}"
         if not self._path.exists():
             self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
-        _end_last_line(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._rows = RowFile(self._path)
         self._token, self._writer = uuid4().hex, folder / _WRITER_FILE
         write_atomically(self._writer, self._token)
         if config.wandb.mode != "disabled":
@@ -62,7 +62,7 @@ class MetricsLog:
     ) -> None:
         if not self._active:
             return
-        self._file.close()
+        self._rows.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(error is not None))
 
@@ -71,8 +71,7 @@ class MetricsLog:
         if not self._writes():
             return
         row = {name.replace("__", "/"): value for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
-        self._file.flush()
+        self._rows.add({"step": step, "time": time.time(), **row})
         shown = {name: value for name, value in row.items() if name.startswith(_SHOWN)}
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.5g}" for name, value in shown.items()))
         if self._wandb is not None:
@@ -87,7 +86,7 @@ class MetricsLog:
         """What copies the rows so far to the store when it is called, in whatever thread."""
         if not self._writes():
             return lambda: None
-        return partial(self._store.put_text, self._key, self._path.read_text(encoding="utf-8"))
+        return partial(self._store.put_text, self._key, self._rows.text())
 
     def _writes(self) -> bool:
         """Whether this is the rank, and the job, that writes."""
@@ -101,13 +100,3 @@ def validation_losses(metrics: Path) -> dict[int, float]:
     lines = metrics.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
     return {row["step"]: row[_LOSS] for row in rows}
-
-
-def _end_last_line(path: Path) -> None:
-    """Cut off the half line that a killed run may have left; its step comes again."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logger.warning("%s: its last line was incomplete and is removed: %r", path, content[whole:])
-        with path.open("r+b") as file:
-            file.truncate(whole)

@@ -17,6 +17,7 @@ from types import FrameType
 
 from infra.processes import ProcessRecord
 from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
+from neox_core.storage.full_disk import is_full
 from tasks.jobs.node.agreement import Agreement, Failure, Memory, meeting_store
 from tasks.jobs.node.plan import NodePlan
 from tasks.jobs.node.ranks import Ranks, rank_log
@@ -175,7 +176,12 @@ class Controller:
         return "restart"
 
     def _write_report(self) -> None:
-        self._report.write(self._plan.folder, self._plan.node)
+        try:
+            self._report.write(self._plan.folder, self._plan.node)
+        except OSError as error:  # who reads it sees the one before; the ranks are more than that
+            if not is_full(error):
+                raise
+            _log.error("%s has no room for the report of node %d: free some", self._plan.folder, self._plan.node)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._told = number

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import threading
 import time
 from collections import OrderedDict
@@ -16,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from neox_core.checkpoint import writer as writer_module
-from neox_core.checkpoint.manifest import Manifest, list_checkpoints
+from neox_core.checkpoint.manifest import MANIFEST_FILE, Manifest, list_checkpoints
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.resuming.local_copy import newest_local
+from tests.full_disk import Disk, put_on_disk
 
 PREFIX = "train-0123"
 PATIENCE = 60.0
@@ -340,35 +339,6 @@ def test_a_copy_is_made_in_the_background_and_may_fail(
     assert "the store is away; the training continues" in caplog.text
 
 
-class FullDisk(io.RawIOBase):
-    """A file on a disk that has room for its beginning."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        if self._free <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = min(self._free, len(data))
-        self._free -= written
-        return written
-
-
-def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: str, free: int) -> None:
-    """Let files in folders of this name find so many bytes of space each."""
-    through = Path.open
-
-    def opened(path: Path, mode: str = "r", *others: Any, **named: Any) -> Any:
-        if path.parent.name == folder and mode == "wb":
-            return io.BufferedWriter(FullDisk(free), buffer_size=64)
-        return through(path, mode, *others, **named)
-
-    monkeypatch.setattr(Path, "open", opened)
-
-
 @pytest.mark.parametrize("free", [0, 70, 500, 1000])  # at the archive's first bytes, within it, at its end
 def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
     new_writer: Callable[..., CheckpointWriter],
@@ -379,7 +349,7 @@ def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
     free: int,
 ) -> None:
     """Of one rank, for all; files that the store has make room first."""
-    fill_disk(monkeypatch, "global_step2", free)
+    put_on_disk(monkeypatch, lambda path: path.parent.name == "global_step2", lambda: Disk(free))
     first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
     old = []
     for step in (1, 2, 3):
@@ -392,6 +362,26 @@ def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
     where = tmp_path / "first" / "global_step2"
     assert f"{where} is not saved: rank 0 needs 12 bytes (0.0 GB) there, and the disk has " in caplog.text
     assert "the training continues" in caplog.text
+
+
+def test_a_disk_without_room_for_the_manifest_costs_the_local_copy_alone(
+    new_writer: Callable[..., CheckpointWriter],
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put_on_disk(monkeypatch, lambda path: MANIFEST_FILE in path.name, lambda: Disk(10))
+    written: list[Manifest] = []
+    writer = new_writer(written=written.append)
+    folder = save(writer, tmp_path, 1).parent
+    problem = writer.wait_for_disk()
+    writer.close()
+    assert problem.startswith(f"{folder / MANIFEST_FILE} needs ")
+    assert "the training continues" in caplog.text
+    assert not written
+    assert [path.name for path in folder.iterdir()] == ["state.pt"]
+    assert steps(store) == [1]
 
 
 def test_memory_is_used_again(new_writer: Callable[..., CheckpointWriter], tmp_path: Path) -> None:

@@ -107,6 +107,24 @@ def test_parameters_are_the_rounded_master_weights(device: str, packed: bool) ->
     assert torch.equal(weights.to_host().bfloat16(), weights.low_precision.cpu())
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 8, (1 << 18) + 3])
+@pytest.mark.parametrize("odd_start", [False, True])
+def test_differences_are_counted_at_any_length_and_start(size: int, odd_start: bool) -> None:
+    parameters = torch.randn(size + odd_start).bfloat16()[int(odd_start) :]
+    weights = MasterWeights(parameters, packed=False)
+    weights.storage *= 1 + 2**-12  # less than what rounding cuts off
+    assert weights.count_differences(rounded=True) == 0
+    assert weights.count_differences(rounded=False) == int(parameters.count_nonzero())
+    if size:
+        weights.storage[-1] = weights.storage[-1] * 2 + 1
+        assert weights.count_differences(rounded=True) == 1
+        parameters[-1] = weights.storage[-1] = float("nan")
+        assert weights.count_differences(rounded=True) == 0, "a NaN is as a NaN"
+    if size > 1:
+        parameters[0], weights.storage[0] = 0.0, -0.0
+        assert weights.count_differences(rounded=True) == 0, "zeros are equal whatever their sign"
+
+
 def test_pack_is_exact_but_at_ties() -> None:
     generator = torch.Generator().manual_seed(2)
     bits = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32)
