@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _REPORT_TIMEOUT_SECONDS = 3600.0
 """For which a rank's report may be missing, beyond what the store may be away."""
+_LOOK_SECONDS = 5.0
+"""Between two tries of a last save on a full disk."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class CheckpointWriter:
         may_publish: called on rank 0, in a thread, before each manifest is published; raises if this job must not.
         published: called on rank 0, in a thread, with each manifest that was published.
         written: called on rank 0, in a thread, with each manifest of a checkpoint that is whole on local disk.
+        on_disk: called, in a thread, after each save, with why the disk had no room for this rank's files; or "".
         failed: called, in a thread, with what ended the saving for good.
     """
 
@@ -81,10 +85,13 @@ class CheckpointWriter:
         published: Callable[[Manifest], None] = lambda _: None,
         failed: Callable[[Exception], None] = lambda _: None,
         written: Callable[[Manifest], None] = lambda _: None,
+        on_disk: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._rank, self._heartbeat, self._tell_failed, self._written = rank, heartbeat, failed, written
+        self._on_disk = on_disk
         self._stop = stopped or threading.Event()
-        timeout = _REPORT_TIMEOUT_SECONDS + 60 * store.config.patience_minutes
+        self._patience = 60 * store.config.patience_minutes
+        timeout = _REPORT_TIMEOUT_SECONDS + self._patience
         self.reports = Reports(channel, rank, world_size, self._stop, timeout)
         self._uploads = Uploads(
             store,
@@ -104,7 +111,12 @@ class CheckpointWriter:
         self._saves = 0
 
     def save(
-        self, manifest: Manifest, hand_over: Callable[[TakeFile], None], folder: Path, upload: bool = True
+        self,
+        manifest: Manifest,
+        hand_over: Callable[[TakeFile], None],
+        folder: Path,
+        upload: bool = True,
+        last: bool = False,
     ) -> None:
         """Copy this rank's files to host memory and start to write them; then training may change the tensors.
 
@@ -113,6 +125,8 @@ class CheckpointWriter:
             hand_over: gives each file to the function that it is called with.
             folder: the checkpoint's own, where the files go.
             upload: False: it stays on local disk.
+            last: no other save can take its place, so that on a full disk it waits for room, for
+                `storage.patience_minutes`.
 
         Raises:
             CheckpointError, OSError: the checkpoint before could not be written to local disk.
@@ -122,7 +136,7 @@ class CheckpointWriter:
         staged: list[StagedFile] = []
         hand_over(lambda content, path: staged.append(StagedFile(self._buffers.copy(content), path, _copied())))
         self._saves += 1
-        self._writing = self._executor.submit(self._write, staged, manifest, folder, self._saves, upload)
+        self._writing = self._executor.submit(self._write, staged, manifest, folder, self._saves, upload, last)
 
     def upload(self, manifest: Manifest, folder: Path, records: tuple[FileRecord, ...]) -> None:
         """Upload a checkpoint that lies on local disk. On all ranks, each with the files that are its to upload."""
@@ -185,11 +199,14 @@ class CheckpointWriter:
             self.reports.give_up(stage, str(error))
             self._tell_failed(error)
 
-    def _write(self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool) -> str:
+    def _write(
+        self, staged: list[StagedFile], manifest: Manifest, folder: Path, serial: int, upload: bool, last: bool
+    ) -> str:
         """The problem, if the disk is full: then there is no such checkpoint, and training goes on."""
         unnamed = ""
         try:
-            records, problem = self._write_or_explain(staged, folder)
+            records, problem = self._write_or_explain(staged, folder, self._patience if last else 0.0)
+            self._on_disk(problem)
             self.reports.tell(serial, "written", json.dumps(problem or [asdict(record) for record in records]))
             if self._rank == 0:
                 reports = [json.loads(text) for text in self.reports.collect(serial, "written")]
@@ -202,7 +219,7 @@ class CheckpointWriter:
             raise
         if upload:
             self._uploads.put(LocalCheckpoint(serial, manifest, folder, records, problem))
-        return problem or unnamed
+        return problem or ("" if upload else unnamed)
 
     def _name(self, manifest: Manifest, folder: Path) -> str:
         """Write the manifest next to its files. The problem, if that finds no room: the store may have them yet."""
@@ -218,9 +235,11 @@ class CheckpointWriter:
             return problem
         return ""
 
-    def _write_or_explain(self, staged: list[StagedFile], folder: Path) -> tuple[tuple[FileRecord, ...], str]:
-        """All files; or none, and why, if they do not fit even where older ones have made room."""
-        need = self._buffers.nbytes
+    def _write_or_explain(
+        self, staged: list[StagedFile], folder: Path, patience: float
+    ) -> tuple[tuple[FileRecord, ...], str]:
+        """All files; or none, and why, if they do not fit even where older ones have made room and in those seconds."""
+        deadline, problem = time.monotonic() + patience, ""
         while True:
             try:
                 return tuple(self._write_file(file) for file in staged), ""
@@ -229,13 +248,17 @@ class CheckpointWriter:
                     raise
             for file in staged:
                 file.path.unlink(missing_ok=True)
-            if not self._uploads.free_disk():
-                problem = (
-                    f"{folder} is not saved: rank {self._rank} {room_wanted(folder, need)}: free some, or name another "
-                    "launch.scratch"
-                )
-                logger.error("%s; the training continues", problem)
+            if self._uploads.free_disk():
+                continue
+            if not problem:
+                wanted = f"rank {self._rank} {room_wanted(folder, self._buffers.nbytes)}"
+                problem = f"{folder} is not saved: {wanted}: free some, or name another launch.scratch"
+                logger.error("%s; %s", problem, "this last save waits for it" if patience else "the training continues")
+                if patience:
+                    self._on_disk(problem)
+            if time.monotonic() > deadline or self._stop.wait(min(_LOOK_SECONDS, patience)):
                 return (), problem
+            self._heartbeat()
 
     def _write_file(self, file: StagedFile) -> FileRecord:
         if file.copied is not None:

@@ -208,6 +208,7 @@ def _writer(
         saving.published,
         saving.failed,
         saving.written,
+        saving.on_disk,
     )
     store.on_behind = partial(saving.behind, writer.reports)
     return writer

@@ -17,7 +17,8 @@ from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 SAVED_FILE = "saved"
 """In the training's folder: the step of the newest checkpoint that the job has written, to local disk at least."""
 BEHIND_FOLDER = "behind"
-"""In the training's folder: a file of each rank that the store fails, with what is behind since when."""
+"""In the training's folder: a file of each rank that the store fails, with what is behind since when, or whose disk is
+full."""
 
 
 class Saving:
@@ -35,8 +36,9 @@ class Saving:
     ) -> None:
         self._output, self._retain = output, retain
         self._stopping, self._rank = stopping, rank
-        self._path = output / BEHIND_FOLDER / f"rank_{rank}"
-        self._path.unlink(missing_ok=True)
+        self._store_file, self._disk_file = (output / BEHIND_FOLDER / f"{kind}_{rank}" for kind in ("rank", "disk"))
+        for path in (self._store_file, self._disk_file):
+            path.unlink(missing_ok=True)
         self._begun: dict[int, float] = {}
 
     def begin(self, step: int) -> None:
@@ -67,20 +69,28 @@ class Saving:
     def behind(self, reports: Reports, text: str) -> None:
         """The store fails this rank, as the text says; an empty one: it works again."""
         reports.set_behind(bool(text))
-        if not text:
-            self._path.unlink(missing_ok=True)
-            return
-        try:
-            write_atomically(self._path, text)
-        except OSError as error:  # the log says it too
-            if not is_full(error):
-                raise
+        _show(self._store_file, text)
+
+    def on_disk(self, problem: str) -> None:
+        """This rank's disk had no room for its files of a checkpoint; an empty text: it had."""
+        _show(self._disk_file, problem)
+
+
+def _show(path: Path, text: str) -> None:
+    if not text:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        write_atomically(path, text)
+    except OSError as error:  # the log says it too
+        if not is_full(error):
+            raise
 
 
 def behind(output: Path) -> list[str]:
-    """What is behind in the training of this folder, a line for each rank that the store fails."""
+    """What is behind in the training of this folder, a line for each rank whose store fails or whose disk is full."""
     found = []
-    for path in sorted((output / BEHIND_FOLDER).glob("rank_*")):
+    for path in sorted((output / BEHIND_FOLDER).glob("*_*")):
         try:
             found.append(path.read_text(encoding="utf-8"))
         except FileNotFoundError:  # it has worked again this moment

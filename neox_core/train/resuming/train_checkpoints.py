@@ -83,7 +83,8 @@ class TrainCheckpoints:
         )
         notes = {"sequences_consumed": sequences}
         hand_over = partial(self.engine.save_state, self._folder, manifest.name, notes)
-        self.writer.save(manifest, hand_over, self._folder / manifest.name, upload)
+        last = state.step == self.config.train.steps
+        self.writer.save(manifest, hand_over, self._folder / manifest.name, upload, last)
 
     def resume(self) -> TrainingState:
         """Load the newest complete checkpoint, if there is one, and return its state. If it is damaged, the one before.

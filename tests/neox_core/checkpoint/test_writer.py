@@ -46,10 +46,12 @@ def new_writer(store: ObjectStore) -> Iterator[Callable[..., CheckpointWriter]]:
         writer.abandon()
 
 
-def save(writer: CheckpointWriter, folder: Path, step: int, name: str = "state.pt", value: float = 1.0) -> Path:
+def save(
+    writer: CheckpointWriter, folder: Path, step: int, name: str = "state.pt", value: float = 1.0, **how: bool
+) -> Path:
     """Save one small file of a step."""
     path = folder / f"global_step{step}" / name
-    writer.save(manifest(step), lambda take: take({"weight": torch.full((3,), value)}, path), path.parent)
+    writer.save(manifest(step), lambda take: take({"weight": torch.full((3,), value)}, path), path.parent, **how)
     return path
 
 
@@ -350,7 +352,8 @@ def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
 ) -> None:
     """Of one rank, for all; files that the store has make room first."""
     put_on_disk(monkeypatch, lambda path: path.parent.name == "global_step2", lambda: Disk(free))
-    first, second = new_writer(rank=0, world_size=2), new_writer(rank=1, world_size=2)
+    told: list[str] = []
+    first, second = new_writer(rank=0, world_size=2, on_disk=told.append), new_writer(rank=1, world_size=2)
     old = []
     for step in (1, 2, 3):
         old.append(save(first, tmp_path / "first", step, "b.pt"))
@@ -362,6 +365,7 @@ def test_a_full_disk_costs_one_checkpoint_and_says_what_it_needs(
     where = tmp_path / "first" / "global_step2"
     assert f"{where} is not saved: rank 0 needs 12 bytes (0.0 GB) there, and the disk has " in caplog.text
     assert "the training continues" in caplog.text
+    assert [text[:20] for text in told] == ["", str(where)[:20], ""]
 
 
 def test_a_disk_without_room_for_the_manifest_costs_the_local_copy_alone(
@@ -375,13 +379,39 @@ def test_a_disk_without_room_for_the_manifest_costs_the_local_copy_alone(
     written: list[Manifest] = []
     writer = new_writer(written=written.append)
     folder = save(writer, tmp_path, 1).parent
+    assert not writer.wait_for_disk(), "the store will have it"
+    save(writer, tmp_path, 2, upload=False)
     problem = writer.wait_for_disk()
     writer.close()
-    assert problem.startswith(f"{folder / MANIFEST_FILE} needs ")
-    assert "the training continues" in caplog.text
+    assert problem.startswith(f"{folder.with_name('global_step2') / MANIFEST_FILE} needs ")
+    assert problem in caplog.text
     assert not written
     assert [path.name for path in folder.iterdir()] == ["state.pt"]
     assert steps(store) == [1]
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_last_save_waits_for_room(
+    new_writer: Callable[..., CheckpointWriter],
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    comes: bool,
+) -> None:
+    disk, told = Disk(100), list[str]()
+    put_on_disk(monkeypatch, lambda path: path.name.startswith(".state.pt"), lambda: disk)
+    monkeypatch.setattr(writer_module, "_LOOK_SECONDS", 0.05)
+
+    def on_disk(problem: str) -> None:
+        told.append(problem)
+        disk.free = 10**6 if comes else 0
+
+    writer = new_writer(on_disk=on_disk)
+    writer._patience = 60.0 if comes else 0.2
+    save(writer, tmp_path, 1, last=True)
+    assert bool(writer.wait()) != comes
+    assert steps(store) == ([1] if comes else [])
+    assert ["global_step1 is not saved" in text for text in told] == ([True, False] if comes else [True, True])
 
 
 def test_memory_is_used_again(new_writer: Callable[..., CheckpointWriter], tmp_path: Path) -> None:
