@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from types import FrameType
 
@@ -96,7 +97,7 @@ class Controller:
         failed_at, finished = None, False
         while True:
             exits = ranks.exits()
-            self._note(exits, life)
+            self._note(exits, life, ranks.killed_for)
             if not finished and len(exits) == self._plan.ranks and not any(exits.values()):
                 self._agreement.finish(life)
                 finished = True
@@ -111,9 +112,10 @@ class Controller:
                 self._agreement.fail(life, Failure("its time limit is over", decided=True))
                 return self._agreement.failure(life)
             self._pass_on_signals(ranks)
+            ranks.kill_stopped()
             time.sleep(_POLL_SECONDS)
 
-    def _note(self, exits: dict[int, int], life: int) -> None:
+    def _note(self, exits: dict[int, int], life: int, killed_for: Mapping[int, str]) -> None:
         """Write down which ranks have ended, and say so if one has not returned."""
         known = {rank for rank, _ in self._report.exits}
         new = [(rank, code) for rank, code in exits.items() if rank not in known]
@@ -121,18 +123,18 @@ class Controller:
             return
         self._report.exits += new
         self._write_report()
-        failures = [self._failure(rank, code) for rank, code in new if code]
+        failures = [self._failure(rank, code, killed_for.get(rank, "")) for rank, code in new if code]
         for failure in failures:
             _log.error("%s", failure.reason)
         if failures:  # one that could not say anything comes before those that noticed it
             self._agreement.fail(life, min(failures, key=lambda failure: failure.decided))
 
-    def _failure(self, rank: int, code: int) -> Failure:
+    def _failure(self, rank: int, code: int, killed_for: str) -> Failure:
         record = read_failure(self._plan.folder, self._plan.index, rank)
         exit_code = GO_ON_EXIT_CODE if self._told or code == GO_ON_EXIT_CODE else 1
         if record is not None:
             return Failure(f"rank {rank}: {record.message}", record.decided or bool(self._told), exit_code)
-        said = f"rank {rank} was {ending(code)}" if code < 0 else f"rank {rank} {ending(code)}"
+        said = f"rank {rank} {killed_for or ('was ' if code < 0 else '') + ending(code)}"
         reason = f"{said} without a Python error; last words: {last_words(rank_log(self._plan, rank))}"
         return Failure(reason, bool(self._told) or code == SUPERSEDED_EXIT_CODE, exit_code)
 

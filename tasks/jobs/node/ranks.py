@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 from submitit.core.utils import JobPaths
 
 from infra.processes import ProcessRecord
@@ -16,6 +18,8 @@ from tasks.jobs.node.plan import CONTROLLER_VARIABLE, NodePlan
 
 _END_SECONDS = 60.0
 """For the kernel to end a killed process."""
+_STOPPED_SECONDS = 30.0
+"""For a stopped process to be continued by whoever stopped it."""
 
 
 class Ranks:
@@ -29,6 +33,9 @@ class Ranks:
     def __init__(self, plan: NodePlan, variables: Mapping[str, str]) -> None:
         self._plan, self._variables = plan, variables
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._stopped_since: dict[int, float] = {}
+        self.killed_for: dict[int, str] = {}
+        """Why this node's controller has killed ranks, by rank."""
 
     def start(self) -> list[ProcessRecord]:
         """Start them; their processes, by rank."""
@@ -45,6 +52,16 @@ class Ranks:
         """Send a signal to those that run."""
         for process in self._processes.values():
             process.send_signal(number)
+
+    def kill_stopped(self) -> None:
+        """End those that were stopped, as by SIGSTOP, and stayed so: nothing within them can notice it."""
+        now, running = time.monotonic(), self._processes.keys() - self.exits().keys()
+        stopped = {rank for rank in running if _is_stopped(self._processes[rank].pid)}
+        self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
+        for rank, since in self._stopped_since.items():
+            if now - since > _STOPPED_SECONDS:
+                self.killed_for[rank] = f"had been stopped (SIGSTOP) for {now - since:.0f} s and was ended"
+                self._processes[rank].kill()
 
     def kill(self) -> None:
         """End those that run, also stopped ones; returns when all have ended."""
@@ -78,3 +95,10 @@ class Ranks:
 def rank_log(plan: NodePlan, rank: int) -> Path:
     """Where a rank's output goes."""
     return Path(JobPaths(plan.folder, job_id=plan.job_id or str(os.getpid()), task_id=rank).stdout)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)  # a debugger's is another state
+    except psutil.NoSuchProcess:
+        return False

@@ -128,6 +128,12 @@ def fall(folder: str, falls: int, saves: int = 0) -> tuple[str, str]:
     return os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
+def freeze(folder: str) -> None:
+    """Stop at the first start, and return at the next."""
+    if note_start(folder) == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def meet_after_a_fall(folder: str) -> float:
     """As `fall` once, and then meet over gloo."""
     if os.environ["RANK"] == "0" and note_start(folder) == 0:

@@ -100,6 +100,13 @@ def test_a_stopped_rank_and_a_killed_controller_leave_nothing(tmp_path: Path) ->
         wait_for(lambda: not any(rank.is_alive() for rank in ranks))
 
 
+def test_the_only_rank_is_stopped_and_started_again(tmp_path: Path) -> None:
+    with job(tmp_path / "job", rank_functions.freeze, str(tmp_path), restarts=restarts(tmp_path)) as (controller,):
+        assert controller.wait(WAIT) == 0
+    assert starts(tmp_path, 0) == 2
+    assert "rank 0 had been stopped (SIGSTOP) for 3" in (tmp_path / "job" / "node-0.log").read_text()
+
+
 def test_a_rank_that_has_failed_does_not_wait_for_its_threads(tmp_path: Path) -> None:
     with job(tmp_path / "job", rank_functions.linger, str(tmp_path), restarts=restarts(tmp_path, 0)) as (controller,):
         assert controller.wait(WAIT) == 1
