@@ -30,6 +30,8 @@ _PAGE = 1000  # S3's limit per request, for lists and deletions
 MOST_PARTS = 1000
 """Of an upload: all that Swift allows, a tenth of what AWS does."""
 _PART_BYTES = 8 << 20
+_DOWNLOADED_BYTES = 32 << 20
+"""At a time of a large object: a quarter faster than parts of an upload's size."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class ObjectStore:
     def get_file(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download an object; `path` appears when it is complete. `on_bytes` as for `put_file`."""
         with atomic_file(path, durable=False) as temporary, self._errors(key), temporary.open("wb") as file:
-            self._client.download_fileobj(self.bucket, self.full_key(key), file, Config=_transfer(), Callback=on_bytes)
+            self._client.download_fileobj(
+                self.bucket, self.full_key(key), file, Config=_in_parts(_DOWNLOADED_BYTES), Callback=on_bytes
+            )
 
     def put_text(self, key: str, text: str) -> None:
         """Write a small object in one atomic request."""
@@ -250,13 +254,14 @@ class ObjectStore:
             raise StorageError(explain(error, self.config, self.url(key))) from error
 
 
-def _transfer(size: int = 0) -> TransferConfig:
+def _transfer(size: int) -> TransferConfig:
     """Settings for an object of `size` bytes, whose parts grow where there would be too many."""
+    return _in_parts(max(_PART_BYTES, -(-size // MOST_PARTS)))
+
+
+def _in_parts(size: int) -> TransferConfig:
     # The CRT client would ignore the endpoint.
-    part = max(_PART_BYTES, -(-size // MOST_PARTS))
-    return TransferConfig(
-        multipart_threshold=_PART_BYTES, multipart_chunksize=part, preferred_transfer_client="classic"
-    )
+    return TransferConfig(multipart_threshold=size, multipart_chunksize=size, preferred_transfer_client="classic")
 
 
 def _connect(config: StorageConfig, *, connect_timeout: float, read_timeout: float, retries: int) -> S3Client:
