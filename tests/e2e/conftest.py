@@ -35,21 +35,37 @@ class Chain:
     """The finished chain: how it was run and what its flow returned."""
 
     run: Run
+    slurm: Path | None
+    """SLURM's folder; None: it could not be brought up here, and the jobs were processes."""
     report: RunReport
     left_running: tuple[str, ...]
     """What still ran on its behalf when it had ended."""
 
 
 @pytest.fixture(scope="session")
-def chain(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The whole chain, run once. Tests read it and change copies only."""
+def slurm_if_possible(request: pytest.FixtureRequest) -> Path | None:
+    """SLURM's folder where it can be brought up: as root, where its packages are or can be installed."""
+    try:
+        folder: Path = request.getfixturevalue("slurm_folder")
+    except pytest.skip.Exception:
+        return None
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(prefect_server: None, slurm_if_possible: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The whole chain, run once, on SLURM if possible. Tests read it and change copies only."""
     from flows.llemma_pretrain import llemma_pretrain
 
-    folder = tmp_path_factory.mktemp("chain")
+    folder, slurm = tmp_path_factory.mktemp("chain"), slurm_if_possible
     copy_text(folder)
-    run = Run(write_run(folder, {"wandb": {"mode": "offline"}}))
-    report = llemma_pretrain(str(run.path))
-    return Chain(run, report, tuple(map(str, run.processes())))
+    launch = {"executor": "slurm", "slurm_parameters": {"mem": "4G"}} if slurm else {"executor": "local"}
+    run = Run(write_run(folder, {"wandb": {"mode": "offline"}, "launch": launch}))
+    with pytest.MonkeyPatch.context() as patch:
+        if slurm:
+            patch.setenv("SLURM_CONF", str(slurm / "etc" / "slurm.conf"))
+        report = llemma_pretrain(str(run.path))
+    return Chain(run, slurm, report, tuple(map(str, run.processes())))
 
 
 @pytest.fixture

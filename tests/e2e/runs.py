@@ -100,8 +100,9 @@ class Run:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def job_processes(self) -> list[ProcessRecord]:
-        """The controllers and ranks of all jobs, as they were recorded."""
-        reports = [json.loads((attempt / "controller.json").read_text()) for attempt in self.attempts()]
+        """The controllers and ranks of all jobs that have a controller, as they were recorded."""
+        files = [path for attempt in self.attempts() for path in attempt.glob("controller*.json")]
+        reports = [json.loads(path.read_text()) for path in files]
         records = [record for report in reports for record in (report["controller"], *report["ranks"])]
         return [ProcessRecord(**record) for record in records]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,9 +209,22 @@ def test_each_stage_publishes_a_table_and_its_progress(chain: Chain, stage: str)
 def test_nothing_is_left_running_and_no_downloads_lie_about(chain: Chain) -> None:
     assert chain.left_running == ()
     assert len(chain.run.attempts()) >= 2
+    assert chain.run.job_processes()
     assert not any(record.is_alive() for record in chain.run.job_processes())
     downloads = [path for path in chain.run.workdir.glob("scratch/*") if not path.name.startswith("train-")]
     assert not [path for folder in downloads for path in folder.rglob("*") if path.is_file()]
+
+
+def test_its_jobs_were_slurms(chain: Chain) -> None:
+    if chain.slurm is None:
+        pytest.skip("SLURM cannot be brought up here, so the jobs were processes: infra/slurm/up says what it needs")
+    records = [json.loads(path.read_text()) for path in chain.run.workdir.glob("jobs/*/job.json")]
+    assert {record["executor"] for record in records} == {"slurm"}
+    environment = os.environ | {"SLURM_CONF": str(chain.slurm / "etc" / "slurm.conf")}
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobName,State"]
+    rows = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    states = dict(row.split("|") for row in rows)
+    assert {states[record["name"]] for record in records} == {"COMPLETED"}
 
 
 def test_a_second_run_does_nothing(chain: Chain, store: ObjectStore) -> None:
