@@ -17,6 +17,7 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed, Failed
 
 from flows.flow_runs.at_work import end_process, forget_process, has_died
 from flows.flow_runs.deployed import parent_of
+from infra.prefect.services import WORKER, ServiceRecord, default_folder
 from neox_core.config import RunConfig
 from tasks.identity.training import find_training
 from tasks.watch.memory import Memory
@@ -28,6 +29,8 @@ _SURE_SECONDS = 2.0
 """Between two looks at a process, so that one which is about to take its lock is not taken for dead."""
 _NEVER_BEGAN = 5.0
 """Times the grace: for a run of which no process was ever seen."""
+_WORKER_DIED = 2.0
+"""Times the grace: the same, where the worker that took the run is not the one of now."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,20 @@ class Reconciler:
         gone = died() if run.state.type != StateType.PENDING else None
         cancelling = run.state.type == StateType.CANCELLING
         if gone is None:
-            return age > self.grace_seconds * (1 if cancelling else _NEVER_BEGAN)
+            return age > self.grace_seconds * (1 if cancelling else self._patience(run.state))
         if age < self.grace_seconds:
             return False
         if cancelling and not gone:  # it would have ended, had its worker not been killed, which alone can tell it
             end_process(self.config.workdir, str(run.id))
         time.sleep(_SURE_SECONDS)
         return died() is True
+
+    def _patience(self, state: State) -> float:
+        """Times the grace for which a run may be without a process."""
+        worker = ServiceRecord.read(default_folder(), WORKER)
+        started = worker.service.started if worker and worker.is_up and worker.service else 0.0
+        taken_before = state.type == StateType.PENDING and state.timestamp.timestamp() < started
+        return _WORKER_DIED if taken_before else _NEVER_BEGAN
 
     def _began(self, run: FlowRun) -> float:
         """Unix seconds at which it was last run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +18,8 @@ from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Runn
 from flows.flow_runs import reconcile
 from flows.flow_runs.at_work import at_work
 from flows.flow_runs.reconcile import Reconciler
+from infra.prefect.services import WORKER, ServiceRecord
+from infra.processes import ProcessRecord
 from neox_core.config import RunConfig, load_config
 from neox_core.storage.claims import claim_file
 from tasks.jobs.retry import NoAnswer
@@ -108,6 +112,28 @@ def test_a_run_that_lives_or_may_be_starting_is_left_alone(server: Server, confi
     assert look(server.add(Running(), seconds=300)).name == "Running"
     assert look(server.add(Pending())).name == "AwaitingRetry"
     assert look(server.add(Running())).name == "AwaitingRetry"
+
+
+@pytest.mark.parametrize(
+    ("pending", "worker", "found"),
+    [(300, 100, "AwaitingRetry"), (300, 400, "Pending"), (300, None, "Pending"), (150, 100, "Pending")],
+)
+def test_a_run_that_a_dead_worker_had_taken_is_run_again_sooner(
+    server: Server,
+    look: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pending: int,
+    worker: int | None,
+    found: str,
+) -> None:
+    """Ages in seconds; None: of a worker that is not ours nothing is known."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    if worker is not None:
+        here = ProcessRecord.of(os.getpid())
+        ServiceRecord(here, ProcessRecord(here.pid, time.time() - worker), 4200).write(tmp_path, WORKER)
+    assert look(server.add(Pending(), seconds=pending)).name == found
+    assert look(server.add(Running(), seconds=pending)).name == "Running", "its process may be starting"
 
 
 def test_the_jobs_own_end_decides(server: Server, config: RunConfig, look: Any) -> None:
