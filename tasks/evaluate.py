@@ -17,6 +17,7 @@ from neox_core.errors import LlemmaError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.train.identity import training_fingerprint
+from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 from neox_core.train.resuming.lineage import earlier_configs
 from tasks.evaluation.contamination import overlapping_items, without_overlap
 from tasks.evaluation.generation import steps_to_generate
@@ -68,8 +69,7 @@ def evaluate(training: Training, progress: Progress) -> StageResult:
                     )
                 _wait(config.evaluate.poll_seconds, found.report)
             found.report()
-            if config.checkpoints.best_by != VALIDATION:  # those that waited for their scores
-                apply_retention(training.store, training.prefix, config.checkpoints, {})
+            _let_go(training)
         return {"evaluations": [found.results[step] for step in sorted(found.results)]}
 
     return run_stage(spec, build, progress)
@@ -141,6 +141,17 @@ class _Scores:
         self.results = compare(self._folder, self.results)
         ordered = [self.results[step] for step in sorted(self.results)]
         write_atomically(self._folder / EVALUATIONS_FILE, json.dumps(ordered, indent=1))
+
+
+def _let_go(training: Training) -> None:
+    """Remove the checkpoints that stayed for their scores or answers alone."""
+    config, folders = training.config, (training.scratch, training.spec.identity.folder)
+    by_loss = config.checkpoints.best_by == VALIDATION
+    if by_loss and config.evaluate.generate is None:
+        return  # none has waited
+    losses = next((found for folder in folders if (found := validation_losses(folder / METRICS_FILE))), {})
+    if losses or not (by_loss and config.checkpoints.keep_best):
+        apply_retention(training.store, training.prefix, config, losses)
 
 
 def _wait(seconds: float, report: Callable[[], None]) -> None:

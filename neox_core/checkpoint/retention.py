@@ -14,8 +14,8 @@ from neox_core.checkpoint.manifest import (
     listing_key,
     object_key,
 )
-from neox_core.checkpoint.scores import ranking, read_scores
-from neox_core.config import VALIDATION, CheckpointsConfig
+from neox_core.checkpoint.scores import has_answers, ranking, read_scores
+from neox_core.config import VALIDATION, CheckpointsConfig, RunConfig
 from neox_core.errors import StorageError
 from neox_core.storage.object_store import ObjectStore
 
@@ -43,21 +43,27 @@ def superseded(steps: Sequence[int], keep: CheckpointsConfig, losses: Mapping[in
     return [step for step in steps if step not in kept]
 
 
-def apply_retention(store: ObjectStore, prefix: str, keep: CheckpointsConfig, losses: Mapping[int, float]) -> None:
+def apply_retention(store: ObjectStore, prefix: str, config: RunConfig, losses: Mapping[int, float]) -> None:
     """Remove a training's superseded checkpoints. What cannot be removed now is removed another time.
 
-    The newest one was looked at before: its files are all there, with their sizes.
+    The newest one was looked at before: its files are all there, with their sizes. Those that are to write answers
+    (`evaluate.generate`) stay until they have.
 
     Args:
         losses: validation losses by step, for `checkpoints.best_by: validation`; scores lie in the store.
     """
+    keep = config.checkpoints
     if keep.keep_last is None:
         return
     try:
         complete = list_checkpoints(store, prefix)
-        if keep.keep_best and keep.best_by != VALIDATION:
-            losses = ranking(keep.best_by, read_scores(store, prefix, complete))
-        for step in superseded([manifest.step for manifest in complete], keep, losses):
+        steps, by_score = [manifest.step for manifest in complete], keep.keep_best and keep.best_by != VALIDATION
+        scores = read_scores(store, prefix, complete) if by_score or config.evaluate.generate else {}
+        if by_score:
+            losses = ranking(keep.best_by, scores)
+        for step in superseded(steps, keep, losses):
+            if config.evaluate.is_to_generate(step, config.train.steps) and not has_answers(scores.get(step, {})):
+                continue
             remove_checkpoint(store, prefix, step)
             logger.info("removed the checkpoint of step %d, as checkpoints.keep_last and others say", step)
     except StorageError as error:

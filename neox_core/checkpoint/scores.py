@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from neox_core.checkpoint.manifest import Manifest, object_key
+from neox_core.config import WRITTEN
 from neox_core.errors import StorageError
 from neox_core.storage.object_store import ObjectStore
 
@@ -35,6 +36,11 @@ def read_scores(store: ObjectStore, prefix: str, manifests: Iterable[Manifest]) 
     """
     texts = {found.step: store.get_text(object_key(prefix, found.name, SCORES_FILE)) for found in manifests}
     return {step: json.loads(text) for step, text in texts.items() if text is not None}
+
+
+def has_answers(tasks: Tasks) -> bool:
+    """Whether what was scored includes answers that the checkpoint wrote."""
+    return any(name.endswith(WRITTEN) for name in tasks)
 
 
 def ranking(best_by: str, scores: Mapping[int, Tasks]) -> dict[int, float]:

@@ -81,6 +81,10 @@ class EvaluateConfig(Section):
     )
     generate: GenerationConfig | None = Field(None, description="answers written by chosen checkpoints; None: none")
 
+    def is_to_generate(self, step: int, last_step: int) -> bool:
+        """Whether the checkpoint of a step is to write answers."""
+        return self.generate is not None and (step % self.generate.every == 0 or step == last_step)
+
     def scores(self) -> list[str]:
         """TASK/METRIC of all that a checkpoint is scored on."""
         found = [(name, metric) for name, task in self.tasks.items() for metric in METRICS[task.kind]]

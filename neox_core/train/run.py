@@ -99,7 +99,7 @@ def _train(config: RunConfig, job: TrainJob, device: torch.device, watchdog: Wat
     engine = _engine(config, job, mesh, geometry, watchdog)
     store = PatientStore(config.storage, watchdog.beat)
     stopping = Stopping(shared_store("stopping"), mesh.rank, mesh.world_size, end_time())
-    retain = partial(apply_retention, store, job.prefix, config.checkpoints)
+    retain = partial(apply_retention, store, job.prefix, config)
     saving = Saving(stopping, job.output, mesh.rank, retain)
 
     def superseded(error: SupersededError) -> None:

@@ -64,9 +64,7 @@ def check_generation(config: RunConfig) -> None:
 
 def steps_to_generate(config: RunConfig, results: Mapping[int, Result], available: Collection[int]) -> list[int]:
     """Evaluated checkpoints that are to write answers, and have not."""
-    if (generate := config.evaluate.generate) is None:
-        return []
-    chosen = [step for step in sorted(results) if step % generate.every == 0 or step == config.train.steps]
+    chosen = [step for step in sorted(results) if config.evaluate.is_to_generate(step, config.train.steps)]
     return [step for step in chosen if GENERATED not in results[step] and step in available]
 
 

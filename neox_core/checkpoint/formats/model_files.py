@@ -14,6 +14,7 @@ from typing import Any
 
 from neox_core.errors import CheckpointError
 from neox_core.storage.folders import Folder, check_exists
+from neox_core.storage.stand_ins import stand_in
 
 PARAMS_FILE = "params.json"
 CONFIG_FILE = "config.json"
@@ -124,7 +125,10 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     """
     path = f"{folder}/{name}"
     try:
-        content = json.loads(folder.read_text(name))
+        text = folder.read_text(name)
+        if instead := stand_in(text[:200].encode()):
+            raise CheckpointError(f"{path} is {instead}")
+        content = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:

@@ -9,8 +9,10 @@ from pydantic import ValidationError
 from neox_core.artifact import FileRecord
 from neox_core.checkpoint.manifest import Manifest, list_checkpoints, publish_manifest
 from neox_core.checkpoint.retention import apply_retention, remove_remains, superseded
-from neox_core.config import CheckpointsConfig
+from neox_core.checkpoint.scores import publish_scores
+from neox_core.config import CheckpointsConfig, EvaluateConfig, GenerationConfig, RunConfig
 from neox_core.storage.object_store import ObjectStore
+from tests.neox_core.train.small_training import CONFIG
 
 PREFIX = "train-1"
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5}
@@ -21,6 +23,11 @@ def publish(store: ObjectStore, step: int) -> None:
     files = (FileRecord("state.pt", 5, "0" * 64),)
     manifest = Manifest(step, 8 * step, files=files, layout={}, fingerprint="1", config={})
     publish_manifest(store, PREFIX, manifest)
+
+
+def config(generate: GenerationConfig | None = None, **keep: Any) -> RunConfig:
+    changes = {"checkpoints": CheckpointsConfig(**keep), "evaluate": EvaluateConfig(generate=generate)}
+    return CONFIG.model_copy(update=changes)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,7 @@ def test_an_incomplete_newer_one_supersedes_nothing(store: ObjectStore) -> None:
     for step in (1, 2, 3):
         publish(store, step)
     store.delete([f"{PREFIX}/global_step3/state.pt"])
-    apply_retention(store, PREFIX, CheckpointsConfig(keep_last=1), {})
+    apply_retention(store, PREFIX, config(keep_last=1), {})
     assert [manifest.step for manifest in list_checkpoints(store, PREFIX)] == [2]
     assert [info.key for info in store.list(f"{PREFIX}/global_step1/")] == []
 
@@ -70,3 +77,16 @@ def test_remains_of_dead_jobs_are_removed(store: ObjectStore, tmp_path: Path) ->
     ]
     assert len(store.list("train-2/")) == 1
     assert not client.list_multipart_uploads(Bucket=store.bucket).get("Uploads")
+
+
+def test_those_that_are_to_write_answers_stay_until_they_have(store: ObjectStore) -> None:
+    run = config(GenerationConfig(every=2, tasks=("gsm8k_cot",), data="/sets"), keep_last=1)
+    for step in (1, 2, 3, 4, 5):
+        publish(store, step)
+    publish_scores(store, PREFIX, "global_step2", {"sums": {}})
+    publish_scores(store, PREFIX, "global_step4", {"sums": {}, "gsm8k_cot, written": {}})
+    apply_retention(store, PREFIX, run, {})
+    assert [manifest.step for manifest in list_checkpoints(store, PREFIX)] == [2, 5]
+    publish_scores(store, PREFIX, "global_step2", {"gsm8k_cot, written": {}})
+    apply_retention(store, PREFIX, run, {})
+    assert [manifest.step for manifest in list_checkpoints(store, PREFIX)] == [5]

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from neox_core.checkpoint.manifest import list_checkpoints
 from neox_core.checkpoint.retention import apply_retention
 from neox_core.checkpoint.scores import publish_scores, ranking, read_scores
-from neox_core.config import CheckpointsConfig, EvaluateConfig, GenerationConfig, RunConfig
+from neox_core.config import EvaluateConfig, GenerationConfig, RunConfig
 from neox_core.storage.object_store import ObjectStore
-from tests.neox_core.checkpoint.test_retention import PREFIX, publish
+from tests.neox_core.checkpoint.test_retention import PREFIX, config, publish
 from tests.neox_core.train.small_training import CONFIG
 
 
@@ -33,8 +33,8 @@ def test_the_best_by_a_score_stay_and_so_do_those_without_one(store: ObjectStore
     for step, bits in ((1, 1.1), (2, 1.0), (3, 1.2)):
         publish_scores(store, PREFIX, f"global_step{step}", scores(bits, 0.0))
     assert sorted(read_scores(store, PREFIX, list_checkpoints(store, PREFIX))) == [1, 2, 3]
-    keep = CheckpointsConfig(keep_last=1, keep_best=1, best_by="sums/bits_per_byte")
-    apply_retention(store, PREFIX, keep, {1: 0.0})
+    run = config(keep_last=1, keep_best=1, best_by="sums/bits_per_byte")
+    apply_retention(store, PREFIX, run, {1: 0.0})
     assert [manifest.step for manifest in list_checkpoints(store, PREFIX)] == [2, 4, 5]
     assert store.list(f"{PREFIX}/global_step1/") == []  # its scores went with it
 

@@ -140,6 +140,9 @@ def test_params_that_are_not_json(write_base: WriteBase) -> None:
     (folder / "params.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"params\.json must hold a JSON object, not list"):
         MetaCheckpoint(folder)
+    (folder / "params.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(CheckpointError, match=r"params\.json is a git-lfs pointer, not the file itself"):
+        MetaCheckpoint(folder)
 
 
 @pytest.mark.parametrize(
