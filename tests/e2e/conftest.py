@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.testing.utilities import prefect_test_harness
 
 from tests.e2e.runs import Run, copy_text, write_run
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tasks.report.run_report import RunReport
@@ -65,6 +67,9 @@ def chain(prefect_server: None, slurm_if_possible: Path | None, tmp_path_factory
         if slurm:
             patch.setenv("SLURM_CONF", str(slurm / "etc" / "slurm.conf"))
         report = llemma_pretrain(str(run.path))
+    if slurm:  # it ends a job's processes a moment after their results are there
+        with suppress(AssertionError):
+            wait_for(lambda: not run.processes(), seconds=60)
     return Chain(run, slurm, report, tuple(map(str, run.processes())))
 
 
