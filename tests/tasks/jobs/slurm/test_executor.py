@@ -23,7 +23,7 @@ from tasks.jobs.status import Cause
 from tests import waiting
 from tests.paths import ROOT
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import rank_functions
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -111,7 +111,7 @@ os.kill(os.getpid(), 9)
     ids=["noted", "not noted", "without work"],
 )
 def test_a_killed_submitters_job_is_found(tmp_path: Path, before: str, attempts: int) -> None:
-    code = SUBMITTER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), key=KEY, before=before)
+    code = SUBMITTER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), key=KEY, before=before)
     submitter = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert submitter.returncode == -signal.SIGKILL, submitter.stderr
     job = submit(tmp_path, rank_functions.count_starts, str(tmp_path), str(tmp_path / "go"), ranks=2)
