@@ -36,7 +36,7 @@ test-all: $(INSTALLED)
 
 # On a SLURM of 4 nodes, which it brings up on this machine; as root.
 test-slurm: $(INSTALLED)
-	$(BIN)/pytest -m "slurm and not browser"
+	$(BIN)/pytest -m "slurm and not browser and not soak"
 
 # Prefect's pages as people use them, in the distribution's Chromium (apt-get install chromium) and on that SLURM; as root.
 test-browser: $(INSTALLED)

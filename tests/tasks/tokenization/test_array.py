@@ -236,5 +236,5 @@ def test_slurm_gives_the_same_bits(tmp_path: Path, slurm: Path) -> None:
     )
     assert contents(tmp_path / "jobs") == contents(tmp_path / "here")
     (folder / "a/train/1.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"a/train/1\.jsonl is damaged \(its text is UTF-16"):
+    with pytest.raises(DataError, match=r"a/train/1\.jsonl \(its text is UTF-16"):
         prepare_data(in_jobs, tmp_path / "bad", tmp_path / "bad")
