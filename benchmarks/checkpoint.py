@@ -13,13 +13,11 @@ is not installed nothing is uploaded.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks.train_step import CONFIGS, _batches, _random_weights
+from benchmarks.train_step import CONFIGS, _batches, _random_weights, report
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig, StorageConfig, batch_geometry, load_config
@@ -83,9 +81,7 @@ def main() -> None:
         with _store(folder, options.no_upload) as store:
             result = _measure(config, store, folder, options.saves)
             result |= {} if isinstance(store, Nowhere) else _rates(store, folder)
-    for name, value in result.items():
-        sys.stdout.write(f"{name:28} {value}\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+    report(result)
 
 
 def _options() -> argparse.Namespace:

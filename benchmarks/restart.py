@@ -23,14 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from submitit.core.utils import DelayedSubmission
 from tqdm import tqdm
 
-from benchmarks.train_step import CONFIGS
+from benchmarks.train_step import CONFIGS, report
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.config import (
@@ -50,7 +49,7 @@ from neox_core.train.observe.metrics import METRICS_FILE
 from tasks.jobs.node.plan import NodePlan, Restarts
 from tasks.jobs.node.report import ControllerReport
 from tasks.jobs.rank import RankTask
-from tests.gpu.folder_store import FolderStore
+from tests.gpu.folder_store import FolderStore, jobs_use
 
 INTERVAL, KILLED_AFTER = 10, 4
 """Steps between checkpoints, and from when one is whole until the rank is killed."""
@@ -82,8 +81,7 @@ def train_in_folder(config: RunConfig, job: TrainJob) -> dict[str, Any]:
     """What each rank runs."""
     from neox_core.train.run import train
 
-    stores = ("neox_core.train.run.PatientStore", "neox_core.checkpoint.lease.ConditionalStore")
-    with patch(stores[0], LinkedFolder), patch(stores[1], LinkedFolder):
+    with jobs_use(LinkedFolder):
         return train(config, job)
 
 
@@ -101,9 +99,7 @@ def main() -> None:
         "layers": config.model.num_layers,
         "parameters": parameter_count(config.model),
     }
-    for name, value in figures.items():
-        sys.stdout.write(f"{name:28} {value}\n")
-    sys.stdout.write(json.dumps(figures) + "\n")
+    report(figures)
 
 
 def _options() -> argparse.Namespace:
@@ -170,7 +166,7 @@ def _measure(config: RunConfig, job: TrainJob, folder: Path, ranks: int) -> dict
         command = [sys.executable, "-m", "tasks.jobs.node.controller", plan.to_json()]
         controller = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
         try:
-            return _watch(job, submission, controller, bar)
+            return _watch(job, plan, controller, bar)
         except AssertionError as error:
             logs = "\n".join(path.read_text()[-3000:] for path in sorted(submission.glob("*.*[gt]")))
             raise SystemExit(f"{error}\n{logs}") from error
@@ -179,7 +175,7 @@ def _measure(config: RunConfig, job: TrainJob, folder: Path, ranks: int) -> dict
             controller.wait()
 
 
-def _watch(job: TrainJob, submission: Path, controller: Any, bar: Any) -> dict[str, Any]:
+def _watch(job: TrainJob, plan: NodePlan, controller: Any, bar: Any) -> dict[str, Any]:
     def wait(condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not (found := condition()):
@@ -190,17 +186,18 @@ def _watch(job: TrainJob, submission: Path, controller: Any, bar: Any) -> dict[s
             time.sleep(0.02)
         return found
 
-    def report() -> ControllerReport | None:
-        return ControllerReport.read(submission)
+    def processes() -> ControllerReport | None:
+        return ControllerReport.read(plan.folder)
 
+    assert plan.restarts is not None
     started = time.time()
-    saved = int(wait(lambda: _saved(job), "a checkpoint"))
+    saved = wait(plan.restarts.saved_so_far, "a checkpoint")
     since = len(_rows(job))
     before = wait(lambda: len(found := _rows(job)) >= since + KILLED_AFTER and found, "a step")
-    ranks = wait(report, "a report").ranks
+    ranks = wait(processes, "a report").ranks
     killed = time.time()
     os.kill(ranks[-1].pid, signal.SIGKILL)
-    wait(lambda: (found := report()) and (found.exits or found.restarts), "the rank's name")
+    wait(lambda: (found := processes()) and (found.exits or found.restarts), "the rank's name")
     named = time.time()
     going_on = wait(lambda: [row for row in _rows(job) if row["time"] > named], "a step of the next life")[0]
     assert going_on["step"] in range(saved + 1, before[-1]["step"] + 2), f"it goes on with step {going_on['step']}"
@@ -219,11 +216,6 @@ def _rows(job: TrainJob) -> list[dict[str, Any]]:
     path = job.output / METRICS_FILE
     text = path.read_text() if path.exists() else ""
     return [row for row in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if "train/loss" in row]
-
-
-def _saved(job: TrainJob) -> str:
-    path = job.output / SAVED_FILE
-    return path.read_text() if path.exists() else ""
 
 
 if __name__ == "__main__":

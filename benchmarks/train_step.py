@@ -69,7 +69,7 @@ def main() -> None:
         if options.table and mesh.rank == 0:
             sys.stdout.write(table + "\n")
     if mesh.rank == 0:
-        _report(result)
+        report(result)
     sys.stdout.flush()
     engine.close()
     dist.destroy_process_group()
@@ -202,7 +202,8 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
     }
 
 
-def _report(result: dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> None:
+    """Print figures, a line each; then all of them as a line of JSON."""
     for name, value in result.items():
         sys.stdout.write(f"{name:24} {value}\n")
     sys.stdout.write(json.dumps(result) + "\n")

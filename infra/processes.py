@@ -38,6 +38,10 @@ class ProcessRecord:
         """Whether this very process still runs (an ended one that nobody has waited for does not)."""
         return self._status() not in (None, psutil.STATUS_ZOMBIE)
 
+    def is_stopped(self) -> bool:
+        """Whether it was stopped, as by SIGSTOP; a debugger's is another state."""
+        return self._status() == psutil.STATUS_STOPPED
+
     def reap(self) -> None:
         """If it has ended and is a child of this process, wait until its last thread is gone too."""
         if self._status() == psutil.STATUS_ZOMBIE:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,8 +78,15 @@ class FolderStore:
         self._folder.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def jobs_use(store: type[FolderStore]) -> Iterator[None]:
+    """Training jobs of this process keep their checkpoints in such a store, in the block."""
+    places = ("neox_core.train.run.PatientStore", "neox_core.checkpoint.lease.ConditionalStore")
+    with patch(places[0], store), patch(places[1], store):
+        yield
+
+
 def run_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) -> Any:
     """As `train_job`, with checkpoints in a folder."""
-    stores = ("neox_core.train.run.PatientStore", "neox_core.checkpoint.lease.ConditionalStore")
-    with patch(stores[0], FolderStore), patch(stores[1], FolderStore):
+    with jobs_use(FolderStore):
         return train_job(config, job, kill_at, port)

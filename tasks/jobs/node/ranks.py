@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 from submitit.core.utils import JobPaths
 
 from infra.processes import ProcessRecord
@@ -20,6 +19,8 @@ _END_SECONDS = 60.0
 """For the kernel to end a killed process."""
 _STOPPED_SECONDS = 30.0
 """For a stopped process to be continued by whoever stopped it."""
+_LOOK_SECONDS = 1.0
+"""Between two looks for stopped ones."""
 
 
 class Ranks:
@@ -33,7 +34,9 @@ class Ranks:
     def __init__(self, plan: NodePlan, variables: Mapping[str, str]) -> None:
         self._plan, self._variables = plan, variables
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._records: dict[int, ProcessRecord] = {}
         self._stopped_since: dict[int, float] = {}
+        self._next_look = 0.0
         self.killed_for: dict[int, str] = {}
         """Why this node's controller has killed ranks, by rank."""
 
@@ -41,7 +44,8 @@ class Ranks:
         """Start them; their processes, by rank."""
         for local_rank in range(self._plan.ranks):
             self._start(local_rank)
-        return [ProcessRecord.of(process.pid) for process in self._processes.values()]
+        self._records = {rank: ProcessRecord.of(process.pid) for rank, process in self._processes.items()}
+        return list(self._records.values())
 
     def exits(self) -> dict[int, int]:
         """Exit codes of those that have ended, by rank."""
@@ -55,8 +59,11 @@ class Ranks:
 
     def kill_stopped(self) -> None:
         """End those that were stopped, as by SIGSTOP, and stayed so: nothing within them can notice it."""
-        now, running = time.monotonic(), self._processes.keys() - self.exits().keys()
-        stopped = {rank for rank in running if _is_stopped(self._processes[rank].pid)}
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        stopped = [rank for rank, record in self._records.items() if record.is_stopped()]
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
         for rank, since in self._stopped_since.items():
             if now - since > _STOPPED_SECONDS:
@@ -95,10 +102,3 @@ class Ranks:
 def rank_log(plan: NodePlan, rank: int) -> Path:
     """Where a rank's output goes."""
     return Path(JobPaths(plan.folder, job_id=plan.job_id or str(os.getpid()), task_id=rank).stdout)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)  # a debugger's is another state
-    except psutil.NoSuchProcess:
-        return False
