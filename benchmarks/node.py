@@ -112,17 +112,17 @@ def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
 
 def _measure(row: Row) -> dict[str, Any]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row.gpus)]
-    found = _run([*launch, "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
+    found = run_json([*launch, "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
     return found | {"key": row.key, "gpus": row.gpus, "arguments": row.arguments, "time": time.time()}
 
 
 def _peers(model: str) -> dict[str, Any]:
-    found = _run([sys.executable, "-m", "benchmarks.peers", model, "--micro-batch", "2"], PEER_SECONDS)
+    found = run_json([sys.executable, "-m", "benchmarks.peers", model, "--micro-batch", "2"], PEER_SECONDS)
     rates = {"peers": found["tokens_per_second"]} if "tokens_per_second" in found else found
     return rates | {"key": f"peers of {model}", "time": time.time()}
 
 
-def _run(command: list[str], limit: float) -> dict[str, Any]:
+def run_json(command: list[str], limit: float) -> dict[str, Any]:
     """The JSON of a command's last such line, or how it failed. All that it started ends with it."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 1 -m benchmarks.train_step 34b-slice
     torchrun --nproc_per_node 4 -m benchmarks.train_step 7b --tp 2 --micro-batch 2
     torchrun --nproc_per_node 2 -m benchmarks.train_step 7b --layers 8 --tp 2 --sequence-length 128 --tokens 1024
+    torchrun --nproc_per_node 1 -m benchmarks.train_step 7b --layers 8 --family qwen3
 
 Random weights and tokens; 65,536 tokens a step and GPU, sequence 4096, bf16 parameters, fp32 master weights, Adam
 states and gradient accumulation, clip and optimizer included. First the sustained rate of the model's own matrix
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.kernel_times import kernel_times
 from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.config.families import FAMILIES
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
@@ -80,6 +82,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="the model with this family's differences")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
     parser.add_argument("--micro-batch", type=int, default=1)
@@ -120,9 +123,16 @@ def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
             "parallel": config.parallel.model_copy(
                 update={"tensor": options.tp, "pipeline": options.pp, "overlap": options.overlap}
             ),
-            "model": config.model.model_copy(update={"num_layers": layers}),
+            "model": config.model.model_copy(update={"num_layers": layers, **_family_settings(options, layers)}),
         }
     )
+
+
+def _family_settings(options: argparse.Namespace, layers: int) -> dict[str, Any]:
+    family = FAMILIES[options.family]
+    without = tuple(n for n in range(layers) if family.no_rope_interval and (n + 1) % family.no_rope_interval == 0)
+    window = family.sliding_window and max(family.sliding_window, options.sequence_length)
+    return {"family": options.family, "layers_without_rope": without, "sliding_window": window}
 
 
 def _random_weights(config: RunConfig, device: torch.device) -> Any:
@@ -184,6 +194,7 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "gpus": dist.get_world_size(),
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
+        "family": config.model.family,
         "layers": config.model.num_layers,
         "parameters": parameter_count(config.model),
         "micro_batch": config.train.micro_batch_size,

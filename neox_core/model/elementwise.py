@@ -51,9 +51,17 @@ def add_and_normalize(x: Tensor, addend: Tensor, scale: Tensor, eps: float) -> t
     return total, _normalize(total, scale, eps)
 
 
+@fused_on_cuda
+def normalize_and_add(x: Tensor, residual: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """The residual with the RMS norm of x."""
+    return residual + _normalize(x, scale, eps)
+
+
 @Kernel
-def norm_gradients(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of an x that was passed on as it is and normalized, and of the norm's scale."""
+def norm_gradients(
+    x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of an x that was normalized, and passed on as it is where d_residual is given; and of the scale."""
     if x.is_cuda:
         from neox_core.model.norm_kernel import launch
 
@@ -61,7 +69,9 @@ def norm_gradients(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tenso
     x32, d32 = x.float(), d_normed.float()
     inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     unit, d_unit = x32 * inverse, d32 * scale.float()
-    d_x = d_residual.float() + inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
+    d_x = inverse * (d_unit - unit * (d_unit * unit).mean(-1, keepdim=True))
+    if d_residual is not None:
+        d_x = d_residual.float() + d_x
     d_scale = (d32 * unit.to(x.dtype)).flatten(0, -2).sum(0)
     return d_x.to(x.dtype), d_scale.to(scale.dtype)
 
@@ -95,8 +105,11 @@ def _split(fused_BTF: Tensor, head_dim: int, heads: int, kv_heads: int, grouped:
 @fused_on_cuda
 def mean_squares(fused_BTF: Tensor, head_dim: int, heads: int, kv_heads: int, grouped: bool) -> Tensor:
     """Of all heads' queries and of all heads' keys in a fused projection: [B,T,2], in fp32."""
-    q, k, _ = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
-    return torch.stack([x.float().square().mean((-2, -1)) for x in (q, k)], dim=-1)
+    return _mean_squares(*_split(fused_BTF, head_dim, heads, kv_heads, grouped)[:2])
+
+
+def _mean_squares(q_BTNH: Tensor, k_BTKH: Tensor) -> Tensor:
+    return torch.stack([x.float().square().mean((-2, -1)) for x in (q_BTNH, k_BTKH)], dim=-1)
 
 
 @fused_on_cuda
@@ -118,7 +131,7 @@ def split_and_rotate(
             head width.
         grouped: instead, per KV head its queries, its k and its v.
         scales: of the norms that q and k get before they are rotated: [H], the same for each head, or of all heads.
-        means_BT2: where they are normalized over all heads: mean squares of q and of k.
+        means_BT2: where they are normalized over all heads, and other ranks have some: mean squares of q and of k.
 
     Returns:
         q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
@@ -126,6 +139,8 @@ def split_and_rotate(
     head_dim = 2 * cos.shape[-1]
     q, k, v = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
     if scales is not None:
+        if means_BT2 is None and len(scales[0]) > head_dim:
+            means_BT2 = _mean_squares(q, k)
         of_q, of_k = (None, None) if means_BT2 is None else means_BT2[..., None, None, :].unbind(-1)
         q = _normalize(q, scales[0].view(-1, head_dim), eps, of_q)
         k = _normalize(k, scales[1].view(-1, head_dim), eps, of_k)

@@ -58,9 +58,9 @@ class Attention(nn.Module):
         dims = self.dims
         heads = dims.num_heads, dims.num_kv_heads, dims.grouped_qkv
         scales = (self.q_norm.scale, self.k_norm.scale) if dims.qk_norm else None
-        means_BT2 = mean_squares(fused_BTF, dims.head_dim, *heads) if dims.qk_norm == "projection" else None
-        if means_BT2 is not None and self.of_all_heads is not None:
-            means_BT2 = self.of_all_heads(means_BT2)
+        means_BT2 = None
+        if dims.qk_norm == "projection" and self.of_all_heads is not None:
+            means_BT2 = self.of_all_heads(mean_squares(fused_BTF, dims.head_dim, *heads))
         q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, *heads, scales, dims.norm_eps, means_BT2)
         attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
         return attended_BTNH.flatten(2)

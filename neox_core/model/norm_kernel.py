@@ -15,23 +15,27 @@ from torch import Tensor
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def launch(x: Tensor, scale: Tensor, d_residual: Tensor, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x [..., D] and of the scale [D]."""
     width = x.shape[-1]
     rows = x.numel() // width
-    d_residual, d_normed = d_residual.contiguous(), d_normed.contiguous()
+    d_normed = d_normed.contiguous()
+    added = d_normed if d_residual is None else d_residual.contiguous()  # d_normed is not read as such
     programs = min(rows, _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count)
     d_x, parts = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     warps = min(max(block // 512, 4), 16)
     _rms_norm_backward[(programs,)](
-        x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK=block, num_warps=warps
-    )
+        x, scale, added, d_normed, d_x, parts, rows, width, eps, programs,
+        ADDS=d_residual is not None, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return d_x, parts.sum(0).to(scale.dtype)
 
 
 @triton.jit
-def _rms_norm_backward(x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    x, scale, d_residual, d_normed, d_x, parts, rows, width, eps, programs, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
     first = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -41,11 +45,12 @@ def _rms_norm_backward(x, scale, d_residual, d_normed, d_x, parts, rows, width, 
         at = row.to(tl.int64) * width + columns
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(d_normed + at, mask=inside, other=0.0).to(tl.float32)
-        residual = tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value) / width + eps)
         unit = value * inverse
         d_unit = upstream * weight
-        gradient = residual + inverse * (d_unit - unit * (tl.sum(d_unit * unit) / width))
+        gradient = inverse * (d_unit - unit * (tl.sum(d_unit * unit) / width))
+        if ADDS:
+            gradient += tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=inside)
         total += upstream * unit.to(d_x.dtype.element_ty).to(tl.float32)
     tl.store(parts + first.to(tl.int64) * width + columns, total, mask=inside)

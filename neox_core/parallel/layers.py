@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
-from neox_core.model.add_norm import add_norm
+from neox_core.model.add_norm import add_norm, norm_add
 from neox_core.model.llama import MLP, Attention, RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
 from neox_core.parallel.tensor_parallel import SplitRegion
@@ -96,9 +96,9 @@ class FusedBlock(PipelineLayer):
         return h_BTD + self._mlp(normed_BTD)
 
     def _block_then_norms(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
-        recomputed = self.checkpointing.recomputed
-        h_BTD = x_BTD + recomputed(self.post_attention_layernorm, self._attention(x_BTD, positions_BT))
-        return h_BTD + recomputed(self.post_feedforward_layernorm, self._mlp(h_BTD))
+        after, last = self.post_attention_layernorm, self.post_feedforward_layernorm
+        h_BTD = norm_add(self._attention(x_BTD, positions_BT), x_BTD, after.scale, after.eps)
+        return norm_add(self._mlp(h_BTD), h_BTD, last.scale, last.eps)
 
     def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, addend_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total_BTD, normed_BTD = add_norm(x_BTD, addend_BTD, norm.scale, norm.eps)

@@ -23,10 +23,11 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckp
     - full keeps the block's input: e·D/S.
     - selective keeps the outputs of matrix products: the input and the sum after attention, 2·e·D/S; the fused
       projection, e·H·(N + 2K); gate and up, 2·e·F.
-    - with norms after attention and MLP, what these give as well, 2·e·D/S.
     - none keeps the norms' results too, of all tokens, 2·e·D; rotated q and k, and v, and attention's result,
       e·H·(2N + 2K), and the softmax's fp32 log-sum, 4·N (arXiv 2205.14135); SwiGLU's result, 3·e·F in all, and its
-      silu too where it is not compiled. With positions of documents, a row of cosines and sines in fp32, 4·H.
+      silu too where it is not compiled. With positions of documents, a row of cosines and sines in fp32, 4·H. Where
+      queries and keys are normalized, the fused projection as well.
+    - with norms after attention and MLP, what these give as well, 2·e·D/S; none does not need what they add to.
 
     Args:
         dims: one rank's.
@@ -35,14 +36,13 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckp
     """
     size, split = DTYPE_BYTES[config.train.precision], _token_split(config)
     hidden, heads, kv_heads, width = dims.hidden_size, dims.num_heads, dims.num_kv_heads, dims.head_dim
-    residual = 2 * size * hidden // split
-    unnormed = residual if dims.norms_after else 0
+    residual, fused = 2 * size * hidden // split, size * width * (heads + 2 * kv_heads)
     per_token = {
         "full": residual // 2,
-        "selective": residual + unnormed + size * (width * (heads + 2 * kv_heads) + 2 * dims.intermediate_size),
+        "selective": (1 + dims.norms_after) * residual + fused + size * 2 * dims.intermediate_size,
         "none": residual
-        + unnormed
         + size * (2 * hidden + width * (2 * heads + 2 * kv_heads) + (4 - compiled) * dims.intermediate_size)
+        + (fused if dims.qk_norm else 0)
         + _FP32 * heads
         + _FP32 * width * config.train.mask_documents,
     }

@@ -78,10 +78,15 @@ def _elementwise_bytes(config: RunConfig, dims: ModelDimensions) -> tuple[float,
     Forward: two sums with their norms read two tensors and write two; the rotation reads the fused projection and
     writes it; SwiGLU reads two and writes one. Backward: each norm reads three and writes one; the rotation as
     forward; SwiGLU reads three and writes two, and its result once more.
+
+    A norm after attention or MLP reads two and writes one, and backward reads two and writes one, with a sum of two
+    gradients next to it. Norms of queries and keys read these once more backward.
     """
     size = DTYPE_BYTES[config.train.precision]
     split = config.parallel.tensor if config.parallel.sequence else 1
-    norms = 2 * 4 * size * dims.hidden_size / split
+    forward, backward = (3, 6) if dims.norms_after else (4, 4)
+    norm = 2 * size * dims.hidden_size / split
     rotation = 2 * size * dims.head_dim * (dims.num_heads + 2 * dims.num_kv_heads)
+    again = size * dims.head_dim * (dims.num_heads + dims.num_kv_heads) if dims.qk_norm else 0
     width = size * dims.intermediate_size
-    return norms + rotation + 3 * width, norms + rotation + 5.5 * width
+    return forward * norm + rotation + 3 * width, backward * norm + rotation + again + 5.5 * width

@@ -20,6 +20,9 @@ from neox_core.parallel.loss import whole_vocabulary_losses
 from neox_core.parallel.weight_gradients import add_outer_product
 from neox_core.simulate.recorder import Recorder
 
+_SCALES = 6
+"""Which argument of split_and_rotate says that queries and keys are normalized, so that they are kept as they were."""
+
 
 def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
     """Within it, the model, the loss and the linear layers keep and allocate what they do on a GPU."""
@@ -29,13 +32,16 @@ def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
         function = recorder.as_kernel(kernel.function)
         return lambda *args: _Compiled.apply(function, keeps, *args)  # type: ignore[no-untyped-call]
 
+    rotated, normed = (compiled(elementwise.split_and_rotate, keeps) for keeps in ((1, 2), (0, 1, 2)))
     return stand_ins(
         {
             elementwise.rms_norm: compiled(elementwise.rms_norm, keeps=(0, 1)),
             elementwise.swiglu: compiled(elementwise.swiglu, keeps=(0, 1)),
-            elementwise.split_and_rotate: compiled(elementwise.split_and_rotate, keeps=(1, 2)),
+            elementwise.split_and_rotate: lambda *args: (rotated if args[_SCALES] is None else normed)(*args),
+            elementwise.mean_squares: compiled(elementwise.mean_squares, keeps=(0,)),
             # Called forward and backward by a function of autograd's own.
             elementwise.add_and_normalize: recorder.as_kernel(elementwise.add_and_normalize.function),
+            elementwise.normalize_and_add: recorder.as_kernel(elementwise.normalize_and_add.function),
             elementwise.norm_gradients: recorder.as_kernel(elementwise.norm_gradients.function),
             causal_attention: _attention,
             whole_vocabulary_losses: compiled(whole_vocabulary_losses, keeps=(0, 1)),

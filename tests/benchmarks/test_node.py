@@ -64,8 +64,8 @@ def test_a_second_call_measures_what_is_left(
 
 
 def test_a_command_gives_its_last_line_of_json_or_how_it_failed() -> None:
-    good = node._run([sys.executable, "-c", "print('{\"a\": 1}'); print('done')"], 60)
+    good = node.run_json([sys.executable, "-c", "print('{\"a\": 1}'); print('done')"], 60)
     assert good == {"a": 1}
-    assert "oh no" in node._run([sys.executable, "-c", "raise SystemExit('oh no')"], 60)["failed"]
-    late = node._run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    assert "oh no" in node.run_json([sys.executable, "-c", "raise SystemExit('oh no')"], 60)["failed"]
+    late = node.run_json([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
     assert "ended after 0.5 s" in late["failed"]

@@ -62,8 +62,23 @@ SWITCHED = [case(layout, variant) for layout, variant in ALL if variant.referenc
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains a layout, in all its variants, when it is first asked for."""
+def asked(request: pytest.FixtureRequest) -> dict[Layout, list[Variant]]:
+    """What the chosen tests are about, with what it is compared to: `-k 2-1-1-bf16-none` takes a minute, not ten."""
+    found: dict[Layout, set[Variant]] = {layout: set() for layout in [ALONE, *LAYOUTS]}
+    for item in request.session.items:
+        if item.path != request.path or not isinstance(item, pytest.Function):
+            continue
+        chosen = getattr(item, "callspec", None)
+        layout, variant = (chosen.params.get(name) for name in ("layout", "variant")) if chosen else (None, None)
+        variant = variant or Variant("bf16")
+        found[layout or ALONE] |= {variant, variant.reference} if layout else {variant.reference}
+        found[ALONE].add(variant.reference)
+    return {layout: [v for v in variants(layout) if v in chosen] for layout, chosen in found.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, asked: dict[Layout, list[Variant]]) -> Trained:
+    """Trains a layout, in all variants that are asked for, when it is first asked for."""
     done: dict[Layout, Any] = {}
 
     def results(layout: Layout) -> Any:
@@ -71,12 +86,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             done[layout] = AssertionError(f"layout {layout} failed before")
             folder, shards = tmp_path_factory.mktemp("layout"), {}
             parallel = ParallelConfig(tensor=layout[0], pipeline=layout[1])
-            for kv_heads in {variant.kv_heads for variant in variants(layout)}:
+            for kv_heads in {variant.kv_heads for variant in asked[layout]}:
                 model = MODEL.model_copy(update={"num_kv_heads": kv_heads})
                 shards[kv_heads] = folder / f"shards {kv_heads}"
                 make_random_base(model, folder / f"base {kv_heads}", seed=7)
                 convert(folder / f"base {kv_heads}", shards[kv_heads], model, parallel)
-            done[layout] = run_ranks(train, math.prod(layout), layout, variants(layout), shards, timeout=500)
+            done[layout] = run_ranks(train, math.prod(layout), layout, asked[layout], shards, timeout=500)
         if isinstance(done[layout], AssertionError):
             raise done[layout]
         return done[layout]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, batch_geometry, load_config
+from neox_core.config.families import FamilyName
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.step_time import Prediction, predict
@@ -37,6 +38,7 @@ class Row:
     mode: ActivationCheckpointing = "none"
     graphs: bool = False
     overlap: bool = False
+    family: FamilyName = "llama"
     note: str = ""
 
     @property
@@ -57,7 +59,7 @@ class Row:
         parallel = ParallelConfig(tensor=self.tensor, pipeline=self.pipeline, overlap=overlap)
         return base.model_copy(
             update={
-                "model": base.model.model_copy(update={"num_layers": self.layers}),
+                "model": base.model.model_copy(update={"num_layers": self.layers, "family": self.family}),
                 "train": base.train.model_copy(update=train),
                 "parallel": parallel,
                 "launch": base.launch.model_copy(update={"nodes": 1, "ranks_per_node": self.gpus}),
@@ -72,9 +74,18 @@ class Row:
         return predict(config, geometry, CARDS[self.card], modes)
 
     def __str__(self) -> str:
-        switches = ("graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
+        family = "" if self.family == "llama" else self.family
+        switches = (family, "graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
         layout = f"TP {self.tensor} PP {self.pipeline} DP {self.data}"
-        words = (self.card, self.model, f"{self.layers} layers", layout, f"micro batch {self.micro_batch}", self.mode)
+        words = (
+            self.card,
+            self.model,
+            f"{self.layers} layers",
+            layout,
+            f"micro batch {self.micro_batch}",
+            self.mode,
+            self.family,
+        )
         return ", ".join((*words, *filter(None, switches)))
 
 
@@ -103,6 +114,10 @@ ROWS = [
     Row("h200", "7b", 32, 2, 6.05, mode="full"),
     Row("h200", "7b", 8, 2, 0.644, HALF),
     Row("h200", "7b", 8, 2, 0.645, HALF, graphs=True),
+    Row("h200", "7b", 8, 2, at(51062), graphs=True, note="next to the other families"),
+    Row("h200", "7b", 8, 2, at(50620), graphs=True, family="qwen2"),
+    Row("h200", "7b", 8, 2, at(50464), graphs=True, family="qwen3"),
+    Row("h200", "7b", 8, 2, at(49247), graphs=True, family="olmo2", note="each norm a pass of its own"),
     # Several GPUs without CUDA graphs.
     Row("h200", "7b", 32, 1, at(10849, HALF), HALF, tensor=2),
     Row("h200", "7b", 32, 4, at(12044, HALF), HALF, tensor=2),
@@ -123,6 +138,8 @@ ROWS = [
     Row("h200", "7b", 8, 2, 0.373, QUARTER, tensor=2, graphs=True),
     Row("h200", "7b", 8, 2, 0.653, HALF, data=2, graphs=True),
     Row("h200", "7b", 8, 1, 0.380, QUARTER, pipeline=2, graphs=True),
+    Row("h200", "7b", 8, 2, at(50637), data=2, graphs=True),
+    Row("h200", "7b", 8, 1, at(45052), pipeline=2, graphs=True),
     Row("h200", "7b", 8, 1, 0.420, QUARTER, tensor=2, mode="selective", graphs=True),
     Row("h200", "7b", 8, 1, 0.499, QUARTER, tensor=2, mode="full", graphs=True),
     Row("h200", "7b", 32, 2, at(11525), tensor=2, graphs=True),

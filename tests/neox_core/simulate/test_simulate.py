@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flows.cli.planning.memory_tables import memory_table, traffic_table
-from neox_core.config import RunConfig, load_config
+from neox_core.config import ActivationCheckpointing, RunConfig, load_config
 from neox_core.planning.plan import plan
 from neox_core.simulate import simulate
 from tests.paths import CONFIGS
@@ -30,13 +30,16 @@ def changed(layers: int, accumulation: int, pipeline: int, **train: Any) -> RunC
     )
 
 
-def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
+def of(
+    name: str, pipeline: int = 1, activation_checkpointing: ActivationCheckpointing = "selective", **model: Any
+) -> RunConfig:
     """Another configuration with a few layers."""
     config = load_config(CONFIGS / f"{name}.yml")
+    train = {"global_batch_tokens": 8192 * 64, "activation_checkpointing": activation_checkpointing}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"num_layers": 2 if pipeline == 1 else 6} | model),
-            "train": config.train.model_copy(update={"global_batch_tokens": 8192 * 64}),
+            "train": config.train.model_copy(update=train),
             "parallel": config.parallel.model_copy(update={"pipeline": pipeline}),
         }
     )
@@ -51,6 +54,9 @@ def of(name: str, pipeline: int = 1, **model: Any) -> RunConfig:
         pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
+        pytest.param(of("qwen3_8b", activation_checkpointing="none"), id="Qwen 3, all kept"),
+        pytest.param(of("llama3_8b", family="olmo2"), id="OLMo 2"),
+        pytest.param(of("llama3_8b", family="olmo2", activation_checkpointing="none"), id="OLMo 2, all kept"),
         pytest.param(of("llama3_8b", 2, family="smollm3", layers_without_rope=(1, 3)), id="layers without rotation"),
     ],
 )
