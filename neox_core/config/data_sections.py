@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from neox_core.config.section import NAME, ConfigPath, Location, Section
+from neox_core.config.section import NAME, ConfigPath, Location, SbatchOptions, Section
 
 SourceName = Annotated[str, Field(pattern=NAME)]
 """A source is also a folder, of text and of tokens."""
@@ -64,7 +64,7 @@ class TokenizeJobConfig(Section):
     memory_gb: PositiveInt = Field(4, description="gigabytes of one task; a worker stays far below the default")
     partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
     account: str | None = Field(None, description="SLURM's account; None: yours")
-    slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
+    slurm_parameters: SbatchOptions = Field({}, description="further sbatch options, by name: no-requeue, mem")
 
 
 class DataConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -18,7 +18,7 @@ from neox_core.config.checkpoint_sections import VALIDATION, CheckpointsConfig, 
 from neox_core.config.data_sections import DataConfig
 from neox_core.config.evaluation_sections import EvaluateConfig
 from neox_core.config.model_sections import BaseModelConfig, ModelConfig
-from neox_core.config.section import NAME, ConfigPath, S3Prefix, Section
+from neox_core.config.section import NAME, ConfigPath, S3Prefix, SbatchOptions, Section
 from neox_core.config.train_sections import (
     TrainConfig,
 )
@@ -123,7 +123,7 @@ class LaunchConfig(Section):
     )
     partition: str | None = Field(None, description="SLURM's partition; None: the cluster's default")
     account: str | None = Field(None, description="SLURM's account; None: yours")
-    slurm_parameters: dict[str, Any] = Field({}, description="further sbatch options, as submitit names them")
+    slurm_parameters: SbatchOptions = Field({}, description="further sbatch options, by name: no-requeue, mem")
 
     @property
     def world_size(self) -> int:

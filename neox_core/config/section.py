@@ -33,6 +33,18 @@ ConfigPath = Annotated[Path, BeforeValidator(_local), AfterValidator(_resolve)]
 """A path; a relative one is relative to the folder of the YAML file."""
 
 
+def _as_submitit_names(options: dict[str, Any]) -> dict[str, Any]:
+    named = {name.lstrip("-").replace("-", "_"): value for name, value in options.items()}
+    if len(named) < len(options):
+        raise ValueError(f"an option is given twice: {', '.join(options)}")
+    return named
+
+
+SbatchOptions = Annotated[dict[str, Any], AfterValidator(_as_submitit_names)]
+"""Options of sbatch, as on its command line (no-requeue) or as submitit names them (no_requeue), which they become: by
+another name an option would not replace ours."""
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 

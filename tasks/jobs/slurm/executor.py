@@ -147,7 +147,7 @@ def _submitit_executor(submission: Submission, kind: Any = submitit.SlurmExecuto
     gpus = 0 if wanted.gpus == "cpu" else wanted.ranks_per_node
     # With a controller, a node has one task, which starts the ranks.
     tasks, ranks_per_task = (1, wanted.ranks_per_node) if wanted.restarts else (wanted.ranks_per_node, 1)
-    cpus = ranks_per_task * wanted.cpus_per_rank
+    cpus = wanted.parameters.get("cpus_per_task", ranks_per_task * wanted.cpus_per_rank)
     options = {
         "gpus_per_node": gpus or None,  # a cluster without GPUs may refuse even 0
         "mem": f"{wanted.memory_gb}G" if wanted.memory_gb else None,

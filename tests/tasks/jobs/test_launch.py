@@ -234,7 +234,7 @@ def is_running(pid: int) -> bool:
 
 def submit_to_slurm(folder: Path, **changes: Any) -> Job:
     launch = LaunchConfig(
-        nodes=4, ranks_per_node=8, cpus_per_rank=12, partition="big", slurm_parameters={"qos": "high"}, **changes
+        nodes=4, ranks_per_node=8, cpus_per_rank=12, partition="big", **{"slurm_parameters": {"qos": "high"}} | changes
     )
     return submit_or_attach(launch, folder / "jobs", "train", KEY, rank_functions.sleep_for_ever, ("x",), 4, 8)
 
@@ -251,6 +251,33 @@ def test_what_slurm_is_asked_for(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
     command = next(line for line in script.splitlines() if line.startswith("srun"))
     assert '--kill-on-bad-exit=1 --cpus-per-task=12 sh -c \'trap "" USR2; exec "$@"\' _ ' in command
     assert f"{sys.executable} -u -m submitit.core._submit" in command
+
+
+def options(script: str, name: str) -> list[str]:
+    lines = (line.removeprefix("#SBATCH --") for line in script.splitlines())
+    return [line for line in lines if line.startswith(name)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"no-requeue": True, "cpus-per-task": 3},
+        {"no_requeue": True, "cpus_per_task": 3},
+        {"--no-requeue": True, "--cpus-per-task": 3},
+    ],
+)
+def test_options_by_any_name_replace_ours(tmp_path: Path, fake_slurm: FakeSlurm, given: dict[str, Any]) -> None:
+    submit_to_slurm(tmp_path, slurm_parameters=given)
+    script = (fake_slurm.folder / "submission.sh").read_text()
+    assert options(script, "requeue") == []
+    assert options(script, "no-") == ["no-requeue"]
+    assert options(script, "cpus-per-task") == ["cpus-per-task=3"]
+    assert " --cpus-per-task=3 " in script  # srun's
+
+
+def test_an_option_given_twice() -> None:
+    with pytest.raises(ValueError, match="given twice: no-requeue, no_requeue"):
+        LaunchConfig(slurm_parameters={"no-requeue": True, "no_requeue": True})
 
 
 def test_no_gpus_are_asked_for_on_cpus(tmp_path: Path, fake_slurm: FakeSlurm) -> None:
