@@ -22,12 +22,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.node_rows import Row, rows, table
+from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
 from neox_core.planning.calibration import calibrate
 from neox_core.planning.hardware import Hardware, load_hardware
@@ -36,6 +39,15 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("7b", "34b-slice")
 ROW_SECONDS, PEER_SECONDS = 150, 420
 """What a row may take at most; none is begun with less time left."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A measurement of what others offer."""
+
+    key: str
+    command: tuple[str, ...]
+    limit: float = ROW_SECONDS
 
 
 def main() -> None:
@@ -55,17 +67,17 @@ def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, de
     """Measure rows that are not there; returns the number of those that there was no time for."""
     results, left = {result["key"]: result for result in _read(options.results)}, 0
     models = ("tiny",) if options.toy else MODELS
-    wanted: list[Row | str] = [*rows(gpus, hardware, models, options.toy), *(() if options.toy else models)]
+    peers = [peer for model in (() if options.toy else MODELS) for peer in _peers(model, gpus)]
+    wanted: list[Row | Peer] = [*rows(gpus, hardware, models, options.toy), *peers]
     for row in wanted:
-        key = f"peers of {row}" if isinstance(row, str) else row.key
-        if key in results and not ("failed" in results[key] and options.retry):
+        if row.key in results and not ("failed" in results[row.key] and options.retry):
             continue
-        if time.monotonic() + (PEER_SECONDS if isinstance(row, str) else ROW_SECONDS) > deadline:
+        if time.monotonic() + (row.limit if isinstance(row, Peer) else ROW_SECONDS) > deadline:
             left += 1
             continue
-        result = _peers(row) if isinstance(row, str) else _measure(row)
+        result = _measure_peer(row) if isinstance(row, Peer) else _measure(row)
         _append(options.results, result)
-        sys.stdout.write(f"{key}: {result.get('tokens_per_second', result.get('failed', result.get('peers')))}\n")
+        sys.stdout.write(f"{row.key}: {result.get('tokens_per_second', result.get('failed', result.get('peers')))}\n")
         sys.stdout.flush()
     return left
 
@@ -110,16 +122,28 @@ def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
     return load_hardware(str(path))
 
 
+def _torchrun(gpus: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+
+
 def _measure(row: Row) -> dict[str, Any]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row.gpus)]
-    found = run_json([*launch, "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
+    found = run_json([*_torchrun(row.gpus), "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
     return found | {"key": row.key, "gpus": row.gpus, "arguments": row.arguments, "time": time.time()}
 
 
-def _peers(model: str) -> dict[str, Any]:
-    found = run_json([sys.executable, "-m", "benchmarks.peers", model, "--micro-batch", "2"], PEER_SECONDS)
-    rates = {"peers": found["tokens_per_second"]} if "tokens_per_second" in found else found
-    return rates | {"key": f"peers of {model}", "time": time.time()}
+def _peers(model: str, gpus: int) -> Iterator[Peer]:
+    """transformers on one GPU; torchtitan on several, a layout at a time."""
+    given = (model, "--micro-batch", "2")
+    yield Peer(f"peers of {model}", (sys.executable, "-m", "benchmarks.peers", *given), PEER_SECONDS)
+    for name, row in titan_rows(gpus).items() if gpus > 1 else ():
+        yield Peer(f"{name}, {model}", (*_torchrun(gpus), "-m", "benchmarks.torchtitan_step", *given, *row))
+
+
+def _measure_peer(peer: Peer) -> dict[str, Any]:
+    found = run_json(list(peer.command), peer.limit)
+    rates = found.get("tokens_per_second")
+    named = {"peers": rates if isinstance(rates, dict) else {peer.key: rates}} if rates else found
+    return named | {"key": peer.key, "time": time.time()}
 
 
 def run_json(command: list[str], limit: float) -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""The training step and transformers' Llama, compiled, with and without Liger's kernels: the same work in one call.
+"""The training step and what others offer for it, on the same architecture and cards, one after the other in one call.
 
-    python -m benchmarks.peers 7b --micro-batch 2
-    python -m benchmarks.peers 34b-slice
+    python -m benchmarks.peers 7b --micro-batch 2             # one GPU
+    python -m benchmarks.peers 7b --micro-batch 4 --gpus 2    # tensor parallelism, and data parallelism, of two
 
-Each runs alone on the GPU, one after the other: the same architecture, 65,536 random tokens a step at sequence 4096,
-no recomputation, clip by the global norm and fused AdamW. The peers' gradients and Adam states are bf16, which is less
-work than ours in fp32. A peer that does not fit gets smaller micro batches. The last line is JSON.
+65,536 random tokens a step and GPU at sequence 4096, clip by the global norm and fused AdamW; each has as many tokens
+a micro batch as fit, from --micro-batch down. The last line is JSON.
 
-Needs transformers, and liger-kernel for the peer with its kernels.
+On one GPU: transformers' Llama, compiled, with and without Liger's kernels, nothing computed again; gradients and Adam
+states are bf16, which is less work than ours in fp32. Needs transformers and liger-kernel.
+
+On several: torchtitan's FSDP against our data parallelism and our tensor parallelism, and its tensor parallelism, plain
+and asynchronous, against ours (benchmarks/torchtitan_step.py). What has no room is computed again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +29,74 @@ import torch
 STEP_TOKENS, SEQUENCE = 65536, 4096
 ROOT = Path(__file__).parents[1]
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
+Result = dict[str, Any]
+Rates = dict[str, Result | None]
+"""By name; None: it failed."""
 
 
 def main() -> None:
-    """Run ours and each peer in a process of its own, and print the ratios."""
+    """Run ours and each peer in processes of their own, and print the ratios."""
     options = _options()
     if options.peer:
         sys.stdout.write(json.dumps(_measure_peer(options)) + "\n")
         return
-    common = [options.model, "--micro-batch", str(options.micro_batch), "--steps", str(options.steps)]
+    common = [options.model, "--steps", str(options.steps)]
     common += ["--layers", str(options.layers)] if options.layers else []
-    ours = _run([*_torchrun(), "-m", "benchmarks.train_step", *common])
-    if ours is None:
+    micro_batch = ["--micro-batch", str(options.micro_batch)]
+    if options.gpus == 1:
+        ours = {"ours": _run([*_torchrun(1), "-m", "benchmarks.train_step", *common, *micro_batch])}
+        peer = [sys.executable, "-m", "benchmarks.peers", *common, *micro_batch, "--peer"]
+        peers = {name: _run([*peer, name]) for name in PEERS}
+    else:
+        ours, peers = _several(options.gpus, common, options.micro_batch)
+    _compare(ours, peers)
+
+
+def _several(gpus: int, common: list[str], micro_batch: int) -> tuple[Rates, Rates]:
+    """Ours in two layouts, and torchtitan in as many and more."""
+    tensor = ["--tp", str(gpus)]
+    ours = {f"ours, TP {gpus}": tensor, f"ours, DP {gpus}": ["--activation-checkpointing", "auto"]}
+
+    def measure(module: str, rows: Mapping[str, list[str]]) -> Rates:
+        return {
+            name: _largest([*_torchrun(gpus), "-m", module, *common, *row], micro_batch) for name, row in rows.items()
+        }
+
+    return measure("benchmarks.train_step", ours), measure("benchmarks.torchtitan_step", titan_rows(gpus))
+
+
+def titan_rows(gpus: int) -> dict[str, list[str]]:
+    """torchtitan's layouts by name, as options of benchmarks/torchtitan_step.py."""
+    tensor = ["--tp", str(gpus)]
+    return {
+        f"torchtitan, TP {gpus}": tensor,
+        f"torchtitan, asynchronous TP {gpus}": [*tensor, "--async-tp"],
+        f"torchtitan, FSDP {gpus}": [],
+        f"torchtitan, FSDP {gpus}, selective": ["--activation-checkpointing", "selective"],
+    }
+
+
+def _largest(command: list[str], micro_batch: int) -> Result | None:
+    """The result with the largest micro batch that runs."""
+    while micro_batch > 0:
+        found = _run([*command, "--micro-batch", str(micro_batch)])
+        if found is not None:
+            return found
+        micro_batch //= 2
+    return None
+
+
+def _compare(ours: Rates, peers: Rates) -> None:
+    rates = {name: float(row["tokens_per_second"]) for name, row in (ours | peers).items() if row is not None}
+    present = [name for name in ours if name in rates]
+    if not present:
         raise SystemExit("our own step failed: see above")
-    rates = {"ours": float(ours["tokens_per_second"])}
-    for name in PEERS:
-        result = _run([sys.executable, "-m", "benchmarks.peers", *common, "--peer", name])
-        if result is not None:
-            rates[name] = float(result["tokens_per_second"])
     for name, rate in rates.items():
-        sys.stdout.write(f"{name:32} {rate:10,.0f} tokens/s   ours / this {rates['ours'] / rate:6.3f}\n")
-    sys.stdout.write(json.dumps({"device": ours["device"], "tokens_per_second": rates}) + "\n")
-    if missing := PEERS.keys() - rates.keys():
+        ratios = "   ".join(f"{own} / this {rates[own] / rate:6.3f}" for own in present)
+        sys.stdout.write(f"{name:34} {rate:10,.0f} tokens/s a GPU   {ratios}\n")
+    rows = {name: row for name, row in (ours | peers).items() if row is not None}
+    sys.stdout.write(json.dumps({"tokens_per_second": rates, "rows": rows}) + "\n")
+    if missing := (ours | peers).keys() - rates.keys():
         raise SystemExit(f"not measured, see above: {', '.join(sorted(missing))}")
 
 
@@ -55,23 +105,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", choices=["7b", "34b-slice", "tiny"])
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
     parser.add_argument("--peer", choices=PEERS, help="only this one, in this process")
     return parser.parse_args()
 
 
-def _torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
+def _torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
 
 
-def _run(command: list[str]) -> dict[str, Any] | None:
+def _run(command: Sequence[str]) -> Result | None:
     """The JSON of the last line, or None after a failure, whose last lines are shown."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if finished.returncode:
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
+    if finished.returncode or not lines:
         sys.stdout.write(f"failed: {' '.join(command)}\n{finished.stdout[-500:]}{finished.stderr[-1500:]}\n")
         return None
-    lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
-    result: dict[str, Any] = json.loads(lines[-1])
+    result: Result = json.loads(lines[-1])
     return result
 
 
