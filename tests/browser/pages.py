@@ -52,7 +52,9 @@ class PrefectPages:
             page.locator("textarea").last.fill(override)
         for name, value in (choices or {}).items():
             page.get_by_role("button", name=f"Select {name}").click()
-            page.get_by_role("option", name=value, exact=True).click()
+            option = page.get_by_role("option", name=value, exact=True)
+            option.click()
+            option.wait_for(state="hidden")  # a list closes slowly, and the next may have the same option
         self.shoot(shot)
         self._sent("create_flow_run", lambda: page.get_by_role("button", name="Submit").click())
 
