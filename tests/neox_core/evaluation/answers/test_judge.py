@@ -122,6 +122,15 @@ def test_a_stuck_process_is_replaced() -> None:
         assert hasty.verdict("7", "7").correct
 
 
+def test_a_process_that_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise OSError("no memory for another process")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", refuse)
+    with pytest.raises(OSError, match="no memory for another process"), Judge() as judge:
+        judge.verdict("1/2", "0.5")
+
+
 def test_majority(judge: Judge) -> None:
     assert judge.majority(["1/2", None, "3", "0.5", "4", "3", r"\frac12"]) == "1/2"
     assert judge.majority(["2", "3", "3", "2"]) == "2"
