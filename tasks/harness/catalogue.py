@@ -115,7 +115,7 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
         }
         text: dict[str, Any] = {"include": str(harness / task.include)} if task.include else {}
         text |= {"task": name, "tag": None, **task.own}
-        text |= {"dataset_path": "json", "dataset_name": None, "test_split": "test", **_splits(files)}
+        text |= {"dataset_path": "parquet", "dataset_name": None, "test_split": "test", **_splits(files)}
         text |= {"dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
         write_atomically(folder / f"{name}.yaml", yaml.safe_dump(text, sort_keys=False))
     return folder

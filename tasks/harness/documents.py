@@ -10,7 +10,7 @@ from typing import Any
 from neox_core.errors import ConfigError, DataError
 from neox_core.evaluation.answers.extract import extract_answer
 from neox_core.evaluation.items import read_gold, read_options, read_records
-from neox_core.storage.atomic import write_atomically
+from neox_core.storage.atomic import atomic_file, write_atomically
 
 Record = Mapping[str, Any]
 Document = Callable[[Record, str], dict[str, Any]]
@@ -67,15 +67,23 @@ def _text(record: Record, field: str, where: str) -> str:
 
 
 def write_documents(path: Path, document: Document, written: Path, name: str, at_least: int = 1) -> Path:
-    """Write a set's documents as JSON lines, the same for the same set.
+    """Write a set's documents as JSON lines, the same for the same set, and as Parquet for the harness.
+
+    Its library takes texts of JSON that look like dates for dates.
 
     Args:
         at_least: so many are needed.
+
+    Returns:
+        The Parquet file.
 
     Raises:
         ConfigError: the set is not there, or answers were given to another one that had its name.
         DataError: a line is no item of the task, or there are too few.
     """
+    import pyarrow
+    import pyarrow.parquet
+
     if not path.is_file():
         raise ConfigError(
             f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
@@ -88,4 +96,7 @@ def write_documents(path: Path, document: Document, written: Path, name: str, at
     if written.is_file() and written.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{written} holds other items than {path} does now: give another --out, or the items of then")
     write_atomically(written, text)
-    return written
+    table = written.with_suffix(".parquet")
+    with atomic_file(table) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), temporary)
+    return table

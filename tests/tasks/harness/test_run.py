@@ -285,6 +285,17 @@ def test_boxes_of_every_kind(folders: Path, tmp_path: Path) -> None:
     assert [record["gold"][0] for record in items(tmp_path / "out", "minerva_math")][:2] == ["5", "5"]
 
 
+def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k_test.jsonl", [SUMS[0] | {"id": "2024-01-01", "answer": "2024-05-05"}])
+    dates = [f"2024-01-0{day} 10:00:00" for day in range(1, 5)]
+    write(tmp_path / "mmlu_stem_test.jsonl", [FACTS[0] | {"options": dates}])
+    asked = settings(folders, tmp_path / "out", tasks=("gsm8k_cot", "mmlu_stem"), samples=0, max_tokens=2)
+    evaluate_model(replace(asked, data=tmp_path), silent)
+    (record,) = items(tmp_path / "out", "gsm8k_cot")
+    assert (record["id"], record["gold"]) == ("2024-01-01", "2024-05-05")
+    assert items(tmp_path / "out", "mmlu_stem")[0]["choices"] == dates
+
+
 def test_too_few_solved_items(folders: Path, tmp_path: Path) -> None:
     for name in ("gsm8k_test.jsonl", "gsm8k_fewshot.jsonl"):
         write(tmp_path / name, SUMS[:4])
