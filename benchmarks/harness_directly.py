@@ -57,7 +57,7 @@ def call_harness(out: Path, settings: dict[str, Any], tasks: list[str], batch_si
 
 def compare(out: Path, task: str, samples: list[dict[str, Any]]) -> bool:
     """Print how a task's items differ; whether a bound is broken."""
-    lines = (out / task / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (out / task / "items.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
     ours = {record["id"]: record for record in map(json.loads, lines) if "left_out" not in record}
     if any("greedy" in record for record in ours.values()):
         return compare_written(task, ours, samples)

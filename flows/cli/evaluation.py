@@ -13,6 +13,8 @@ from neox_core.errors import ConfigError
 
 evaluate_app = typer.Typer(help="Evaluate exported models; look at the items of any evaluation.")
 
+_NO_SHARES = {"bits_per_byte": "bits per byte", "log_likelihood": "log-likelihood, nats"}
+"""Scores that are not shares of items, and their names."""
 _TaskList = Annotated[str, typer.Option(help="Names with commas between, such as gsm8k_cot,minerva_math,mmlu_stem.")]
 
 
@@ -44,7 +46,7 @@ def evaluate(
         model=model.resolve(),
         data=data.resolve(),
         out=(out or model.resolve().with_name(f"{model.resolve().name}-evaluation")).resolve(),
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip())),
         samples=samples,
         temperature=temperature,
         seed=seed,
@@ -69,11 +71,11 @@ def _score_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _label(score: str) -> str:
-    return "bits per byte" if score == "bits_per_byte" else f"{score}, %"
+    return _NO_SHARES.get(score, f"{score}, %")
 
 
 def _shown(score: str, value: float) -> str:
-    return f"{value:.4f}" if score == "bits_per_byte" else f"{100 * value:.1f}"
+    return f"{value:.4f}" if score in _NO_SHARES else f"{100 * value:.1f}"
 
 
 @evaluate_app.command()
@@ -84,16 +86,20 @@ def show(
     against: Annotated[int | None, typer.Option(help="Another checkpoint, shown next to it.")] = None,
     other: Annotated[Path | None, typer.Option(help="Another --out folder, shown next to it.")] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong answers; of solutions the least likely.")] = False,
-    first: Annotated[int, typer.Option(help="Number of the first row.")] = 1,
-    count: Annotated[int, typer.Option(help="Rows.")] = 10,
+    first: Annotated[int, typer.Option(help="Number of the first row.", min=1)] = 1,
+    count: Annotated[int, typer.Option(help="Rows.", min=1)] = 10,
     overrides: SetOption = None,
 ) -> None:
     """Page through the items of an evaluation, at two checkpoints side by side."""
     from tasks.evaluation.show import checkpoint_rows, generated_items, rows
 
     if what.is_dir():
+        if step is not None or against is not None or overrides:
+            raise ConfigError(f"{what} is a folder: --step, --against and --set are for a run's file; use --other")
         found = rows(generated_items(what, task), generated_items(other, task) if other else (), wrong)
     else:
+        if other is not None:
+            raise ConfigError(f"{what} is a run's file: --other is for a folder; use --against STEP")
         from neox_core.config import load_config
         from tasks.identity.specs import evaluate_spec
         from tasks.identity.training import resolve_training
@@ -102,7 +108,8 @@ def show(
         folder = evaluate_spec(config, resolve_training(config).fingerprint).folder
         found = checkpoint_rows(folder, task, config.train.steps if step is None else step, against, wrong)
     shown = found[first - 1 : first - 1 + count]
-    print_records(f"{task}: {first} to {first - 1 + len(shown)} of {len(found)}", shown)
+    place = f"{first} to {first - 1 + len(shown)}" if shown else f"no row from {first} on"
+    print_records(f"{task}: {place} of {len(found)}", shown)
 
 
 @evaluate_app.command()
@@ -111,15 +118,13 @@ def compare(
     paper: Annotated[str, typer.Option(help="The paper's model.")] = "llemma-7b",
 ) -> None:
     """Our scores next to the Llemma paper's, and which differences are within noise."""
-    import json
-
     from tasks.evaluation.paper import compare_with_paper
-    from tasks.harness.run import RESULTS_FILE
+    from tasks.harness.run import RESULTS_FILE, read_results
 
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: run `llemma evaluate --model MODEL --out {folder}` first")
-    rows = compare_with_paper(json.loads(path.read_text(encoding="utf-8")), paper)
+    rows = compare_with_paper(read_results(folder), paper)
     print_records(f"{folder} and {paper}", rows)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from neox_core.artifact import Artifact
 from neox_core.progress import Progress
@@ -47,11 +48,11 @@ def _width() -> int:
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     print_table(table)
 
 
@@ -61,13 +62,19 @@ def print_table(table: Table) -> None:
 
 
 def print_records(title: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a row per record and a column per key."""
+    """A table with a row per record and a column per key; of none the title alone.
+
+    Cells are shown as they are: `[n]` of a formula is no markup.
+    """
+    if not records:
+        wide_console().print(Text(title))
+        return
     columns = list(dict.fromkeys(key for record in records for key in record))
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, no_wrap=place == 0, overflow="fold")
     for record in records:
-        table.add_row(*(_cell(record.get(column)) for column in columns))
+        table.add_row(*(Text(_cell(record.get(column))) for column in columns))
     wide_console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
@@ -16,6 +17,8 @@ METRICS = {
     "written": ("greedy", "majority", "sample"),
 }
 """By kind of task."""
+TEMPLATE_FIELD = re.compile(r"\{(\w+)\}")
+"""Of a prompt or target: an item's field."""
 
 
 class EvaluationTask(Section):
@@ -43,6 +46,9 @@ class EvaluationTask(Section):
     def _check(self) -> EvaluationTask:
         if bool(self.shots) != (self.shots_from is not None):
             raise ValueError("shots and shots_from go together: give both, or neither")
+        part = "target" if self.kind == "solution" else "prompt"
+        if not TEMPLATE_FIELD.search(text := getattr(self, part)):
+            raise ValueError(f"{part} {text!r} names no field, such as {{question}}: all items would be the same")
         return self
 
 

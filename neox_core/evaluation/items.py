@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.config import EvaluationTask
+from neox_core.config.evaluation_sections import TEMPLATE_FIELD
 from neox_core.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_ITEM_BYTES = 1 << 20
 """A longer line is no evaluation item."""
-_FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -75,31 +75,59 @@ def check_item_files(tasks: Mapping[str, EvaluationTask]) -> None:
 def _items(name: str, task: EvaluationTask, path: Path) -> Iterator[Item]:
     if not path.is_file():
         raise ConfigError(f"evaluate.tasks.{name}: {path} does not exist: put the items there or correct the path")
+    for identity, record, where in read_records(path, f"evaluate.tasks.{name}: "):
+        yield _item(task, where, identity, record)
+
+
+def read_records(path: Path, owner: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each item's id, its fields, and where it stands, after the words that say whose it is.
+
+    Raises:
+        DataError: a line is no item, or has the id of another: items of two checkpoints are compared by their ids.
+    """
+    known: dict[str, int] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _item(task, f"evaluate.tasks.{name}: {path}, line {number}", number, line)
+            if not line.strip():
+                continue
+            where = f"{owner}{path}, line {number}"
+            identity, record = read_record(line, where, number)
+            if identity in known:
+                raise DataError(f"{where} has the id {identity!r} of line {known[identity]}: give it one of its own")
+            known[identity] = number
+            yield identity, record, where
 
 
 def read_record(line: bytes, where: str, number: int) -> tuple[str, dict[str, Any]]:
     """A line's id, which is its number where it has none, and its fields.
 
     Raises:
-        DataError: the line is too long, or no JSON object.
+        DataError: the line is too long, or no JSON object whose fields are there once and are text.
     """
     if len(line) > MAX_ITEM_BYTES:
         raise DataError(f"{where} has {len(line):,} bytes, {MAX_ITEM_BYTES:,} at most: take it out")
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}): correct it") from None
+        record = json.loads(line, object_pairs_hook=_fields)
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON of text ({error}): correct it") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} is not a JSON object: correct it")
-    return str(record.get("id", f"line {number}")), record
+    identity = record.get("id")
+    return f"line {number}" if identity is None else str(identity), record
 
 
-def _item(task: EvaluationTask, where: str, number: int, line: bytes) -> Item:
-    identity, record = read_record(line, where, number)
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields by name. Of one that is there twice, JSON does not say which counts."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"field {name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _item(task: EvaluationTask, where: str, identity: str, record: dict[str, Any]) -> Item:
     if task.kind == "solution":
         prompt = _filled(task.prompt, record, where)
         return Item(identity, prompt, (_after(prompt, _filled(task.target, record, where)),), 0)
@@ -120,7 +148,7 @@ def _filled(template: str, record: Mapping[str, Any], where: str) -> str:
             raise DataError(f"{where} has no text {match.group(1)!r}: correct it, or evaluate.tasks' templates")
         return value
 
-    return _FIELD.sub(text, template)
+    return TEMPLATE_FIELD.sub(text, template)
 
 
 def _after(prompt: str, text: str) -> str:
@@ -131,13 +159,15 @@ def read_options(value: Any, field: str, where: str) -> list[str]:
     """An item's options.
 
     Raises:
-        DataError: they are not 2 to 26 texts.
+        DataError: they are not 2 to 26 texts, or one is empty.
     """
     if isinstance(value, list):
         # pandas reads an option "None" of MMLU's tables as not a number, and files made with it hold NaN.
         value = ["None" if isinstance(option, float) and math.isnan(option) else option for option in value]
     if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
         raise DataError(f"{where} has no list of texts {field!r}: correct it, or the task's `options`")
+    if not all(option.strip() for option in value):
+        raise DataError(f"{where} has an option without text in {field!r}: correct it, or take it out")
     if not 2 <= len(value) <= len(LETTERS):
         raise DataError(f"{where} has {len(value)} options, and there can be 2 to {len(LETTERS)}: take it out")
     return value

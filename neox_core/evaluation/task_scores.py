@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from neox_core.config import EvaluationTask, RunConfig
 from neox_core.data.tokenization.tokenizer import Tokenizer
+from neox_core.errors import DataError
 from neox_core.evaluation.items import Item, ItemSet, load_item_set
 from neox_core.evaluation.likelihood import Request, encode_request, log_likelihoods
 from neox_core.evaluation.scores import choices_record, scores, solution_record
@@ -29,7 +31,7 @@ def score_tasks(config: RunConfig, layers: nn.Sequential, mesh: Mesh) -> dict[st
         By name the metrics, the number of tokens and seconds that it took, and the items' records.
 
     Raises:
-        ConfigError, DataError: a set cannot be read.
+        ConfigError, DataError: a set cannot be read, or none of its items fits.
     """
     if not config.evaluate.tasks:
         return {}
@@ -45,6 +47,11 @@ def _score(
     asked = [_texts(item, task, item_set) for item in item_set.items]
     requests = [[encode_request(tokenizer, *pair, length) for pair in pairs] for pairs in asked]
     kept = [number for number, found in enumerate(requests) if None not in found]
+    if not kept:
+        raise DataError(
+            f"evaluate.tasks.{name}: all {len(requests)} items are longer than train.sequence_length {length}: "
+            "leave the set out, or give shorter items"
+        )
     flat = [request for number in kept for request in requests[number] if request is not None]
     unique = list(dict.fromkeys(flat))  # what follows no question is the same for many items
     batch = config.evaluate.micro_batch_size * length
@@ -54,15 +61,16 @@ def _score(
         _record(item, task, [next(likelihoods) for _ in found] if None not in found else None)
         for item, found in zip(item_set.items, requests, strict=True)
     ]
+    left_out = sum("left_out" in record for record in records)
     result = {
-        "items": len(kept),
-        "left_out": len(records) - len(kept),
+        "items": len(records) - left_out,
+        "left_out": left_out,
         "tokens": _tokens(unique),
         "seconds": round(time.monotonic() - started, 3),
         "metrics": scores(records),
         "records": records,
     }
-    logger.info("%s: %s over %d items", name, result["metrics"], len(kept))
+    logger.info("%s: %s over %d items", name, result["metrics"], result["items"])
     return result
 
 
@@ -78,6 +86,8 @@ def _record(item: Item, task: EvaluationTask, likelihoods: list[float] | None) -
     kept: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "choices": item.choices}
     if likelihoods is None:
         return kept | {"left_out": "it is longer than train.sequence_length"}
+    if not all(math.isfinite(likelihood) for likelihood in likelihoods):
+        return kept | {"left_out": "its likelihood is not a number"}
     if task.kind == "solution":
         return kept | solution_record(likelihoods[0], item.choices[0])
     count = len(item.choices)

@@ -74,7 +74,20 @@ def load_items(folder: Path, task: str, step: int) -> list[dict[str, Any]]:
         tasks += sorted({written_name(found.parent.name) for found in (folder / GENERATED).glob("*/*/items.jsonl")})
         there = f"steps {kept}" if kept else f"tasks {tasks}"
         raise DataError(f"no items of task {task!r} at step {step} in {folder}: there are {there}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_items(path)
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """A file's records.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        # Lines end with \n alone: a prompt may hold what Unicode takes for an end, such as U+2028.
+        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): evaluate again, the answers are kept") from None
 
 
 def inherit_items(folder: Path, earlier: Path, steps: Iterable[int]) -> None:

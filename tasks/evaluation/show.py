@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neox_core.errors import DataError
-from tasks.evaluation.kept_items import items_file, load_items, written_name
+from tasks.evaluation.kept_items import items_file, load_items, read_items, written_name
 
 Record = Mapping[str, Any]
 _SHOWN = 300
@@ -26,7 +25,7 @@ def generated_items(out: Path, task: str) -> list[dict[str, Any]]:
     if not path.is_file():
         there = sorted(found.parent.name for found in out.glob("*/items.jsonl"))
         raise DataError(f"no items of task {task!r} in {out}: there are {there}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_items(path)
 
 
 def is_right(record: Record) -> bool | None:

@@ -33,6 +33,8 @@ class HarnessTask:
     """Answers are written, chosen by likelihood, or there is a gold solution whose likelihood counts."""
     shots_file: str | None = None
     """JSON lines that few-shot texts come from, where the task's own file does not hold them."""
+    shots: int = 1
+    """How many of those lines are shown."""
     last_number: bool = False
     """An answer without any sign is the last number."""
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +49,7 @@ def _solution(file: str, document: Document, prompt: str, text: str) -> HarnessT
 _MINERVA, _MMLU = "minerva_math/minerva_math_algebra.yaml", "mmlu/default/_default_template_yaml"
 _MINIF2F = "minif2f_isabelle_test.jsonl"
 TASKS = {
-    "gsm8k": HarnessTask("gsm8k_test.jsonl", gsm8k, "gsm8k/gsm8k.yaml", "written", "gsm8k_fewshot.jsonl", True),
+    "gsm8k": HarnessTask("gsm8k_test.jsonl", gsm8k, "gsm8k/gsm8k.yaml", "written", "gsm8k_fewshot.jsonl", 5, True),
     "gsm8k_cot": HarnessTask("gsm8k_test.jsonl", gsm8k, "gsm8k/gsm8k-cot.yaml", last_number=True),
     # OCWCourses and MATH come as lines of `problem` and `solution`, whose last \boxed{} is the answer.
     "minerva_math": HarnessTask("math_test.jsonl", minerva, _MINERVA),
@@ -68,9 +70,12 @@ def check_tasks(names: Iterable[str]) -> None:
     """Whether all are offered.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not, or none is named.
     """
-    for name in names:
+    asked = tuple(names)
+    if not asked:
+        raise ConfigError(f"no task: give one or more of {', '.join(TASKS)}")
+    for name in asked:
         if name not in TASKS:
             raise ConfigError(f"unknown task {name!r}: there are {', '.join(TASKS)}")
 
@@ -101,13 +106,16 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
     for name in settings.tasks:
         task = TASKS[name]
         sources = {"test": task.file} | ({"train": task.shots_file} if task.shots_file else {})
+        at_least = {"test": 1, "train": task.shots}
         files = {
-            split: write_documents(settings.data / file, task.document, folder / f"{name}.{split}.jsonl", name)
+            split: write_documents(
+                settings.data / file, task.document, folder / f"{name}.{split}.jsonl", name, at_least[split]
+            )
             for split, file in sources.items()
         }
         text: dict[str, Any] = {"include": str(harness / task.include)} if task.include else {}
         text |= {"task": name, "tag": None, **task.own}
-        text |= {"dataset_path": "json", "dataset_name": None, "test_split": "test", **_splits(files)}
+        text |= {"dataset_path": "parquet", "dataset_name": None, "test_split": "test", **_splits(files)}
         text |= {"dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
         write_atomically(folder / f"{name}.yaml", yaml.safe_dump(text, sort_keys=False))
     return folder

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from neox_core.errors import ConfigError, DataError
-from neox_core.evaluation.items import read_gold, read_options, read_record
-from neox_core.storage.atomic import write_atomically
+from neox_core.evaluation.answers.extract import extract_answer
+from neox_core.evaluation.items import read_gold, read_options, read_records
+from neox_core.storage.atomic import atomic_file, write_atomically
 
 Record = Mapping[str, Any]
 Document = Callable[[Record, str], dict[str, Any]]
@@ -31,7 +32,12 @@ def gsm8k(record: Record, where: str) -> dict[str, Any]:
 
 def minerva(record: Record, where: str) -> dict[str, Any]:
     """`problem` and `solution`, from whose last box the harness takes the answer."""
-    return {"problem": _text(record, "problem", where), "solution": _text(record, "solution", where)}
+    # The harness finds \\fbox{}, which some of MATH's solutions have, but takes no answer out of it.
+    solution = _text(record, "solution", where).replace("\\fbox", "\\boxed")
+    box = solution[max(0, solution.rfind("\\boxed")) :]
+    if not (box.startswith("\\boxed{") and extract_answer(box)) and "\\boxed " not in box:
+        raise DataError(f"{where}: 'solution' does not end in \\boxed{{answer}}: correct it")
+    return {"problem": _text(record, "problem", where), "solution": solution}
 
 
 def mmlu(record: Record, where: str) -> dict[str, Any]:
@@ -60,30 +66,37 @@ def _text(record: Record, field: str, where: str) -> str:
     return value
 
 
-def write_documents(path: Path, document: Document, written: Path, name: str) -> Path:
-    """Write a set's documents as JSON lines, the same for the same set.
+def write_documents(path: Path, document: Document, written: Path, name: str, at_least: int = 1) -> Path:
+    """Write a set's documents as JSON lines, the same for the same set, and as Parquet for the harness.
+
+    Its library takes texts of JSON that look like dates for dates.
+
+    Args:
+        at_least: so many are needed.
+
+    Returns:
+        The Parquet file.
 
     Raises:
         ConfigError: the set is not there, or answers were given to another one that had its name.
-        DataError: a line is no item of the task, or there is none.
+        DataError: a line is no item of the task, or there are too few.
     """
+    import pyarrow
+    import pyarrow.parquet
+
     if not path.is_file():
         raise ConfigError(
             f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
         )
-    text = "".join(json.dumps(found) + "\n" for found in _documents(path, document))
-    if not text:
-        raise DataError(f"{path} holds no item: correct the path or the file")
+    documents = [{"id": identity} | document(record, where) for identity, record, where in read_records(path)]
+    if len(documents) < at_least:
+        held = f"{len(documents)} items, and task {name} needs {at_least}" if documents else "no item"
+        raise DataError(f"{path} holds {held}: correct the path or the file")
+    text = "".join(json.dumps(found) + "\n" for found in documents)
     if written.is_file() and written.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{written} holds other items than {path} does now: give another --out, or the items of then")
     write_atomically(written, text)
-    return written
-
-
-def _documents(path: Path, document: Document) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        identity, record = read_record(line, where, number)
-        yield {"id": identity} | document(record, where)
+    table = written.with_suffix(".parquet")
+    with atomic_file(table) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), temporary)
+    return table

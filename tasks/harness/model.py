@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neox_core.errors import ConfigError
-from tasks.harness.settings import HarnessSettings
+from neox_core.errors import CheckpointError, ConfigError
+from tasks.harness.settings import HarnessSettings, read_json
 
 _INSTALL = "install it with `pip install 'llemma-pretrain[harness]'`"
 _CPU_BATCH = 8
@@ -43,6 +43,7 @@ def load_model(settings: HarnessSettings) -> Any:
     Raises:
         ConfigError: the answer's length leaves no room for a prompt, the backend is not installed, or the tokenizer
             has no token that ends a text.
+        CheckpointError: the model is not whole, or computes no numbers.
     """
     import torch
     from lm_eval.api.registry import get_model
@@ -55,31 +56,62 @@ def load_model(settings: HarnessSettings) -> Any:
     arguments = {"pretrained": str(settings.model), "max_length": length, "dtype": settings.dtype}
     if settings.backend == "vllm":
         try:
-            return get_model("vllm")(**arguments, batch_size="auto", seed=settings.seed)
+            return _loaded(settings.model, get_model("vllm"), **arguments, batch_size="auto", seed=settings.seed)
         except ImportError as error:
             raise ConfigError(f"backend vllm is missing ({error}): `pip install vllm`, or --backend hf") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bf16 a log-probability has three digits.
-    model = get_model("hf")(**arguments, device=device, batch_size=1, softmax_dtype="float32")
+    model = _loaded(settings.model, get_model("hf"), **arguments, device=device, batch_size=1, softmax_dtype="float32")
     if model.tokenizer.eos_token_id is None and model.tokenizer.bos_token_id is None:
         raise ConfigError(
             f"the tokenizer in {settings.model} names no token that begins or ends a text: give eos_token in its "
             "tokenizer_config.json"
         )
+    _check_numbers(settings, model)
     return model
+
+
+def _loaded(folder: Path, kind: Callable[..., Any], **arguments: Any) -> Any:
+    """The harness's model.
+
+    Raises:
+        CheckpointError: what lies in the folder is no whole model.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return kind(**arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}): export the model again, or fetch what is "
+            "missing"
+        ) from error
+
+
+def _check_numbers(settings: HarnessSettings, model: Any) -> None:
+    """Whether the model computes numbers: what is written or picked without them looks like an answer.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    import torch
+
+    logits = model._model_call(torch.tensor([[model.prefix_token_id]], device=model.device))
+    if bool(logits.isnan().any()):
+        raise CheckpointError(
+            f"{settings.model}: after the first token of a text there are logits that are not a number: the weights "
+            f"are damaged, or --dtype {settings.dtype} cannot hold what it computes; try --dtype float32, or export "
+            "the model again"
+        )
 
 
 def model_config(model: Path) -> dict[str, Any]:
     """What config.json says.
 
     Raises:
-        ConfigError: it is not JSON.
+        ConfigError: it is not a JSON object.
     """
-    try:
-        found: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{model}/config.json is not JSON ({error}): export the model again") from None
-    return found
+    return read_json(model / "config.json", "export the model again")
 
 
 def _number(config: dict[str, Any], model: Path, *names: str) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from neox_core.errors import CheckpointError
 from neox_core.evaluation.answers.judge import Judge
 from neox_core.evaluation.scores import solution_record
 from neox_core.progress import Progress
@@ -19,6 +21,10 @@ from tasks.harness.verdicts import generated_record
 _GREEDY = {"do_sample": False, "temperature": 0.0}
 _PLAIN = {"do_sample": True, "top_k": 0, "top_p": 1.0}
 """From the whole distribution, whatever the model's generation_config.json says."""
+
+
+_SEEDS = 2**63
+"""How many torch takes."""
 
 
 class Questions:
@@ -58,9 +64,11 @@ class Questions:
         return list(numbers) if self._kind == "written" else [n for n in numbers if self._fits(self._requests[n])]
 
     def _fits(self, request: Any) -> bool:
-        text: str = request.args[1]
+        prompt, text = request.args
         length = int(self._model.max_length)
-        return len(text) <= length or len(self._model.tok_encode(text)) <= length
+        if len(text.encode()) < length:  # a token has one byte or more, and a first blank may be added
+            return True
+        return len(self._model._encode_pair(prompt, text)[1]) <= length
 
     def _characters(self, number: int) -> int:
         return sum(len(text) for text in self._requests[number].args if isinstance(text, str))
@@ -126,14 +134,22 @@ class Questions:
 
     def _likelihoods(self, numbers: Sequence[int]) -> list[Any]:
         asked = [self._requests[number] for number in numbers]
-        return [list(found) for found in self._model.loglikelihood(asked, disable_tqdm=True)]
+        likelihoods = [list(found) for found in self._model.loglikelihood(asked, disable_tqdm=True)]
+        for request, (likelihood, _) in zip(asked, likelihoods, strict=True):
+            if not math.isfinite(likelihood):
+                raise CheckpointError(
+                    f"{self._settings.model}: the log-likelihood of item {request.doc['id']} of {self._name} is "
+                    f"{likelihood}: the weights are damaged, or --dtype {self._settings.dtype} cannot hold what it "
+                    "computes; try --dtype float32, or export the model again"
+                )
+        return likelihoods
 
     def _generate(self, way: str, sampling: dict[str, Any], sample: int) -> dict[int, str]:
         def answer(numbers: Sequence[int]) -> list[str]:
             import torch
 
             # A seed per batch: what is left after a kill is drawn as it would have been.
-            seed = (self._settings.seed * 1_000_003 + sample) * 1_000_003 + numbers[0]
+            seed = ((self._settings.seed * 1_000_003 + sample) * 1_000_003 + numbers[0]) % _SEEDS
             torch.manual_seed(seed)
             # vLLM draws in processes of its own, which are told.
             told = {"seed": seed % 2**31} if self._settings.backend == "vllm" and sample else {}

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neox_core.errors import ConfigError
+from neox_core.errors import ConfigError, DataError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.claims import try_claim_name
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import go_offline, load_model
 from tasks.harness.questions import Questions
-from tasks.harness.settings import HarnessSettings, claim_folder
+from tasks.harness.settings import HarnessSettings, claim_folder, read_json
 from tasks.harness.verdicts import task_scores
 
 RESULTS_FILE = "results.json"
@@ -28,8 +28,8 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
         The content of results.json: by task the scores, the number of items and the seconds of this call.
 
     Raises:
-        ConfigError, DataError: see `claim_folder`, `write_task_files` and `load_model`; or another call is at
-            work in the folder.
+        ConfigError, DataError, CheckpointError: see `claim_folder`, `write_task_files` and `load_model`; or another
+            call is at work in the folder, or no item of a task could be scored.
     """
     claim_folder(settings)
     with try_claim_name(settings.out, "evaluation") as claimed:
@@ -46,7 +46,7 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
     folder = write_task_files(settings, Path(lm_eval.__file__).parent / "tasks")
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(settings.tasks))["tasks"]
     model = load_model(settings)
-    results = _earlier_results(settings.out)
+    results = read_results(settings.out)
     for place, name in enumerate(settings.tasks):
         started = time.monotonic()
 
@@ -56,9 +56,15 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
         records = Questions(settings, name, loaded[name], model, report).records()
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(settings.out / name / ITEMS_FILE, lines)
+        left_out = [record for record in records if "left_out" in record]
+        if len(left_out) == len(records):
+            raise DataError(
+                f"task {name}: all {len(records)} items are left out, the first because {left_out[0]['left_out']}: "
+                "leave the task out, or give shorter items or another model"
+            )
         results[name] = {
-            "items": sum("left_out" not in record for record in records),
-            "left_out": sum("left_out" in record for record in records),
+            "items": len(records) - len(left_out),
+            "left_out": len(left_out),
             "seconds": round(time.monotonic() - started, 1),
             "scores": task_scores(records),
         }
@@ -66,7 +72,12 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
     return results
 
 
-def _earlier_results(out: Path) -> dict[str, Any]:
+def read_results(out: Path) -> dict[str, Any]:
+    """The content of results.json; nothing where there is none yet.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     path = out / RESULTS_FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    advice = "remove it and evaluate the tasks again, whose answers are kept"
+    return read_json(path, advice) if path.is_file() else {}

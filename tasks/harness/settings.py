@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +64,41 @@ def claim_folder(settings: HarnessSettings) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"--{name} {count}: give 1 or more")
-    if settings.samples == 1 or settings.samples < 0 or settings.temperature <= 0:
+    if settings.out == settings.model:
+        raise ConfigError(f"{settings.out} is the model's own folder: give another --out")
+    if settings.samples == 1 or settings.samples < 0 or not 0 < settings.temperature < math.inf:
         raise ConfigError(
-            f"{settings.samples} samples at temperature {settings.temperature}: a vote needs 2 or more, above 0"
+            f"{settings.samples} samples at temperature {settings.temperature}: a vote needs 2 or more, at one above 0 "
+            "that is finite"
         )
     wanted, path = _identity(settings), settings.out / SETTINGS_FILE
     if not path.is_file():
         settings.out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, indent=1))
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, "give another --out")
     differing = sorted(key for key in wanted if found.get(key, _EARLIER.get(key)) != wanted[key])
     if differing:
         raise ConfigError(
             f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
         )
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """What a file that holds a JSON object says.
+
+    Args:
+        advice: what to do where it does not.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): {advice}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a JSON object: {advice}")
+    return found
 
 
 def _identity(settings: HarnessSettings) -> dict[str, Any]:

@@ -16,6 +16,8 @@ DIGITS = 40
 """Precision of a comparison by value."""
 _IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 """One that does not part two numbers."""
+_WORD = re.compile(r"[A-Z]?[a-z]{2,}")
+"""Such as `Yes`, whose capital says nothing; a letter, or two in capitals, may name something."""
 _EQUATIONS = ("equation", "named")
 _PROBES = 4
 _NO_NUMBERS = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
@@ -28,7 +30,8 @@ def same_text(gold: str, given: str) -> bool:
 
 
 def _bare(answer: str) -> str:
-    return _IDLE_SPACE.sub("", normalise(answer))
+    bare = _IDLE_SPACE.sub("", normalise(answer))
+    return bare.lower() if _WORD.fullmatch(bare) else bare
 
 
 def equal(gold: str, given: str) -> bool:
@@ -66,6 +69,8 @@ def _equal_groups(first: Group, second: Group) -> bool:
         return False
     if first.ordered:
         return all(_equal(one, other) for one, other in zip(first.items, second.items, strict=True))
+    if _are_named(first) and _are_named(second):
+        return _equal_named(first, second)
     left = list(second.items)
     for item in first.items:
         found = next((index for index, other in enumerate(left) if _equal(item, other)), None)
@@ -73,6 +78,17 @@ def _equal_groups(first: Group, second: Group) -> bool:
             return False
         del left[found]
     return True
+
+
+def _are_named(group: Group) -> bool:
+    """Whether all members say which of several names has the value, as `x=2, y=3`."""
+    items = [item for item in group.items if isinstance(item, Group) and item.kind == "named"]
+    return len(items) == len(group.items) and len({str(item.items[0]) for item in items}) > 1
+
+
+def _equal_named(first: Group, second: Group) -> bool:
+    values = [{str(item.items[0]): item.items[1] for item in group.items} for group in (first, second)]
+    return values[0].keys() == values[1].keys() and all(_equal(values[0][name], values[1][name]) for name in values[0])
 
 
 def _equal_equations(first: Group, second: Group) -> bool:

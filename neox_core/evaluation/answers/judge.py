@@ -96,10 +96,11 @@ class Judge:
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._cpu_seconds), daemon=True)
-        self._process.start()
-        theirs.close()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._cpu_seconds), daemon=True)
+        with theirs:
+            process.start()
+        self._pipe, self._process = ours, process
         if not self._pipe.poll(_START_SECONDS):
             self._end()
             raise TimeoutError(f"the process that compares answers did not start in {_START_SECONDS:.0f} s")

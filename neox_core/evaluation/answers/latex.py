@@ -17,7 +17,10 @@ MAX_DEPTH = 40
 MAX_POWER_BITS = 20_000
 MAX_FACTORIAL = 300
 
-_PLAIN_WORDS = ("sqrt", "sin", "cos", "tan", "log", "ln", "exp", "pi", "infinity", "inf")
+_PLAIN_WORDS = (
+    "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln",
+    "exp", "pi", "infinity", "inf",
+)  # fmt: skip
 _TOKEN = re.compile(
     rf"\s+|(\\[a-zA-Z]+|\\.|\d+\.\d*|\d+|\.\d+|{'|'.join(_PLAIN_WORDS)}|[a-zA-Z]+|\*\*|[-+*/^_!(){{}}\[\]|])"
 )
@@ -29,7 +32,7 @@ _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
     **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "exp")},
     **{name: getattr(sympy, name) for name in ("sinh", "cosh", "tanh")},
     **{name: getattr(sympy, name.replace("arc", "a")) for name in ("arcsin", "arccos", "arctan")},
-    "ln": sympy.log, "log": sympy.log, "sqrt": sympy.sqrt,
+    "lg": lambda value: sympy.log(value, 10), "ln": sympy.log, "log": sympy.log, "sqrt": sympy.sqrt,
 }  # fmt: skip
 _GREEK = frozenset({
     "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu",
@@ -115,19 +118,13 @@ class _Parser:
                 self.take()
                 value = value / self._signed_power()
             elif token == "\\frac" and isinstance(value, Integer) and self._tokens[self._next - 1].isdigit():
-                value = value + self._mixed_part()
+                part = self._power()
+                value = value + _mixed_part(part) if isinstance(part, Rational) else value * part
             elif self._begins_factor(token):
                 value = value * self._power()
             else:
                 break
         return sign * value
-
-    def _mixed_part(self) -> Expr:
-        """`2\\frac{1}{3}` is 2 + 1/3, not a product, where the fraction is one of numbers."""
-        part = self._power()
-        if not (isinstance(part, Rational) and 0 < part < 1):
-            raise UnreadableError("a number before a fraction that is no part of a mixed number")
-        return part
 
     def _signed_power(self) -> Expr:
         if self.peek() in ("+", "-"):
@@ -222,7 +219,10 @@ class _Parser:
         index: Expr = Integer(2)
         if self.peek() == "[":
             index = self._enclosed()
-        return _power_of(self._argument(False), 1 / index)
+        value = self._argument(False)
+        if isinstance(index, Integer) and int(index) % 2 and isinstance(value, Rational) and value < 0:
+            return -_power_of(-value, 1 / index)  # the real root
+        return _power_of(value, 1 / index)
 
     def _function(self, name: str) -> Expr:
         base, power = None, None
@@ -249,6 +249,13 @@ class _Parser:
             self.take()
             name += f"_{self._argument(False)}"
         return Symbol(name)
+
+
+def _mixed_part(part: Rational) -> Expr:
+    """`2\\frac{1}{3}` is 2 + 1/3, not a product, where the fraction is one of numbers."""
+    if not 0 < part < 1:
+        raise UnreadableError("a number before a fraction that is no part of a mixed number")
+    return part
 
 
 def _power_of(base: Expr, exponent: Expr) -> Expr:

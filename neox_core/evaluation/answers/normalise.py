@@ -7,10 +7,11 @@ be words of their own, and a one-letter unit has to be set as text (`5\text{ m}`
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _SPACING = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|limits|qquad|quad|hspace\{[^{}]*\}|phantom\{[^{}]*\})"
-    r"(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\\$|\$|\\\(|\\\)|\\%|%|£|€"
+    r"(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\\$|\$|\\\(|\\\)|(?<!\\)\\[\[\]]|\\%|%|£|€"
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname|rm)\s*\{([^{}]*)\}")
 _BOX = re.compile(r"^\\(?:boxed|fbox)\s*\{(.*)\}$", re.DOTALL)
@@ -28,11 +29,25 @@ _UNIT = re.compile(
 _UNITS_ONLY = re.compile(rf"^\s*{_UNIT_WORD}(?:[\s/.·^\d]+{_UNIT_WORD})*[\s.]*(?:\^\{{?[23]\}}?)?\s*$")
 _AFTER_UNIT = re.compile(r"\s*\^\s*(?:\{\s*-?[123]\s*\}|[23])")
 _THOUSANDS = re.compile(r"(?<![\d,.(\[{])\d{1,3}(?:,\d{3})+(?![\d,])")
+_GROUPS = re.compile(r"(?<![\d,./] )(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,]| ?[\d/])")
+"""Thousands that spaces part, as in `1\\,234\\,567`."""
+_VULGAR = re.compile(r"(\d*)([¼½¾⅐-⅞])")
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SAME = (
-    (re.compile(r"\\[tdc]frac"), r"\\frac"),
+    (re.compile(r"\\[tdc]?(frac|binom)"), r"\\\1"),
     (re.compile(r"\\(?:leq|leqslant)(?![a-z])|≤"), r"\\le "),
     (re.compile(r"\\(?:geq|geqslant)(?![a-z])|≥"), r"\\ge "),
     (re.compile(r"\{,\}|,\\!\s*"), ","),
+    (re.compile(r"\\lt(?![a-z])"), "<"),
+    (re.compile(r"\\gt(?![a-z])"), ">"),
+    (re.compile(r"\\neq?(?![a-z])|≠"), r"\\ne "),
+    (re.compile(r"\\[lr]?vert(?![a-z])"), "|"),
+    (re.compile(r"\\varnothing(?![a-z])|∅|\\\{\s*\\\}"), r"\\emptyset "),
+    (re.compile(r"\{([^{}]+)\\over(?![a-z])([^{}]+)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\{([^{}]+)\\choose(?![a-z])([^{}]+)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<=\.)(\d*)\\bar(?![a-z])"), r"\1\\overline"),
+    (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w)"), r"\1\\cdot 10^{\2}"),
+    (re.compile(r"⁄"), "/"),
     (re.compile(r"π"), r"\\pi "),
     (re.compile(r"∞"), r"\\infty "),
     (re.compile(r"√"), r"\\sqrt "),
@@ -49,7 +64,9 @@ def normalise(answer: str) -> str:
     text = _balanced_end(answer.strip())
     if boxed := _BOX.match(text):
         text = boxed.group(1)
-    text = _DEGREES.sub("", text)
+    text = _VULGAR.sub(lambda match: _vulgar(*match.groups()), _DEGREES.sub("", text))
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: f"^{{{match.group().translate(_RAISED)}}}", text)
+    text = text.replace("\\mathbb{R}", "(-\\infty,\\infty)")
     # Before the spacing commands go, since `,\!` separates thousands.
     for pattern, replacement in _SAME[:4]:
         text = pattern.sub(replacement, text)
@@ -58,8 +75,15 @@ def normalise(answer: str) -> str:
         text = pattern.sub(replacement, text)
     if re.search(r"\d|\\pi|\\frac|\\sqrt", text):  # a unit alone is the answer itself
         text = _UNIT.sub(" ", text)
+    text = _GROUPS.sub(lambda match: match.group().replace(" ", ""), " ".join(text.split()))
     text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
     return _balanced_end(" ".join(text.split()))
+
+
+def _vulgar(whole: str, fraction: str) -> str:
+    """`2½` is a mixed number."""
+    above, below = unicodedata.normalize("NFKC", fraction).split("⁄")
+    return rf"{whole}\frac{{{above}}}{{{below}}}"
 
 
 def _without_text_commands(text: str) -> str:

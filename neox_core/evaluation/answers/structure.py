@@ -16,6 +16,7 @@ MAX_PARTS = 64
 
 _MATRIX = re.compile(r"^\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}$", re.DOTALL)
 _NAMED = re.compile(r"^(?:[a-zA-Z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?'*$")
+_MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 _RELATION = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|<=?|>=?)")
 _OPEN, _CLOSED = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
 
@@ -47,14 +48,12 @@ def read_answer(text: str) -> Answer:
     text = text.strip()
     if matrix := _MATRIX.match(text):
         return _matrix(matrix.group(2))
-    if "\\pm" in text or "\\mp" in text:
-        signs = (("+", "-"), ("-", "+"))
-        return _unordered([text.replace("\\pm", plus).replace("\\mp", minus) for plus, minus in signs])
-    _, member, rest = text.partition("\\in ")
-    if member:
-        return read_answer(rest)
+    if len(found := _MEMBER.split(text, maxsplit=1)) > 1:
+        return read_answer(found[1])
     if len(parts := _split(text, ",")) > 1 or len(parts := _split(text, ";")) > 1:
         return _unordered(parts)
+    if len(signed := _signed(text)) > 1 and not text.startswith("\\{"):
+        return _unordered(signed)
     if len(parts := _split(text, "\\cup")) > 1:
         return Group("union", tuple(read_answer(part) for part in parts))
     if len(parts := _split(text, "=")) > 1:
@@ -64,8 +63,16 @@ def read_answer(text: str) -> Answer:
     return _bracketed(text)
 
 
+def _signed(text: str) -> list[str]:
+    """`1 \\pm 2` as both of its values."""
+    if "\\pm" not in text and "\\mp" not in text:
+        return [text]
+    return [text.replace("\\pm", plus).replace("\\mp", minus) for plus, minus in (("+", "-"), ("-", "+"))]
+
+
 def _unordered(parts: list[str]) -> Answer:
     """Bare lists and sets are one thing: their members, in any order, each once."""
+    parts = [value for part in parts for value in _signed(part)]
     if len(parts) > MAX_PARTS:
         raise UnreadableError(f"a list of {len(parts)}")
     return Group("set", tuple(dict.fromkeys(read_answer(part) for part in parts)))
@@ -97,11 +104,17 @@ def _encloses(inner: str) -> bool:
 
 def _equation(parts: list[str]) -> Answer:
     """`x = 5`, an equation of expressions, or of a chain `a = b = c` the last part."""
+    names = [bool(_NAMED.match(part.strip())) for part in parts]
+    if len(parts) == 2 and names == [False, True]:
+        parts, names = parts[::-1], names[::-1]
     right = read_answer(parts[-1])
-    named = bool(_NAMED.match(parts[0].strip()))
     if len(parts) > 2 or isinstance(right, Group):
         return right
-    return Group("named" if named else "equation", (parse(parts[0]), right))
+    try:
+        left = parse(parts[0])
+    except UnreadableError:  # such as `Area = 5`, or a derivative's name
+        return right
+    return Group("named" if names[0] else "equation", (left, right))
 
 
 def _inequality(parts: list[str]) -> Answer:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.cli.evaluation import _score_rows
 
 Typed = Callable[..., str]
 
@@ -50,3 +51,39 @@ def test_compare_and_show(typed: Typed, tmp_path: Path) -> None:
     assert "gsm8k_cot: 21 to 25 of 30" in shown
     assert "g/20" in shown
     assert "g/25" not in shown
+
+
+def test_items_are_shown_as_they_are(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "math").mkdir()
+    answer = {"text": r"\sqrt[n]{x} [/b] :smile:", "answer": r"\sqrt[n]{x}", "correct": True, "reason": "text"}
+    record = {"id": "[a](b)[/c]", "prompt": "[bold] of [0,1)?", "gold": r"\sqrt[n]{x}", "greedy": [answer]}
+    (tmp_path / "math" / "items.jsonl").write_text(json.dumps(record) + "\n")
+    shown = typed("show", str(tmp_path), "math")
+    for text in ("[a](b)[/c]", "[bold] of [0,1)?", r"wrote: \sqrt[n]{x} [/b] :smile:"):
+        assert text in shown
+    assert "math: no row from 1 on of 0" in typed("show", str(tmp_path), "math", "--wrong")
+    assert "math: no row from 9 on of 1" in typed("show", str(tmp_path), "math", "--first", "9")
+
+
+def test_options_that_would_do_nothing(typed: Typed, tmp_path: Path) -> None:
+    assert "use --other" in typed("show", str(tmp_path), "math", "--against", "3")
+    assert "use --against STEP" in typed("show", str(tmp_path / "run.yml"), "math", "--other", str(tmp_path))
+    assert "Invalid value for '--first'" in typed("show", str(tmp_path), "math", "--first", "0")
+    assert "Invalid value for '--count'" in typed("show", str(tmp_path), "math", "--count", "-1")
+
+
+def test_a_damaged_file_of_results(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{")
+    assert "results.json is not JSON" in typed("compare", str(tmp_path))
+
+
+def test_log_likelihoods_are_no_shares() -> None:
+    scores = {
+        "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3},
+        "log_likelihood": {"value": -1.4, "low": -2.0, "high": -1.0},
+    }
+    rows = _score_rows({"mmlu_stem": {"items": 40, "scores": scores}})
+    assert [(row["score"], row["value"]) for row in rows] == [
+        ("accuracy, %", "25.0"),
+        ("log-likelihood, nats", "-1.4000"),
+    ]

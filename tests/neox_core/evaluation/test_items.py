@@ -49,12 +49,24 @@ def test_solutions_and_choices(tmp_path: Path) -> None:
         (GOOD | {"answer": "C"}, "choices", "'answer' names none of its 2 options"),
         (GOOD | {"answer": True}, "choices", "'answer' names none of its 2 options"),
         (GOOD | {"answer": None}, "choices", "'answer' names none of its 2 options"),
+        (GOOD | {"options": ["1", " "]}, "choices", "line 1 has an option without text in 'options'"),
+        ('{"question": "q", "solution": "1", "solution": "2"}', "solution", "field 'solution' is there twice"),
+        (r'{"question": "\ud800", "solution": "1"}', "solution", "line 1 is not JSON of text .*surrogates"),
+        ("[" * 100_000, "solution", "line 1 is not JSON of text"),
         ("", "solution", "holds no item"),
     ],
 )
 def test_bad_items(tmp_path: Path, line: Any, kind: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_item_set("t", task(written(tmp_path, line), kind=kind))
+
+
+def test_two_items_of_one_id(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD, GOOD | {"id": "c"}, GOOD | {"question": "2+2?"})
+    with pytest.raises(DataError, match="line 3 has the id 'a' of line 1: give it one of its own"):
+        load_item_set("t", task(path))
+    nameless = written(tmp_path, GOOD | {"id": None}, GOOD | {"id": None})
+    assert [item.id for item in load_item_set("t", task(nameless)).items] == ["line 1", "line 2"]
 
 
 def test_missing_files_and_shots(tmp_path: Path) -> None:
@@ -65,6 +77,12 @@ def test_missing_files_and_shots(tmp_path: Path) -> None:
         load_item_set("t", task(path, shots_from=path, shots=2))
     with pytest.raises(ValueError, match="shots and shots_from go together"):
         task(path, shots=2)
+
+
+def test_templates_without_a_field(tmp_path: Path) -> None:
+    for settings in ({"target": "{ solution }"}, {"target": ""}, {"kind": "choices", "prompt": "Which? {}"}):
+        with pytest.raises(ValueError, match=r"names no field, such as \{question\}: all items would be the same"):
+            task(tmp_path / "items.jsonl", **settings)
 
 
 def test_an_option_that_pandas_lost(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from neox_core.checkpoint.conversion.reference import llama_from_meta
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import EvaluateConfig, EvaluationTask, ModelConfig, ParallelConfig, RunConfig
+from neox_core.evaluation.items import Item
 from neox_core.evaluation.perplexity import _build_layers
-from neox_core.evaluation.task_scores import score_tasks
+from neox_core.evaluation.task_scores import _record, score_tasks
 from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import config_for
@@ -119,3 +120,20 @@ def check_choices(reference: Reference, record: dict[str, Any], prompt: str, tex
     assert record["unconditional"] == pytest.approx(alone, abs=1e-4)
     assert record["picked"] == max(range(len(texts)), key=expected.__getitem__)
     assert record["picked_calibrated"] == max(range(len(texts)), key=lambda n: expected[n] - alone[n])
+
+
+def test_a_set_of_which_nothing_fits(tmp_path: Path) -> None:
+    make_random_base(MODEL, tmp_path / "base", seed=3)
+    convert(tmp_path / "base", tmp_path / "shards", MODEL, ParallelConfig(tensor=2))
+    sums = EvaluationTask(items=write(tmp_path / "long.jsonl", [TOO_LONG]))
+    config = config_of(tmp_path, mask_documents=False)
+    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks={"sums": sums})})
+    with pytest.raises(AssertionError, match=r"tasks.sums: all 1 items are longer than train.sequence_length 160"):
+        run_ranks(scored, 2, config, tmp_path / "shards")
+
+
+def test_likelihoods_that_are_no_number() -> None:
+    item, task = Item("a", "1+1?", (" A", " B"), 1), EvaluationTask(items=Path("-"), kind="choices")
+    record = _record(item, task, [math.nan, -1.0, -1.0, -1.0])
+    assert record["left_out"] == "its likelihood is not a number"
+    assert "picked" not in record

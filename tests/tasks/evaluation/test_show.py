@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from neox_core.errors import DataError
+from tasks.evaluation.kept_items import load_items
 from tasks.evaluation.show import flipped, generated_items, is_right, rows
 
 
@@ -52,3 +53,18 @@ def test_written_answers(tmp_path: Path) -> None:
     assert (row["item"], row["answer"]) == ("b", "wrong (different): 5; wrote: 5.")
     with pytest.raises(DataError, match=r"no items of task 'math' in .*: there are \['gsm8k_cot'\]"):
         generated_items(tmp_path, "math")
+
+
+def test_lines_end_with_a_newline_alone(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k_cot" / "items.jsonl"
+    path.parent.mkdir()
+    name = "a\u2028b\x85c\x1cd"
+    path.write_text(json.dumps(written(name, True), ensure_ascii=False) + "\n", encoding="utf-8", newline="")
+    assert [record["id"] for record in generated_items(tmp_path, "gsm8k_cot")] == [name]
+    checkpoint = tmp_path / "items" / "sums" / "step-000003.jsonl"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(path.read_bytes())
+    assert [record["id"] for record in load_items(tmp_path, "sums", 3)] == [name]
+    path.write_text('{"id": ')
+    with pytest.raises(DataError, match=r"items.jsonl is damaged .*: evaluate again"):
+        generated_items(tmp_path, "gsm8k_cot")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from neox_core.config import ModelConfig, ParallelConfig
-from neox_core.errors import ConfigError, DataError
+from neox_core.errors import CheckpointError, ConfigError, DataError
 from neox_core.progress import silent
 from neox_core.storage.claims import try_claim_name
 from tasks.harness.catalogue import write_task_files
@@ -209,6 +210,105 @@ def test_impossible_settings(folders: Path, tmp_path: Path) -> None:
     for wrong in ({"limit": 0}, {"batch_size": 0}, {"max_tokens": 0}, {"backend": "onnx"}, {"dtype": "int3"}):
         with pytest.raises(ConfigError, match="give"):
             evaluate_model(settings(folders, tmp_path, **wrong), silent)
+
+
+def test_settings_that_are_no_numbers_or_name_nothing(folders: Path, tmp_path: Path) -> None:
+    for temperature in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="a vote needs 2 or more, at one above 0 that is finite"):
+            evaluate_model(settings(folders, tmp_path, temperature=temperature), silent)
+    with pytest.raises(ConfigError, match="no task: give one or more of gsm8k"):
+        evaluate_model(settings(folders, tmp_path, tasks=()), silent)
+    with pytest.raises(ConfigError, match="is the model's own folder"):
+        evaluate_model(settings(folders, folders / "model"), silent)
+
+
+def test_any_seed(folders: Path, tmp_path: Path) -> None:
+    asked = settings(folders, tmp_path, tasks=("gsm8k_cot",), seed=20_261_129, limit=1, max_tokens=2)
+    assert evaluate_model(asked, silent)["gsm8k_cot"]["items"] == 1
+
+
+@pytest.mark.parametrize("name", ["settings.json", "results.json"])
+def test_damaged_files_of_an_earlier_call(folders: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ConfigError, match=rf"{name} is not JSON"):
+        evaluate_model(settings(folders, tmp_path), silent)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_models_that_are_not_whole(folders: Path, tmp_path: Path, missing: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    if missing == "config.json":
+        (model / missing).write_text("[]")
+    else:
+        for path in model.glob(f"{missing.partition('.')[0]}*"):
+            path.unlink()
+    with pytest.raises((CheckpointError, ConfigError), match=r"cannot be loaded|is not a JSON object"):
+        evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
+
+
+def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="logits that are not a number: the weights are damaged"):
+        evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
+
+
+def test_likelihoods_that_are_no_numbers(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda self, asked, **_: [(math.nan, False)] * len(asked))
+    with pytest.raises(CheckpointError, match=r"item f/\d of mmlu_stem is nan"):
+        evaluate_model(settings(folders, tmp_path, tasks=("mmlu_stem",)), silent)
+    assert not (tmp_path / "mmlu_stem" / "likelihoods.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "solution", ["It is 5.", r"\boxed{}", r"\boxed{\frac{1}", r"\boxed{5} and \boxed", r"\boxed{5} \boxed"]
+)
+def test_solutions_without_an_answer(folders: Path, tmp_path: Path, solution: str) -> None:
+    write(tmp_path / "math_test.jsonl", [PROBLEMS[0] | {"solution": solution}])
+    with pytest.raises(DataError, match=r"line 1: 'solution' does not end in \\boxed\{answer\}"):
+        write_task_files(replace(settings(folders, tmp_path, tasks=("minerva_math",)), data=tmp_path), HARNESS)
+
+
+def test_boxes_of_every_kind(folders: Path, tmp_path: Path) -> None:
+    solutions = [r"\fbox{5}", r"$\boxed 5$", r"\boxed{\text{if } \{5\}}"]
+    write(tmp_path / "math_test.jsonl", [{"problem": "p", "solution": solution} for solution in solutions])
+    asked = settings(folders, tmp_path / "out", tasks=("minerva_math",), samples=0, max_tokens=2)
+    evaluate_model(replace(asked, data=tmp_path), silent)
+    assert [record["gold"][0] for record in items(tmp_path / "out", "minerva_math")][:2] == ["5", "5"]
+
+
+def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k_test.jsonl", [SUMS[0] | {"id": "2024-01-01", "answer": "2024-05-05"}])
+    dates = [f"2024-01-0{day} 10:00:00" for day in range(1, 5)]
+    write(tmp_path / "mmlu_stem_test.jsonl", [FACTS[0] | {"options": dates}])
+    asked = settings(folders, tmp_path / "out", tasks=("gsm8k_cot", "mmlu_stem"), samples=0, max_tokens=2)
+    evaluate_model(replace(asked, data=tmp_path), silent)
+    (record,) = items(tmp_path / "out", "gsm8k_cot")
+    assert (record["id"], record["gold"]) == ("2024-01-01", "2024-05-05")
+    assert items(tmp_path / "out", "mmlu_stem")[0]["choices"] == dates
+
+
+def test_too_few_solved_items(folders: Path, tmp_path: Path) -> None:
+    for name in ("gsm8k_test.jsonl", "gsm8k_fewshot.jsonl"):
+        write(tmp_path / name, SUMS[:4])
+    with pytest.raises(DataError, match=r"gsm8k_fewshot.jsonl holds 4 items, and task gsm8k needs 5"):
+        write_task_files(replace(settings(folders, tmp_path, tasks=("gsm8k",)), data=tmp_path), HARNESS)
+
+
+def test_a_task_of_which_nothing_fits(folders: Path, tmp_path: Path) -> None:
+    # 2,900 characters, and each is three tokens or so.
+    write(tmp_path / "minif2f_isabelle_test.jsonl", [THEOREM | {"informal_proof": "\u8bc1" * 2_900}])
+    asked = settings(folders, tmp_path / "out", tasks=("minif2f_proofs",), samples=0)
+    with pytest.raises(DataError, match="all 1 items are left out, the first because it is longer than the model"):
+        evaluate_model(replace(asked, data=tmp_path), silent)
 
 
 def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:

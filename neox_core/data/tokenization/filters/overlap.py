@@ -165,7 +165,7 @@ def _items_of(set_number: int, path: Path) -> Iterator[Item]:
             raise DataError(f"evaluation set {path}, line {number} is not JSON ({error}): correct it") from None
         if not isinstance(record, dict):
             raise DataError(f"evaluation set {path}, line {number} is not a JSON object: correct it")
-        name = str(record.get("id", f"line {number}"))
+        name = f"line {number}" if record.get("id") is None else str(record["id"])
         for field, value in record.items():
             texts = value if isinstance(value, list) else [value]
             for text in texts if field not in _IDENTIFIERS else ():

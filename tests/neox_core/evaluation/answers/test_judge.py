@@ -25,6 +25,14 @@ MATH_VERIFY_ERRS = {
     ("16 years old", "16"), (r"\frac{-1\pm\sqrt{5}}{2}", r"\frac{-1+\sqrt{5}}{2},\frac{-1-\sqrt{5}}{2}"),
     # A number's base is read as an index and dropped.
     ("101_2", "101"), ("2516_8", "2516_7"),
+    # It knows no thousands that blanks part, no 1e3, no raised digits or fractions of one character, no \\bar.
+    (r"1\,000\,000", "1000000"), (r"12\,345", "12345"), ("5 000", "5000"), ("1 000 000", "1,000,000"),
+    ("1e3", "1000"), ("1.5e-3", "0.0015"), ("4.5e33", r"4.5 \times 10^{33}"), ("5×10²", "500"), ("x²", "x^2"),
+    ("½", "0.5"), ("2½", "2.5"), ("1⁄2", "0.5"), (r"0.\bar{3}", "1/3"),
+    # A root is the principal one, which is complex; lg, and the two signs of the empty set, differ to it.
+    (r"\sqrt[3]{-8}", "-2"), (r"\lg 100", "2"), (r"\operatorname{arccos}(0)", r"\pi/2"), (r"\emptyset", r"\varnothing"),
+    # A name on the right, capitals that are names, brackets of a displayed formula.
+    ("3=x", "3"), ("AB", "Ab"), (r"\[5\]", "5"),
     # As a gold answer an interval equals no inequality, only the other way round.
     (r"(-\infty,3)", "x<3"), (r"(-\infty,3]", r"x \le 3"), (r"(-\infty,3]", r"x \leq 3"), (r"[3,\infty)", r"x \ge 3"),
     (r"(3,\infty)", "x > 3"), (r"(3,\infty)", "3 < x"), ("(2,5]", r"2 < x \le 5"), ("(2,5]", r"5 \ge x > 2"),
@@ -112,6 +120,15 @@ def test_a_stuck_process_is_replaced() -> None:
     with Judge(cpu_seconds=1e-4) as hasty:
         assert hasty.verdict("(x+1)^{90}", "(x+2)^{90}-1").reason == "time limit"
         assert hasty.verdict("7", "7").correct
+
+
+def test_a_process_that_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise OSError("no memory for another process")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", refuse)
+    with pytest.raises(OSError, match="no memory for another process"), Judge() as judge:
+        judge.verdict("1/2", "0.5")
 
 
 def test_majority(judge: Judge) -> None:

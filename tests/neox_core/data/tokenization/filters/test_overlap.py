@@ -76,6 +76,12 @@ def test_items_are_every_text_but_names(tmp_path: Path) -> None:
         load_items((path,), OverlapWords(3, 3))
 
 
+def test_an_id_that_is_null_is_the_line_as_where_items_are_scored(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"id": null, "question": "one two"}\n')
+    assert [item.item for item in load_items((path,), OverlapWords(2, 2)).items] == ["line 1"]
+
+
 def test_sets_are_named_by_the_shortest_end_of_their_paths() -> None:
     paths = ["/e/gsm8k/test.jsonl", "/e/mmlu/test.jsonl", "/e/math.jsonl", "/f/mmlu/test.jsonl"]
     assert set_names([Path(path) for path in paths]) == [
