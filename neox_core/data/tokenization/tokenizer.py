@@ -117,10 +117,13 @@ class Tokenizer:
         return found
 
     def _refuse_control_texts(self, path: Path) -> None:
-        # SentencePiece never matches control pieces in a text, unless the model declares them user-defined.
-        for text in _CONTROL_TEXTS:
-            if controls := self._model.specials_in(text):
+        # SentencePiece never matches control pieces in a text, unless the model declares them user-defined; of other
+        # tokenizers, one that takes whole words from its vocabulary may take a special token for a word.
+        model = self._model
+        own = () if isinstance(model, SentencePieceModel) else model.special_texts
+        for text in (*_CONTROL_TEXTS, *own):
+            if controls := model.specials_in(text):
                 raise DataError(
                     f"tokenizer {path} turns the literal text {text!r} into the special id {controls[0]}: "
-                    "use a model in which it is a control piece, not a user-defined one"
+                    "use a model in which it is a control piece, not a user-defined one or a word of the vocabulary"
                 )
