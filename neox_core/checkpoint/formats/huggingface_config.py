@@ -199,6 +199,18 @@ def rope_scaling(model: ModelConfig) -> dict[str, Any]:
     return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
 
 
+def _positions(model: ModelConfig, sequence_length: int) -> int:
+    """How many positions config.json gives the model.
+
+    Of yarn's, those that it extends to, however long the sequences of a training are: transformers 4 takes the factor
+    from them, whatever rope_scaling says, and computes another model where they are fewer or more.
+    """
+    scaling = model.rope_scaling
+    if scaling is None or scaling.rope_type != "yarn" or scaling.original_max_position_embeddings is None:
+        return sequence_length
+    return round(scaling.factor * scaling.original_max_position_embeddings)
+
+
 def transformers_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
     """transformers' configuration of the model; `further` fields are passed on."""
     from transformers import AutoConfig
@@ -217,7 +229,7 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         rms_norm_eps=model.norm_eps,
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=_positions(model, sequence_length),
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
         tie_word_embeddings=model.tied_embeddings,
         **further,
