@@ -19,7 +19,8 @@ from neox_core.artifact import (
 from neox_core.checkpoint.conversion.replacement import check_target, recorded_artifact
 from neox_core.checkpoint.formats.outputs import journal_records
 from neox_core.checkpoint.formats.special_ids import SpecialIds, from_json, special_ids_of
-from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.config import ModelConfig, ParallelConfig, TokenizerConfig
+from neox_core.data.tokenization.tokenizer_file import companions
 from neox_core.errors import CheckpointError, ConfigError
 from neox_core.progress import Progress
 from neox_core.storage.digest import sha256_of
@@ -89,7 +90,7 @@ def export_folder(
     Args:
         model: its architecture; None: as the source's artifact.json records it.
         shards: number of files in Meta's format.
-        tokenizer: SentencePiece model for a Hugging Face folder.
+        tokenizer: for a Hugging Face folder, a tokenizer's file of any kind that is read, or the folder of one.
         overwrite: as for `convert_folder`.
         base: the base model, whose special ids and generation settings the export gets where the source has no
             artifact.json that records them.
@@ -102,14 +103,14 @@ def export_folder(
     from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 
     output = _open_target(target, "export", overwrite)
-    if tokenizer is not None and not tokenizer.is_file():
-        raise CheckpointError(f"tokenizer {tokenizer} does not exist: give the SentencePiece model's file")
+    tokenizer = None if tokenizer is None else _tokenizer_file(tokenizer)
     opened = open_folder(source)
     known = model or recorded_model(opened)
     checkpoint = NeoxCheckpoint(opened)
     logical: dict[str, Any] = {"model": known.model_dump(mode="json"), "form": form, "sequence_length": sequence_length}
     logical |= {"shards": shards, "tokenizer": None if tokenizer is None else sha256_of(tokenizer)}
-
+    if tokenizer is not None and (others := companions(tokenizer)):
+        logical["tokenizer_companions"] = {path.name: sha256_of(path) for path in others}
     special = _special_ids(opened, base)
     logical |= {"special_ids": special.as_json()} if special.ids or special.generation else {}
 
@@ -125,6 +126,15 @@ def export_folder(
         )
 
     return _once("export", checkpoint.folder, checkpoint.files, output, logical, build)
+
+
+def _tokenizer_file(tokenizer: Path) -> Path:
+    """The tokenizer's file, of a folder as a run takes it."""
+    file = TokenizerConfig(model=tokenizer).file
+    if file.is_file():
+        return file
+    problem = "holds neither tokenizer.model nor tokenizer.json" if tokenizer.is_dir() else "does not exist"
+    raise CheckpointError(f"tokenizer {tokenizer} {problem}: give one of these files, or the folder of one")
 
 
 def _open_target(location: str, command: str, overwrite: bool) -> Target:

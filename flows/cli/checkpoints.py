@@ -53,7 +53,9 @@ def export(
     shards: Annotated[
         int | None, typer.Option(min=1, help="Files in Meta's format: 1 for 7B, 4 for 34B; default: 1.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model for a Hugging Face folder.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer's file for a Hugging Face folder, or the folder of one.")
+    ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(min=1, help="Longest sequence that the model was trained on; default: 4096."),

@@ -181,6 +181,8 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim {self.head_dim} is not a multiple of 2, which rotary positions need")
         if self.sliding_window is not None and self.differences.sliding_window is None:
             raise ValueError(f"sliding_window {self.sliding_window} is not computed for the family {self.family}")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"yarn needs a rope_theta above 1, not {self.rope_theta}, since it takes its logarithm")
         if without := list(self.layers_without_rope):
             if self.differences.no_rope_interval is None:
                 raise ValueError(f"layers_without_rope {without} is not computed for the family {self.family}")

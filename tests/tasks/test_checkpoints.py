@@ -19,6 +19,7 @@ from neox_core.progress import silent
 from neox_core.storage.object_store import ObjectStore
 from neox_core.storage.targets import LocalTarget
 from tasks.checkpoints import convert_folder, export_folder
+from tests.byte_level import make_byte_level
 
 MODEL = ModelConfig(
     num_layers=1, hidden_size=64, num_attention_heads=4, num_kv_heads=2, intermediate_size=192, vocab_size=64,
@@ -292,3 +293,25 @@ def test_the_fingerprint_is_of_the_models_files(base: Path, tmp_path: Path) -> N
     again = convert_to(base, tmp_path / "neox")
     assert again.fingerprint == first.fingerprint
     assert set(first.inputs) == {"params.json", "consolidated.00.pth", "consolidated.01.pth"}
+
+
+def test_a_tokenizer_is_a_file_or_its_folder_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    make_random_base(MODEL.model_copy(update={"vocab_size": 304}), tmp_path / "base", seed=3)
+    convert_to(tmp_path / "base", tmp_path / "neox")
+    tokenizer, target = tmp_path / "tokenizer", tmp_path / "hf"
+    tokenizer.mkdir()
+
+    def export(path: Path) -> None:
+        export_folder(str(tmp_path / "neox"), str(target), "huggingface", None, 1, path, 64, silent)
+
+    with pytest.raises(CheckpointError, match=r"holds neither tokenizer\.model nor tokenizer\.json: give one of"):
+        export(tokenizer)
+    with pytest.raises(CheckpointError, match="other does not exist: give one of"):
+        export(tmp_path / "other")
+    make_byte_level(tokenizer)
+    template = tokenizer / "chat_template.jinja"
+    for text in ("first", "second"):  # by which the export is another one, and is made again
+        template.write_text(text)
+        export(tokenizer)
+        assert (target / template.name).read_text() == text
+    assert (target / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()

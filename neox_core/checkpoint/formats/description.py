@@ -56,10 +56,14 @@ class Values:
         """Refuse what may change the computation: any other key that is set to more than null, false or nothing."""
         for key, value in self.content.items():
             if key not in known and not key.startswith("_") and value not in (None, False, "", [], {}):
-                raise CheckpointError(
-                    f"{self.path}: {key} is {_shown(value)}, which is not known here: the weights may compute "
-                    "something else with it. Remove it if it does not change what the model computes"
-                )
+                raise self.unknown(key)
+
+    def unknown(self, key: str) -> CheckpointError:
+        """The error about a key that may change the computation."""
+        return CheckpointError(
+            f"{self.path}: {key} is {_shown(self.content[key])}, which is not known here: the weights may compute "
+            "something else with it. Remove it if it does not change what the model computes"
+        )
 
     def wrong(self, key: str, due: str) -> CheckpointError:
         """The error about a value of the wrong kind."""
@@ -88,6 +92,7 @@ def described_by(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path} lacks {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))} {problem['msg']}".strip()) from None
+        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix of our own checks
+        raise CheckpointError(f"{path}: {' '.join(('.'.join(map(str, problem['loc'])), said)).strip()}") from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{path} has a value of the wrong kind: {error}") from None

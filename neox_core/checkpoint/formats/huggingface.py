@@ -90,7 +90,14 @@ def _open_all(folder: Folder, found: ModelFiles) -> dict[str, Any]:
         return files[WEIGHTS_FILE]
     if missing := [name for name, file in found.index.items() if name not in files[file]]:
         raise CheckpointError(f"{folder}/{found.index[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
-    return {name: files[file][name] for name, file in found.index.items()}
+    tensors = {name: files[file][name] for name, file in found.index.items()}
+    for file, content in files.items():  # which of two a reader takes is its own choice
+        if twice := [name for name in content if name in tensors and found.index[name] != file]:
+            raise CheckpointError(
+                f"{folder} holds {some(twice)} both in {found.index[twice[0]]} and in {file}: are these files of two "
+                f"models? Get them all, and {INDEX_FILE}, from one"
+            )
+    return tensors
 
 
 def huggingface_files(weights: ModelWeights, model: ModelConfig, dtype: torch.dtype, limit: int) -> list[OutputFile]:

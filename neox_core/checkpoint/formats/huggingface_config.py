@@ -36,9 +36,14 @@ _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_ca
     num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens"""
 """Of transformers' configurations of all ages: training, generation and bookkeeping."""
 _KNOWN = frozenset(f"{_COMPUTED} {_WITHOUT_EFFECT}".split())
-_MULTIPLIERS = """partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier
-    attention_multiplier num_experts num_local_experts"""
-_NEUTRAL_AT_ONE = frozenset(_MULTIPLIERS.split())
+_COUNTS = frozenset(["num_experts", "num_local_experts"])
+"""Of what our model has one, or none."""
+_FACTORS = "partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier"
+_MULTIPLIERS = frozenset(_FACTORS.split())
+_ALWAYS = """is_causal causal truncate use_rope use_rotary_embedding use_rotary_embeddings rotary scale_attn_weights
+    use_gated_mlp do_layer_norm_before normalize_before pre_norm"""
+_SWITCHES = frozenset(_ALWAYS.split())
+"""What our model always does, and what another does not where false or nothing is said; yarn's truncate rounds."""
 _ROPE_KEYS = frozenset(("rope_type", "type", "rope_theta", *RopeScalingConfig.model_fields))
 
 
@@ -48,13 +53,13 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
     """
-    values = Values(path, {key: value for key, value in config.items() if not _neutral(key, value)})
+    values = _without_neutral(Values(path, config))
     name = config.get("model_type") or "llama"
     known = _KNOWN if name in ("llama", "olmo2") else _KNOWN | _WINDOW_KEYS
     values.check_known(known | _NO_ROPE_KEYS if name in _NO_ROPE_FAMILIES else known)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
-        family = _family(values, name)
+        family = _family(values, name, config)
         return ModelConfig(
             family=name,
             head_dim=values.whole("head_dim", hidden // heads if family.head_dim_default else None, nullable=True),
@@ -75,16 +80,36 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
         )
 
 
+def _without_neutral(values: Values) -> Values:
+    """Without the keys that our model does not know and that are set to what it computes anyway.
+
+    Raises:
+        CheckpointError: a multiplier or a switch is set to something else, even if to nothing.
+    """
+    kept = {key: value for key, value in values.content.items() if not _neutral(key, value)}
+    for key, value in kept.items():
+        if (key in _MULTIPLIERS and value is not None) or key in _SWITCHES:
+            raise values.unknown(key)
+    return Values(values.path, kept)
+
+
 def _neutral(key: str, value: Any) -> bool:
     """Whether a key that our model does not know is set to what it computes anyway."""
+    if key in _SWITCHES:
+        return value is True
     full = key == "layer_types" and isinstance(value, list) and set(map(str, value)) <= {"full_attention"}
-    return full or (key in _NEUTRAL_AT_ONE and type(value) in (int, float) and value == 1)
+    return full or (key in _MULTIPLIERS | _COUNTS and type(value) in (int, float) and value == 1)
 
 
-def _family(values: Values, name: Any) -> Family:
+def _family(values: Values, name: Any, config: Mapping[str, Any]) -> Family:
     """The model's family; refuses what our model would compute in another way."""
     if name not in tuple(FAMILIES):  # whatever its type
         raise CheckpointError(f"{values.path}: model_type is {name!r}, but only {', '.join(FAMILIES)} are supported")
+    if name == "mistral" and "layer_types" in config:
+        raise CheckpointError(
+            f"{values.path}: model_type is mistral with layer_types, which transformers takes for a ministral, whose "
+            "layers have windows of their own: remove layer_types if it is none"
+        )
     expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
@@ -119,10 +144,7 @@ def _layers_without_rope(values: Values, family: Family) -> tuple[int, ...]:
 def _rope_parts(values: Values) -> list[Values]:
     """What transformers 5 (rope_parameters) and those before it (rope_scaling) say, where they say anything."""
     parts = [values.section(key) for key in ("rope_parameters", "rope_scaling")]
-    parts = [
-        Values(part.path, {key: value for key, value in part.content.items() if not _neutral(key, value)})
-        for part in parts
-    ]
+    parts = [_without_neutral(part) for part in parts]
     for part in parts:
         kind = part.content.get("rope_type", part.content.get("type", "default"))
         if kind != "default" and kind not in _SCALINGS:
@@ -138,9 +160,11 @@ def _rope_theta(values: Values, family: Family) -> float:
     """The RoPE base, from transformers 5's rope_parameters or the top level.
 
     Raises:
-        CheckpointError: two bases are given.
+        CheckpointError: two bases are given, or null, which is no base and no default either.
     """
-    given = [part for part in (*_rope_parts(values), values) if part.content.get("rope_theta") is not None]
+    said = [part for part in (*_rope_parts(values), values) if "rope_theta" in part.content]
+    # Null at the top level does not matter where the section that comes first has a base.
+    given = [part for part in said if part is not values or len(said) == 1 or part.content["rope_theta"] is not None]
     bases = {part.number("rope_theta") for part in given}
     if len(bases) > 1:
         raise CheckpointError(f"{values.path} gives two RoPE bases, {sorted(bases)}")
@@ -153,22 +177,38 @@ def _rope_scaling(values: Values) -> RopeScalingConfig | None:
     Raises:
         CheckpointError: in two ways.
     """
-    found: list[RopeScalingConfig] = []
-    for part in _rope_parts(values):
-        kind = part.content.get("rope_type", part.content.get("type", "default"))
-        if kind == "default":
-            continue
-        names = [name for name in RopeScalingConfig.model_fields if part.content.get(name) is not None]
-        given = {name: part.number(name) for name in names if name != "rope_type"}
-        found.append(RopeScalingConfig.model_validate(given | {"rope_type": kind}))
-    if any(scaling != found[0] for scaling in found):
-        raise CheckpointError(f"{values.path}: rope_parameters and rope_scaling differ, {found[0]} and {found[1]}")
-    return found[0] if found else None
+    found = [_scaling_of(part) for part in _rope_parts(values)]
+    # transformers lets rope_scaling win, with which older files are extended; one that takes a scaling back is a doubt.
+    if found and found[0] is not None and found[-1] != found[0]:
+        raise CheckpointError(f"{values.path}: rope_parameters and rope_scaling differ, {found[0]} and {found[-1]}")
+    return found[-1] if found else None
+
+
+def _scaling_of(part: Values) -> RopeScalingConfig | None:
+    """How a section scales positions; None: not at all."""
+    kind = part.content.get("rope_type", part.content.get("type", "default"))
+    if kind == "default":
+        return None
+    names = [name for name in RopeScalingConfig.model_fields if part.content.get(name) is not None]
+    given = {name: part.number(name) for name in names if name != "rope_type"}
+    return RopeScalingConfig.model_validate(given | {"rope_type": kind})
 
 
 def rope_scaling(model: ModelConfig) -> dict[str, Any]:
     """The scaling of positions as config.json has it; empty: none."""
     return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
+
+
+def _positions(model: ModelConfig, sequence_length: int) -> int:
+    """How many positions config.json gives the model.
+
+    Of yarn's, those that it extends to, however long the sequences of a training are: transformers 4 takes the factor
+    from them, whatever rope_scaling says, and computes another model where they are fewer or more.
+    """
+    scaling = model.rope_scaling
+    if scaling is None or scaling.rope_type != "yarn" or scaling.original_max_position_embeddings is None:
+        return sequence_length
+    return round(scaling.factor * scaling.original_max_position_embeddings)
 
 
 def transformers_config(model: ModelConfig, sequence_length: int, **further: Any) -> Any:
@@ -189,7 +229,7 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         rms_norm_eps=model.norm_eps,
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=_positions(model, sequence_length),
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
         tie_word_embeddings=model.tied_embeddings,
         **further,

@@ -20,6 +20,7 @@ PARAMS_FILE = "params.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 _SHARD = re.compile(r"consolidated\.(\d{2,})\.pth")
 
 
@@ -89,9 +90,15 @@ def huggingface_files_of(folder: Folder) -> ModelFiles:
     """The files of a model in Hugging Face's format.
 
     Raises:
-        CheckpointError: there are no weights, one that the index names is missing, or there are two models.
+        CheckpointError: there are no weights, one that the index names is missing, there are two models, or an adapter
+            that changes the model.
     """
     names = set(folder.names())
+    if ADAPTER_FILE in names:
+        raise CheckpointError(
+            f"{folder} holds {ADAPTER_FILE}, an adapter (LoRA) that changes what the weights next to it compute: "
+            "merge it into them (merge_and_unload of the package peft), or move it away to go without it"
+        )
     if INDEX_FILE not in names:
         if WEIGHTS_FILE not in names:
             if others := sorted(name for name in names if name.lower().endswith(".safetensors") and name[0] != "."):

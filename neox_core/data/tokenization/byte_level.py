@@ -9,7 +9,9 @@ import numpy as np
 
 from neox_core.data.indexed import Tokens
 
-_LATIN_1 = bytes(range(256)).decode("latin-1")
+_OTHERS = "ĀŀƀǀȀɀʀˀ\u0300ͰΆπЀрҀӀԀՀրאؠـڀۀܐݍހߊࠀကⁱ々䀀倀怀瀀耀退ꀀ뀀쀀퀀\ufa0e🙂"
+"""A printable character for each further byte with which characters in use begin in UTF-8."""
+_PROBE = bytes(range(256)).decode("latin-1") + _OTHERS
 
 
 class ByteLevelModel:
@@ -22,7 +24,7 @@ class ByteLevelModel:
         """Load a tokenizer.json's content.
 
         Raises:
-            ValueError: it is none, or its BPE is not byte-level, so that some texts would have no ids.
+            ValueError: it is none, its BPE is not byte-level, so that some texts would have no ids, or it is random.
         """
         import tokenizers
 
@@ -35,14 +37,25 @@ class ByteLevelModel:
         self._special = {token["content"]: int(token["id"]) for token in described["added_tokens"] if token["special"]}
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         """One more than the largest id."""
+        if described["model"].get("dropout"):
+            raise ValueError(
+                f"its model's dropout is {described['model']['dropout']}, by which a text's ids are others each time: "
+                "set it to null"
+            )
+        self.special_texts = list(self._special)
+        """Special tokens' texts, which are text where a text has them."""
         self.lost: list[str] = self._lost(described["model"]["type"])
         """Control characters whose bytes the vocabulary lacks: the library gives them no id."""
 
     def _lost(self, kind: str) -> list[str]:
-        kept = self._tokenizer.decode(self.encode(_LATIN_1).tolist())
-        lost = sorted(set(_LATIN_1) - set(kept))
-        if kind != "BPE" or kept != "".join(c for c in _LATIN_1 if c not in lost) or any(map(_matters, lost)):
-            raise ValueError(f"its {kind} model loses characters: byte-level BPE is due")
+        # Where a blank is put before every text, the decoder may leave it.
+        kept = self._tokenizer.decode(self.encode(_PROBE).tolist()).removeprefix(" ")
+        lost = sorted(set(_PROBE) - set(kept))
+        if kind != "BPE" or kept != "".join(c for c in _PROBE if c not in lost) or any(map(_matters, lost)):
+            some = f" ({''.join(lost[:8])!a})" if lost else ""
+            raise ValueError(f"its {kind} model loses or changes characters{some}: byte-level BPE is due")
+        if controls := self.specials_in(_PROBE):
+            raise ValueError(f"it gives a character of a text the special id {controls[0]}: byte-level BPE is due")
         return lost
 
     def encode(self, text: str) -> Tokens:

@@ -64,6 +64,8 @@ class TiktokenModel:
                 f"{_RANKS} only: give the same tokenizer's tokenizer.json"
             )
         self._special = {name: _RANKS + place for name, place in _NAMED.items()}
+        self.special_texts = list(self._special)
+        """Special tokens' texts, which are text where a text has them."""
         self.bos_id, self.eos_id = self._special["<|begin_of_text|>"], self._special["<|end_of_text|>"]
         self.vocab_size = _RANKS + _SPECIAL_TOKENS
         self._model = tiktoken.Encoding("Llama 3", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=self._special)

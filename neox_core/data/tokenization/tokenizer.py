@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
+_RARE = "\x00\n一𒀀\U0010fffd"
+"""Of these, a vocabulary without bytes lacks some."""
 
 
 class Tokenizer:
@@ -32,7 +34,8 @@ class Tokenizer:
         """Load the model.
 
         Raises:
-            ConfigError: the model file is missing, or has no piece for the configured end of document.
+            ConfigError: the model file is missing, or has no piece for the configured end of document, or one that
+                texts have as well.
             DataError: the file is no tokenizer (tokenizer_file.py), or takes literal `</s>` in a text for its control
                 piece.
         """
@@ -44,6 +47,11 @@ class Tokenizer:
         """What a model is given before a text that it is to continue: <s>, or where there is none an ended document."""
         self._begin = self._begin_of_document(config)
         self._refuse_control_texts(config.file)
+        if self.end_of_document_id in self._model.encode(_RARE):
+            raise ConfigError(
+                f"tokenizer.end_of_document is {config.end_of_document!r}, which {config.file} also gives to "
+                "characters that its vocabulary lacks: documents would end within a text. Name another one, such as eos"
+            )
         model, own = self._model, f"sentencepiece {sentencepiece.__version__}"
         self._fast: FastEngine | None = None
         if not isinstance(model, SentencePieceModel):
@@ -117,10 +125,13 @@ class Tokenizer:
         return found
 
     def _refuse_control_texts(self, path: Path) -> None:
-        # SentencePiece never matches control pieces in a text, unless the model declares them user-defined.
-        for text in _CONTROL_TEXTS:
-            if controls := self._model.specials_in(text):
+        # SentencePiece never matches control pieces in a text, unless the model declares them user-defined; of other
+        # tokenizers, one that takes whole words from its vocabulary may take a special token for a word.
+        model = self._model
+        own = () if isinstance(model, SentencePieceModel) else model.special_texts
+        for text in (*_CONTROL_TEXTS, *own):
+            if controls := model.specials_in(text):
                 raise DataError(
                     f"tokenizer {path} turns the literal text {text!r} into the special id {controls[0]}: "
-                    "use a model in which it is a control piece, not a user-defined one"
+                    "use a model in which it is a control piece, not a user-defined one or a word of the vocabulary"
                 )

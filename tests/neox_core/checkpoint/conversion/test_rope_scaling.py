@@ -14,6 +14,7 @@ import transformers
 from neox_core.checkpoint.conversion.convert import convert, open_source
 from neox_core.checkpoint.conversion.export import export_huggingface, export_meta
 from neox_core.checkpoint.conversion.proof import logits_from_shards, prove, prove_conversion, sample_ids
+from neox_core.checkpoint.formats.huggingface_config import config_files
 from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig, RopeScalingConfig
@@ -78,3 +79,15 @@ def test_metas_format_that_leaves_the_factor_open(write_base: Callable[..., Any]
     base = write_base(use_scaled_rope=True)
     with pytest.raises(CheckpointError, match=r"use_scaled_rope without rope_scaling_factor: add it"):
         MetaCheckpoint(base.folder)
+
+
+@pytest.mark.parametrize("sequence_length", [128, 4096])
+def test_yarn_s_factor_is_the_ratio_of_positions_too(
+    model_of: Callable[..., ModelConfig], sequence_length: int
+) -> None:
+    """transformers 4 computes with this ratio and not with the factor."""
+    yarn = RopeScalingConfig(rope_type="yarn", factor=2.5, original_max_position_embeddings=64)
+    content = json.loads(config_files(model_of(rope_scaling=yarn), sequence_length, torch.bfloat16)["config.json"])
+    assert content["max_position_embeddings"] == 160
+    content = json.loads(config_files(model_of(rope_scaling=LLAMA3), sequence_length, torch.bfloat16)["config.json"])
+    assert content["max_position_embeddings"] == sequence_length

@@ -21,6 +21,8 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 128,
 }
 
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
 
 def test_the_plain_ones() -> None:
     assert read_params("params.json", PARAMS, 128).vocab_size == 128
@@ -83,6 +85,23 @@ def test_params_without_effect() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"num_experts": 8}, "num_experts is 8"),
+        ({"is_causal": False}, "is_causal is false, which is not known here"),
+        ({"is_causal": None}, "is_causal is null, which is not known here"),
+        ({"use_rope": False}, "use_rope is false, which is not known here"),
+        ({"residual_multiplier": 0}, "residual_multiplier is 0, which is not known here"),
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0.0, which is not known here"),
+        ({"attention_multiplier": 1.0}, "attention_multiplier is 1.0, which is not known here"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "takes for a ministral"),
+        ({"model_type": "mistral", "layer_types": None}, "takes for a ministral"),
+        ({"rope_theta": None}, "config.json: rope_theta is null: give a number above 0"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, "config.json: rope_theta is null: give"),
+        ({"rope_parameters": {"rope_theta": None}, "rope_theta": 1e4}, "rope_parameters: rope_theta is null: give"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling: truncate is false, which is not known here"),
+        (
+            {"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}},
+            "rope_parameters and rope_scaling differ",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "^config.json: yarn needs original_max_position_emb"),
         ({"num_hidden_layers": 10**30}, "num_layers Input should be less than or equal to 10000"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\], but only llama, .* are supported"),
     ],
@@ -98,6 +117,20 @@ def test_config_keys_without_effect() -> None:
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 300, "eos_token_id": [1, 2], "attention_dropout": 0.1,
         "sliding_window": None, "use_qk_norm": False, "partial_rotary_factor": 1.0, "head_dim": None, "_name": "x",
         "layer_types": ["full_attention", "full_attention"], "torch_dtype": "bfloat16", "rope_scaling": None,
-        "num_key_value_heads": None, "max_length": 20, "rope_interleaved": False,
+        "num_key_value_heads": None, "max_length": 20, "rope_interleaved": False, "is_causal": True,
+        "residual_multiplier": None, "num_experts": 0,
     }  # fmt: skip
     assert read_config("config.json", CONFIG | extra).num_kv_heads == 8
+
+
+def test_what_comes_first_where_rope_is_said_twice() -> None:
+    """As transformers, and as those before version 5, which read the second alone."""
+    said_twice = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "rope_scaling": YARN | {"truncate": True},
+    }
+    model = read_config("config.json", CONFIG | said_twice)
+    assert (model.rope_theta, model.rope_scaling and model.rope_scaling.rope_type) == (5e4, "yarn")
+    assert read_config("config.json", CONFIG | {"rope_parameters": {"rope_theta": 5e4}, "rope_theta": None}) == (
+        read_config("config.json", CONFIG | {"rope_theta": 5e4})
+    )

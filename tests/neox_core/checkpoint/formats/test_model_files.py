@@ -137,3 +137,30 @@ def test_a_shard_without_its_index_is_named(write_base: WriteBase, tmp_path: Pat
     (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"holds model-00001-of-00002\.safetensors, but neither .* index too"):
         open_source(tmp_path / "hf")
+
+
+def test_a_tensor_in_two_files_is_refused(write_base: WriteBase, tmp_path: Path) -> None:
+    """transformers takes that of the last file, whatever the index says."""
+    folder = tmp_path / "hf"
+    huggingface(write_base, folder, max_file_bytes=50_000)
+    files = model_files(LocalFolder(folder))
+    name = "model.norm.weight"
+    other = next(file for file in files.weights if file != files.index[name])
+    tensors = load_file(folder / other)
+    save_file(tensors | {name: torch.ones(64)}, folder / other)
+    with pytest.raises(CheckpointError, match=rf"holds {name} both in {files.index[name]} and in {other}"):
+        open_source(folder)
+    save_file(tensors | {"not.in.the.index": torch.ones(64)}, folder / other)
+    open_source(folder)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_refused(write_base: WriteBase, tmp_path: Path, whole: bool) -> None:
+    folder = tmp_path / "hf"
+    huggingface(write_base, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds adapter_config\.json, an adapter \(LoRA\).*merge it"):
+        open_source(folder)

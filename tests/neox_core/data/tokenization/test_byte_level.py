@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from neox_core.config.schema import TokenizerConfig
 from neox_core.data.tokenization import tokenizer as ours
@@ -73,3 +76,78 @@ def test_a_bpe_without_all_bytes_is_refused(tmp_path: Path) -> None:
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="byte-level BPE is due"):
         ours.Tokenizer(TokenizerConfig(model=tmp_path / "tokenizer.json"))
+
+
+def described(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A tokenizer.json, changed in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("byte", ["\u00e6", "\u00f0"])
+def test_a_byte_level_vocabulary_without_a_byte_beyond_latin_1_is_refused(path: Path, byte: str) -> None:
+    """Chinese, or emoji, would be left out of texts."""
+    described(path, lambda content: content["model"]["vocab"].pop(byte))
+    with pytest.raises(DataError, match="loses or changes characters"):
+        ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+
+
+def write_characters(folder: Path, byte_fallback: bool) -> Path:
+    """BPE over characters, all of Latin 1 and those of bytes among them; without fallback, others are <unk>."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = [chr(code) for code in range(0x20, 0x100)]
+    made.train_from_iterator(
+        ["the theorem"], trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=alphabet)
+    )
+    made.save(str(folder / "tokenizer.json"))
+    return described(folder / "tokenizer.json", lambda content: content["added_tokens"].__delitem__(slice(2, None)))
+
+
+def test_a_vocabulary_of_characters_needs_a_fallback(tmp_path: Path) -> None:
+    tokenizer = ours.Tokenizer(TokenizerConfig(model=write_characters(tmp_path, True), end_of_document=END))
+    oracle = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        assert tokenizer.encode(text).tolist() == oracle.encode(text, add_special_tokens=False).ids
+        assert 0 not in tokenizer.encode(text)
+    with pytest.raises(DataError, match="loses or changes characters"):
+        ours.Tokenizer(TokenizerConfig(model=write_characters(tmp_path, False), end_of_document=END))
+
+
+def test_an_unknown_token_is_no_character(tmp_path: Path) -> None:
+    """Nor one of those that may be missing, since <unk> would stand in the text instead."""
+    path = described(write_characters(tmp_path, True), lambda content: content["model"]["vocab"].pop("<0x04>"))
+    with pytest.raises(DataError, match="gives a character of a text the special id 0"):
+        ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+
+
+def test_random_ids_are_refused(path: Path) -> None:
+    described(path, lambda content: content["model"].update(dropout=0.1))
+    with pytest.raises(DataError, match=r"dropout is 0\.1.*set it to null"):
+        ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+    described(path, lambda content: content["model"].update(dropout=0.0))
+    ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+
+
+def test_a_special_token_that_is_also_a_word_is_refused(path: Path) -> None:
+    """With ignore_merges, as Llama 3's, whole words are looked up: only how text is cut keeps specials apart."""
+    made = Tokenizer.from_file(str(path))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.save(str(path))
+    ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+    described(path, lambda content: content["model"].update(ignore_merges=True))
+    with pytest.raises(DataError, match=r"turns the literal text '<\|endoftext\|>' into the special id 0"):
+        ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+
+
+def test_a_blank_before_every_text(path: Path) -> None:
+    made = Tokenizer.from_file(str(path))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.save(str(path))
+    tokenizer = ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+    for text in TEXTS:
+        assert tokenizer.encode(text).tolist() == made.encode(text, add_special_tokens=False).ids

@@ -18,16 +18,14 @@ MODEL = Path("data/tokenizers/demo-2048.model")
 
 
 def train_model(folder: Path, **options: object) -> Path:
-    (folder / "corpus.txt").write_text("a small corpus <of> text / with a few words s\n" * 50)
+    (folder / "corpus.txt").write_text("a small corpus <of> text / with a few words like unk s\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "small"),
-        vocab_size=290,
         model_type="bpe",
-        byte_fallback=True,
         minloglevel=2,
         hard_vocab_limit=False,
-        **options,
+        **{"vocab_size": 290, "byte_fallback": True} | options,
     )
     return folder / "small.model"
 
@@ -87,6 +85,14 @@ def test_model_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="end_of_document is 'eos'"):
         Tokenizer(TokenizerConfig(model=model))
     assert Tokenizer(TokenizerConfig(model=model, end_of_document="unk")).end_of_document_id == 0
+
+
+def test_an_end_that_texts_have_too_is_refused(tmp_path: Path) -> None:
+    """Without bytes to fall back to, <unk> stands for every character that is not in the vocabulary."""
+    model = train_model(tmp_path, byte_fallback=False, vocab_size=40)
+    Tokenizer(TokenizerConfig(model=model, end_of_document="eos"))
+    with pytest.raises(ConfigError, match=r"end_of_document is 'unk', which .* also gives to characters that its"):
+        Tokenizer(TokenizerConfig(model=model, end_of_document="unk"))
 
 
 def test_a_folder_gives_the_tokenizer_that_lies_in_it(tmp_path: Path) -> None:
