@@ -146,8 +146,10 @@ class Uploads:
                     self._upload(checkpoint)
             except Exception as error:  # whatever it is, the training must hear of it
                 logger.error("%s", error)
-                self._failure = error
-                self._failed(error)
+                try:
+                    self._failed(error)
+                finally:  # last: who waits for the upload goes on with it
+                    self._failure = error
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()

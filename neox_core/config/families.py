@@ -18,6 +18,8 @@ class Family:
     """Prefix of transformers' classes."""
     qkv_bias: bool = False
     """Queries, keys and values have a bias."""
+    attention_bias: bool = True
+    """A model may say that they and attention's output have one."""
     qk_norm: QkNorm | None = None
     """Queries and keys are normalized before they are rotated: those of each head, or all heads' together."""
     norms_after: bool = False
@@ -41,8 +43,8 @@ class Family:
 
 FAMILIES: Mapping[FamilyName, Family] = {
     "llama": Family("Llama", kv_heads_default=True),
-    "mistral": Family("Mistral", sliding_window=4096),
-    "qwen2": Family("Qwen2", qkv_bias=True),
+    "mistral": Family("Mistral", attention_bias=False, sliding_window=4096),
+    "qwen2": Family("Qwen2", qkv_bias=True, attention_bias=False),
     "qwen3": Family("Qwen3", qk_norm="head", head_dim_default=False),
     "olmo2": Family("Olmo2", qk_norm="projection", norms_after=True, kv_heads_default=True, norm_eps_default=1e-5),
     "smollm3": Family("SmolLM3", rope_theta_default=2e6, tied_default=True, no_rope_interval=4),

@@ -121,6 +121,9 @@ class ModelConfig(Section):
         None, description="mistral only: positions that attention reaches back; sequences must not be longer"
     )
 
+    attention_bias: bool = Field(
+        False, description="not mistral, qwen2: queries, keys, values and attention's output have a bias"
+    )
     tied_embeddings: bool = Field(False, description="the output head's weight is the embedding's, as in small models")
 
     @property
@@ -161,6 +164,7 @@ class ModelConfig(Section):
         # What was made before these settings existed keeps its identity.
         defaults = {
             "family": "llama",
+            "attention_bias": False,
             "head_dim": self.hidden_size // self.num_attention_heads,
             "layers_without_rope": (),
             "sliding_window": None,
@@ -179,6 +183,8 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2 or self.head_dim == 0:
             raise ValueError(f"head_dim {self.head_dim} is not a multiple of 2, which rotary positions need")
+        if self.attention_bias and not self.differences.attention_bias:
+            raise ValueError(f"attention_bias is not computed for the family {self.family}")
         if self.sliding_window is not None and self.differences.sliding_window is None:
             raise ValueError(f"sliding_window {self.sliding_window} is not computed for the family {self.family}")
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:

@@ -35,6 +35,8 @@ class ModelDimensions:
     grouped_qkv: bool = False
     """The fused projection's rows go by KV heads, not by query heads (elementwise.py)."""
     qkv_bias: bool = False
+    output_bias: bool = False
+    """Attention's output has a bias, which is added to the sum of all heads."""
     qk_norm: QkNorm | None = None
     """Queries and keys are normalized, by head or over all heads, those of other ranks included."""
     norms_after: bool = False
@@ -59,7 +61,8 @@ class ModelDimensions:
             rope_scaling=RopeScaling(**model.rope_scaling.model_dump()) if model.rope_scaling else None,
             layers_without_rope=model.layers_without_rope,
             grouped_qkv=model.grouped_qkv,
-            qkv_bias=model.differences.qkv_bias,
+            qkv_bias=model.differences.qkv_bias or model.attention_bias,
+            output_bias=model.attention_bias,
             qk_norm=model.differences.qk_norm,
             norms_after=model.differences.norms_after,
             tied_embeddings=model.tied_embeddings,

@@ -45,7 +45,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(dims.head_dim if by_head else kv_width, dims.norm_eps)
         self.of_all_heads: Callable[[Tensor], Tensor] | None = None
         """From means over these heads to those over all of the model's, where the module has a part of them."""
-        self.dense = nn.Linear(query_width, dims.hidden_size, bias=False)
+        self.dense = nn.Linear(query_width, dims.hidden_size, bias=dims.output_bias)
         self.rotary = RotaryEmbedding(dims.head_dim, dims.sequence_length, dims.rope_theta, dims.rope_scaling)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:

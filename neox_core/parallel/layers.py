@@ -123,8 +123,11 @@ class FusedBlock(PipelineLayer):
         return tuple(p if x.bias is None else p + x.bias for p, x in zip(products, linears, strict=True))
 
     def _project_out(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
-        product: Tensor = linear(x_BTI) if self.region is None else self.region.linear_leaves(x_BTI, linear)
-        return product
+        if self.region is None:
+            (product,) = linear_outputs(x_BTI, linear)
+        else:
+            product = self.region.linear_leaves(x_BTI, linear)
+        return product if linear.bias is None else product + linear.bias
 
 
 class LastNorm(PipelineLayer):

@@ -49,8 +49,8 @@ class Sharding:
 ROWS = Sharding("matrix", split=0)
 COLUMNS = Sharding("matrix", split=1)
 TOKEN_NORM = Sharding("norm")
-"""A norm of hidden states, outside of the split regions: each rank has them all, or, where ranks split the tokens, a
-part of them, and then a part of the gradient."""
+"""A norm or bias of hidden states, outside of the split regions: each rank has them all, or, where ranks split the
+tokens, a part of them, and then a part of the gradient."""
 HEAD_NORM = Sharding("norm", partial_gradient=True)
 """A norm within a split region, such as that of each head's queries and keys: a rank has its own heads' part of the
 gradient."""
@@ -66,6 +66,7 @@ SHARDINGS: Mapping[type[nn.Module], Mapping[str, Sharding]] = {
         "attention.q_norm.scale": HEAD_NORM,
         "attention.k_norm.scale": HEAD_NORM,
         "attention.dense.weight": COLUMNS,
+        "attention.dense.bias": TOKEN_NORM,
         "post_attention_layernorm.scale": TOKEN_NORM,
         "post_feedforward_layernorm.scale": TOKEN_NORM,
         "mlp.w1.weight": ROWS,

@@ -170,10 +170,10 @@ class SplitRegion:
         return linear_outputs(keep(self.enter(x_BTD)), *linears)
 
     def linear_leaves(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
-        """The sum of the ranks' products, or this rank's tokens of it."""
+        """The sum of the ranks' products, or this rank's tokens of it, without the bias."""
         if self.exchange is not None and _exchangeable(linear):
             return summed_output(x_BTI, self.exchange, linear)
-        return self.leave(linear(x_BTI))
+        return self.leave(*linear_outputs(x_BTI, linear))
 
 
 def _exchangeable(*linears: nn.Linear) -> bool:

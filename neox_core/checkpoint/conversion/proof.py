@@ -95,6 +95,8 @@ class Shards:
         block: Any = None
         for block in self._ranks(number + 2, TransformerBlock, tuple(f"{name}." for name in names if name)):
             block.attention.of_all_heads = of_all_heads
+            if (bias := block.attention.dense.bias) is not None:
+                bias.data /= self.checkpoint.tensor_parallel  # each rank has all of it, and it counts once
             parts.append(getattr(block, part)(x_BTD if block.norms_after else getattr(block, before)(x_BTD)))
         total = torch.stack(parts).sum(0)
         return getattr(block, after)(total) if block.norms_after else total

@@ -76,6 +76,7 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
             layers_without_rope=_layers_without_rope(values, family),
             rope_scaling=_rope_scaling(values),
             norm_eps=values.number("rms_norm_eps", family.norm_eps_default),
+            attention_bias=family.attention_bias and values.flag("attention_bias"),
             tied_embeddings=values.flag("tie_word_embeddings", family.tied_default),
         )
 
@@ -112,7 +113,8 @@ def _family(values: Values, name: Any, config: Mapping[str, Any]) -> Family:
         )
     expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+    biased = () if FAMILIES[name].attention_bias else ("attention_bias",)
+    for key in (*biased, "mlp_bias", "use_sliding_window"):
         found[key], expected[key] = values.flag(key), False
     for key, value in expected.items():
         if found[key] not in (None, value):
@@ -215,6 +217,8 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
     """transformers' configuration of the model; `further` fields are passed on."""
     from transformers import AutoConfig
 
+    if model.attention_bias:
+        further["attention_bias"] = True
     if model.differences.sliding_window is not None:
         further["sliding_window"] = model.sliding_window
     if model.differences.no_rope_interval is not None:

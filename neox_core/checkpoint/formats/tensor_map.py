@@ -104,10 +104,13 @@ _TRANSFORMER = (
     TensorLayout("mlp.w2.weight", "feed_forward.w2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), 1, 1),
     TensorLayout("mlp.w3.weight", "feed_forward.w3.weight", "mlp.up_proj.weight", ("ffn", "hidden"), 0, 0),
 )
-_AFTER_QKV = 4
+_AFTER_QKV, _AFTER_DENSE = 4, 5
 _QKV_BIAS = tuple(
     TensorLayout(QKV_BIAS, f"attention.w{name}.bias", f"self_attn.{name}_proj.bias", (axis,), 0, 0, rotary=name != "v")
     for name, axis in (("q", "query"), ("k", "key_value"), ("v", "key_value"))
+)
+_OUTPUT_BIAS = (
+    TensorLayout("attention.dense.bias", "attention.wo.bias", "self_attn.o_proj.bias", ("hidden",), None, None),
 )
 _HEAD_NORMS, _PROJECTION_NORMS = (
     tuple(
@@ -150,8 +153,9 @@ class Layer:
 def iterate_layers(model: ModelConfig) -> Iterator[Layer]:
     """All layers that hold weights, in the order of computation."""
     family, layers = model.differences, model.num_layers
-    further = (_QKV_BIAS if family.qkv_bias else ()) + _QK_NORM[family.qk_norm]
-    block = _TRANSFORMER[:_AFTER_QKV] + further + _TRANSFORMER[_AFTER_QKV:]  # in the order of the model's parameters
+    further = (_QKV_BIAS if family.qkv_bias or model.attention_bias else ()) + _QK_NORM[family.qk_norm]
+    further += _TRANSFORMER[_AFTER_QKV:_AFTER_DENSE] + (_OUTPUT_BIAS if model.attention_bias else ())
+    block = _TRANSFORMER[:_AFTER_QKV] + further + _TRANSFORMER[_AFTER_DENSE:]  # in the order of the model's parameters
     block = block[1:] + _LAST_NORM if family.norms_after else block
     yield Layer(0, _EMBEDDING, "", "model.")
     for number in range(layers):

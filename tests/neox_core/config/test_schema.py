@@ -59,6 +59,7 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
         ("model: {layers_without_rope: [1]}", r"layers_without_rope \[1\] is not computed for the family llama"),
         ("model: {family: smollm3, layers_without_rope: [3, 1]}", r"layers_without_rope \[3, 1\] must ascend, up to 3"),
         ("model: {family: smollm3, layers_without_rope: [4]}", r"layers_without_rope \[4\] must ascend, up to 3"),
+        ("model: {family: qwen2, attention_bias: true}", "attention_bias is not computed for the family qwen2"),
         ("model: {sliding_window: 256}", "sliding_window 256 is not computed for the family llama"),
         (
             "parallel: {pipeline: 2, pipeline_layers: [3, 2]}",
@@ -238,7 +239,7 @@ FIELDS = {
     "TokenizeJobConfig": 7,
     "BaseModelConfig": 5,
     "RopeScalingConfig": 8,
-    "ModelConfig": 15,
+    "ModelConfig": 16,
     "ParallelConfig": 5,
     "TrainConfig": 24,
     "ProfileConfig": 3,

@@ -22,6 +22,7 @@ from neox_core.parallel.weight_gradients import accept_accumulators
         pytest.param({}, id="llama"),
         pytest.param({"layers_without_rope": (0,)}, id="no rotation"),
         pytest.param({"qkv_bias": True}, id="bias"),
+        pytest.param({"qkv_bias": True, "output_bias": True}, id="biases"),
         pytest.param({"qk_norm": "head"}, id="norm of each head"),
         pytest.param({"qk_norm": "projection", "norms_after": True}, id="norms of projections, norms after"),
     ],

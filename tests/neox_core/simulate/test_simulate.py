@@ -55,6 +55,7 @@ def of(
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
         pytest.param(of("qwen3_8b", activation_checkpointing="none"), id="Qwen 3, all kept"),
+        pytest.param(of("llama3_8b", attention_bias=True), id="biases"),
         pytest.param(of("llama3_8b", family="olmo2"), id="OLMo 2"),
         pytest.param(of("llama3_8b", family="olmo2", activation_checkpointing="none"), id="OLMo 2, all kept"),
         pytest.param(of("llama3_8b", 2, family="smollm3", layers_without_rope=(1, 3)), id="layers without rotation"),

@@ -86,6 +86,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "model.norm_eps": (1e-6, CONVERT),
     "model.family": ("qwen2", CONVERT),
     "model.head_dim": (64, CONVERT),
+    "model.attention_bias": (True, CONVERT),
     "model.sliding_window": (512, CONVERT),
     "model.tied_embeddings": (True, CONVERT),
     "parallel.tensor": (1, CONVERT),

@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
             "beta_fast": 24.0,
         },
     },
+    "llama with biases": {"model_type": "llama", "attention_bias": True},
+    "qwen3 with biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+    "olmo2 with biases": {"model_type": "olmo2", "pad_token_id": None, "attention_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": 4096},
     "mistral, short window": {"model_type": "mistral", "sliding_window": 24},
     "qwen2": {"model_type": "qwen2"},
@@ -118,6 +121,10 @@ def no_bias(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.1.self_attn.q_proj.bias"].zero_()
 
 
+def no_output_bias(weights: dict[str, Any]) -> None:
+    weights["model.layers.1.self_attn.o_proj.bias"].zero_()
+
+
 def swapped_norms(weights: dict[str, torch.Tensor]) -> None:
     q, k = (f"model.layers.1.self_attn.{name}_norm.weight" for name in "qk")
     weights[q], weights[k] = weights[k], weights[q]
@@ -172,6 +179,7 @@ def test_new_tokens_of_a_tied_model_are_tied(method: Literal["mean", "normal", "
     ("case", "mistake"),
     [
         ("qwen2", no_bias),
+        ("llama with biases", no_output_bias),
         ("qwen3", swapped_norms),
         ("llama 3:1", wrong_groups),
         ("olmo2", norms_of_other_heads),
@@ -194,15 +202,16 @@ def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, An
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("olmo2", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
-        ("olmo2", {"attention_bias": True}, "attention_bias is True"),
-        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("llama 2:1", {"attention_bias": True}, "q_proj.bias is missing"),
+        ("mistral", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen2", {"attention_bias": True}, "attention_bias is True"),
+        ("llama 2:1", {"mlp_bias": True}, "mlp_bias is True"),
         ("qwen3", {"head_dim": None}, "lacks 'head_dim'"),
         ("mistral", {"num_key_value_heads": None}, "num_key_value_heads"),
         ("llama 2:1", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
         ("llama 2:1", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*, which is not known here"),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 24}, "use_sliding_window is True"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types is .*, which is not known here"),
-        ("smollm3", {"attention_bias": True}, "attention_bias is True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*: give for each of 4 layers 1"),
         ("smollm3", {"no_rope_layers": [2] * 4}, "no_rope_layers is .*: give for each of 4 layers 1"),
         ("smollm3", {"num_key_value_heads": None}, "num_key_value_heads"),

@@ -21,7 +21,17 @@ from tests.neox_core.train.small_training import SEQUENCE, STEPS, config_for, ra
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 IN_PRODUCTS = [(1, 1, 1), (2, 2, 1)]
-TRAINED = ["llama 3:1", "llama tied", "mistral", "qwen2", "qwen3", "qwen3 3:1", "olmo2 3:1", "smollm3"]
+TRAINED = [
+    "llama 3:1",
+    "llama tied",
+    "llama with biases",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3 3:1",
+    "olmo2 3:1",
+    "smollm3",
+]
 RATE = 1e-3
 
 
