@@ -16,7 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.node import ROW_SECONDS, run_json
+from benchmarks.commands import run_json, torchrun
+from benchmarks.node import ROW_SECONDS
 from benchmarks.train_step import parse_options, report, run_config
 from neox_core.config.families import FAMILIES
 from neox_core.planning.plan import flops_per_token
@@ -38,8 +39,7 @@ def main() -> None:
 
 def _run(arguments: list[str], turn: str) -> dict[str, Any]:
     options = [*arguments, "--family", turn.split()[0]]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    found = run_json([*launch, "-m", "benchmarks.train_step", *options], ROW_SECONDS)
+    found = run_json(torchrun(1, "benchmarks.train_step", *options), ROW_SECONDS)
     if "failed" in found:
         sys.exit(f"{turn}: {found['failed']}")
     tqdm.write(f"{turn}: {found['tokens_per_second']} tokens/s, {found['peak_memory_gib']} GiB")

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,13 +27,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import run_json, torchrun
 from benchmarks.node_rows import Row, rows, table
 from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
 from neox_core.planning.calibration import calibrate
 from neox_core.planning.hardware import Hardware, load_hardware
 
-ROOT = Path(__file__).parents[1]
 MODELS = ("7b", "34b-slice")
 ROW_SECONDS, PEER_SECONDS = 150, 420
 """What a row may take at most; none is begun with less time left."""
@@ -122,12 +120,8 @@ def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
     return load_hardware(str(path))
 
 
-def _torchrun(gpus: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-
-
 def _measure(row: Row) -> dict[str, Any]:
-    found = run_json([*_torchrun(row.gpus), "-m", "benchmarks.train_step", *row.arguments], ROW_SECONDS)
+    found = run_json(torchrun(row.gpus, "benchmarks.train_step", *row.arguments), ROW_SECONDS)
     return found | {"key": row.key, "gpus": row.gpus, "arguments": row.arguments, "time": time.time()}
 
 
@@ -136,32 +130,14 @@ def _peers(model: str, gpus: int) -> Iterator[Peer]:
     given = (model, "--micro-batch", "2")
     yield Peer(f"peers of {model}", (sys.executable, "-m", "benchmarks.peers", *given), PEER_SECONDS)
     for name, row in titan_rows(gpus).items() if gpus > 1 else ():
-        yield Peer(f"{name}, {model}", (*_torchrun(gpus), "-m", "benchmarks.torchtitan_step", *given, *row))
+        yield Peer(f"{name}, {model}", tuple(torchrun(gpus, "benchmarks.torchtitan_step", *given, *row)))
 
 
 def _measure_peer(peer: Peer) -> dict[str, Any]:
-    found = run_json(list(peer.command), peer.limit)
+    found = run_json(peer.command, peer.limit)
     rates = found.get("tokens_per_second")
     named = {"peers": rates if isinstance(rates, dict) else {peer.key: rates}} if rates else found
     return named | {"key": peer.key, "time": time.time()}
-
-
-def run_json(command: list[str], limit: float) -> dict[str, Any]:
-    """The JSON of a command's last such line, or how it failed. All that it started ends with it."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        err += f"\nended after {limit} s"
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    if lines:  # a rank that does not end after its result does not spoil it
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    return {"failed": f"{out[-500:]}{err[-1500:]}"}
 
 
 if __name__ == "__main__":

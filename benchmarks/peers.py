@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.commands import run_json, torchrun
+
 STEP_TOKENS, SEQUENCE = 65536, 4096
-ROOT = Path(__file__).parents[1]
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
 Result = dict[str, Any]
 Rates = dict[str, Result | None]
@@ -44,7 +43,7 @@ def main() -> None:
     common += ["--layers", str(options.layers)] if options.layers else []
     micro_batch = ["--micro-batch", str(options.micro_batch)]
     if options.gpus == 1:
-        ours = {"ours": _run([*_torchrun(1), "-m", "benchmarks.train_step", *common, *micro_batch])}
+        ours = {"ours": _run(torchrun(1, "benchmarks.train_step", *common, *micro_batch))}
         peer = [sys.executable, "-m", "benchmarks.peers", *common, *micro_batch, "--peer"]
         peers = {name: _run([*peer, name]) for name in PEERS}
     else:
@@ -58,9 +57,7 @@ def _several(gpus: int, common: list[str], micro_batch: int) -> tuple[Rates, Rat
     ours = {f"ours, TP {gpus}": tensor, f"ours, DP {gpus}": ["--activation-checkpointing", "auto"]}
 
     def measure(module: str, rows: Mapping[str, list[str]]) -> Rates:
-        return {
-            name: _largest([*_torchrun(gpus), "-m", module, *common, *row], micro_batch) for name, row in rows.items()
-        }
+        return {name: _largest(torchrun(gpus, module, *common, *row), micro_batch) for name, row in rows.items()}
 
     return measure("benchmarks.train_step", ours), measure("benchmarks.torchtitan_step", titan_rows(gpus))
 
@@ -111,19 +108,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _torchrun(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-
-
 def _run(command: Sequence[str]) -> Result | None:
-    """The JSON of the last line, or None after a failure, whose last lines are shown."""
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
-    if finished.returncode or not lines:
-        sys.stdout.write(f"failed: {' '.join(command)}\n{finished.stdout[-500:]}{finished.stderr[-1500:]}\n")
+    """What a command found, or None after a failure, which is shown."""
+    found = run_json(command)
+    if "failed" in found:
+        sys.stdout.write(f"failed: {' '.join(command)}\n{found['failed']}\n")
         return None
-    result: Result = json.loads(lines[-1])
-    return result
+    return found
 
 
 def _measure_peer(options: argparse.Namespace) -> dict[str, Any]:
@@ -164,11 +155,13 @@ def _peer_rate(options: argparse.Namespace, micro_batch: int) -> float:
 def _peer(options: argparse.Namespace, device: torch.device) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.train_step import base_config
+
     if PEERS[options.peer]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    model = _architecture(options)
+    model = base_config(options.model, options.layers).model
     config = LlamaConfig(
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -197,16 +190,6 @@ def _peer(options: argparse.Namespace, device: torch.device) -> Any:
 
 def _has_cudnn_attention(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def _architecture(options: argparse.Namespace) -> Any:
-    from benchmarks.train_step import CONFIGS, MODELS
-    from neox_core.config import load_config
-
-    name, layers = MODELS[options.model]
-    model = load_config(CONFIGS / name).model
-    layers = options.layers or layers or model.num_layers
-    return model.model_copy(update={"num_layers": layers})
 
 
 def _synchronize(device: torch.device) -> None:

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.train_step import CONFIGS, MODELS, report
-from neox_core.config import ModelConfig, load_config
+from benchmarks.train_step import MODELS, base_config, report
+from neox_core.config import ModelConfig
 
 NAME, FLAVOR = "llemma", "benchmark"
 
@@ -56,7 +56,7 @@ def main() -> None:
     from torchtitan.train import Trainer
 
     ranks = int(os.environ["WORLD_SIZE"])
-    model = _architecture(options)
+    model = base_config(options.model, options.layers).model
     _register(model, options)
     trainer = Trainer(ConfigManager().parse_args(arguments(options, ranks)))
     batches = trainer.batch_generator(trainer.dataloader)
@@ -111,12 +111,6 @@ def arguments(options: argparse.Namespace, ranks: int) -> list[str]:
     }
     switches = ["--compile.enable", *(["--parallelism.enable_async_tensor_parallel"] if options.async_tp else [])]
     return [*switches, *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
-
-
-def _architecture(options: argparse.Namespace) -> ModelConfig:
-    name, layers = MODELS[options.model]
-    model = load_config(CONFIGS / name).model
-    return model.model_copy(update={"num_layers": options.layers or layers or model.num_layers})
 
 
 def model_arguments(model: ModelConfig, sequence_length: int) -> dict[str, Any]:

@@ -99,11 +99,17 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def base_config(name: str, layers: int | None) -> RunConfig:
+    """A model's configuration as it is in configs/, with fewer layers where they are given or it is a slice."""
+    file, of_slice = MODELS[name]
+    config = load_config(CONFIGS / file)
+    layers = layers or of_slice or config.model.num_layers
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": layers})})
+
+
 def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
     """What is run on a number of GPUs."""
-    name, layers = MODELS[options.model]
-    config = load_config(CONFIGS / name)
-    layers = options.layers or layers or config.model.num_layers
+    config = base_config(options.model, options.layers)
     train = config.train.model_copy(
         update={
             "global_batch_tokens": options.tokens * ranks,
@@ -123,7 +129,7 @@ def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
             "parallel": config.parallel.model_copy(
                 update={"tensor": options.tp, "pipeline": options.pp, "overlap": options.overlap}
             ),
-            "model": config.model.model_copy(update={"num_layers": layers, **_family_settings(options, layers)}),
+            "model": config.model.model_copy(update=_family_settings(options, config.model.num_layers)),
         }
     )
 

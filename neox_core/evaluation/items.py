@@ -13,6 +13,7 @@ from typing import Any
 
 from neox_core.config import EvaluationTask
 from neox_core.config.evaluation_sections import TEMPLATE_FIELD
+from neox_core.data.tokenization.filters.overlap import item_name
 from neox_core.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -113,8 +114,7 @@ def read_record(line: bytes, where: str, number: int) -> tuple[str, dict[str, An
         raise DataError(f"{where} is not JSON of text ({error}): correct it") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} is not a JSON object: correct it")
-    identity = record.get("id")
-    return f"line {number}" if identity is None else str(identity), record
+    return item_name(record, number), record
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

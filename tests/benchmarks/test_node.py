@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import node
+from benchmarks.commands import run_json
 from benchmarks.node_rows import Row, planned_bytes, rows
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.memory import RESERVED_BYTES
@@ -64,8 +65,8 @@ def test_a_second_call_measures_what_is_left(
 
 
 def test_a_command_gives_its_last_line_of_json_or_how_it_failed() -> None:
-    good = node.run_json([sys.executable, "-c", "print('{\"a\": 1}'); print('done')"], 60)
+    good = run_json([sys.executable, "-c", "print('{\"a\": 1}'); print('done')"], 60)
     assert good == {"a": 1}
-    assert "oh no" in node.run_json([sys.executable, "-c", "raise SystemExit('oh no')"], 60)["failed"]
-    late = node.run_json([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+    assert "oh no" in run_json([sys.executable, "-c", "raise SystemExit('oh no')"], 60)["failed"]
+    late = run_json([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
     assert "ended after 0.5 s" in late["failed"]

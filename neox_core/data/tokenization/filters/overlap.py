@@ -150,6 +150,11 @@ def load_items(paths: tuple[Path, ...], length: OverlapWords) -> EvaluationItems
     return EvaluationItems([item for number, path in enumerate(paths) for item in _items_of(number, path)], length)
 
 
+def item_name(record: dict[str, Any], number: int) -> str:
+    """An item's id, or its line where it has none; scores with and without overlap find items by it."""
+    return f"line {number}" if record.get("id") is None else str(record["id"])
+
+
 def _items_of(set_number: int, path: Path) -> Iterator[Item]:
     if not path.is_file():
         raise ConfigError(f"data.evaluation_sets: {path} does not exist: correct the path")
@@ -165,7 +170,7 @@ def _items_of(set_number: int, path: Path) -> Iterator[Item]:
             raise DataError(f"evaluation set {path}, line {number} is not JSON ({error}): correct it") from None
         if not isinstance(record, dict):
             raise DataError(f"evaluation set {path}, line {number} is not a JSON object: correct it")
-        name = f"line {number}" if record.get("id") is None else str(record["id"])
+        name = item_name(record, number)
         for field, value in record.items():
             texts = value if isinstance(value, list) else [value]
             for text in texts if field not in _IDENTIFIERS else ():
