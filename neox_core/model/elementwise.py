@@ -112,6 +112,14 @@ def _mean_squares(q_BTNH: Tensor, k_BTKH: Tensor) -> Tensor:
     return torch.stack([x.float().square().mean((-2, -1)) for x in (q_BTNH, k_BTKH)], dim=-1)
 
 
+def _normalize_heads(x_BTNH: Tensor, scale: Tensor, eps: float, mean_square: Tensor | None) -> Tensor:
+    """Each head by its own mean square; by that of all where the scale is as wide, or by the one that is given."""
+    head_dim = x_BTNH.shape[-1]
+    if mean_square is None and len(scale) > head_dim:
+        mean_square = x_BTNH.float().square().mean((-2, -1), keepdim=True)
+    return _normalize(x_BTNH, scale.view(-1, head_dim), eps, mean_square)
+
+
 @fused_on_cuda
 def split_and_rotate(
     fused_BTF: Tensor,
@@ -139,9 +147,6 @@ def split_and_rotate(
     head_dim = 2 * cos.shape[-1]
     q, k, v = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
     if scales is not None:
-        if means_BT2 is None and len(scales[0]) > head_dim:
-            means_BT2 = _mean_squares(q, k)
         of_q, of_k = (None, None) if means_BT2 is None else means_BT2[..., None, None, :].unbind(-1)
-        q = _normalize(q, scales[0].view(-1, head_dim), eps, of_q)
-        k = _normalize(k, scales[1].view(-1, head_dim), eps, of_k)
+        q, k = _normalize_heads(q, scales[0], eps, of_q), _normalize_heads(k, scales[1], eps, of_k)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
