@@ -64,6 +64,13 @@ def test_unknown_hardware(plan: Plan) -> None:
     assert "abacus: neither a file nor one of a100-40gb" in err
 
 
+@pytest.mark.parametrize("option", ["--gpu-memory", "--peak-tflops"])
+def test_figures_without_end_are_refused(plan: Plan, option: str) -> None:
+    status, _, err = plan(option, "inf")
+    assert status != 0
+    assert f"Invalid value for '{option}': Input should be less than" in err
+
+
 def test_a_sequence_beyond_the_window_is_refused(plan: Plan) -> None:
     window = ("--set", "model.family=mistral", "--set", "model.sliding_window=2048")
     status, _, err = plan(*window)
