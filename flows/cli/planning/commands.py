@@ -68,7 +68,7 @@ def plan(
     console = wide_console()
     console.print(memory_table(made, found))
     console.print(traffic_table(made, found))
-    console.print(time_table(predicted, card))
+    console.print(time_table(predicted, card, loaded))
     if best:
         console.print(best_table(choice_of(loaded, card, nodes), fastest(loaded, card, nodes), card, loaded))
 

@@ -64,6 +64,12 @@ def test_unknown_hardware(plan: Plan) -> None:
     assert "abacus: neither a file nor one of a100-40gb" in err
 
 
+def test_a_step_in_fp32_is_said_to_be_slower(plan: Plan) -> None:
+    slower = "predicted at the rates of bf16, which fp32 does not reach"
+    assert slower in " ".join(plan("--set", "train.precision=fp32")[1].split())
+    assert slower not in " ".join(plan()[1].split())
+
+
 @pytest.mark.parametrize("option", ["--gpu-memory", "--peak-tflops"])
 def test_figures_without_end_are_refused(plan: Plan, option: str) -> None:
     status, _, err = plan(option, "inf")
