@@ -16,12 +16,11 @@ from neox_core.planning.hardware import CARDS
 from tests.waiting import wait_for
 
 AS_TORCHRUN = """
-import pathlib, signal, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
 def end(*_):
     rank.kill()
-    rank.wait()
-    sys.exit(1)
+    os._exit(1)
 signal.signal(signal.SIGTERM, end)
 pathlib.Path(sys.argv[1]).write_text(str(rank.pid))
 rank.wait()
@@ -38,7 +37,7 @@ def test_ranks_end_with_the_command_that_takes_too_long(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     found = run_json([sys.executable, "-c", AS_TORCHRUN, str(pid)], 3)
     assert "ended after 3 s" in found["failed"]
-    assert not is_alive(int(pid.read_text()))
+    wait_for(lambda: not is_alive(int(pid.read_text())), 10)
 
 
 def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
