@@ -1,17 +1,44 @@
-"""Other programs that a benchmark runs, one after the other, and what they found."""
+"""Other programs that a benchmark runs, one after the other, and what they found; what is refused before."""
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
+_GRACE = 60.0
+"""Seconds for a command to end what it started; torchrun gives its ranks 30."""
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Type of a command line's whole number, which may not be smaller."""
+
+    def whole(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {smallest} on")
+        return int(text)
+
+    return whole
+
+
+def require_gpus(count: int, model: str) -> None:
+    """End with a line that says so where this host has fewer; the tiny model is for CPUs too."""
+    found = torch.cuda.device_count()
+    if found < count and model != "tiny":
+        needed = f"{count} GPU{'s' * (count > 1)}"
+        sys.exit(f"{model} needs {needed} here, and torch finds {found}; for a trial on CPUs, take tiny")
 
 
 def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
@@ -23,19 +50,38 @@ def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
 def run_json(command: Sequence[str], limit: float | None = None) -> dict[str, Any]:
     """The JSON of a command's last such line, or how it failed. All that it started ends with it."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        out, err = _end(process)
         err += f"\nended after {limit} s"
     except BaseException:  # Ctrl-C reaches this process alone
-        os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
         raise
     lines = [line for line in out.splitlines() if line.startswith("{")]
     if lines:  # a rank that does not end after its result does not spoil it
         result: dict[str, Any] = json.loads(lines[-1])
         return result
     return {"failed": f"{out[-500:]}{err[-1500:]}"}
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Ask first: torchrun's ranks are in sessions of their own, which it alone ends."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=_GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.commands import run_json, torchrun
+from benchmarks.commands import require_gpus, run_json, torchrun
 from benchmarks.node import ROW_SECONDS
 from benchmarks.train_step import parse_options, report, run_config
 from neox_core.config.families import FAMILIES
@@ -29,7 +29,7 @@ BASE = "llama"
 def main() -> None:
     """Run the benchmark and print its figures."""
     arguments = sys.argv[1:] or list(DEFAULT)
-    parse_options(arguments)  # an error before anything runs
+    require_gpus(1, parse_options(arguments).model)  # an error before anything runs
     others = [family for family in FAMILIES if family != BASE]
     found = {turn: _run(arguments, turn) for turn in tqdm([BASE, *others, f"{BASE} again"], unit=" runs")}
     base = (found[BASE]["model_flops"] + found[f"{BASE} again"]["model_flops"]) / 2

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import run_json, torchrun
+from benchmarks.commands import at_least, require_gpus, run_json, torchrun
 from benchmarks.node_rows import Row, rows, table
 from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
@@ -52,6 +52,8 @@ def main() -> None:
     """Measure what is not in the file yet, for as long as there is time, and print the table."""
     options = _options()
     deadline = time.monotonic() + 60 * options.minutes
+    if not options.table:
+        require_gpus(options.gpus or 1, "tiny" if options.toy else MODELS[0])
     gpus = options.gpus or torch.cuda.device_count() or 2
     hardware = _hardware(options, gpus)
     left = 0 if options.table else _measure_rows(options, gpus, hardware, deadline)
@@ -84,21 +86,28 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="file to which rows are added")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all rows of this call")
-    parser.add_argument("--gpus", type=int, help="fewer than there are")
+    parser.add_argument("--gpus", type=at_least(1), help="fewer than there are")
     parser.add_argument("--retry", action="store_true", help="measure rows again that failed")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--toy", action="store_true", help="a model of two layers, on CPUs where there is no GPU")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.results.is_dir() or not options.results.parent.is_dir():
+        parser.error(f"{options.results} must be a file, in a folder that is there")
+    return options
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Of rows that are there more than once, the last counts; a line that was cut off does not."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             sys.stderr.write(f"{path}: a line is incomplete, as after a call that was ended: {line[:60]}\n")
+            continue
+        if not isinstance(row, dict) or "key" not in row:
+            sys.exit(f"{path} holds a line that is no row of this benchmark: {line[:60]}: give another file")
+        found.append(row)
     return found
 
 
@@ -113,6 +122,8 @@ def _append(path: Path, result: dict[str, Any]) -> None:
 def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
     """This node's figures, measured once."""
     path = options.results.with_suffix(".hardware.json")
+    if options.table and not path.exists():
+        sys.exit(f"{path}, the node's figures, is missing: they are measured by a call without --table")
     if not path.exists():
         name = "tiny" if options.toy else "7b"
         shapes = run_config(parse_options([name, "--micro-batch", "2"]), gpus)

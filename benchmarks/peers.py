@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import run_json, torchrun
+from benchmarks.commands import at_least, require_gpus, run_json, torchrun
 
 STEP_TOKENS, SEQUENCE = 65536, 4096
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
@@ -36,6 +36,7 @@ Rates = dict[str, Result | None]
 def main() -> None:
     """Run ours and each peer in processes of their own, and print the ratios."""
     options = _options()
+    require_gpus(options.gpus, options.model)
     if options.peer:
         sys.stdout.write(json.dumps(_measure_peer(options)) + "\n")
         return
@@ -100,12 +101,15 @@ def _compare(ours: Rates, peers: Rates) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["7b", "34b-slice", "tiny"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--layers", type=at_least(1), help="fewer layers than the model has")
+    parser.add_argument("--micro-batch", type=at_least(1), default=1)
+    parser.add_argument("--gpus", type=at_least(1), default=1)
+    parser.add_argument("--steps", type=at_least(3), default=6, help="the first two are not counted")
     parser.add_argument("--peer", choices=PEERS, help="only this one, in this process")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (sequences := STEP_TOKENS // SEQUENCE) % options.micro_batch:
+        parser.error(f"--micro-batch {options.micro_batch} does not divide the {sequences} sequences of a GPU's step")
+    return options
 
 
 def _run(command: Sequence[str]) -> Result | None:

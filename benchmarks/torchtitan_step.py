@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.commands import at_least, require_gpus
 from benchmarks.train_step import MODELS, base_config, report
 from neox_core.config import ModelConfig
 
@@ -52,6 +53,9 @@ class RandomTokens:
 def main() -> None:
     """Run the benchmark and print its figures."""
     options = _options()
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("start it with torchrun: torchrun --nproc_per_node 2 -m benchmarks.torchtitan_step 7b")
+    require_gpus(1, options.model)
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 
@@ -82,13 +86,13 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks: all, or 1")
+    parser.add_argument("--layers", type=at_least(1), help="fewer layers than the model has")
+    parser.add_argument("--tp", type=at_least(1), default=1, help="tensor-parallel ranks: all, or 1")
     parser.add_argument("--async-tp", action="store_true", help="torch's asynchronous tensor parallelism")
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=65536, help="of a step, for each GPU")
-    parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--micro-batch", type=at_least(1), default=1)
+    parser.add_argument("--tokens", type=at_least(1), default=65536, help="of a step, for each GPU")
+    parser.add_argument("--sequence-length", type=at_least(1), default=4096)
+    parser.add_argument("--steps", type=at_least(3), default=6, help="the first two are not counted")
     parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full"], default="none")
     return parser.parse_args()
 

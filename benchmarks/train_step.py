@@ -28,9 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.commands import at_least, require_gpus
 from benchmarks.kernel_times import kernel_times
 from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.config.families import FAMILIES
+from neox_core.config.load import parse_config
+from neox_core.errors import ConfigError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
@@ -48,9 +51,12 @@ ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 def main() -> None:
     """Run the benchmark and print its figures."""
     options = parse_options()
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("start it with torchrun: torchrun --nproc_per_node 1 -m benchmarks.train_step 7b")
+    require_gpus(1, options.model)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    config = run_config(options, int(os.environ["WORLD_SIZE"]))
+    config = checked(run_config(options, int(os.environ["WORLD_SIZE"])))
     device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
     tokens = config.train.micro_batch_size * config.train.sequence_length
@@ -81,14 +87,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--layers", type=at_least(1), help="fewer layers than the model has")
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="the model with this family's differences")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=65536, help="of a step, for each GPU")
-    parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--tp", type=at_least(1), default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pp", type=at_least(1), default=1, help="pipeline stages")
+    parser.add_argument("--micro-batch", type=at_least(1), default=1)
+    parser.add_argument("--tokens", type=at_least(1), default=65536, help="of a step, for each GPU")
+    parser.add_argument("--sequence-length", type=at_least(1), default=4096)
+    parser.add_argument("--steps", type=at_least(3), default=6, help="the first two are not counted")
     parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full", "auto"], default="none")
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--master-weights", choices=["fp32", "packed"], default="packed")
@@ -132,6 +138,21 @@ def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
             "model": config.model.model_copy(update=_family_settings(options, config.model.num_layers)),
         }
     )
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """The same configuration, or an end with a line that says why it cannot be run."""
+    try:
+        config = parse_config(config.model_dump(), base=Path(), origin="these options")
+        geometry = batch_geometry(config)
+    except ConfigError as error:
+        sys.exit(str(error))
+    if geometry.busy < 1:
+        sys.exit(
+            f"{geometry.sequences // geometry.micro_batch_size} micro batches are not the same number on each of "
+            f"{geometry.data_parallel} data-parallel ranks: change --tokens or --micro-batch"
+        )
+    return config
 
 
 def _family_settings(options: argparse.Namespace, layers: int) -> dict[str, Any]:

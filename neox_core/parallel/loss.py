@@ -134,9 +134,11 @@ class ChunkedLoss:
         if self.on_token_losses is None:
             return self._mean(hidden, targets)
         self._token_losses = []
-        loss = self._mean(hidden, targets)
-        # From now on, chunks are computed again only.
-        token_losses, self._token_losses = torch.cat(self._token_losses, -1), None
+        try:
+            loss = self._mean(hidden, targets)
+            token_losses = torch.cat(self._token_losses, -1)
+        finally:
+            self._token_losses = None  # from now on, chunks are computed again only
         self.on_token_losses(token_losses.view_as(targets_BT), targets_BT)
         return loss
 

@@ -19,16 +19,22 @@ def layer_modes(
     Args:
         available: bytes for all that a rank holds; None: without limit.
     """
+
+    def fits(modes: Sequence[ActivationCheckpointing]) -> bool:
+        return available is None or stage_memory(config, geometry, stage, modes).total <= available
+
     layers, mode = stage_layers(config, stage), config.train.activation_checkpointing
     if mode != "auto":
         return (mode,) * layers
-    if available is None:
-        return _modes(layers, 0, layers)
+    none, selective, full = _modes(layers, 0, layers), _modes(0, layers, layers), _modes(0, 0, layers)
+    if fits(none):
+        return none
+    if not (fits(selective) or fits(full)):
+        return full  # a mixture needs at least what that of its modes needs alone which keeps the least
     costs = _costs(config)
-    choices = [_modes(none, selective, layers) for none in range(layers + 1) for selective in range(layers + 1 - none)]
+    choices = [_modes(first, next_, layers) for first in range(layers + 1) for next_ in range(layers + 1 - first)]
     cheapest_first = sorted(choices, key=lambda modes: sum(costs[mode] for mode in modes))
-    fitting = (modes for modes in cheapest_first if _needed(config, geometry, stage, modes) <= available)
-    return next(fitting, _modes(0, 0, layers))
+    return next(filter(fits, cheapest_first))
 
 
 def describe_modes(modes: Sequence[ActivationCheckpointing]) -> str:
@@ -44,10 +50,6 @@ def _modes(none: int, selective: int, layers: int) -> tuple[ActivationCheckpoint
         "full": layers - none - selective,
     }
     return tuple(mode for mode, count in counts.items() for _ in range(count))
-
-
-def _needed(config: RunConfig, geometry: BatchGeometry, stage: int, modes: Sequence[ActivationCheckpointing]) -> int:
-    return stage_memory(config, geometry, stage, modes).total
 
 
 def _costs(config: RunConfig) -> dict[ActivationCheckpointing, float]:

@@ -66,8 +66,8 @@ def tensor_exchange(
 def overlaps(config: RunConfig) -> bool:
     """Tensor-parallel ranks' exchanges run alongside a layer's products."""
     parallel = config.parallel
-    several = 1 < parallel.tensor <= config.launch.ranks_per_node
-    return parallel.overlap == "auto" and parallel.sequence and several
+    share_a_host = parallel.tensor > 1 and config.launch.ranks_per_node % parallel.tensor == 0
+    return parallel.overlap == "auto" and parallel.sequence and share_a_host
 
 
 def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardware) -> ExchangeTime:
@@ -108,7 +108,8 @@ def hidden_bytes(config: RunConfig) -> int:
 def _across(geometry: BatchGeometry, config: RunConfig, span: int, groups: int) -> int:
     """How many groups share a node's network when ranks that lie `span` apart exchange; 0: they are on one node."""
     node = config.launch.ranks_per_node
-    return 0 if span <= node or geometry.world_size <= node else min(groups, node)
+    # Ranks whose number does not divide a node's are on two nodes in places.
+    return 0 if node % span == 0 or geometry.world_size <= node else min(groups, node)
 
 
 def _collective(hardware: Hardware, sent: float, groups_across: int) -> float:

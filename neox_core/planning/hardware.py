@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -83,11 +84,13 @@ def load_hardware(name_or_file: str) -> Hardware:
 
 def _check(hardware: Hardware, path: str) -> None:
     names = [field.name for field in fields(hardware) if field.name not in ("name", "link")]
-    if wrong := {name: value for name in names if not (value := getattr(hardware, name)) > 0}:
-        raise ConfigError(f"{path}: {wrong} must be above 0: measure again with llemma plan --calibrate")
-    sizes = [sent for sent, _ in hardware.link.points]
+    if wrong := {name: value for name in names if not 0 < (value := getattr(hardware, name)) < math.inf}:
+        raise ConfigError(f"{path}: {wrong} must be finite and above 0: measure again with llemma plan --calibrate")
+    sizes, times = ([point[i] for point in hardware.link.points] for i in (0, 1))
     if len(sizes) < 2 or sizes[0] != 0 or sizes != sorted(set(sizes)):
         raise ConfigError(f"{path}: link.points are of {sizes} bytes: they must begin with 0 and rise")
+    if not all(0 < seconds < math.inf for seconds in times):
+        raise ConfigError(f"{path}: link.points take {times} seconds: all must be finite and above 0")
 
 
 def _nvlink(share: float) -> Link:

@@ -125,6 +125,12 @@ def stage_memory(
     )
 
 
+def memory_limit(config: RunConfig, gpu_memory: float) -> float:
+    """Bytes that a rank may fill: what `train.memory_gib` says, or a GPU's memory less what is not counted."""
+    given = config.train.memory_gib
+    return gpu_memory - RESERVED_BYTES if given is None else given * 2**30
+
+
 def stage_layers(config: RunConfig, stage: int) -> int:
     """Transformer layers on one pipeline stage."""
     return pipeline_layers(config)[stage]

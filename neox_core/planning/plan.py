@@ -11,7 +11,7 @@ from neox_core.parallel.stages import stage_costs
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.checkpoints import CheckpointNeeds, checkpoint_needs
 from neox_core.planning.communication import Collective, group_size, sent_bytes, step_traffic
-from neox_core.planning.memory import RESERVED_BYTES, Memory, parameter_count, stage_memory
+from neox_core.planning.memory import RESERVED_BYTES, Memory, memory_limit, parameter_count, stage_memory
 from neox_core.units import format_bytes, format_count, format_digits, format_flop, format_seconds
 
 A100_PEAK_TFLOPS = 312.0
@@ -214,7 +214,7 @@ def plan(
         )
     batch = batch_geometry(config, nodes)
     largest = largest_batch(config, nodes)
-    available = gpu_memory_gib * 2**30 - RESERVED_BYTES
+    available = memory_limit(config, gpu_memory_gib * 2**30)
     return Plan(
         parameters=parameter_count(config.model),
         parameters_without_embedding=parameter_count(config.model, input_embedding=False),

@@ -11,7 +11,7 @@ from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, 
 from neox_core.errors import ConfigError
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.hardware import Hardware
-from neox_core.planning.memory import RESERVED_BYTES, stage_memory
+from neox_core.planning.memory import RESERVED_BYTES, memory_limit, stage_memory
 from neox_core.planning.step_time import Prediction, predict
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -43,33 +43,16 @@ def fastest(config: RunConfig, hardware: Hardware, nodes: int | None = None, cou
 
 def choice_of(config: RunConfig, hardware: Hardware, nodes: int | None = None) -> Choice | None:
     """What a layout would take, or None if it does not fit."""
-    available = hardware.memory_gib * 2**30 - RESERVED_BYTES
-    geometry, stages = largest_batch(config, nodes), range(config.parallel.pipeline)
-
-    def needed(stage: int, modes: tuple[ActivationCheckpointing, ...]) -> int:
-        return stage_memory(config, geometry, stage, modes).total
-
-    modes: list[tuple[ActivationCheckpointing, ...]] = []
-    for stage in stages:
-        uniform = _uniform(config, geometry, stage)
-        if needed(stage, uniform["full"]) > available:
+    gpu_memory = hardware.memory_gib * 2**30
+    geometry, available = largest_batch(config, nodes), memory_limit(config, gpu_memory)
+    memory, modes = 0, list[tuple[ActivationCheckpointing, ...]]()
+    for stage in range(config.parallel.pipeline):
+        modes.append(layer_modes(config, geometry, stage, available))
+        memory = max(memory, stage_memory(config, geometry, stage, modes[-1]).total)
+        if memory > gpu_memory - RESERVED_BYTES:
             return None
-        fits = needed(stage, uniform["none"]) <= available
-        modes.append(uniform["none"] if fits else layer_modes(config, geometry, stage, available))
     prediction = predict(config, batch_geometry(config, nodes), hardware, modes)
-    memory = max(needed(stage, own) for stage, own in zip(stages, modes, strict=True))
     return Choice(config, batch_geometry(config, nodes), memory, describe_modes(modes[0]), prediction)
-
-
-def _uniform(
-    config: RunConfig, geometry: BatchGeometry, stage: int
-) -> dict[ActivationCheckpointing, tuple[ActivationCheckpointing, ...]]:
-    alike: tuple[ActivationCheckpointing, ...] = ("none", "full")
-    made = {mode: config.train.model_copy(update={"activation_checkpointing": mode}) for mode in alike}
-    return {
-        mode: layer_modes(config.model_copy(update={"train": train}), geometry, stage, None)
-        for mode, train in made.items()
-    }
 
 
 def _layouts(config: RunConfig, nodes: int | None) -> Iterator[RunConfig]:
@@ -92,7 +75,7 @@ def _layouts(config: RunConfig, nodes: int | None) -> Iterator[RunConfig]:
 
 def _layout(config: RunConfig, tensor: int, pipeline: int, micro_batch: int) -> RunConfig:
     degrees = {"tensor": tensor, "pipeline": pipeline, "pipeline_layers": None}
-    train = {"micro_batch_size": micro_batch, "activation_checkpointing": "auto", "memory_gib": None}
+    train = {"micro_batch_size": micro_batch, "activation_checkpointing": "auto"}
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=degrees),

@@ -11,7 +11,7 @@ from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.exchange_time import data_exchange, overlaps, stage_exchange, tensor_exchange
 from neox_core.planning.hardware import Hardware
-from neox_core.planning.memory import RESERVED_BYTES, rank_dimensions, rank_parameters
+from neox_core.planning.memory import memory_limit, rank_dimensions, rank_parameters
 from neox_core.planning.plan import flops_per_token
 from neox_core.planning.work import head_time, layer_time
 
@@ -89,7 +89,7 @@ def predict_run(config: RunConfig, hardware: Hardware, nodes: int | None = None)
     Raises:
         ConfigError: the nodes don't divide the batch.
     """
-    available = hardware.memory_gib * 2**30 - RESERVED_BYTES
+    available = memory_limit(config, hardware.memory_gib * 2**30)
     largest = largest_batch(config, nodes)
     modes = [layer_modes(config, largest, stage, available) for stage in range(config.parallel.pipeline)]
     return predict(config, batch_geometry(config, nodes), hardware, modes)

@@ -60,7 +60,8 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        assert len(ctx.saved_tensors) > 0  # unpacks what is recomputed
+        read = ctx.saved_tensors  # unpacks what is recomputed, which is there until the kernel has written its results
+        assert read
         gradients = [None if x is None else torch.empty(x[0], dtype=x[1]) for x in ctx.wanted]
         return None, None, *gradients
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from neox_core.config import RunConfig, largest_batch
-from neox_core.planning.memory import RESERVED_BYTES
+from neox_core.planning.memory import memory_limit
 from neox_core.simulate.rank import RankSimulation, simulate_rank
 
 
@@ -27,8 +27,8 @@ def simulate(config: RunConfig, nodes: int | None = None, gpu_memory: float | No
         ConfigError: the nodes don't divide the batch.
     """
     geometry = largest_batch(config, nodes)
-    if gpu_memory is not None and config.train.memory_gib is None:
-        memory_gib = (gpu_memory - RESERVED_BYTES) / 2**30
+    if gpu_memory is not None:
+        memory_gib = memory_limit(config, gpu_memory) / 2**30
         config = config.model_copy(update={"train": config.train.model_copy(update={"memory_gib": memory_gib})})
     stages = config.parallel.pipeline
     ranks = [stage * geometry.data_parallel * config.parallel.tensor for stage in range(stages)]

@@ -24,10 +24,10 @@ def plan(
         float | None, typer.Option(min=1e-3, help="Model FLOPs utilisation to reckon with; default: as predicted.")
     ] = None,
     peak_tflops: Annotated[
-        float | None, typer.Option(min=1e-3, help="Peak bf16 TFLOP/s of one GPU; default: the hardware's.")
+        float | None, typer.Option(min=1e-3, max=1e6, help="Peak bf16 TFLOP/s of one GPU; default: the hardware's.")
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1e-3, help="GiB of one GPU's memory; default: the hardware's.")
+        float | None, typer.Option(min=1e-3, max=1e6, help="GiB of one GPU's memory; default: the hardware's.")
     ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Also run a step at full size without data, and measure.")
@@ -68,7 +68,7 @@ def plan(
     console = wide_console()
     console.print(memory_table(made, found))
     console.print(traffic_table(made, found))
-    console.print(time_table(predicted, card))
+    console.print(time_table(predicted, card, loaded))
     if best:
         console.print(best_table(choice_of(loaded, card, nodes), fastest(loaded, card, nodes), card, loaded))
 

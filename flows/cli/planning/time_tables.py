@@ -28,9 +28,10 @@ _COLUMNS = (
 )
 
 
-def time_table(prediction: Prediction, hardware: Hardware) -> Table:
+def time_table(prediction: Prediction, hardware: Hardware, config: RunConfig) -> Table:
     """A step's parts on the pipeline stage that all wait for."""
-    table = Table(title=f"a step on {hardware.name}, predicted", show_header=False, title_justify="left")
+    slower = "" if config.train.precision == "bf16" else " at the rates of bf16, which fp32 does not reach"
+    table = Table(title=f"a step on {hardware.name}, predicted{slower}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for name, value in prediction.rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def test_a_link_between_and_beyond_its_points() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gemm": 0}, r"{'gemm': 0.0} must be above 0"),
+        ({"gemm": 0}, r"{'gemm': 0.0} must be finite and above 0"),
+        ({"memory_gib": math.inf}, r"{'memory_gib': inf} must be finite"),
+        ({"link": {"points": [[0, 1], [8, math.nan]]}}, r"take \[1.0, nan\] seconds"),
+        ({"link": {"points": [[0, 1], [8, -2]]}}, r"take \[1.0, -2.0\] seconds"),
         ({"gemm": "fast"}, "could not convert"),
         ({"speed": 1}, "speed"),
         ({"link": {"points": [[5, 1], [6, 2]]}}, "must begin with 0 and rise"),

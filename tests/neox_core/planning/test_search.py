@@ -11,6 +11,7 @@ from neox_core.planning.hardware import CARDS
 from neox_core.planning.memory import RESERVED_BYTES
 from neox_core.planning.plan import plan
 from neox_core.planning.search import REACHED, choice_of, fastest
+from neox_core.planning.step_time import predict_run
 from tests.paths import CONFIGS
 
 A100 = CARDS["a100-40gb"]
@@ -46,3 +47,26 @@ def test_more_memory_is_never_slower_and_too_little_finds_nothing() -> None:
     assert seconds == sorted(seconds, reverse=True)
     assert fastest(config, replace(A100, memory_gib=5.0), 2) == []
     assert choice_of(config, replace(A100, memory_gib=5.0), 2) is None
+
+
+@pytest.mark.parametrize("train", [{}, {"activation_checkpointing": "auto"}, {"memory_gib": 30.0}])
+def test_what_is_configured_and_what_is_proposed_are_what_the_plan_of_them_says(train: dict[str, object]) -> None:
+    config, large = load("llemma_34b"), CARDS["a100-80gb"]
+    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    own = choice_of(config, large)
+    assert own is not None
+    for choice in (own, *fastest(config, large, count=3)):
+        said = plan(choice.config, gpu_memory_gib=large.memory_gib)
+        assert (choice.memory, choice.recomputation) == (said.memory.total, said.stages[0].activation_checkpointing)
+        assert choice.prediction == predict_run(choice.config, large)
+
+
+def test_no_layout_fills_more_than_it_is_to() -> None:
+    config = load("llemma_7b")
+    limited = {"activation_checkpointing": "auto", "memory_gib": 26.0}
+    config = config.model_copy(update={"train": config.train.model_copy(update=limited)})
+    made = plan(config, gpu_memory_gib=80)
+    assert 25 * 2**30 < made.memory.total <= 26 * 2**30
+    assert choice_of(config, A100) == choice_of(config, replace(A100, memory_gib=80.0))
+    first, second = (fastest(config, replace(A100, memory_gib=size), count=1)[0] for size in (30.0, 80.0))
+    assert first.prediction == second.prediction

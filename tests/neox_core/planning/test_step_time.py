@@ -74,6 +74,11 @@ def test_what_takes_longer() -> None:
     assert without.time.elementwise > base.time.elementwise
 
 
+def test_groups_that_lie_on_two_nodes_exchange_over_the_network() -> None:
+    whole, cut = (run("llemma_7b", 8, "a100-80gb", parallel__tensor=4, launch__ranks_per_node=n) for n in (8, 6))
+    assert cut.time.tensor_exchange > 2.5 * (whole.time.tensor_exchange + whole.hidden)
+
+
 def test_python_keeps_no_gpu_waiting_with_graphs() -> None:
     slow = next(row for row in ROWS if row.note == "waits for Python")
     assert slow.predicted().time.host > 0.1 * slow.seconds

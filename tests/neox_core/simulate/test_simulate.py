@@ -45,6 +45,12 @@ def of(
     )
 
 
+def fp32_on_one_rank() -> RunConfig:
+    config = of("smollm2", pipeline=2)
+    train = config.train.model_copy(update={"sequence_length": 1024})
+    return config.model_copy(update={"train": train, "launch": config.launch.model_copy(update={"ranks_per_node": 4})})
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -55,6 +61,7 @@ def of(
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
         pytest.param(of("qwen3_8b", activation_checkpointing="none"), id="Qwen 3, all kept"),
+        pytest.param(fp32_on_one_rank(), id="fp32, whose logits are computed again"),
         pytest.param(of("llama3_8b", attention_bias=True), id="biases"),
         pytest.param(of("llama3_8b", family="olmo2"), id="OLMo 2"),
         pytest.param(of("llama3_8b", family="olmo2", activation_checkpointing="none"), id="OLMo 2, all kept"),

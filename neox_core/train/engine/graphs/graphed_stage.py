@@ -18,7 +18,8 @@ class GraphedStage:
     """Replays micro batches in the place of an engine's forward and backward passes.
 
     The first step of a kind runs without graphs, which compiles and chooses all kernels; the second begins by recording
-    them. Another shape or number of micro batches is another kind. Validation is not recorded.
+    them. Another shape or number of micro batches is another kind, also where that number is the other ranks', by which
+    all divide their gradients. Validation is not recorded.
 
     Args:
         engine: DeepSpeed's pipeline engine with our optimizer.
@@ -88,7 +89,7 @@ class GraphedStage:
 
     def _ready(self, inputs: Values, targets: Tensor | None) -> bool:
         engine = self._engine
-        kind = (shapes(inputs), engine.micro_batches)
+        kind = (shapes(inputs), engine.micro_batches, engine.gradient_accumulation_steps())
         if self._failed or kind != self._kind:
             self._kind, self._graphs = kind, None
             return False
@@ -132,8 +133,10 @@ class GraphedStage:
             return Passed(results)
         observer, report = module.loss_fn.on_token_losses, list[tuple[Tensor, ...]]()
         module.loss_fn.on_token_losses = lambda *found: report.append(found)
-        loss = module.loss_fn.mean(results, targets)
-        module.loss_fn.on_token_losses = observer
+        try:
+            loss = module.loss_fn.mean(results, targets)
+        finally:
+            module.loss_fn.on_token_losses = observer
         return Passed(loss, *report)
 
     def _backward_once(self, results: Values, gradient: Tensor | None) -> None:

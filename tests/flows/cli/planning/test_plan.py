@@ -64,6 +64,19 @@ def test_unknown_hardware(plan: Plan) -> None:
     assert "abacus: neither a file nor one of a100-40gb" in err
 
 
+def test_a_step_in_fp32_is_said_to_be_slower(plan: Plan) -> None:
+    slower = "predicted at the rates of bf16, which fp32 does not reach"
+    assert slower in " ".join(plan("--set", "train.precision=fp32")[1].split())
+    assert slower not in " ".join(plan()[1].split())
+
+
+@pytest.mark.parametrize("option", ["--gpu-memory", "--peak-tflops"])
+def test_figures_without_end_are_refused(plan: Plan, option: str) -> None:
+    status, _, err = plan(option, "inf")
+    assert status != 0
+    assert f"Invalid value for '{option}': Input should be less than" in err
+
+
 def test_a_sequence_beyond_the_window_is_refused(plan: Plan) -> None:
     window = ("--set", "model.family=mistral", "--set", "model.sliding_window=2048")
     status, _, err = plan(*window)

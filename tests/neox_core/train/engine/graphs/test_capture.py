@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ class Rerun:
         for buffer, before in zip(self.buffers, kept, strict=True):
             buffer.copy_(before)
         return Replay(work)
+
+
+@dataclass
+class Divided(Rerun):
+    """As a GPU's recorder, keeps the number by which gradients were divided."""
+
+    engine: Any
+
+    def record(self, work: Callable[[], None]) -> Any:
+        steps = self.engine.gradient_accumulation_steps()
+
+        def as_recorded() -> None:
+            with mock.patch.object(self.engine, "gradient_accumulation_steps", return_value=steps):
+                work()
+
+        return super().record(as_recorded)
 
 
 @dataclass
@@ -123,14 +140,44 @@ def test_replayed_steps_are_the_same_steps(tensor: int, pipeline: int, data: int
     assert any(seen for _, seen in plain)
 
 
-def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], bool]:
+def train_uneven(config: RunConfig, shards: Path, replay: bool) -> list[float]:
+    """Gradient norms where ranks have 2 and 2 micro batches, then 3 and 2."""
+    from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
+    from neox_core.train.engine.deepspeed_engine import build_engine
+    from neox_core.train.engine.graphs.graphed_stage import GraphedStage
+
+    mesh = build_mesh(config.parallel, init_distributed(config.launch))
+    engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
+    if replay:
+        buffers = engine.optimizer.fp32_groups_gradients_flat
+        engine._graphs = GraphedStage(engine, True, lambda: Divided(buffers, engine))
+    batches, norms = rank_batches(config, mesh.data_rank), []
+    for step in range(STEPS):
+        count = 2 if step < STEPS - 1 else 3
+        engine.set_accumulation_steps(count, count - (mesh.data_rank if count == 3 else 0))
+        engine.train_batch(batches)
+        norms.append(float(engine.get_global_grad_norm()))
+    return norms
+
+
+def test_what_was_recorded_is_of_the_number_by_which_all_ranks_divide(tmp_path: Path) -> None:
+    config = config_for("gqa", 1, 1, 2)
+    make_random_base(MODELS["gqa"], tmp_path / "base", seed=7)
+    convert(tmp_path / "base", tmp_path / "shards", MODELS["gqa"], config.parallel)
+    plain, replayed = (run_ranks(train_uneven, 2, config, tmp_path / "shards", r) for r in (False, True))
+    assert replayed == plain
+
+
+def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], int, int]:
     from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.engine.graphs import graphed_stage
 
     class Broken:
         def record(self, work: Callable[[], None]) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            failure = RuntimeError("operation not permitted when stream is capturing")
+            with mock.patch.object(engine.module.loss_fn, "_mean", side_effect=failure):
+                work()
 
     messages: list[str] = []
     handler = logging.Handler()
@@ -140,15 +187,18 @@ def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], bool]:
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
     engine._graphs = graphed_stage.GraphedStage(engine, False, Broken)
     batches = rank_batches(config, 0)
+    seen: list[Tensor] = []
+    engine.observe(None, lambda losses, targets: seen.append(losses))
     losses = [float(engine.train_batch(batches)) for _ in range(STEPS)]
     said = [m for m in messages if "off, since recording a micro batch failed: operation not permitted" in m]
-    return losses, len(said) == 1
+    return losses, len(said), len(seen)
 
 
 def test_what_cannot_be_recorded_goes_on_without_and_says_so_once(tmp_path: Path) -> None:
     config = config_for("gqa", 1, 1, 1)
     make_random_base(MODELS["gqa"], tmp_path / "base", seed=7)
     convert(tmp_path / "base", tmp_path / "shards", MODELS["gqa"], config.parallel)
-    ((losses, said),) = run_ranks(fail_to_record, 1, config, tmp_path / "shards")
-    assert said
+    ((losses, said, seen),) = run_ranks(fail_to_record, 1, config, tmp_path / "shards")
+    assert said == 1
+    assert seen == STEPS * batch_geometry(config).accumulation_steps
     assert losses[-1] < losses[0]

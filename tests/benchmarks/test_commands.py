@@ -1,0 +1,103 @@
+"""What a benchmark refuses before it begins, and that what it began ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import families, node, peers, torchtitan_step, train_step
+from benchmarks.commands import ROOT, run_json
+from neox_core.planning.hardware import CARDS
+from tests.waiting import wait_for
+
+AS_TORCHRUN = """
+import os, pathlib, signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+def end(*_):
+    rank.kill()
+    os._exit(1)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).write_text(str(rank.pid))
+rank.wait()
+"""
+"""A rank in a session of its own, which ends when this is asked to."""
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_ranks_end_with_the_command_that_takes_too_long(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    found = run_json([sys.executable, "-c", AS_TORCHRUN, str(pid)], 3)
+    assert "ended after 3 s" in found["failed"]
+    wait_for(lambda: not is_alive(int(pid.read_text())), 10)
+
+
+def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = (
+        f"from benchmarks.commands import run_json; run_json([{sys.executable!r}, '-c', {AS_TORCHRUN!r}, {str(pid)!r}])"
+    )
+    benchmark = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    wait_for(lambda: pid.exists() and bool(pid.read_text()), 60)
+    os.kill(benchmark.pid, signal.SIGTERM)
+    benchmark.wait()
+    wait_for(lambda: not is_alive(int(pid.read_text())), 10)
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (train_step.main, ["7b"], "start it with torchrun"),
+        (torchtitan_step.main, ["7b"], "start it with torchrun"),
+        (train_step.main, ["7b", "--steps", "2"], "2 is not a whole number from 3 on"),
+        (train_step.main, ["7b", "--layers", "0"], "0 is not a whole number from 1 on"),
+        (peers.main, ["7b", "--micro-batch", "3"], "3 does not divide the 16 sequences"),
+        (peers.main, ["7b", "--gpus", "-1"], "-1 is not a whole number from 1 on"),
+        (peers.main, ["34b-slice", "--gpus", "2"], "34b-slice needs 2 GPUs here, and torch finds 0"),
+        (families.main, [], "7b needs 1 GPU here, and torch finds 0"),
+        (node.main, ["rows.jsonl"], "7b needs 1 GPU here, and torch finds 0"),
+        (node.main, ["missing/rows.jsonl", "--toy"], "must be a file, in a folder that is there"),
+        (node.main, ["rows.jsonl", "--table"], "rows.hardware.json, the node's figures, is missing"),
+        (node.main, ["other.jsonl", "--table"], "a line that is no row of this benchmark: [1]"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(
+    main: object,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    Path("other.jsonl").write_text("[1]\n")
+    CARDS["h100"].save(Path("other.hardware.json"))
+    assert callable(main)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "message"),
+    [
+        (["7b", "--tp", "3"], 3, "parallel.tensor 3 does not divide model.num_attention_heads 32"),
+        (["7b", "--tp", "2"], 3, "does not divide"),
+        (["7b", "--tokens", "6000"], 1, "6000 is not divisible by train.sequence_length 4096"),
+        (["7b", "--pp", "4", "--layers", "2"], 4, "parallel.pipeline 4 exceeds model.num_layers 2"),
+        (["7b", "--tokens", "12288", "--micro-batch", "2"], 2, "3 micro batches are not the same number on each of 2"),
+    ],
+)
+def test_a_step_that_cannot_be_run_is_refused(words: list[str], ranks: int, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train_step.checked(train_step.run_config(train_step.parse_options(words), ranks))
