@@ -269,7 +269,8 @@ def test_likelihoods_that_are_no_numbers(folders: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "solution", ["It is 5.", r"\boxed{}", r"\boxed{\frac{1}", r"\boxed{5} and \boxed", r"\boxed{5} \boxed"]
+    "solution",
+    ["It is 5.", r"\boxed{}", r"\boxed{\frac{1}", r"\boxed{5} and \boxed", "\\boxed\t{5}", r"\boxed{5} \boxed"],
 )
 def test_solutions_without_an_answer(folders: Path, tmp_path: Path, solution: str) -> None:
     write(tmp_path / "math_test.jsonl", [PROBLEMS[0] | {"solution": solution}])
@@ -278,11 +279,18 @@ def test_solutions_without_an_answer(folders: Path, tmp_path: Path, solution: st
 
 
 def test_boxes_of_every_kind(folders: Path, tmp_path: Path) -> None:
-    solutions = [r"\fbox{5}", r"$\boxed 5$", r"\boxed{\text{if } \{5\}}"]
+    solutions = [
+        r"\fbox{5}",
+        r"$\boxed 5$",
+        r"\boxed{\text{if } \{5\}}",
+        r"\boxed{x=2, y=3}",
+        r"$\boxed{0.\overline{3}}$",
+    ]
     write(tmp_path / "math_test.jsonl", [{"problem": "p", "solution": solution} for solution in solutions])
-    asked = settings(folders, tmp_path / "out", tasks=("minerva_math",), samples=0, max_tokens=2)
+    asked = settings(folders, tmp_path / "out", tasks=("minerva_math",), samples=0, max_tokens=2, limit=None)
     evaluate_model(replace(asked, data=tmp_path), silent)
-    assert [record["gold"][0] for record in items(tmp_path / "out", "minerva_math")][:2] == ["5", "5"]
+    gold = [record["gold"] for record in items(tmp_path / "out", "minerva_math")]
+    assert gold == ["5", "5", r"\text{if } \{5\}", "x=2, y=3", r"0.\overline{3}"]
 
 
 def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
