@@ -17,13 +17,15 @@ logger = logging.getLogger(__name__)
 SCORES_FILE = "scores.json"
 _LOWER_IS_BETTER = ("bits_per_byte",)
 Tasks = Mapping[str, Mapping[str, Any]]
-"""By task the items and the metrics, each with value, low and high."""
+"""By task the items and the metrics, each with value and, where there are several items, low and high."""
 
 
 def publish_scores(store: ObjectStore, prefix: str, checkpoint: str, tasks: Tasks) -> None:
     """Put a checkpoint's scores next to its manifest. What cannot be written now is logged: evaluation keeps it too."""
     try:
-        store.put_text(object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True))
+        store.put_text(
+            object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True, allow_nan=False)
+        )
     except StorageError as error:
         logger.warning("the scores of %s are not next to its manifest: %s", checkpoint, error)
 

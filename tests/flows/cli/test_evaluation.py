@@ -77,6 +77,13 @@ def test_a_damaged_file_of_results(typed: Typed, tmp_path: Path) -> None:
     assert "results.json is not JSON" in typed("compare", str(tmp_path))
 
 
+def test_one_item_has_no_interval(typed: Typed, tmp_path: Path) -> None:
+    results = {"gsm8k_cot": {"items": 1, "scores": {"greedy": {"value": 0.0}}}}
+    assert [row["95% interval"] for row in _score_rows(results)] == ["none"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert "0.0 (1 items)" in typed("compare", str(tmp_path))
+
+
 def test_log_likelihoods_are_no_shares() -> None:
     scores = {
         "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3},
