@@ -69,6 +69,8 @@ def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
             row = _score_row(evaluation["step"], source, "perplexity", f"{values['perplexity']:.2f}", change)
             rows.append(row | {"bits per byte": f"{values['bits_per_byte']:.3f}"})
         for task, scored in scored_tasks(evaluation).items():
+            if not scored["metrics"]:
+                rows.append(_score_row(evaluation["step"], task, "none", "all items were left out", "–"))
             for metric, score in scored["metrics"].items():
                 change = _difference(scored.get("from_base", {}).get(metric))
                 rows.append(_score_row(evaluation["step"], task, metric.replace("_", " "), as_text(score), change))

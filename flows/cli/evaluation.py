@@ -63,7 +63,13 @@ def evaluate(
 
 
 def _score_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
+    nothing = [
+        {"task": task, "score": "none", "value": "–", "95% interval": f"all {result['left_out']} items were left out"}
+        | {"items": 0}
+        for task, result in results.items()
+        if not result["scores"]
+    ]
+    return nothing + [
         {"task": task, "score": _label(name), "value": _shown(name, score["value"])}
         | {"95% interval": _interval(name, score), "items": result["items"]}
         for task, result in results.items()

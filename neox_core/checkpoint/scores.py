@@ -23,9 +23,7 @@ Tasks = Mapping[str, Mapping[str, Any]]
 def publish_scores(store: ObjectStore, prefix: str, checkpoint: str, tasks: Tasks) -> None:
     """Put a checkpoint's scores next to its manifest. What cannot be written now is logged: evaluation keeps it too."""
     try:
-        store.put_text(
-            object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True, allow_nan=False)
-        )
+        store.put_text(object_key(prefix, checkpoint, SCORES_FILE), json.dumps(tasks, indent=1, sort_keys=True))
     except StorageError as error:
         logger.warning("the scores of %s are not next to its manifest: %s", checkpoint, error)
 

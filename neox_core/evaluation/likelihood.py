@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from neox_core.evaluation.lengths import encoded
 from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 
@@ -34,14 +35,8 @@ class Request:
 
 
 def encode_request(tokenizer: Tokenizer, prompt: str, text: str, sequence_length: int) -> Request | None:
-    """Ids of `<s> prompt text`, cut at the left to what the model takes; None where the text alone is too long.
-
-    The ids are those of both together, so that a word over the border is one; blanks at the prompt's end go to the
-    text (as lm-evaluation-harness counts them).
-    """
-    stripped = prompt.rstrip()
-    whole = tokenizer.encode(prompt + text).tolist()
-    scored = len(whole) - (len(tokenizer.encode(stripped)) if stripped else 0)
+    """Ids of `<s> prompt text`, cut at the left to what the model takes; None where the text alone is too long."""
+    whole, scored = encoded(tokenizer, prompt, text)
     if not 0 < scored <= sequence_length:
         return None
     return Request(tuple([tokenizer.start_id, *whole][-(sequence_length + 1) :]), scored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tasks.harness.questions import Questions
 from tasks.harness.settings import HarnessSettings, claim_folder, read_json
 from tasks.harness.verdicts import task_scores
 
+logger = logging.getLogger(__name__)
+
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"
 
@@ -29,7 +32,7 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
 
     Raises:
         ConfigError, DataError, CheckpointError: see `claim_folder`, `write_task_files` and `load_model`; or another
-            call is at work in the folder, or no item of a task could be scored.
+            call is at work in the folder, or no item of any task could be scored.
     """
     claim_folder(settings)
     with try_claim_name(settings.out, "evaluation") as claimed:
@@ -46,7 +49,7 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
     folder = write_task_files(settings, Path(lm_eval.__file__).parent / "tasks")
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(settings.tasks))["tasks"]
     model = load_model(settings)
-    results = read_results(settings.out)
+    results, nothing = read_results(settings.out), list[str]()
     for place, name in enumerate(settings.tasks):
         started = time.monotonic()
 
@@ -58,10 +61,11 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
         write_atomically(settings.out / name / ITEMS_FILE, lines)
         left_out = [record for record in records if "left_out" in record]
         if len(left_out) == len(records):
-            raise DataError(
+            nothing.append(
                 f"task {name}: all {len(records)} items are left out, the first because {left_out[0]['left_out']}: "
                 "leave the task out, or give shorter items or another model"
             )
+            logger.warning(nothing[-1])
         results[name] = {
             "items": len(records) - len(left_out),
             "left_out": len(left_out),
@@ -69,6 +73,8 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
             "scores": task_scores(records),
         }
         write_atomically(settings.out / RESULTS_FILE, json.dumps(results, indent=1))
+    if len(nothing) == len(settings.tasks):
+        raise DataError("; ".join(nothing))
     return results
 
 

@@ -70,6 +70,10 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
                 "from the one before": _difference(scored.get("from_previous", {}).get(metric)),
             }
         )
+    for task, scored in scored_tasks(last).items():
+        if not scored["metrics"]:
+            row = dict.fromkeys(("task", "metric", "base", "last", "from base", "from the one before"), "–")
+            rows.append(row | {"task": task, "last": "all items were left out"})
     return rows
 
 

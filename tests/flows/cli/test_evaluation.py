@@ -84,6 +84,11 @@ def test_one_item_has_no_interval(typed: Typed, tmp_path: Path) -> None:
     assert "0.0 (1 items)" in typed("compare", str(tmp_path))
 
 
+def test_a_task_of_which_nothing_was_scored_is_named() -> None:
+    (row,) = _score_rows({"proofs": {"items": 0, "left_out": 9, "scores": {}}})
+    assert (row["task"], row["95% interval"]) == ("proofs", "all 9 items were left out")
+
+
 def test_log_likelihoods_are_no_shares() -> None:
     scores = {
         "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3},

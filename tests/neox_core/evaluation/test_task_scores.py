@@ -16,7 +16,9 @@ from neox_core.checkpoint.conversion.reference import llama_from_meta
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import EvaluateConfig, EvaluationTask, ModelConfig, ParallelConfig, RunConfig
+from neox_core.errors import DataError
 from neox_core.evaluation.items import Item
+from neox_core.evaluation.lengths import check_item_sets
 from neox_core.evaluation.perplexity import _build_layers
 from neox_core.evaluation.task_scores import _record, score_tasks
 from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
@@ -125,11 +127,17 @@ def check_choices(reference: Reference, record: dict[str, Any], prompt: str, tex
 def test_a_set_of_which_nothing_fits(tmp_path: Path) -> None:
     make_random_base(MODEL, tmp_path / "base", seed=3)
     convert(tmp_path / "base", tmp_path / "shards", MODEL, ParallelConfig(tensor=2))
-    sums = EvaluationTask(items=write(tmp_path / "long.jsonl", [TOO_LONG]))
     config = config_of(tmp_path, mask_documents=False)
-    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks={"sums": sums})})
-    with pytest.raises(AssertionError, match=r"tasks.sums: all 1 items are longer than train.sequence_length 160"):
-        run_ranks(scored, 2, config, tmp_path / "shards")
+    check_item_sets(config)
+    tasks = {name: config.evaluate.tasks[name] for name in ("letters",)}
+    tasks |= {"sums": EvaluationTask(items=write(tmp_path / "long.jsonl", [TOO_LONG]))}
+    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks=tasks)})
+    message = r"tasks.sums: all 1 items are longer than train.sequence_length 160; the shortest has \d{3,} tokens"
+    with pytest.raises(DataError, match=message):
+        check_item_sets(config)
+    found, _ = run_ranks(scored, 2, config, tmp_path / "shards")
+    assert (found["sums"]["items"], found["sums"]["left_out"], found["sums"]["metrics"]) == (0, 1, {})
+    assert found["letters"]["metrics"]
 
 
 def test_likelihoods_that_are_no_number() -> None:

@@ -317,6 +317,10 @@ def test_a_task_of_which_nothing_fits(folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, tmp_path / "out", tasks=("minif2f_proofs",), samples=0)
     with pytest.raises(DataError, match="all 1 items are left out, the first because it is longer than the model"):
         evaluate_model(replace(asked, data=tmp_path), silent)
+    others = replace(asked, data=tmp_path, tasks=("minif2f_proofs", "minif2f_statements"))
+    results = evaluate_model(others, silent)
+    assert (results["minif2f_proofs"]["items"], results["minif2f_proofs"]["scores"]) == (0, {})
+    assert results["minif2f_statements"]["scores"]
 
 
 def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_one_item_has_no_interval() -> None:
     assert "NaN" not in str(task_figures(found)["task sums bits_per_byte"])
 
 
+def test_a_task_of_which_nothing_was_scored_is_named() -> None:
+    long = {"items": 0, "left_out": 9, "metrics": {}}
+    accuracy, proofs = task_rows([EVALUATIONS[0] | {"tasks": EVALUATIONS[0]["tasks"] | {"proofs": long}}])
+    assert list(proofs) == list(accuracy)
+    assert (proofs["task"], proofs["last"]) == ("proofs", "all items were left out")
+
+
 def test_page(tmp_path: Path) -> None:
     row = {"item": "m/1", "prompt": "<b>Which?</b>", "right": "B", "answer": "right: B", "other": "wrong: A"}
     data = ReportData(title="run", evaluations=EVALUATIONS[::-1], flipped=flipped_rows({"mmlu": [row] * 12}))
