@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import CheckpointError, ConfigError
+from tasks.harness.catalogue import TASKS
 from tasks.harness.settings import HarnessSettings, read_json
 
 _INSTALL = "install it with `pip install 'llemma-pretrain[harness]'`"
@@ -62,13 +63,35 @@ def load_model(settings: HarnessSettings) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bf16 a log-probability has three digits.
     model = _loaded(settings.model, get_model("hf"), **arguments, device=device, batch_size=1, softmax_dtype="float32")
-    if model.tokenizer.eos_token_id is None and model.tokenizer.bos_token_id is None:
+    _check_tokenizer(settings, model.tokenizer)
+    _check_numbers(settings, model)
+    model.model.generation_config = _plain(model.model.generation_config)
+    return model
+
+
+def _check_tokenizer(settings: HarnessSettings, tokenizer: Any) -> None:
+    """Whether it names the tokens that the harness asks for: what ends a written answer, and what likelihoods begin
+    with.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    written = any(TASKS[name].kind == "written" for name in settings.tasks)
+    if tokenizer.eos_token_id is None and (written or tokenizer.bos_token_id is None):
         raise ConfigError(
-            f"the tokenizer in {settings.model} names no token that begins or ends a text: give eos_token in its "
+            f"the tokenizer in {settings.model} names no token that ends a text: give eos_token in its "
             "tokenizer_config.json"
         )
-    _check_numbers(settings, model)
-    return model
+
+
+def _plain(found: Any) -> Any:
+    """A model's generation_config.json with nothing but its tokens: its penalties, beams and lengths are for chats, and
+    would change greedy answers and the length that was asked for."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=found.bos_token_id, eos_token_id=found.eos_token_id, pad_token_id=found.pad_token_id
+    )
 
 
 def _loaded(folder: Path, kind: Callable[..., Any], **arguments: Any) -> Any:

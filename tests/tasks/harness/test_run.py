@@ -247,6 +247,32 @@ def test_models_that_are_not_whole(folders: Path, tmp_path: Path, missing: str) 
         evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
 
 
+def with_json(folders: Path, model: Path, name: str, **fields: Any) -> Path:
+    """A copy of the model, one of whose files says this too."""
+    shutil.copytree(folders / "model", model)
+    found = json.loads((model / name).read_text(encoding="utf-8"))
+    (model / name).write_text(json.dumps(found | fields), encoding="utf-8")
+    return model
+
+
+def test_a_models_own_way_to_generate_does_not_count(
+    folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    own = {"max_new_tokens": 40, "repetition_penalty": 5.0, "num_beams": 2, "min_p": 0.9, "min_new_tokens": 20}
+    model = with_json(folders, tmp_path / "model", "generation_config.json", **own)
+    evaluate_model(replace(settings(folders, tmp_path / "out", tasks=("gsm8k_cot",)), model=model), silent)
+    assert items(tmp_path / "out", "gsm8k_cot") == items(evaluated[1], "gsm8k_cot")
+
+
+def test_a_tokenizer_without_an_end(folders: Path, tmp_path: Path) -> None:
+    model = with_json(folders, tmp_path / "model", "tokenizer_config.json", eos_token=None)
+    (model / "special_tokens_map.json").unlink()
+    asked = replace(settings(folders, tmp_path / "out", limit=1), model=model)
+    with pytest.raises(ConfigError, match="names no token that ends a text: give eos_token"):
+        evaluate_model(replace(asked, tasks=("gsm8k_cot",)), silent)
+    assert evaluate_model(replace(asked, tasks=("mmlu_stem",)), silent)["mmlu_stem"]["items"] == 1
+
+
 def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
