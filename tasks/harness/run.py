@@ -15,7 +15,7 @@ from neox_core.storage.claims import try_claim_name
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import go_offline, load_model
 from tasks.harness.questions import Questions
-from tasks.harness.settings import HarnessSettings, claim_folder, read_json
+from tasks.harness.settings import HarnessSettings, check_folder, check_settings, read_json
 from tasks.harness.verdicts import task_scores
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,14 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
         The content of results.json: by task the scores, the number of items and the seconds of this call.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `claim_folder`, `write_task_files` and `load_model`; or another
+        ConfigError, DataError, CheckpointError: see `check_settings`, `check_folder`, `write_task_files` and `load_model`; or another
             call is at work in the folder, or no item of any task could be scored.
     """
-    claim_folder(settings)
+    check_settings(settings)
     with try_claim_name(settings.out, "evaluation") as claimed:
         if not claimed:
             raise ConfigError(f"another call is at work in {settings.out}: wait for it, or give another --out")
+        check_folder(settings)
         return _evaluate(settings, progress)
 
 

@@ -352,6 +352,7 @@ def test_a_task_of_which_nothing_fits(folders: Path, tmp_path: Path) -> None:
 def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:
     with try_claim_name(tmp_path, "evaluation"), pytest.raises(ConfigError, match="another call is at work"):
         evaluate_model(settings(folders, tmp_path), silent)
+    assert not (tmp_path / "settings.json").exists()  # whoever has the folder says what is evaluated in it
 
 
 def test_batches_fit_the_memory() -> None:
