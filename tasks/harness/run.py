@@ -31,8 +31,8 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
         The content of results.json: by task the scores, the number of items and the seconds of this call.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `check_settings`, `check_folder`, `write_task_files` and `load_model`; or another
-            call is at work in the folder, or no item of any task could be scored.
+        ConfigError, DataError, CheckpointError: see `check_settings`, `check_folder`, `write_task_files` and
+            `load_model`; or another call is at work in the folder, or no item of any task could be scored.
     """
     check_settings(settings)
     with try_claim_name(settings.out, "evaluation") as claimed:

@@ -13,6 +13,8 @@ from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 
 SETTINGS_FILE = "settings.json"
+TASK_FILES = "tasks"
+"""In the folder for records: what the harness reads."""
 BACKENDS = ("hf", "vllm")
 _EARLIER = {"dtype": "auto"}
 """Of settings that older evaluations do not name."""
@@ -84,10 +86,16 @@ def check_folder(settings: HarnessSettings) -> None:
         write_atomically(path, json.dumps(wanted, indent=1))
     found = read_json(path, "give another --out")
     differing = sorted(key for key in wanted if found.get(key, _EARLIER.get(key)) != wanted[key])
-    if differing:
+    if differing and "weights" in found and not _has_answers(settings.out):  # a call that failed binds nobody
+        write_atomically(path, json.dumps(wanted, indent=1))
+    elif differing:
         raise ConfigError(
             f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
         )
+
+
+def _has_answers(out: Path) -> bool:
+    return any(path.stat().st_size for path in out.glob("*/*.jsonl") if path.parent.name != TASK_FILES)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:

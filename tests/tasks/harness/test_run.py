@@ -164,6 +164,8 @@ def test_what_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
         evaluate_model(replace(settings(folders, tmp_path), model=tmp_path / "none"), silent)
     with pytest.raises(ConfigError, match=r"--max-tokens 4096 leaves no room"):
         evaluate_model(settings(folders, tmp_path / "other", max_tokens=4096), silent)
+    mended = settings(folders, tmp_path / "other", max_tokens=2, limit=1, tasks=("gsm8k_cot",))
+    assert evaluate_model(mended, silent)["gsm8k_cot"]["items"] == 1
 
 
 @pytest.mark.parametrize(
