@@ -89,9 +89,8 @@ def check_folder(settings: HarnessSettings) -> None:
     if differing and "weights" in found and not _has_answers(settings.out):  # a call that failed binds nobody
         write_atomically(path, json.dumps(wanted, indent=1))
     elif differing:
-        raise ConfigError(
-            f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
-        )
+        values = ", ".join(f"{key} ({found.get(key, _EARLIER.get(key))}, now {wanted[key]})" for key in differing)
+        raise ConfigError(f"{settings.out} holds an evaluation with other values of {values}: give another --out")
 
 
 def _has_answers(out: Path) -> bool:

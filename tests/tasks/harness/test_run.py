@@ -151,7 +151,7 @@ def test_a_killed_evaluation_goes_on(folders: Path, evaluated: tuple[dict[str, A
 
 
 def test_another_evaluation_in_the_same_folder(folders: Path, evaluated: tuple[dict[str, Any], Path]) -> None:
-    with pytest.raises(ConfigError, match="other values of seed, temperature: give another --out"):
+    with pytest.raises(ConfigError, match=r"seed \(1234, now 7\), temperature \(0.6, now 0.9\): give"):
         evaluate_model(settings(folders, evaluated[1], seed=7, temperature=0.9), silent)
 
 
