@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ _CHOICES = 4
 def gsm8k(record: Record, where: str) -> dict[str, Any]:
     """`question`, `answer` (the solution, with the line of hashes) and `gold`."""
     answer = record.get("answer")
-    gold = str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else None
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    gold = str(answer) if is_number else None
     return {
         "question": _text(record, "question", where),
         "answer": _text(record, "solution", where),

@@ -332,6 +332,13 @@ def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
     assert items(tmp_path / "out", "mmlu_stem")[0]["choices"] == dates
 
 
+def test_an_answer_that_is_no_number(folders: Path, tmp_path: Path) -> None:
+    for answer in (math.nan, math.inf, True, None, ""):
+        write(tmp_path / "gsm8k_test.jsonl", [SUMS[0] | {"answer": answer}])
+        with pytest.raises(DataError, match="line 1 has no text 'answer'"):
+            write_task_files(replace(settings(folders, tmp_path, tasks=("gsm8k_cot",)), data=tmp_path), HARNESS)
+
+
 def test_too_few_solved_items(folders: Path, tmp_path: Path) -> None:
     for name in ("gsm8k_test.jsonl", "gsm8k_fewshot.jsonl"):
         write(tmp_path / name, SUMS[:4])
