@@ -28,6 +28,7 @@ from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.claims import try_claim_name
 from neox_core.storage.digest import sha256_of
+from neox_core.storage.full_disk import room_below
 
 _SHOWN = 2_000
 """Characters of a command's output that are kept, from its end."""
@@ -167,7 +168,8 @@ def check_proofs(path: Path, out: Path, checker: ProofChecker, progress: Progres
                 continue
             verdicts[place : place + 1] = [checker.check(*proof)]
             lines = [json.dumps(asdict(verdict) | {"asked": asked}) + "\n" for verdict in verdicts]
-            write_atomically(out, "".join(lines))
+            with room_below(out.parent):
+                write_atomically(out, "".join(lines))
     return verdicts
 
 

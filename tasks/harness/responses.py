@@ -23,12 +23,12 @@ def answer_all(
     """
     known = _read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab") as file:
         asked = 0
         for count, batch in enumerate(batches):
             if not all(number in known for number in batch):
                 given = answer(batch)
-                file.write(json.dumps(list(zip(batch, given, strict=True))) + "\n")
+                file.write((json.dumps(list(zip(batch, given, strict=True))) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
                 known |= dict(zip(batch, given, strict=True))

@@ -12,6 +12,7 @@ from neox_core.errors import ConfigError, DataError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.claims import try_claim_name
+from neox_core.storage.full_disk import room_below
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import go_offline, load_model
 from tasks.harness.questions import Questions
@@ -32,10 +33,11 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
 
     Raises:
         ConfigError, DataError, CheckpointError: see `check_settings`, `check_folder`, `write_task_files` and
-            `load_model`; or another call is at work in the folder, or no item of any task could be scored.
+            `load_model`; or another call is at work in the folder, its disk is full, or no item of any task could be
+            scored.
     """
     check_settings(settings)
-    with try_claim_name(settings.out, "evaluation") as claimed:
+    with room_below(settings.out), try_claim_name(settings.out, "evaluation") as claimed:
         if not claimed:
             raise ConfigError(f"another call is at work in {settings.out}: wait for it, or give another --out")
         check_folder(settings)

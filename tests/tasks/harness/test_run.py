@@ -19,6 +19,7 @@ from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import batch_for
 from tasks.harness.run import evaluate_model
 from tasks.harness.settings import HarnessSettings
+from tests.full_disk import Disk, put_on_disk
 from tests.neox_core.train.small_training import CONFIG
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
@@ -362,6 +363,18 @@ def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:
     with try_claim_name(tmp_path, "evaluation"), pytest.raises(ConfigError, match="another call is at work"):
         evaluate_model(settings(folders, tmp_path), silent)
     assert not (tmp_path / "settings.json").exists()  # whoever has the folder says what is evaluated in it
+
+
+def test_a_disk_that_is_full(
+    folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(folders, tmp_path, tasks=("gsm8k_cot",))
+    with monkeypatch.context() as patch:
+        put_on_disk(patch, lambda path: path.name == "sample-002.jsonl", lambda: Disk(free=100))
+        with pytest.raises(ConfigError, match=r"is full: it has .* make room and give the same command again"):
+            evaluate_model(asked, silent)
+    evaluate_model(asked, silent)
+    assert items(tmp_path, "gsm8k_cot") == items(evaluated[1], "gsm8k_cot")
 
 
 def test_batches_fit_the_memory() -> None:
