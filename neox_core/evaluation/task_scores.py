@@ -24,7 +24,8 @@ def score_tasks(config: RunConfig, layers: nn.Sequential, mesh: Mesh) -> dict[st
     """Score every set of `evaluate.tasks`. Collective over the tensor-parallel ranks.
 
     Returns:
-        By name the metrics, the number of tokens and seconds that it took, and the items' records.
+        By name the metrics, how many items count, were left out, and have a prompt that was cut, the number of tokens
+        and seconds that it took, and the items' records.
 
     Raises:
         ConfigError, DataError: a set cannot be read.
@@ -53,15 +54,22 @@ def _score(
         for item, found in zip(item_set.items, requests, strict=True)
     ]
     left_out = sum("left_out" in record for record in records)
+    first = (requests[number][0] for number in kept)
+    cut = sum(request is not None and request.ids[0] != tokenizer.start_id for request in first)
     result = {
         "items": len(records) - left_out,
         "left_out": left_out,
+        "cut": cut,
         "tokens": _tokens(unique),
         "seconds": round(time.monotonic() - started, 3),
         "metrics": scores(records),
         "records": records,
     }
     logger.info("%s: %s over %d items", name, result["metrics"], result["items"])
+    if cut:
+        logger.warning(
+            "%s: %d prompts are longer than train.sequence_length %d and lose their beginning", name, cut, length
+        )
     if left_out == len(records):  # the other sets' scores are worth having
         logger.warning("%s has no scores: all items are left out, the first: %s", name, records[0]["left_out"])
     return result

@@ -29,8 +29,8 @@ def room_below(folder: Path) -> Iterator[None]:
         if not is_full(error):
             raise
         raise ConfigError(
-            f"the disk of {folder} is full: it has {_free(folder):,} bytes left; make room and give the same command again, "
-            "which goes on from what is kept"
+            f"the disk of {folder} is full: it has {_free(folder):,} bytes left; make room and give the same command "
+            "again, which goes on from what is kept"
         ) from error
 
 

@@ -112,20 +112,23 @@ def _loaded(folder: Path, kind: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def _check_numbers(settings: HarnessSettings, model: Any) -> None:
-    """Whether the model computes numbers: what is written or picked without them looks like an answer.
+    """Whether the model computes numbers, now and whenever it is called: what is written without them looks like an
+    answer. Of other texts the likelihood tells.
 
     Raises:
         CheckpointError: it does not.
     """
     import torch
 
-    logits = model._model_call(torch.tensor([[model.prefix_token_id]], device=model.device))
-    if bool(logits.isnan().any()):
-        raise CheckpointError(
-            f"{settings.model}: after the first token of a text there are logits that are not a number: the weights "
-            f"are damaged, or --dtype {settings.dtype} cannot hold what it computes; try --dtype float32, or export "
-            "the model again"
-        )
+    def check(module: Any, arguments: Any, output: Any) -> None:
+        if bool(output.logits[:, -1].isnan().any()):
+            raise CheckpointError(
+                f"{settings.model}: there are logits that are not a number: the weights are damaged, or --dtype "
+                f"{settings.dtype} cannot hold what it computes; try --dtype float32, or export the model again"
+            )
+
+    model.model.register_forward_hook(check)
+    model._model_call(torch.tensor([[model.prefix_token_id]], device=model.device))
 
 
 def model_config(model: Path) -> dict[str, Any]:

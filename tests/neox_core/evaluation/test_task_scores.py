@@ -56,6 +56,7 @@ def config_of(folder: Path, mask_documents: bool) -> RunConfig:
     tasks = {
         "sums": EvaluationTask(items=sums),
         "shown": EvaluationTask(items=sums, shots_from=sums, shots=2, limit=3),
+        "cut": EvaluationTask(items=sums, shots_from=sums, shots=4, limit=2),
         "letters": EvaluationTask(items=facts, kind="choices", prompt=choices),
         "texts": EvaluationTask(items=facts, kind="choices", prompt="{question}\nAnswer:", score="texts"),
     }
@@ -97,6 +98,7 @@ def test_likelihoods_are_transformers(tmp_path: Path, mask_documents: bool) -> N
     records = found["sums"]["records"]
     assert (found["sums"]["items"], found["sums"]["left_out"]) == (4, 1)
     assert records[-1]["left_out"]
+    assert (found["sums"]["cut"], found["cut"]["cut"]) == (0, 2)
     bits, size = 0.0, 0
     for item, record in zip(SUMS, records, strict=False):
         expected = reference.log_likelihood(f"Question: {item['question']}\nAnswer:", f" {item['solution']}")

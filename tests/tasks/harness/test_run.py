@@ -288,6 +288,19 @@ def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
         evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
 
 
+def test_a_token_without_numbers(folders: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(model).encode("Ann has")[-1]] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="logits that are not a number: the weights are damaged"):
+        evaluate_model(replace(settings(folders, tmp_path / "out", tasks=("gsm8k_cot",)), model=model), silent)
+
+
 def test_likelihoods_that_are_no_numbers(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.models.huggingface import HFLM
 
