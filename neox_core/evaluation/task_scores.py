@@ -47,7 +47,7 @@ def _score(
     flat = [request for number in kept for request in requests[number] if request is not None]
     unique = list(dict.fromkeys(flat))  # what follows no question is the same for many items
     batch = config.evaluate.micro_batch_size * length
-    known = dict(zip(unique, log_likelihoods(layers, unique, batch, mesh), strict=True))
+    known = dict(zip(unique, log_likelihoods(layers, unique, length, batch, mesh), strict=True))
     likelihoods = iter([known[request] for request in flat])
     records = [
         _record(item, task, [next(likelihoods) for _ in found] if None not in found else None)

@@ -111,6 +111,10 @@ def test_likelihoods_are_transformers(tmp_path: Path, mask_documents: bool) -> N
         expected = reference.log_likelihood(f"{shots}Question: {item['question']}\nAnswer:", f" {item['solution']}")
         assert record["log_likelihood"] == pytest.approx(expected, abs=1e-4)
 
+    shots = "".join(f"Question: {item['question']}\nAnswer: {item['solution']}\n\n" for item in SUMS)
+    expected = reference.log_likelihood(f"{shots}Question: {SUMS[0]['question']}\nAnswer:", f" {SUMS[0]['solution']}")
+    assert found["cut"]["records"][0]["log_likelihood"] == pytest.approx(expected, abs=1e-4)
+
     prompt = "Which is prime?\nA. 4\nB. 7\nC. 9\nD. one hundred\nAnswer:"
     check_choices(reference, found["letters"]["records"][0], prompt, ["A", "B", "C", "D"])
     check_choices(reference, found["texts"]["records"][0], "Which is prime?\nAnswer:", FACTS[0]["options"])
