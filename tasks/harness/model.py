@@ -60,6 +60,7 @@ def load_model(settings: HarnessSettings) -> Any:
             return _loaded(settings.model, get_model("vllm"), **arguments, batch_size="auto", seed=settings.seed)
         except ImportError as error:
             raise ConfigError(f"backend vllm is missing ({error}): `pip install vllm`, or --backend hf") from None
+    _check_whole(settings.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bf16 a log-probability has three digits.
     model = _loaded(settings.model, get_model("hf"), **arguments, device=device, batch_size=1, softmax_dtype="float32")
@@ -67,6 +68,25 @@ def load_model(settings: HarnessSettings) -> Any:
     _check_numbers(settings, model)
     model.model.generation_config = _plain(model.model.generation_config)
     return model
+
+
+def _check_whole(folder: Path) -> None:
+    """Whether there are weights for all that config.json describes: transformers draws the others at random.
+
+    Reads their names and shapes alone.
+
+    Raises:
+        CheckpointError: there are not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"pretrained_model_name_or_path": str(folder), "device_map": "meta", "output_loading_info": True}
+    _, found = _loaded(folder, AutoModelForCausalLM.from_pretrained, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} cannot be loaded: it has no weights for {len(missing)} tensors of its config.json, among them "
+            f"{missing[0]}: export the model again, or fetch what is missing"
+        )
 
 
 def _check_tokenizer(settings: HarnessSettings, tokenizer: Any) -> None:

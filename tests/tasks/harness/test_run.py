@@ -276,6 +276,20 @@ def test_a_tokenizer_without_an_end(folders: Path, tmp_path: Path) -> None:
     assert evaluate_model(replace(asked, tasks=("mmlu_stem",)), silent)["mmlu_stem"]["items"] == 1
 
 
+def test_a_tensor_that_is_missing(folders: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"no weights for 1 tensors .* model.layers.0.mlp.down_proj.weight: export"
+    ):
+        evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
+
+
 def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
