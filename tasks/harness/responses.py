@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from neox_core.errors import DataError
+
 Answer = Callable[[Sequence[int]], list[Any]]
 """Answers of the requests with these numbers."""
 
@@ -20,6 +22,9 @@ def answer_all(
     Args:
         path: JSON lines, one per batch; a last line that a kill cut off is dropped.
         finished: told how many batches are through, and how many of them were asked in this call.
+
+    Raises:
+        DataError: the file holds something else.
     """
     known = _read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,4 +49,7 @@ def _read(path: Path) -> dict[int, Any]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(path, len(whole))
-    return {int(number): given for line in whole.splitlines() for number, given in json.loads(line)}
+    try:
+        return {int(number): given for line in whole.splitlines() for number, given in json.loads(line)}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it, and its answers are asked again") from None

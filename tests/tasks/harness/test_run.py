@@ -17,6 +17,7 @@ from neox_core.progress import silent
 from neox_core.storage.claims import try_claim_name
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import batch_for
+from tasks.harness.responses import answer_all
 from tasks.harness.run import evaluate_model
 from tasks.harness.settings import HarnessSettings
 from tests.full_disk import Disk, put_on_disk
@@ -384,6 +385,14 @@ def test_a_task_of_which_nothing_fits(folders: Path, tmp_path: Path) -> None:
     results = evaluate_model(others, silent)
     assert (results["minif2f_proofs"]["items"], results["minif2f_proofs"]["scores"]) == (0, {})
     assert results["minif2f_statements"]["scores"]
+
+
+@pytest.mark.parametrize("content", [b"\x00\x00\n", b"5\n", b"[[1]]\n", b'{"1": "a"}\n', b"\xff\n"])
+def test_damaged_answers(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "greedy.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"greedy.jsonl is damaged .*: remove it, and its answers are asked again"):
+        answer_all(path, [[0]], lambda numbers: ["text"], lambda count, asked: None)
 
 
 def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:
