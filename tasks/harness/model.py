@@ -143,7 +143,8 @@ def _check_numbers(settings: HarnessSettings, model: Any) -> None:
     import torch
 
     def check(module: Any, arguments: Any, output: Any) -> None:
-        if bool(output.logits[:, -1].isnan().any()):
+        # Of one place alone when a token is written; what a likelihood's batch is padded with may have none.
+        if output.logits.shape[1] == 1 and bool(output.logits.isnan().any()):
             raise CheckpointError(
                 f"{settings.model}: there are logits that are not a number: the weights are damaged, or --dtype "
                 f"{settings.dtype} cannot hold what it computes; try --dtype float32, or export the model again"
