@@ -7,6 +7,7 @@ from typing import Any
 
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
+from neox_core.evaluation.scores import as_text
 from tasks.evaluation.kept_items import scored_tasks
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
@@ -68,10 +69,11 @@ def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
             row = _score_row(evaluation["step"], source, "perplexity", f"{values['perplexity']:.2f}", change)
             rows.append(row | {"bits per byte": f"{values['bits_per_byte']:.3f}"})
         for task, scored in scored_tasks(evaluation).items():
+            if not scored["metrics"]:
+                rows.append(_score_row(evaluation["step"], task, "none", "all items were left out", "–"))
             for metric, score in scored["metrics"].items():
-                value = f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"
                 change = _difference(scored.get("from_base", {}).get(metric))
-                rows.append(_score_row(evaluation["step"], task, metric.replace("_", " "), value, change))
+                rows.append(_score_row(evaluation["step"], task, metric.replace("_", " "), as_text(score), change))
     return rows
 
 
@@ -80,7 +82,7 @@ def _score_row(step: int, what: str, score: str, value: str, change: str) -> Row
 
 
 def _difference(found: Mapping[str, float] | None) -> str:
-    return f"{found['value']:+.4f}, p {found['p']:.2g}" if found else "–"
+    return as_text({key: found[key] for key in ("value", "p") if key in found}, "+.4f") if found else "–"
 
 
 def checkpoint_table(config: RunConfig, result: StageResult) -> list[Row]:

@@ -11,7 +11,7 @@ from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, 
 from neox_core.config import EMBEDDED, RunConfig, batch_geometry
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 from neox_core.errors import ConfigError
-from neox_core.evaluation.items import check_item_files
+from neox_core.evaluation.lengths import check_item_sets
 from neox_core.storage.object_store import ObjectStore
 from tasks.evaluation.generation import check_generation
 from tasks.identity.base import check_base
@@ -45,7 +45,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if {TRAIN, EVALUATE}.intersection(stages):
         check_launch(config.launch)
     if EVALUATE in stages:
-        check_item_files(config.evaluate.tasks)
+        check_item_sets(config)
         check_generation(config)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
         if config.data.slurm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,12 +63,22 @@ def evaluate(
 
 
 def _score_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
+    nothing = [
+        {"task": task, "score": "none", "value": "–", "95% interval": f"all {result['left_out']} items were left out"}
+        | {"items": 0}
+        for task, result in results.items()
+        if not result["scores"]
+    ]
+    return nothing + [
         {"task": task, "score": _label(name), "value": _shown(name, score["value"])}
-        | {"95% interval": f"{_shown(name, score['low'])} to {_shown(name, score['high'])}", "items": result["items"]}
+        | {"95% interval": _interval(name, score), "items": result["items"]}
         for task, result in results.items()
         for name, score in result["scores"].items()
     ]
+
+
+def _interval(name: str, score: Mapping[str, float]) -> str:
+    return f"{_shown(name, score['low'])} to {_shown(name, score['high'])}" if "low" in score else "none"
 
 
 def _label(score: str) -> str:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 SCORES_FILE = "scores.json"
 _LOWER_IS_BETTER = ("bits_per_byte",)
 Tasks = Mapping[str, Mapping[str, Any]]
-"""By task the items and the metrics, each with value, low and high."""
+"""By task the items and the metrics, each with value and, where there are several items, low and high."""
 
 
 def publish_scores(store: ObjectStore, prefix: str, checkpoint: str, tasks: Tasks) -> None:

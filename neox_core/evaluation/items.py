@@ -17,6 +17,8 @@ from neox_core.data.tokenization.filters.overlap import item_name
 from neox_core.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NO_QUESTION = "Answer:"
+"""The prompt that calibrates a choice."""
 MAX_ITEM_BYTES = 1 << 20
 """A longer line is no evaluation item."""
 
@@ -63,14 +65,12 @@ def load_item_set(name: str, task: EvaluationTask) -> ItemSet:
     return ItemSet("".join(f"{item.prompt}{item.choices[item.gold]}\n\n" for item in shown), items)
 
 
-def check_item_files(tasks: Mapping[str, EvaluationTask]) -> None:
-    """Read every set once.
-
-    Raises:
-        ConfigError, DataError: see `load_item_set`.
-    """
-    for name, task in tasks.items():
-        load_item_set(name, task)
+def asked_texts(item: Item, task: EvaluationTask, item_set: ItemSet) -> list[tuple[str, str]]:
+    """Prompt and text of each likelihood that an item needs: each choice's, and of choices those without a question."""
+    asked = [(item_set.shots + item.prompt, choice) for choice in item.choices]
+    if task.kind == "choices":
+        asked += [(_NO_QUESTION, " " + choice.lstrip()) for choice in item.choices]
+    return asked
 
 
 def _items(name: str, task: EvaluationTask, path: Path) -> Iterator[Item]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from neox_core.evaluation.lengths import encoded
 from neox_core.parallel.layers import ChunkedHead
 from neox_core.parallel.loss import IGNORE_INDEX, token_losses
 
@@ -34,14 +35,8 @@ class Request:
 
 
 def encode_request(tokenizer: Tokenizer, prompt: str, text: str, sequence_length: int) -> Request | None:
-    """Ids of `<s> prompt text`, cut at the left to what the model takes; None where the text alone is too long.
-
-    The ids are those of both together, so that a word over the border is one; blanks at the prompt's end go to the
-    text (as lm-evaluation-harness counts them).
-    """
-    stripped = prompt.rstrip()
-    whole = tokenizer.encode(prompt + text).tolist()
-    scored = len(whole) - (len(tokenizer.encode(stripped)) if stripped else 0)
+    """Ids of `<s> prompt text`, cut at the left to what the model takes; None where the text alone is too long."""
+    whole, scored = encoded(tokenizer, prompt, text)
     if not 0 < scored <= sequence_length:
         return None
     return Request(tuple([tokenizer.start_id, *whole][-(sequence_length + 1) :]), scored)
@@ -49,17 +44,18 @@ def encode_request(tokenizer: Tokenizer, prompt: str, text: str, sequence_length
 
 @torch.inference_mode()
 def log_likelihoods(
-    layers: nn.Sequential, requests: Sequence[Request], tokens_per_batch: int, mesh: Mesh
+    layers: nn.Sequential, requests: Sequence[Request], sequence_length: int, tokens_per_batch: int, mesh: Mesh
 ) -> list[float]:
     """log p(text | prompt) of each request, in nats. Collective over the tensor-parallel ranks.
 
     Args:
         layers: all layers of this rank, from ids [B,T] to the hidden states that its head projects.
+        sequence_length: what the layers take, to which no batch is padded beyond.
         tokens_per_batch: padded tokens of a batch, at most, unless one request has more.
     """
     found, head = [0.0] * len(requests), layers[-1]
     assert isinstance(head, ChunkedHead)
-    for numbers, inputs, targets in _batches(requests, tokens_per_batch, mesh.device):
+    for numbers, inputs, targets in _batches(requests, sequence_length, tokens_per_batch, mesh.device):
         losses = token_losses(head.project(layers(inputs)), targets, mesh.tensor_group, mesh.tensor_rank)
         for number, loss in zip(numbers, losses.double().sum(-1).tolist(), strict=True):
             found[number] = -loss
@@ -75,12 +71,12 @@ def padded_length(tokens: int) -> int:
 
 
 def _batches(
-    requests: Sequence[Request], tokens_per_batch: int, device: torch.device
+    requests: Sequence[Request], sequence_length: int, tokens_per_batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Places of the requests, their inputs and their targets [B,T]; long ones first, so that memory fails at once."""
     order = sorted(range(len(requests)), key=lambda number: -len(requests[number].ids))
     while order:
-        length = padded_length(len(requests[order[0]].ids) - 1)
+        length = min(padded_length(len(requests[order[0]].ids) - 1), sequence_length)
         numbers = order[: max(1, tokens_per_batch // length)]
         order = order[len(numbers) :]
         inputs = torch.zeros(len(numbers), length, dtype=torch.long)

@@ -2,8 +2,9 @@
 
 All uncertainty is over items, by the bootstrap: items are drawn again, with replacement, 1,000 times; an interval holds
 the middle 95% of what that gives. Where all items are right, or all wrong, that has no width: such a share has Wilson's
-interval (1927). One item tells nothing of others: its interval is NaN. Two checkpoints are compared on the same draws
-(a paired test): the p-value is that of a normal distribution with the bootstrap's standard error, two-sided.
+interval (1927). One item tells nothing of others: its other scores have no `low`, no `high` and no `p`. Two checkpoints
+are compared on the same draws (a paired test): the p-value is that of a normal distribution with the bootstrap's
+standard error, two-sided.
 """
 
 from __future__ import annotations
@@ -70,10 +71,19 @@ def differences(records: Sequence[Record], earlier: Sequence[Record]) -> dict[st
     found: dict[str, Score] = {}
     for name, (values, sizes) in _parts(ours).items():
         scored = _scored(values - before[name][0], sizes, weights)
-        error = scored.pop("error")
-        scored["p"] = math.erfc(abs(scored["value"]) / error / math.sqrt(2)) if error else float(scored["value"] == 0)
+        if (error := scored.pop("error", None)) is not None:
+            certain = float(scored["value"] == 0)
+            scored["p"] = math.erfc(abs(scored["value"]) / error / math.sqrt(2)) if error else certain
         found[name] = scored
     return found
+
+
+def as_text(score: Score, form: str = ".4f") -> str:
+    """The value, and of interval and p-value what there is."""
+    text = f"{score['value']:{form}}"
+    if "low" in score:
+        text += f" [{score['low']:{form}}, {score['high']:{form}}]"
+    return text + (f", p {score['p']:.2g}" if "p" in score else "")
 
 
 def _parts(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -121,7 +131,7 @@ def _draws(items: int) -> np.ndarray:
 
 def _with_interval(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> Score:
     found = _scored(values, sizes, weights)
-    del found["error"]
+    found.pop("error", None)
     if (sizes == 1).all() and (values == values[0]).all() and values[0] in (0, 1):
         width = TWO_SIDED_95**2 / (len(values) + TWO_SIDED_95**2)
         found |= {"low": 0.0, "high": width} if values[0] == 0 else {"low": 1 - width, "high": 1.0}
@@ -131,7 +141,7 @@ def _with_interval(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -
 def _scored(values: np.ndarray, sizes: np.ndarray, weights: np.ndarray) -> Score:
     value = float(values.sum() / sizes.sum())
     if len(values) == 1:
-        return {"value": value, "low": math.nan, "high": math.nan, "error": math.nan}
+        return {"value": value}
     drawn = (weights @ values) / (weights @ sizes)
     low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return {"value": value, "low": float(low), "high": float(high), "error": float(drawn.std())}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from neox_core.errors import ConfigError
 
 
 def is_full(error: OSError) -> bool:
@@ -12,7 +16,31 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+@contextmanager
+def room_below(folder: Path) -> Iterator[None]:
+    """Work that writes there, and that goes on when it is asked for again.
+
+    Raises:
+        ConfigError: its disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise ConfigError(
+            f"the disk of {folder} is full: it has {_free(folder):,} bytes left; make room and give the same command "
+            "again, which goes on from what is kept"
+        ) from error
+
+
 def room_wanted(path: Path, need: int) -> str:
     """What the disk of a path has and what is needed there, in words."""
-    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+    free = _free(path.parent)
     return f"needs {need:,} bytes ({need / 1e9:.1f} GB) there, and the disk has {free:,} ({free / 1e9:.1f} GB) left"
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are left where a folder is, or would be."""
+    absolute = folder.absolute()
+    return shutil.disk_usage(next(place for place in (absolute, *absolute.parents) if place.exists())).free

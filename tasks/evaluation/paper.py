@@ -87,8 +87,9 @@ def _row(task: str, ours: Mapping[str, float] | None, result: Mapping[str, Any],
     value, count = 100 * ours["value"], int(result["items"])
     difference = value - theirs
     noise = TWO_SIDED_95 * math.hypot(_error(value, count), _error(theirs, ITEMS[task]))
+    interval = f"{100 * ours['low']:.1f} to {100 * ours['high']:.1f}, " if "low" in ours else ""
     return {
-        "ours": f"{value:.1f} ({100 * ours['low']:.1f} to {100 * ours['high']:.1f}, {count} items)",
+        "ours": f"{value:.1f} ({interval}{count} items)",
         "paper": f"{theirs:.1f}",
         "difference": f"{difference:+.1f} ± {noise:.1f}",
         "verdict": "within noise" if abs(difference) <= noise else "higher" if difference > 0 else "lower",

@@ -1,11 +1,13 @@
 """Formal proofs, checked by a command of the user's: it is given a file, and exits with 0 if the proof holds.
 
 No prover comes with this package. For Isabelle, the command is a script of yours that builds the theory file.
+A check that was killed goes on with the proofs that are left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,9 @@ from neox_core.errors import ConfigError, DataError
 from neox_core.evaluation.items import read_record
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
+from neox_core.storage.claims import try_claim_name
+from neox_core.storage.digest import sha256_of
+from neox_core.storage.full_disk import room_below
 
 _SHOWN = 2_000
 """Characters of a command's output that are kept, from its end."""
@@ -33,6 +38,11 @@ _NOT_RUN = 126
 """From here on a shell's exit status means that a command could not be run, or that a signal ended it."""
 _LONGEST_NAME = 200
 """Bytes; a file's name has 255 at most."""
+
+
+_NO_VERDICT: Literal["no verdict"] = "no verdict"
+Theory = tuple[str, str, str]
+"""A proof's id, its theory's name and its content."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def _verdict(code: int) -> Literal["accepted", "rejected", "no verdict"]:
     """What an exit status says: of a command that a signal ended, or that its shell could not run, nothing."""
     if code == 0:
         return "accepted"
-    return "rejected" if 0 < code < _NOT_RUN else "no verdict"
+    return "rejected" if 0 < code < _NOT_RUN else _NO_VERDICT
 
 
 class _Tail(threading.Thread):
@@ -138,22 +148,62 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 def check_proofs(path: Path, out: Path, checker: ProofChecker, progress: Progress) -> list[ProofVerdict]:
     """Check the proofs of JSON lines with `header`, `formal_statement` and `proof`; verdicts are written to `out`.
 
+    Of a call that was killed, verdicts are used; a proof of which the command said nothing is checked again.
+
     Raises:
-        ConfigError, DataError: the file is missing or empty, a line lacks a field, or the command cannot be run.
+        ConfigError, DataError: the file is missing or empty, a line lacks a field, the command cannot be run, or `out`
+            holds something else than verdicts on these proofs by this command, or another call is at work on it.
     """
     proofs = list(_proofs(path))
     if not proofs:
         raise DataError(f"{path} holds no proof: correct the path or the file")
-    verdicts = []
-    for place, (identity, name, theory) in enumerate(proofs):
-        progress(place / len(proofs), f"{place} of {len(proofs)}")
-        verdicts.append(checker.check(identity, name, theory))
-        write_atomically(out, "".join(json.dumps(asdict(verdict)) + "\n" for verdict in verdicts))
+    with try_claim_name(out.parent, out.name) as claimed:
+        if not claimed:
+            raise ConfigError(f"another call is at work on {out}: wait for it, or give another --out")
+        asked = _digest(proofs, checker)
+        verdicts = _verdicts(out, asked)
+        for place, proof in enumerate(proofs):
+            progress(place / len(proofs), f"{place} of {len(proofs)}")
+            if place < len(verdicts) and verdicts[place].verdict != _NO_VERDICT:
+                continue
+            verdicts[place : place + 1] = [checker.check(*proof)]
+            lines = [json.dumps(asdict(verdict) | {"asked": asked}) + "\n" for verdict in verdicts]
+            with room_below(out.parent):
+                write_atomically(out, "".join(lines))
     return verdicts
 
 
-def _proofs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Each line's id, its theory's name and its content."""
+def _digest(proofs: Sequence[Theory], checker: ProofChecker) -> str:
+    """What verdicts depend on: the proofs, the time limit, the command, and the files that this names."""
+    found = [shutil.which(word) or word for word in shlex.split(checker.command)]
+    files = [sha256_of(Path(name)) for name in found if Path(name).is_file()]
+    content = json.dumps([proofs, checker.time_limit, checker.command, files])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _verdicts(out: Path, asked: str) -> list[ProofVerdict]:
+    """What an earlier call found, in the order of the proofs.
+
+    Raises:
+        ConfigError: the file holds something else; it is not written over.
+    """
+    if not out.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in out.read_bytes().splitlines()]
+        known = [record.pop("asked") for record in records]
+        verdicts = [ProofVerdict(**record) for record in records]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        known, verdicts = [""], []
+    if set(known) - {asked}:
+        raise ConfigError(
+            f"{out} holds something else than verdicts on these proofs, by this command as it is now and within this "
+            "time limit: give another --out, or remove it"
+        )
+    return verdicts
+
+
+def _proofs(path: Path) -> Iterator[Theory]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give a file of proofs, JSON lines")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):

@@ -53,7 +53,12 @@ class ScoreLog:
             for measure in ("perplexity", "bits_per_byte")
         }
         rows = score_rows(result)
-        values |= {f"{row['task']}/{row['metric']}{end}": row[key] for row in rows for end, key in _ENDS.items()}
+        values |= {
+            f"{row['task']}/{row['metric']}{end}": row[key]
+            for row in rows
+            for end, key in _ENDS.items()
+            if row[key] is not None
+        }
         if rows:
             values["scores"] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         self._run.log({"step": result["step"], **values})
@@ -63,7 +68,7 @@ _ENDS = {"": "value", " low": "low", " high": "high"}
 
 
 def score_rows(result: Result) -> list[dict[str, Any]]:
-    """Step, task, metric, value, low, high, items: a row per score."""
+    """Step, task, metric, value, low, high (None without an interval), items: a row per score."""
     return [
         {"step": result["step"], "task": task, "metric": metric, **_interval(score), "items": scored["items"]}
         for task, scored in scored_tasks(result).items()
@@ -71,5 +76,5 @@ def score_rows(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _interval(score: Mapping[str, float]) -> dict[str, float]:
-    return {key: score[key] for key in ("value", "low", "high")}
+def _interval(score: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: score.get(key) for key in ("value", "low", "high")}

@@ -41,8 +41,16 @@ def rows(records: Sequence[Record], against: Sequence[Record] = (), wrong: bool 
     Args:
         against: the other checkpoint's records; items that flipped between right and wrong come first.
         wrong: only items that `records` has wrong; where there is no right and wrong, the least likely first.
+
+    Raises:
+        DataError: the other checkpoint was asked none of these items.
     """
-    other = {record["id"]: record for record in against}
+    other = _same_items(records, against)
+    if against and not other:
+        raise DataError(
+            f"none of the {len(records)} items is among the {len(against)} of the other evaluation: its items have "
+            "other ids or prompts; give one of the same set"
+        )
     chosen = [record for record in records if "left_out" not in record and not (wrong and is_right(record))]
     if wrong:
         chosen.sort(key=lambda record: -_bits(record))
@@ -53,16 +61,22 @@ def rows(records: Sequence[Record], against: Sequence[Record] = (), wrong: bool 
 
 def flipped(records: Sequence[Record], against: Sequence[Record]) -> list[dict[str, str]]:
     """Rows of the items that are right at one of two checkpoints and wrong at the other."""
-    other = {record["id"]: record for record in against}
-    both = [record for record in records if record["id"] in other]
+    other = _same_items(records, [record for record in against if "left_out" not in record])
+    both = [record for record in records if record["id"] in other and "left_out" not in record]
     return [_row(r, other[r["id"]]) for r in both if is_right(r) != is_right(other[r["id"]])]
+
+
+def _same_items(records: Sequence[Record], against: Sequence[Record]) -> dict[str, Record]:
+    """By id the other's records of the same items: ids such as `line 1` are those of other sets too."""
+    asked = {(record["id"], record.get("prompt")) for record in records}
+    return {record["id"]: record for record in against if (record["id"], record.get("prompt")) in asked}
 
 
 def checkpoint_rows(folder: Path, task: str, step: int, against: int | None, wrong: bool) -> list[dict[str, str]]:
     """As `rows`, of a training's checkpoints; by its name alone also a task whose answers are written.
 
     Raises:
-        DataError: no items of these were kept.
+        DataError: no items of these were kept; or see `rows`.
     """
     if not items_file(folder, task, step).is_file() and items_file(folder, written_name(task), step).is_file():
         task = written_name(task)
@@ -84,6 +98,8 @@ def _right(record: Record) -> str:
 
 
 def _answer(record: Record) -> str:
+    if "left_out" in record:
+        return f"left out: {record['left_out']}"
     if "greedy" in record:
         given = record["greedy"][0]
         mark = "right" if given["correct"] else f"wrong ({given['reason']})"

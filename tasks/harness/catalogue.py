@@ -17,7 +17,7 @@ from neox_core.config import GenerationConfig
 from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 from tasks.harness.documents import Document, gsm8k, minerva, minif2f, mmlu, write_documents
-from tasks.harness.settings import HarnessSettings
+from tasks.harness.settings import TASK_FILES, HarnessSettings
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
         ConfigError: an unknown task, or one whose data is not in the data folder, or has changed since.
         DataError: a line is no item of its task.
     """
-    folder = settings.out / "tasks"
+    folder = settings.out / TASK_FILES
     folder.mkdir(parents=True, exist_ok=True)
     check_tasks(settings.tasks)
     for name in settings.tasks:

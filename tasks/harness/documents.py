@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from neox_core.errors import ConfigError, DataError
-from neox_core.evaluation.answers.extract import extract_answer
+from neox_core.evaluation.answers.extract import last_boxed
 from neox_core.evaluation.items import read_gold, read_options, read_records
 from neox_core.storage.atomic import atomic_file, write_atomically
 
@@ -22,7 +23,8 @@ _CHOICES = 4
 def gsm8k(record: Record, where: str) -> dict[str, Any]:
     """`question`, `answer` (the solution, with the line of hashes) and `gold`."""
     answer = record.get("answer")
-    gold = str(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else None
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    gold = str(answer) if is_number else None
     return {
         "question": _text(record, "question", where),
         "answer": _text(record, "solution", where),
@@ -31,13 +33,26 @@ def gsm8k(record: Record, where: str) -> dict[str, Any]:
 
 
 def minerva(record: Record, where: str) -> dict[str, Any]:
-    """`problem` and `solution`, from whose last box the harness takes the answer."""
+    """`problem` and `solution`, whose last box holds the answer."""
     # The harness finds \\fbox{}, which some of MATH's solutions have, but takes no answer out of it.
     solution = _text(record, "solution", where).replace("\\fbox", "\\boxed")
-    box = solution[max(0, solution.rfind("\\boxed")) :]
-    if not (box.startswith("\\boxed{") and extract_answer(box)) and "\\boxed " not in box:
+    if not boxed_answer(solution):
         raise DataError(f"{where}: 'solution' does not end in \\boxed{{answer}}: correct it")
     return {"problem": _text(record, "problem", where), "solution": solution}
+
+
+def boxed_answer(solution: str) -> str:
+    """What stands in the last box, whole; nothing where it is empty or not closed.
+
+    The harness's own gold answer has gone through Minerva's normalisation, which cuts it at `=` and takes bars off:
+    of `x=2, y=3` it leaves 3, and of `0.\\overline{3}` 0.3.
+    """
+    box = solution[max(0, solution.rfind("\\boxed")) :]
+    if not box.startswith(("\\boxed{", "\\boxed ")):  # the harness ends at any other
+        return ""
+    if (found := last_boxed(box)) is None and box.startswith("\\boxed "):
+        found = box.removeprefix("\\boxed ").split("$")[0]
+    return (found or "").strip()
 
 
 def mmlu(record: Record, where: str) -> dict[str, Any]:

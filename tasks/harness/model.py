@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import CheckpointError, ConfigError
+from tasks.harness.catalogue import TASKS
 from tasks.harness.settings import HarnessSettings, read_json
 
 _INSTALL = "install it with `pip install 'llemma-pretrain[harness]'`"
@@ -59,16 +60,60 @@ def load_model(settings: HarnessSettings) -> Any:
             return _loaded(settings.model, get_model("vllm"), **arguments, batch_size="auto", seed=settings.seed)
         except ImportError as error:
             raise ConfigError(f"backend vllm is missing ({error}): `pip install vllm`, or --backend hf") from None
+    _check_whole(settings.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In bf16 a log-probability has three digits.
     model = _loaded(settings.model, get_model("hf"), **arguments, device=device, batch_size=1, softmax_dtype="float32")
-    if model.tokenizer.eos_token_id is None and model.tokenizer.bos_token_id is None:
+    _check_tokenizer(settings, model.tokenizer)
+    _check_numbers(settings, model)
+    model.model.generation_config = _plain(model.model.generation_config)
+    return model
+
+
+def _check_whole(folder: Path) -> None:
+    """Whether there are weights for all that config.json describes: transformers draws the others at random.
+
+    Reads their names and shapes alone.
+
+    Raises:
+        CheckpointError: there are not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "quantization_config" in model_config(folder):  # its tensors have other names, and want a device
+        return
+    arguments = {"pretrained_model_name_or_path": str(folder), "device_map": "meta", "output_loading_info": True}
+    _, found = _loaded(folder, AutoModelForCausalLM.from_pretrained, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} cannot be loaded: it has no weights for {len(missing)} tensors of its config.json, among them "
+            f"{missing[0]}: export the model again, or fetch what is missing"
+        )
+
+
+def _check_tokenizer(settings: HarnessSettings, tokenizer: Any) -> None:
+    """Whether it names the tokens that the harness asks for: what ends a written answer, and what likelihoods begin
+    with.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    written = any(TASKS[name].kind == "written" for name in settings.tasks)
+    if tokenizer.eos_token_id is None and (written or tokenizer.bos_token_id is None):
         raise ConfigError(
-            f"the tokenizer in {settings.model} names no token that begins or ends a text: give eos_token in its "
+            f"the tokenizer in {settings.model} names no token that ends a text: give eos_token in its "
             "tokenizer_config.json"
         )
-    _check_numbers(settings, model)
-    return model
+
+
+def _plain(found: Any) -> Any:
+    """A model's generation_config.json with nothing but its tokens: its penalties, beams and lengths are for chats, and
+    would change greedy answers and the length that was asked for."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=found.bos_token_id, eos_token_id=found.eos_token_id, pad_token_id=found.pad_token_id
+    )
 
 
 def _loaded(folder: Path, kind: Callable[..., Any], **arguments: Any) -> Any:
@@ -89,20 +134,24 @@ def _loaded(folder: Path, kind: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def _check_numbers(settings: HarnessSettings, model: Any) -> None:
-    """Whether the model computes numbers: what is written or picked without them looks like an answer.
+    """Whether the model computes numbers, now and whenever it is called: what is written without them looks like an
+    answer. Of other texts the likelihood tells.
 
     Raises:
         CheckpointError: it does not.
     """
     import torch
 
-    logits = model._model_call(torch.tensor([[model.prefix_token_id]], device=model.device))
-    if bool(logits.isnan().any()):
-        raise CheckpointError(
-            f"{settings.model}: after the first token of a text there are logits that are not a number: the weights "
-            f"are damaged, or --dtype {settings.dtype} cannot hold what it computes; try --dtype float32, or export "
-            "the model again"
-        )
+    def check(module: Any, arguments: Any, output: Any) -> None:
+        # Of one place alone when a token is written; what a likelihood's batch is padded with may have none.
+        if output.logits.shape[1] == 1 and bool(output.logits.isnan().any()):
+            raise CheckpointError(
+                f"{settings.model}: there are logits that are not a number: the weights are damaged, or --dtype "
+                f"{settings.dtype} cannot hold what it computes; try --dtype float32, or export the model again"
+            )
+
+    model.model.register_forward_hook(check)
+    model._model_call(torch.tensor([[model.prefix_token_id]], device=model.device))
 
 
 def model_config(model: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from neox_core.evaluation.answers.judge import Judge
 from neox_core.evaluation.scores import solution_record
 from neox_core.progress import Progress
 from tasks.harness.catalogue import TASKS, HarnessTask
+from tasks.harness.documents import boxed_answer
 from tasks.harness.model import fitting_batch
 from tasks.harness.responses import Answer, answer_all
 from tasks.harness.settings import HarnessSettings
@@ -84,7 +85,7 @@ class Questions:
         request = self._requests[number]
         document = request.doc
         texts = {way: [given[number] for given in found] for way, found in ways.items()}
-        gold = str(document.get("gold") or document["answer"])
+        gold = str(document.get("gold") or boxed_answer(document["solution"]))
         record = generated_record(document["id"], request.args[0], gold, texts, judge, task.last_number)
         if "gold" in document:  # the others' own comparison is SymPy without bounds
             record["harness"] = self._own_verdicts(request, texts["greedy"][0])

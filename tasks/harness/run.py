@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from neox_core.errors import ConfigError, DataError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.claims import try_claim_name
+from neox_core.storage.full_disk import room_below
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import go_offline, load_model
 from tasks.harness.questions import Questions
-from tasks.harness.settings import HarnessSettings, claim_folder, read_json
+from tasks.harness.settings import HarnessSettings, check_folder, check_settings, read_json
 from tasks.harness.verdicts import task_scores
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 ITEMS_FILE = "items.jsonl"
@@ -28,13 +32,15 @@ def evaluate_model(settings: HarnessSettings, progress: Progress) -> dict[str, A
         The content of results.json: by task the scores, the number of items and the seconds of this call.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `claim_folder`, `write_task_files` and `load_model`; or another
-            call is at work in the folder, or no item of a task could be scored.
+        ConfigError, DataError, CheckpointError: see `check_settings`, `check_folder`, `write_task_files` and
+            `load_model`; or another call is at work in the folder, its disk is full, or no item of any task could be
+            scored.
     """
-    claim_folder(settings)
-    with try_claim_name(settings.out, "evaluation") as claimed:
+    check_settings(settings)
+    with room_below(settings.out), try_claim_name(settings.out, "evaluation") as claimed:
         if not claimed:
             raise ConfigError(f"another call is at work in {settings.out}: wait for it, or give another --out")
+        check_folder(settings)
         return _evaluate(settings, progress)
 
 
@@ -46,7 +52,7 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
     folder = write_task_files(settings, Path(lm_eval.__file__).parent / "tasks")
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(settings.tasks))["tasks"]
     model = load_model(settings)
-    results = read_results(settings.out)
+    results, nothing = read_results(settings.out), list[str]()
     for place, name in enumerate(settings.tasks):
         started = time.monotonic()
 
@@ -58,10 +64,11 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
         write_atomically(settings.out / name / ITEMS_FILE, lines)
         left_out = [record for record in records if "left_out" in record]
         if len(left_out) == len(records):
-            raise DataError(
+            nothing.append(
                 f"task {name}: all {len(records)} items are left out, the first because {left_out[0]['left_out']}: "
                 "leave the task out, or give shorter items or another model"
             )
+            logger.warning(nothing[-1])
         results[name] = {
             "items": len(records) - len(left_out),
             "left_out": len(left_out),
@@ -69,6 +76,8 @@ def _evaluate(settings: HarnessSettings, progress: Progress) -> dict[str, Any]:
             "scores": task_scores(records),
         }
         write_atomically(settings.out / RESULTS_FILE, json.dumps(results, indent=1))
+    if len(nothing) == len(settings.tasks):
+        raise DataError("; ".join(nothing))
     return results
 
 

@@ -13,6 +13,8 @@ from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 
 SETTINGS_FILE = "settings.json"
+TASK_FILES = "tasks"
+"""In the folder for records: what the harness reads."""
 BACKENDS = ("hf", "vllm")
 _EARLIER = {"dtype": "auto"}
 """Of settings that older evaluations do not name."""
@@ -49,11 +51,11 @@ class HarnessSettings:
     """In which the model computes: auto is that of its weights; or float32, bfloat16, float16."""
 
 
-def claim_folder(settings: HarnessSettings) -> None:
-    """Write down what is evaluated, or find that an earlier call wrote the same.
+def check_settings(settings: HarnessSettings) -> None:
+    """Whether the settings can be.
 
     Raises:
-        ConfigError: no model lies there, or the folder holds another evaluation.
+        ConfigError: no model lies there, or a value makes no sense.
     """
     if not (settings.model / "config.json").is_file():
         raise ConfigError(f"{settings.model} holds no config.json: give a folder in Hugging Face's format")
@@ -71,16 +73,28 @@ def claim_folder(settings: HarnessSettings) -> None:
             f"{settings.samples} samples at temperature {settings.temperature}: a vote needs 2 or more, at one above 0 "
             "that is finite"
         )
+
+
+def check_folder(settings: HarnessSettings) -> None:
+    """Write down what is evaluated, or find that an earlier call wrote the same. For whoever has the folder's claim.
+
+    Raises:
+        ConfigError: the folder holds another evaluation.
+    """
     wanted, path = _identity(settings), settings.out / SETTINGS_FILE
     if not path.is_file():
-        settings.out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, indent=1))
     found = read_json(path, "give another --out")
     differing = sorted(key for key in wanted if found.get(key, _EARLIER.get(key)) != wanted[key])
-    if differing:
-        raise ConfigError(
-            f"{settings.out} holds an evaluation with other values of {', '.join(differing)}: give another --out"
-        )
+    if differing and "weights" in found and not _has_answers(settings.out):  # a call that failed binds nobody
+        write_atomically(path, json.dumps(wanted, indent=1))
+    elif differing:
+        values = ", ".join(f"{key} ({found.get(key, _EARLIER.get(key))}, now {wanted[key]})" for key in differing)
+        raise ConfigError(f"{settings.out} holds an evaluation with other values of {values}: give another --out")
+
+
+def _has_answers(out: Path) -> bool:
+    return any(path.stat().st_size for path in out.glob("*/*.jsonl") if path.parent.name != TASK_FILES)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def interval_figure(points: Sequence[tuple[int, Mapping[str, float]]], name: str
     figure = _figure(height=300)
     values = [score["value"] for _, score in points]
     bars = {
-        "array": [score["high"] - score["value"] for _, score in points],
-        "arrayminus": [score["value"] - score["low"] for _, score in points],
+        "array": [score.get("high", score["value"]) - score["value"] for _, score in points],
+        "arrayminus": [score["value"] - score.get("low", score["value"]) for _, score in points],
         "symmetric": False,
     }
     line = {"color": ACCENT, "width": 2.2}

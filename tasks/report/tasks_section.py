@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from neox_core.evaluation.scores import Score, as_text
 from tasks.evaluation.kept_items import scored_tasks
 from tasks.report.figures import Rows, interval_figure
 
@@ -69,16 +70,20 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
                 "from the one before": _difference(scored.get("from_previous", {}).get(metric)),
             }
         )
+    for task, scored in scored_tasks(last).items():
+        if not scored["metrics"]:
+            row = dict.fromkeys(("task", "metric", "base", "last", "from base", "from the one before"), "–")
+            rows.append(row | {"task": task, "last": "all items were left out"})
     return rows
 
 
 def _value(evaluation: Mapping[str, Any], task: str, metric: str) -> str:
     score = scored_tasks(evaluation).get(task, {}).get("metrics", {}).get(metric)
-    return f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]" if score else "–"
+    return as_text(score) if score else "–"
 
 
-def _difference(score: Mapping[str, float] | None) -> str:
-    return f"{score['value']:+.4f} [{score['low']:+.4f}, {score['high']:+.4f}], p {score['p']:.2g}" if score else "–"
+def _difference(score: Score | None) -> str:
+    return as_text(score, "+.4f") if score else "–"
 
 
 def flipped_rows(items: Mapping[str, Sequence[Mapping[str, str]]], most: int = 10) -> list[dict[str, str]]:

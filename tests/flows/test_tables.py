@@ -1,11 +1,13 @@
-"""What a conversion's table says."""
+"""What a conversion's and an evaluation's table says."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from flows.tables import checkpoint_rows
+from flows.tables import checkpoint_rows, perplexity_table
 from neox_core.artifact import Artifact, FileRecord
+from tasks.identity.stage import StageResult
+from tests.neox_core.train.small_training import CONFIG
 
 SUMMARY = {
     "files": 2,
@@ -35,3 +37,13 @@ def test_nothing_was_left_to_write() -> None:
     summary = {name: value for name, value in SUMMARY.items() if name != "bytes_per_second"}
     artifact = replace(Artifact("export", "f", {}, {}, (), SUMMARY), summary=summary)
     assert dict(checkpoint_rows(artifact))["written"] == "by an earlier attempt"
+
+
+def test_scores_without_an_interval_and_tasks_without_scores() -> None:
+    one = {"items": 1, "metrics": {"bits_per_byte": {"value": 0.5}}, "from_base": {"bits_per_byte": {"value": 0.1}}}
+    long = {"items": 0, "left_out": 9, "metrics": {}}
+    summary = {"evaluations": [{"step": 5, "sources": {}, "tasks": {"sums": one, "proofs": long}}]}
+    result = StageResult(Artifact("evaluate", "f", {}, {}, (), summary), skipped=False)
+    sums, proofs = perplexity_table(CONFIG, result)
+    assert (sums["value"], sums["against base"]) == ("0.5000", "+0.1000")
+    assert (proofs["of"], proofs["value"]) == ("proofs", "all items were left out")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from neox_core.config import RunConfig
+from neox_core.config import EvaluateConfig, EvaluationTask, RunConfig
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import ConfigError, DataError, LaunchError
 from tasks.jobs.executor import Resources
@@ -36,6 +37,17 @@ def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
     schedule = config.train.schedule.model_copy(update={"warmup_steps": config.train.steps + 1})
     with pytest.raises(ConfigError, match=r"warmup_steps \d+ is more than train.steps \d+"):
         check_run(with_train(config, schedule=schedule), ["train"])
+
+
+def test_a_set_of_which_no_item_fits(tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "How many?", "solution": "one more " * 5_000}) + "\n")
+    config = small(tmp_path)
+    tasks = {"sums": EvaluationTask(items=tmp_path / "long.jsonl")}
+    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks=tasks)})
+    with pytest.raises(
+        DataError, match=r"tasks.sums: all 1 items are longer than train.sequence_length \d+; the short"
+    ):
+        check_run(config, ["train", "evaluate"])
 
 
 def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

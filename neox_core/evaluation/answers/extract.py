@@ -32,7 +32,7 @@ def extract_answer(sample: str, last_number: bool = False) -> str | None:
     end = sample[-SEARCHED_CHARACTERS:]
     if (sentence := _last_sentence(end)) is not None:
         return _unboxed(sentence)
-    if (boxed := _last_boxed(end)) is not None:
+    if (boxed := last_boxed(end)) is not None:
         return boxed.strip()
     if found := _HASHES.findall(end) or _PHRASE.findall(end):
         answer = _without_stop(_STOP.split(found[-1])[0])
@@ -63,7 +63,7 @@ def _number_alone(answer: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     return _without_stop(text if boxed is None else boxed)
 
 
@@ -72,7 +72,7 @@ def _without_stop(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What stands in the last box that is closed."""
     closing: dict[int, int] = {}
     opened: list[int] = []

@@ -77,6 +77,18 @@ def test_a_damaged_file_of_results(typed: Typed, tmp_path: Path) -> None:
     assert "results.json is not JSON" in typed("compare", str(tmp_path))
 
 
+def test_one_item_has_no_interval(typed: Typed, tmp_path: Path) -> None:
+    results = {"gsm8k_cot": {"items": 1, "scores": {"greedy": {"value": 0.0}}}}
+    assert [row["95% interval"] for row in _score_rows(results)] == ["none"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert "0.0 (1 items)" in typed("compare", str(tmp_path))
+
+
+def test_a_task_of_which_nothing_was_scored_is_named() -> None:
+    (row,) = _score_rows({"proofs": {"items": 0, "left_out": 9, "scores": {}}})
+    assert (row["task"], row["95% interval"]) == ("proofs", "all 9 items were left out")
+
+
 def test_log_likelihoods_are_no_shares() -> None:
     scores = {
         "accuracy": {"value": 0.25, "low": 0.2, "high": 0.3},

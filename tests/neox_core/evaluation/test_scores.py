@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neox_core.evaluation.scores import choices_record, differences, scores, solution_record
+from neox_core.evaluation.scores import as_text, choices_record, differences, scores, solution_record
 
 
 def choices(correct: np.ndarray) -> list[dict[str, Any]]:
@@ -52,12 +52,14 @@ def test_shares_of_none_and_of_all_have_wilsons_interval(items: int) -> None:
 def test_one_item_tells_nothing_of_others() -> None:
     before, after = ([{"id": 0, **solution_record(value, "x" * 20)}] for value in (-8.0, -9.0))
     found = scores(after)["bits_per_byte"]
-    assert math.isfinite(found["value"])
-    assert math.isnan(found["low"])
-    assert math.isnan(found["high"])
+    assert found == {"value": pytest.approx(9 / (20 * math.log(2)))}
     difference = differences(after, before)["bits_per_byte"]
-    assert difference["value"] == pytest.approx(1 / (20 * math.log(2)))
-    assert math.isnan(difference["p"])
+    assert difference == {"value": pytest.approx(1 / (20 * math.log(2)))}
+    assert (as_text(found), as_text(difference, "+.4f")) == ("0.6492", "+0.0721")
+    assert as_text({"value": 0.5, "low": 0.4, "high": 0.6, "p": 0.03}) == "0.5000 [0.4000, 0.6000], p 0.03"
+    answers = [{"correct": right} for right in (True, False)]
+    written = {"id": 0, "greedy": answers[:1], "samples": answers, "majority": answers[0]}
+    assert scores([written])["sample"] == {"value": 0.5}
 
 
 def test_likelihood_among_choices() -> None:

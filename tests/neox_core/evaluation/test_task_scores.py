@@ -16,7 +16,9 @@ from neox_core.checkpoint.conversion.reference import llama_from_meta
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import EvaluateConfig, EvaluationTask, ModelConfig, ParallelConfig, RunConfig
+from neox_core.errors import DataError
 from neox_core.evaluation.items import Item
+from neox_core.evaluation.lengths import check_item_sets
 from neox_core.evaluation.perplexity import _build_layers
 from neox_core.evaluation.task_scores import _record, score_tasks
 from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
@@ -54,6 +56,7 @@ def config_of(folder: Path, mask_documents: bool) -> RunConfig:
     tasks = {
         "sums": EvaluationTask(items=sums),
         "shown": EvaluationTask(items=sums, shots_from=sums, shots=2, limit=3),
+        "cut": EvaluationTask(items=sums, shots_from=sums, shots=4, limit=2),
         "letters": EvaluationTask(items=facts, kind="choices", prompt=choices),
         "texts": EvaluationTask(items=facts, kind="choices", prompt="{question}\nAnswer:", score="texts"),
     }
@@ -95,6 +98,7 @@ def test_likelihoods_are_transformers(tmp_path: Path, mask_documents: bool) -> N
     records = found["sums"]["records"]
     assert (found["sums"]["items"], found["sums"]["left_out"]) == (4, 1)
     assert records[-1]["left_out"]
+    assert (found["sums"]["cut"], found["cut"]["cut"]) == (0, 2)
     bits, size = 0.0, 0
     for item, record in zip(SUMS, records, strict=False):
         expected = reference.log_likelihood(f"Question: {item['question']}\nAnswer:", f" {item['solution']}")
@@ -106,6 +110,10 @@ def test_likelihoods_are_transformers(tmp_path: Path, mask_documents: bool) -> N
     for item, record in zip(SUMS[:3], found["shown"]["records"], strict=True):
         expected = reference.log_likelihood(f"{shots}Question: {item['question']}\nAnswer:", f" {item['solution']}")
         assert record["log_likelihood"] == pytest.approx(expected, abs=1e-4)
+
+    shots = "".join(f"Question: {item['question']}\nAnswer: {item['solution']}\n\n" for item in SUMS)
+    expected = reference.log_likelihood(f"{shots}Question: {SUMS[0]['question']}\nAnswer:", f" {SUMS[0]['solution']}")
+    assert found["cut"]["records"][0]["log_likelihood"] == pytest.approx(expected, abs=1e-4)
 
     prompt = "Which is prime?\nA. 4\nB. 7\nC. 9\nD. one hundred\nAnswer:"
     check_choices(reference, found["letters"]["records"][0], prompt, ["A", "B", "C", "D"])
@@ -125,11 +133,17 @@ def check_choices(reference: Reference, record: dict[str, Any], prompt: str, tex
 def test_a_set_of_which_nothing_fits(tmp_path: Path) -> None:
     make_random_base(MODEL, tmp_path / "base", seed=3)
     convert(tmp_path / "base", tmp_path / "shards", MODEL, ParallelConfig(tensor=2))
-    sums = EvaluationTask(items=write(tmp_path / "long.jsonl", [TOO_LONG]))
     config = config_of(tmp_path, mask_documents=False)
-    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks={"sums": sums})})
-    with pytest.raises(AssertionError, match=r"tasks.sums: all 1 items are longer than train.sequence_length 160"):
-        run_ranks(scored, 2, config, tmp_path / "shards")
+    check_item_sets(config)
+    tasks = {name: config.evaluate.tasks[name] for name in ("letters",)}
+    tasks |= {"sums": EvaluationTask(items=write(tmp_path / "long.jsonl", [TOO_LONG]))}
+    config = config.model_copy(update={"evaluate": EvaluateConfig(tasks=tasks)})
+    message = r"tasks.sums: all 1 items are longer than train.sequence_length 160; the shortest has \d{3,} tokens"
+    with pytest.raises(DataError, match=message):
+        check_item_sets(config)
+    found, _ = run_ranks(scored, 2, config, tmp_path / "shards")
+    assert (found["sums"]["items"], found["sums"]["left_out"], found["sums"]["metrics"]) == (0, 1, {})
+    assert found["letters"]["metrics"]
 
 
 def test_likelihoods_that_are_no_number() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from neox_core.errors import ConfigError, DataError
 from neox_core.progress import silent
+from neox_core.storage.claims import try_claim_name
 from tasks.evaluation.proofs import ProofChecker, check_proofs
 from tests.waiting import wait_for
 
@@ -122,3 +123,54 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
         path.write_bytes(text)
         with pytest.raises(DataError, match=message):
             check_proofs(path, out, checker, silent)
+
+
+def test_a_killed_check_goes_on(tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(share: float, text: str) -> None:
+        if text == "2 of 3":
+            raise KilledError
+
+    path, out, asked = tmp_path / "proofs.jsonl", tmp_path / "verdicts.jsonl", tmp_path / "asked"
+    path.write_text("\n".join(line(name, "by simp") for name in ("one", "two", "three")))
+    script = tmp_path / "prover.sh"
+    script.write_text(f'echo "$1" >> {asked}\ncase $1 in *one.thy) test -e {tmp_path}/mended || exit 127;; esac\n')
+    checker = ProofChecker(f"sh {script}", 10.0)
+    with pytest.raises(KilledError):
+        check_proofs(path, out, checker, kill)
+    (tmp_path / "mended").touch()
+    found = check_proofs(path, out, checker, silent)
+    assert [verdict.verdict for verdict in found] == ["accepted"] * 3
+    names = [Path(text).stem for text in asked.read_text().splitlines()]
+    assert names == ["one", "two", "one", "three"]  # of the first one, the command had said nothing
+    assert check_proofs(path, out, checker, silent) == found
+    assert len(asked.read_text().splitlines()) == 4
+
+
+def test_verdicts_of_another_call_are_neither_used_nor_lost(tmp_path: Path) -> None:
+    path, out, script = tmp_path / "proofs.jsonl", tmp_path / "verdicts.jsonl", tmp_path / "prover.sh"
+    path.write_text(line("one", "by simp"))
+    script.write_text("exit 0\n")
+    command = f"sh {script}"
+    check_proofs(path, out, ProofChecker(command, 10.0), silent)
+    found = out.read_bytes()
+
+    def refused(command: str, limit: float) -> None:
+        with pytest.raises(ConfigError, match="holds something else than verdicts on these proofs"):
+            check_proofs(path, out, ProofChecker(command, limit), silent)
+        assert out.read_bytes() == found
+
+    refused("false", 10.0)
+    refused(command, 20.0)
+    path.write_text(line("one", "by auto"))
+    refused(command, 10.0)
+    path.write_text(line("one", "by simp"))
+    script.write_text("exit 1\n")
+    refused(command, 10.0)
+    with pytest.raises(ConfigError, match="something else"):
+        check_proofs(path, path, ProofChecker(command, 10.0), silent)
+    assert path.read_text() == line("one", "by simp")
+    with try_claim_name(tmp_path, out.name), pytest.raises(ConfigError, match="another call is at work"):
+        check_proofs(path, out, ProofChecker(command, 10.0), silent)

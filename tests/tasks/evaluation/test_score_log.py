@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.evaluation import score_log
-from tasks.evaluation.score_log import ScoreLog, score_run
+from tasks.evaluation.score_log import ScoreLog, score_rows, score_run
 from tests.neox_core.train.small_training import CONFIG
 
 
@@ -53,6 +53,12 @@ def test_scores_are_logged_in_one_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (run.rows[1]["sums/accuracy"], run.rows[1]["sums/accuracy low"]) == (0.5, 0.4)
     assert run.rows[1]["scores"].data == [[25, "sums", "accuracy", 0.5, 0.4, 0.6, 9]]
     assert run.code == 0
+
+
+def test_a_score_without_an_interval() -> None:
+    one = {"step": 5, "tasks": {"sums": {"items": 1, "metrics": {"bits_per_byte": {"value": 0.5}}}}}
+    (row,) = score_rows(one)
+    assert (row["value"], row["low"], row["high"]) == (0.5, None, None)
 
 
 def test_nothing_where_it_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

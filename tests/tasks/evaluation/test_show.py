@@ -45,6 +45,23 @@ def test_solutions_have_no_right_and_wrong() -> None:
     assert is_right(solution("a", 1.0)) is None
 
 
+def test_items_of_another_set_with_the_same_ids() -> None:
+    ours, theirs = [choice("line 1", 1), choice("line 2", 1)], [choice("line 1", 0), choice("line 2", 0)]
+    theirs[0]["prompt"] = "Which one, in another set?"
+    assert ["other" in row for row in rows(ours, theirs)] == [True, False]
+    assert [row["item"] for row in flipped(ours, theirs)] == ["line 2"]
+    with pytest.raises(DataError, match="none of the 2 items is among the 1 of the other evaluation"):
+        rows(ours, theirs[:1])
+
+
+def test_an_item_that_the_other_left_out() -> None:
+    long = {"id": "a", "prompt": "1+1?", "choices": [" two"], "left_out": "it is long"}
+    (row,) = rows([solution("a", 1.0)], [long])
+    assert row["other"] == "left out: it is long"
+    missing = {"id": "a", "prompt": "Which a?", "choices": [" A", " B"], "left_out": "its likelihood is not a number"}
+    assert flipped([choice("a", 1)], [missing]) == flipped([missing], [choice("a", 1)]) == []
+
+
 def test_written_answers(tmp_path: Path) -> None:
     (tmp_path / "gsm8k_cot").mkdir()
     path = tmp_path / "gsm8k_cot" / "items.jsonl"

@@ -17,8 +17,10 @@ from neox_core.progress import silent
 from neox_core.storage.claims import try_claim_name
 from tasks.harness.catalogue import write_task_files
 from tasks.harness.model import batch_for
+from tasks.harness.responses import answer_all
 from tasks.harness.run import evaluate_model
 from tasks.harness.settings import HarnessSettings
+from tests.full_disk import Disk, put_on_disk
 from tests.neox_core.train.small_training import CONFIG
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
@@ -151,7 +153,7 @@ def test_a_killed_evaluation_goes_on(folders: Path, evaluated: tuple[dict[str, A
 
 
 def test_another_evaluation_in_the_same_folder(folders: Path, evaluated: tuple[dict[str, Any], Path]) -> None:
-    with pytest.raises(ConfigError, match="other values of seed, temperature: give another --out"):
+    with pytest.raises(ConfigError, match=r"seed \(1234, now 7\), temperature \(0.6, now 0.9\): give"):
         evaluate_model(settings(folders, evaluated[1], seed=7, temperature=0.9), silent)
 
 
@@ -164,6 +166,8 @@ def test_what_is_missing_is_named(folders: Path, tmp_path: Path) -> None:
         evaluate_model(replace(settings(folders, tmp_path), model=tmp_path / "none"), silent)
     with pytest.raises(ConfigError, match=r"--max-tokens 4096 leaves no room"):
         evaluate_model(settings(folders, tmp_path / "other", max_tokens=4096), silent)
+    mended = settings(folders, tmp_path / "other", max_tokens=2, limit=1, tasks=("gsm8k_cot",))
+    assert evaluate_model(mended, silent)["gsm8k_cot"]["items"] == 1
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,46 @@ def test_models_that_are_not_whole(folders: Path, tmp_path: Path, missing: str) 
         evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
 
 
+def with_json(folders: Path, model: Path, name: str, **fields: Any) -> Path:
+    """A copy of the model, one of whose files says this too."""
+    shutil.copytree(folders / "model", model)
+    found = json.loads((model / name).read_text(encoding="utf-8"))
+    (model / name).write_text(json.dumps(found | fields), encoding="utf-8")
+    return model
+
+
+def test_a_models_own_way_to_generate_does_not_count(
+    folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    own = {"max_new_tokens": 40, "repetition_penalty": 5.0, "num_beams": 2, "min_p": 0.9, "min_new_tokens": 20}
+    model = with_json(folders, tmp_path / "model", "generation_config.json", **own)
+    evaluate_model(replace(settings(folders, tmp_path / "out", tasks=("gsm8k_cot",)), model=model), silent)
+    assert items(tmp_path / "out", "gsm8k_cot") == items(evaluated[1], "gsm8k_cot")
+
+
+def test_a_tokenizer_without_an_end(folders: Path, tmp_path: Path) -> None:
+    model = with_json(folders, tmp_path / "model", "tokenizer_config.json", eos_token=None)
+    (model / "special_tokens_map.json").unlink()
+    asked = replace(settings(folders, tmp_path / "out", limit=1), model=model)
+    with pytest.raises(ConfigError, match="names no token that ends a text: give eos_token"):
+        evaluate_model(replace(asked, tasks=("gsm8k_cot",)), silent)
+    assert evaluate_model(replace(asked, tasks=("mmlu_stem",)), silent)["mmlu_stem"]["items"] == 1
+
+
+def test_a_tensor_that_is_missing(folders: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"no weights for 1 tensors .* model.layers.0.mlp.down_proj.weight: export"
+    ):
+        evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
+
+
 def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -259,6 +303,19 @@ def test_weights_that_are_no_numbers(folders: Path, tmp_path: Path) -> None:
         evaluate_model(replace(settings(folders, tmp_path / "out"), model=model), silent)
 
 
+def test_a_token_without_numbers(folders: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(model).encode("Ann has")[-1]] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="logits that are not a number: the weights are damaged"):
+        evaluate_model(replace(settings(folders, tmp_path / "out", tasks=("gsm8k_cot",)), model=model), silent)
+
+
 def test_likelihoods_that_are_no_numbers(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -269,7 +326,8 @@ def test_likelihoods_that_are_no_numbers(folders: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "solution", ["It is 5.", r"\boxed{}", r"\boxed{\frac{1}", r"\boxed{5} and \boxed", r"\boxed{5} \boxed"]
+    "solution",
+    ["It is 5.", r"\boxed{}", r"\boxed{\frac{1}", r"\boxed{5} and \boxed", "\\boxed\t{5}", r"\boxed{5} \boxed"],
 )
 def test_solutions_without_an_answer(folders: Path, tmp_path: Path, solution: str) -> None:
     write(tmp_path / "math_test.jsonl", [PROBLEMS[0] | {"solution": solution}])
@@ -278,11 +336,18 @@ def test_solutions_without_an_answer(folders: Path, tmp_path: Path, solution: st
 
 
 def test_boxes_of_every_kind(folders: Path, tmp_path: Path) -> None:
-    solutions = [r"\fbox{5}", r"$\boxed 5$", r"\boxed{\text{if } \{5\}}"]
+    solutions = [
+        r"\fbox{5}",
+        r"$\boxed 5$",
+        r"\boxed{\text{if } \{5\}}",
+        r"\boxed{x=2, y=3}",
+        r"$\boxed{0.\overline{3}}$",
+    ]
     write(tmp_path / "math_test.jsonl", [{"problem": "p", "solution": solution} for solution in solutions])
-    asked = settings(folders, tmp_path / "out", tasks=("minerva_math",), samples=0, max_tokens=2)
+    asked = settings(folders, tmp_path / "out", tasks=("minerva_math",), samples=0, max_tokens=2, limit=None)
     evaluate_model(replace(asked, data=tmp_path), silent)
-    assert [record["gold"][0] for record in items(tmp_path / "out", "minerva_math")][:2] == ["5", "5"]
+    gold = [record["gold"] for record in items(tmp_path / "out", "minerva_math")]
+    assert gold == ["5", "5", r"\text{if } \{5\}", "x=2, y=3", r"0.\overline{3}"]
 
 
 def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
@@ -294,6 +359,13 @@ def test_texts_that_look_like_dates(folders: Path, tmp_path: Path) -> None:
     (record,) = items(tmp_path / "out", "gsm8k_cot")
     assert (record["id"], record["gold"]) == ("2024-01-01", "2024-05-05")
     assert items(tmp_path / "out", "mmlu_stem")[0]["choices"] == dates
+
+
+def test_an_answer_that_is_no_number(folders: Path, tmp_path: Path) -> None:
+    for answer in (math.nan, math.inf, True, None, ""):
+        write(tmp_path / "gsm8k_test.jsonl", [SUMS[0] | {"answer": answer}])
+        with pytest.raises(DataError, match="line 1 has no text 'answer'"):
+            write_task_files(replace(settings(folders, tmp_path, tasks=("gsm8k_cot",)), data=tmp_path), HARNESS)
 
 
 def test_too_few_solved_items(folders: Path, tmp_path: Path) -> None:
@@ -309,11 +381,36 @@ def test_a_task_of_which_nothing_fits(folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, tmp_path / "out", tasks=("minif2f_proofs",), samples=0)
     with pytest.raises(DataError, match="all 1 items are left out, the first because it is longer than the model"):
         evaluate_model(replace(asked, data=tmp_path), silent)
+    others = replace(asked, data=tmp_path, tasks=("minif2f_proofs", "minif2f_statements"))
+    results = evaluate_model(others, silent)
+    assert (results["minif2f_proofs"]["items"], results["minif2f_proofs"]["scores"]) == (0, {})
+    assert results["minif2f_statements"]["scores"]
+
+
+@pytest.mark.parametrize("content", [b"\x00\x00\n", b"5\n", b"[[1]]\n", b'{"1": "a"}\n', b"\xff\n"])
+def test_damaged_answers(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "greedy.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"greedy.jsonl is damaged .*: remove it, and its answers are asked again"):
+        answer_all(path, [[0]], lambda numbers: ["text"], lambda count, asked: None)
 
 
 def test_two_calls_at_once(folders: Path, tmp_path: Path) -> None:
     with try_claim_name(tmp_path, "evaluation"), pytest.raises(ConfigError, match="another call is at work"):
         evaluate_model(settings(folders, tmp_path), silent)
+    assert not (tmp_path / "settings.json").exists()  # whoever has the folder says what is evaluated in it
+
+
+def test_a_disk_that_is_full(
+    folders: Path, evaluated: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(folders, tmp_path, tasks=("gsm8k_cot",))
+    with monkeypatch.context() as patch:
+        put_on_disk(patch, lambda path: path.name == "sample-002.jsonl", lambda: Disk(free=100))
+        with pytest.raises(ConfigError, match=r"is full: it has .* make room and give the same command again"):
+            evaluate_model(asked, silent)
+    evaluate_model(asked, silent)
+    assert items(tmp_path, "gsm8k_cot") == items(evaluated[1], "gsm8k_cot")
 
 
 def test_batches_fit_the_memory() -> None:

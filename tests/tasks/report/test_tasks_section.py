@@ -45,6 +45,22 @@ def test_figures() -> None:
     assert task_figures([{"step": 0, "sources": {}}]) == {}
 
 
+def test_one_item_has_no_interval() -> None:
+    one = {"items": 1, "left_out": 0, "metrics": {"bits_per_byte": {"value": 0.5}}}
+    last = one | {"from_base": {"bits_per_byte": {"value": 0.0}}}
+    found = [{"step": 0, "sources": {}, "tasks": {"sums": one}}, {"step": 5, "sources": {}, "tasks": {"sums": last}}]
+    (row,) = task_rows(found)
+    assert (row["base"], row["from base"]) == ("0.5000", "+0.0000")
+    assert "NaN" not in str(task_figures(found)["task sums bits_per_byte"])
+
+
+def test_a_task_of_which_nothing_was_scored_is_named() -> None:
+    long = {"items": 0, "left_out": 9, "metrics": {}}
+    accuracy, proofs = task_rows([EVALUATIONS[0] | {"tasks": EVALUATIONS[0]["tasks"] | {"proofs": long}}])
+    assert list(proofs) == list(accuracy)
+    assert (proofs["task"], proofs["last"]) == ("proofs", "all items were left out")
+
+
 def test_page(tmp_path: Path) -> None:
     row = {"item": "m/1", "prompt": "<b>Which?</b>", "right": "B", "answer": "right: B", "other": "wrong: A"}
     data = ReportData(title="run", evaluations=EVALUATIONS[::-1], flipped=flipped_rows({"mmlu": [row] * 12}))
