@@ -6,7 +6,6 @@ pytest -m multi_gpu tests/gpu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,10 +46,6 @@ def config(folder: Path, layout: Layout) -> RunConfig:
     )
 
 
-def run_jobs(jobs: list[tuple[RunConfig, TrainJob, int | None, int]]) -> list[Any]:
-    return [run_job(*job) for job in jobs]
-
-
 def test_a_killed_training_goes_on_in_another_layout(tmp_path: Path) -> None:
     make_random_base(MODEL, tmp_path / "base", seed=7)
     shards, data = tmp_path / "shards", tmp_path / "data"  # the layouts cut the weights anew
@@ -60,11 +55,12 @@ def test_a_killed_training_goes_on_in_another_layout(tmp_path: Path) -> None:
     whole = TrainJob(data, shards, tmp_path / "whole", "b" * 64)
     jobs = [(config(tmp_path / "store", layout), changing, kill) for layout, kill in zip(LAYOUTS, KILLS, strict=True)]
     jobs.append((config(tmp_path / "another", LAYOUTS[0]), whole, None))
-    ports = rendezvous_ports(len(jobs))
-    for found in run_ranks(run_jobs, RANKS, [(*job, port) for job, port in zip(jobs, ports, strict=True)]):
-        # Killed at the beginning of steps 4 and 6, with checkpoints of 2 and 4; the second goes on from 2.
-        assert [begun for _, begun in found] == [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8], [*range(1, 9)]]
-        assert [started for started, _ in found[2:]] == [4, 0]
+    # Each in processes of its own, since a killed one's do not end by themselves.
+    found = [run_ranks(run_job, RANKS, *job, port) for job, port in zip(jobs, rendezvous_ports(len(jobs)), strict=True)]
+    # Killed at the beginning of steps 4 and 6, with checkpoints of 2 and 4; the second goes on from 2.
+    steps = [[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8], [*range(1, 9)]]
+    assert [[begun for _, begun in ranks] for ranks in found] == [[begun] * RANKS for begun in steps]
+    assert [[started for started, _ in ranks] for ranks in found[2:]] == [[4] * RANKS, [0] * RANKS]
     one, other = rows(changing), rows(whole)
     assert list(one) == list(other) == [*range(1, STEPS + 1)]
     for name in ("train/loss", "train/gradient_norm"):

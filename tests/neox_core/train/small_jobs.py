@@ -69,7 +69,8 @@ def train_job(config: RunConfig, job: TrainJob, kill_at: int | None, port: int) 
     except (Killed, LlemmaError) as error:
         return str(error), begun
     finally:
-        if dist.is_initialized():
+        # NCCL's would wait for CUDA graphs that a killed job still has.
+        if dist.is_initialized() and dist.get_backend() != "nccl":
             dist.destroy_process_group()
         deepspeed.comm.comm.cdb = None
 
