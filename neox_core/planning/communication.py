@@ -34,10 +34,11 @@ def step_traffic(
         traffic += _pipeline(config, geometry, stage)
     if geometry.data_parallel > 1:
         parameters, vectors = rank_parameters(config, stage), vector_parameters(config, stage)
-        # Matrices by buckets, each to its owner; norms and biases at once.
+        # Matrices by buckets, each to its owner and back; norms and biases at once.
         traffic["data", "reduce"] = _FP32 * (parameters - vectors)
         traffic["data", "reduce-scatter"] = _FP32 * vectors
-        traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * parameters
+        traffic["data", "broadcast"] = DTYPE_BYTES[config.train.precision] * (parameters - vectors)
+        traffic["data", "all-gather"] = DTYPE_BYTES[config.train.precision] * vectors
     if geometry.world_size > 1:
         # The share of tokens that count, the loss, the squared norms of the gradient and of its groups.
         traffic["all", "all-reduce"] = _FP64 * (3 + len(group_names(config.model.num_layers)))

@@ -83,10 +83,11 @@ def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardwar
 def data_exchange(
     config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float
 ) -> ExchangeTime:
-    """A step's reduction of gradients, during the last backward pass but for a bucket, and gathering of parameters.
+    """A step's reduction of gradients and gathering of parameters, during the last backward and the next forward pass
+    but for a bucket each. With CUDA graphs, the forward pass begins after the gathering.
 
     Args:
-        backward: seconds of a micro batch's backward pass.
+        backward: seconds of a micro batch's backward pass, twice those of its forward pass.
     """
     ranks = geometry.data_parallel
     if ranks == 1:
@@ -97,7 +98,9 @@ def data_exchange(
     bucket = _collective(hardware, min(_BUCKET_BYTES, _FP32 * parameters), across)
     gathering = _collective(hardware, DTYPE_BYTES[config.train.precision] * parameters, across)
     hidden = min(reduction - bucket, backward)
-    return ExchangeTime(SKEW * (reduction - hidden + gathering), hidden)
+    if config.train.cuda_graphs == "off":
+        hidden += min(max(0.0, gathering - bucket), backward / 2)
+    return ExchangeTime(SKEW * (reduction + gathering - hidden), hidden)
 
 
 def hidden_bytes(config: RunConfig) -> int:

@@ -146,11 +146,13 @@ def train_once(run: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
     replayed = graphs is not None and graphs._graphs is not None
     engine.set_accumulation_steps(max(1, micro_batches // 2))
     halved = [float(engine.train_batch(data)) for _ in range(3)]
+    engine.finish_step()
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if mesh.rank == mesh.world_size - 1:
         *_, matrix = (p for p in engine.module.parameters() if p.ndim > 1)  # of an embedding, not all rows are read
         matrix.data[0, 0] = math.nan
     engine.train_batch(data)
+    engine.finish_step()
     finite = [(p, weights[name]) for name, p in engine.module.named_parameters() if bool(p.isfinite().all())]
     found = {
         "losses": losses, "norms": norms, "halved": halved, "replayed": replayed, "peak": peak,

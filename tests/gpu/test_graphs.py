@@ -87,10 +87,12 @@ def train_once(run: RunConfig, mesh: Any, shards: Path) -> dict[str, Any]:
         validations.append(float(engine.eval_batch(batches(run, mesh.data_rank), num_micro_batches=2)))
     replayed = engine._graphs is not None and engine._graphs._graphs is not None
     peak, reported = torch.cuda.max_memory_allocated() - before, seen[:]
+    engine.finish_step()
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if mesh.rank == mesh.world_size - 1:
         next(p for p in engine.module.parameters() if p.ndim > 1).data[0, 0] = math.nan
     engine.train_batch(data)
+    engine.finish_step()
     kept = [bool((p == weights[n]).all()) for n, p in engine.module.named_parameters() if bool(p.isfinite().all())]
     applied = bool(applied_of(engine.outcome))
     engine.close()

@@ -20,7 +20,8 @@ _PURPOSES = {
     ("pipeline", "receive"): "hidden states and their gradients",
     ("data", "reduce"): "gradients of matrices, by buckets",
     ("data", "reduce-scatter"): "gradients of norms",
-    ("data", "all-gather"): "updated parameters",
+    ("data", "broadcast"): "updated matrices, by buckets",
+    ("data", "all-gather"): "updated norms",
     ("all", "all-reduce"): "loss, gradient norms, tokens that count",
 }
 

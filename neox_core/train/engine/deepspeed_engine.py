@@ -58,6 +58,7 @@ def build_engine(
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
     if mesh.device.type == "cuda" and config.train.precision == "bf16":
         accumulate_in_products(engine, geometry)
+    engine.await_parameters()
     if config.train.cuda_graphs == "auto":
         engine.record_graphs()
     return engine

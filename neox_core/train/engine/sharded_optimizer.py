@@ -14,6 +14,7 @@ from torch import Tensor
 from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
 from neox_core.parallel.norms import short_pieces
+from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.ranks.agreement import differs_from_first
 from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.parallel.replicas import ReplicatedGradients, partial_elements, replicated_elements, shared_elements
@@ -67,13 +68,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.counted_share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         """Before a step: the share of this rank's positions that count, 0 on all but one of the ranks that have the
         same. After it: the share of the global batch's."""
-        parameters = self.bf16_groups[MATRICES]
-        self.reduction = OverlappedReduction(
-            self.fp32_groups_gradients_flat[MATRICES],
-            self.real_dp_process_group[MATRICES],
-            sizes=[p.numel() for p in parameters],
-            layers=[int(self.param_names[p].split(".")[0]) for p in parameters],
-        )
+        group, parameters = self.real_dp_process_group[MATRICES], self.bf16_groups[MATRICES]
+        sizes = [p.numel() for p in parameters]
+        layers = [int(self.param_names[p].split(".")[0]) for p in parameters]
+        self.reduction = OverlappedReduction(self.fp32_groups_gradients_flat[MATRICES], group, sizes, layers)
+        self.gathering = OverlappedGathering(self.bf16_groups_flat[MATRICES], group, sizes, layers)
+        """Of matrices. Whoever reads parameters after a step waits for it: layers do, one by one."""
         self._kv_group = kv_group
         self._replicated: list[ReplicatedGradients] = []
         self._summed: list[ReplicatedGradients] = []
@@ -174,7 +174,7 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             self.copied.wait(torch.cuda.current_stream())
             self.copied = None
         self._update(torch.where(applied, scale, 0.0).float(), applied)
-        self.gather()
+        self.begin_gathering()
         self.clear_hp_grads()
         self.counted_share = share
         self.outcome, self._global_grad_norm = pack_outcome(applied, total[1:], own[1:]), norm.float()
@@ -204,14 +204,20 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
             self.rule.update(self.masters[index], self.fp32_groups_gradient_flat_partition[index], state, scale, step)
             state["step"] += applied
 
-    def gather(self) -> None:
+    def begin_gathering(self) -> None:
         """Give every data-parallel rank the others' updated parameters, and a tied head the embedding's."""
         if self._mesh.data_size > 1:
-            groups = self.real_dp_process_group
-            for flat, master, group in zip(self.bf16_groups_flat, self.masters, groups, strict=True):
-                dist.all_gather_into_tensor(flat, master.low_precision, group=group)
+            flat, own = self.bf16_groups_flat[NORMS], self.masters[NORMS].low_precision
+            dist.all_gather_into_tensor(flat, own, group=self.real_dp_process_group[NORMS])
+            self.gathering.begin()
         if self.tied_head is not None:
+            self.gathering.wait_for(0)  # the embedding's layer, where this stage has it
             self.tied_head.copy_weight()
+
+    def gather(self) -> None:
+        """As `begin_gathering`, to the end."""
+        self.begin_gathering()
+        self.gathering.finish()
 
     def forget(self) -> None:
         """Take the parameters as the master weights, and be as before the first step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config as BF16Config
 from deepspeed.utils.timer import NoopTimer
-from torch import Tensor
+from torch import Tensor, nn
 
 from neox_core.checkpoint.partitions import Place
 from neox_core.checkpoint.resharding import Resharding
 from neox_core.checkpoint.writer import TakeFile
 from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
+from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.train.engine.graphs.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
@@ -61,8 +63,20 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         else:
             self._graphs = GraphedStage(self, reduces=self.optimizer.overlaps)
 
+    def await_parameters(self) -> None:
+        """From now on each layer waits for its updated parameters, before its forward pass."""
+        if self._mesh.data_size > 1:
+            for name, layer in self.module.named_children():
+                if name.isdigit():  # DeepSpeed has an empty one of its own
+                    layer.register_forward_pre_hook(partial(_await, self.optimizer.gathering, int(name)))
+
+    def finish_step(self) -> None:
+        """Whoever reads or sets parameters, other than the next step, finds them as the last one left them."""
+        self.optimizer.gathering.finish()
+
     def close(self) -> None:
         """Graphs refer to communicators, whose end would wait for theirs."""
+        self.finish_step()
         if self._graphs is not None:
             self._graphs.close()
 
@@ -110,6 +124,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def load_weights(self, weights: LayerWeights) -> None:
         """Into the parameters where they are."""
+        self.finish_step()
         for name, layer in self.module.named_children():
             if name.isdigit():  # DeepSpeed has an empty one of its own
                 layer.load_state_dict(weights(int(name), self._mesh.tensor_rank), strict=True)
@@ -121,6 +136,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
     def save_state(self, folder: Path, tag: str, notes: Mapping[str, Any], take: TakeFile) -> None:
         """In DeepSpeed's files; none points at the newest. On GPUs a stream of its own copies, during the next step up
         to its update."""
+        self.finish_step()
         verify_before_save(self, tag)
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream())
@@ -131,12 +147,14 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def load_state(self, folder: Path, tag: str) -> None:
         """From DeepSpeed's files."""
+        self.finish_step()
         self.checkpoint_engine = StateFiles(_refuse)
         self.load_checkpoint(str(folder), tag=tag)
         verify_master_weights(self, trained=True)
 
     def load_resharded(self, folder: Path, tag: str, step: int, resharding: Resharding) -> None:
         """Master weights and the rule's state from DeepSpeed's files; parameters are the master weights, rounded."""
+        self.finish_step()
         files = OptimizerFiles(folder / tag, resharding)
         load_resharded(self.optimizer, files, resharding)
         self.global_steps, self.skipped_steps = step, 0
@@ -243,6 +261,10 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch if batch.is_cuda else batch.pin_memory().to(device, non_blocking=True)
     return tuple(_to_device(part, device) for part in batch)
+
+
+def _await(gathering: OverlappedGathering, layer: int, module: nn.Module, inputs: Any) -> None:
+    gathering.wait_for(layer)
 
 
 def _nobody(phase: str) -> None:

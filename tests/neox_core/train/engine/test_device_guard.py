@@ -29,6 +29,7 @@ BAD_RANK = 1
 
 @contextmanager
 def nan_weight(engine: Any) -> Iterator[None]:
+    engine.finish_step()
     weight = engine.optimizer.bf16_groups_flat[0]
     kept = weight[11].clone()
     weight[11] = math.nan
@@ -93,6 +94,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 
 def state(engine: Any) -> list[torch.Tensor]:
     """Weights, master weights, moments and the number of updates, bit for bit."""
+    engine.finish_step()
     optimizer = engine.optimizer
     tensors = [*optimizer.bf16_groups_flat, *(master.storage for master in optimizer.masters)]
     for handle in optimizer.fp32_groups_flat_partition:

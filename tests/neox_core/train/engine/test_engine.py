@@ -14,6 +14,7 @@ from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.host_memory import HostBuffers
 from neox_core.config import OptimizerConfig, ParallelConfig, RunConfig, batch_geometry
+from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.sharding import ROWS, TOKEN_NORM, set_sharding
 from neox_core.train.engine.deepspeed_engine import ParameterGroups
 from neox_core.train.engine.setup import deepspeed_config
@@ -118,8 +119,33 @@ def train_overlapping(config: RunConfig, shards: Path, overlap: bool) -> dict[st
         engine.optimizer.begin_reduction = lambda: None
     batches = rank_batches(config, mesh.data_rank)
     losses = [float(engine.train_batch(batches)) for _ in range(STEPS)]
+    engine.finish_step()
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     return {"losses": losses, "weights": weights, "under way": under_way}
+
+
+def train_gathering(config: RunConfig, shards: Path, overlap: bool) -> dict[str, Any]:
+    """A training whose parameters are gathered while layers compute, or before; and how many buckets were under way
+    when each layer began."""
+    mesh, engine = build(config, shards)
+    optimizer, under_way = engine.optimizer, []
+    flat, group = optimizer.bf16_groups_flat[0], optimizer.real_dp_process_group[0]
+    sizes = [p.numel() for p in optimizer.bf16_groups[0]]
+    layers = [int(optimizer.param_names[p].split(".")[0]) for p in optimizer.bf16_groups[0]]
+    optimizer.gathering = OverlappedGathering(flat, group, sizes, layers, bucket_bytes=4096 * flat.element_size())
+    engine.await_parameters()
+    for layer in (module for name, module in engine.module.named_children() if name.isdigit()):
+        layer.register_forward_pre_hook(lambda *_: under_way.append(optimizer.gathering.buckets_under_way))
+    batches = rank_batches(config, mesh.data_rank)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(float(engine.train_batch(batches)))
+        if not overlap:
+            engine.finish_step()
+    left = optimizer.gathering.buckets_under_way
+    engine.finish_step()
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    return {"losses": losses, "weights": weights, "under way": under_way, "left": left}
 
 
 def steps(engine: Any, batches: Any, count: int) -> list[tuple[float, float]]:
@@ -185,6 +211,7 @@ def examine(shards: dict[str, Path], scratch: Path) -> dict[Any, Any]:
     for overlap in (True, False):
         config = config_for("gqa", 1, 1, 2, precision="bf16")
         found["overlap", overlap] = train_overlapping(config, shards["data"], overlap)
+        found["gathering", overlap] = train_gathering(config, shards["data"], overlap)
     for changes in ({"precision": "fp32"}, {"precision": "bf16", "master_weights": "packed"}):
         config = config_for("gqa", 1, 1, 2, **changes)
         name = "-".join(changes.values())
@@ -263,6 +290,22 @@ def test_overlapping_reduction_changes_no_bit(ranks: list[dict[Any, Any]]) -> No
             assert torch.equal(weight, at_the_end["weights"][name]), name
         assert at_the_end["under way"] == [0] * STEPS
         assert min(overlapped["under way"]) > 10
+
+
+def test_overlapping_gathering_changes_no_bit(ranks: list[dict[Any, Any]]) -> None:
+    """Each layer of a step's first forward pass leaves fewer buckets under way, and those of all layers leave none."""
+    for rank in ranks:
+        overlapped, at_once = rank["gathering", True], rank["gathering", False]
+        assert overlapped["losses"] == at_once["losses"] == rank["overlap", True]["losses"]
+        for name, weight in overlapped["weights"].items():
+            assert torch.equal(weight, at_once["weights"][name]), name
+        assert set(at_once["under way"]) == {0}
+        assert (at_once["left"], overlapped["left"]) == (0, 18)
+        of_step = len(overlapped["under way"]) // STEPS
+        second = overlapped["under way"][of_step : 2 * of_step]
+        embedding, *blocks = second[:3]
+        assert embedding > blocks[0] > blocks[1] > 0
+        assert set(second[5:]) == {0}, "of the head, and of other micro batches"
 
 
 def test_norms_stay_equal_on_tensor_parallel_ranks(ranks: list[dict[Any, Any]]) -> None:

@@ -80,6 +80,7 @@ def train_once(config: RunConfig, mesh: Any, shards: Path, variant: Variant) -> 
             group["lr"] = learning_rate(step, config.train)
         losses.append(float(engine.train_batch(batches)))
         norms.append(float(engine.get_global_grad_norm()))
+    engine.finish_step()
     return {
         "losses": losses,
         "norms": norms,
