@@ -200,7 +200,13 @@ def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, An
 @pytest.mark.parametrize(
     ("case", "changes", "words"),
     [
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window is True"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window is True"),
+        (
+            "smollm3",
+            {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 4},
+            "use_sliding_window is",
+        ),
         ("olmo2", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
         ("llama 2:1", {"attention_bias": True}, "q_proj.bias is missing"),
         ("mistral", {"attention_bias": True}, "attention_bias is True"),
@@ -226,6 +232,29 @@ def test_what_would_compute_something_else_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=words):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("first", "full"), [(1, False), (2, True), (None, True)])
+def test_a_window_that_no_layer_has_is_none(family: str, first: int | None, full: bool, tmp_path: Path) -> None:
+    """transformers gives the window to layers from max_window_layers on; without the key from 28 on."""
+    from transformers import AutoConfig
+
+    write_model(tmp_path / "base", **CASES[family])
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"use_sliding_window": True, "sliding_window": 8}
+    for key in ("layer_types", "max_window_layers"):
+        del config[key]
+    path.write_text(json.dumps(config | ({} if first is None else {"max_window_layers": first})))
+    theirs = AutoConfig.from_pretrained(tmp_path / "base")
+    assert (set(theirs.layer_types) == {"full_attention"}) == full
+    if not full:
+        with pytest.raises(CheckpointError, match="use_sliding_window is True"):
+            open_source(tmp_path / "base")
+        return
+    model = open_source(tmp_path / "base").model
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", model)
 
 
 def test_a_mistral_without_a_window_key_has_the_family_s_default(tmp_path: Path) -> None:
