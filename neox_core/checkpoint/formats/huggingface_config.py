@@ -12,7 +12,7 @@ from neox_core.checkpoint.formats.description import Values, described_by, shown
 from neox_core.checkpoint.formats.model_files import CONFIG_FILE
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
 from neox_core.config import ModelConfig, RopeScalingConfig
-from neox_core.config.families import FAMILIES, Family, FamilyName
+from neox_core.config.families import FAMILIES, Family
 from neox_core.errors import CheckpointError
 
 _SCALINGS = ("linear", "llama3", "yarn")
@@ -124,7 +124,7 @@ def _refuse_other_models(path: str, name: Any, config: Mapping[str, Any]) -> Non
             )
 
 
-def _family(values: Values, name: FamilyName) -> Family:
+def _family(values: Values, name: Any) -> Family:
     """The model's family; refuses what our model would compute in another way."""
     expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}

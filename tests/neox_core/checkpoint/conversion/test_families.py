@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from neox_core.checkpoint.conversion.convert import convert, open_source
 from neox_core.checkpoint.conversion.export import export_huggingface
 from neox_core.checkpoint.conversion.proof import prove, prove_conversion
+from neox_core.checkpoint.formats.huggingface_config import read_config
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.config.families import FAMILIES
 from neox_core.errors import CheckpointError, ConfigError
 
 CASES: dict[str, dict[str, Any]] = {
@@ -293,6 +295,34 @@ def test_rotation_on_all_layers_is_caught(tmp_path: Path) -> None:
     export_huggingface(tmp_path / "neox", tmp_path / "wrong", everywhere, None, 256)
     with pytest.raises(CheckpointError, match=r"logits of .* differ"):
         prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "wrong", model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("left_out", [None, "num_key_value_heads", "head_dim"])
+def test_a_config_json_that_says_little_is_what_transformers_takes_it_for(
+    family: str, left_out: str | None, tmp_path: Path
+) -> None:
+    """Or refused, where the class has a number of its own that does not follow from the model's sizes."""
+    from transformers import AutoConfig
+
+    content = {
+        "model_type": family, "vocab_size": 128, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 16,
+    }  # fmt: skip
+    content.pop(left_out or "", None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    found = {"num_key_value_heads": theirs.num_key_value_heads, "head_dim": getattr(theirs, "head_dim", None) or 8}
+    if left_out is not None and found[left_out] != {"num_key_value_heads": 16, "head_dim": 8}[left_out]:
+        with pytest.raises(CheckpointError, match=f"lacks '{left_out}'"):
+            read_config("config.json", content)
+        return
+    model = read_config("config.json", content)
+    assert [model.num_kv_heads, model.head_dim] == list(found.values())
+    assert model.norm_eps == theirs.rms_norm_eps
+    assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert model.tied_embeddings == theirs.tie_word_embeddings
+    assert model.sliding_window == getattr(theirs, "sliding_window", None)
 
 
 def test_a_smollm3_that_says_nothing_is_what_transformers_takes_it_for(tmp_path: Path) -> None:
