@@ -112,7 +112,8 @@ def export_folder(
     if tokenizer is not None and (others := companions(tokenizer)):
         logical["tokenizer_companions"] = {path.name: sha256_of(path) for path in others}
     special = _special_ids(opened, base)
-    logical |= {"special_ids": special.as_json()} if special.ids or special.generation else {}
+    identity = replace(special, config=None)  # with which the export is compared, and does not change
+    logical |= {"special_ids": identity.as_json()} if special.ids or special.generation else {}
 
     def prove(folder: Location) -> Mapping[str, Any]:
         return prove_export(checkpoint, folder, known, progress=progress)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from neox_core.checkpoint.conversion.toy_base import make_random_base
+from neox_core.checkpoint.formats.special_ids import config_differences
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError, StorageError
 from neox_core.progress import silent
@@ -283,6 +284,34 @@ def test_special_ids_are_the_bases(base: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "back/config.json").read_text())
     assert {key: found[key] for key in ids} == ids
     assert json.loads((tmp_path / "back/generation_config.json").read_text()) == generation
+
+
+def test_what_an_export_changes_in_config_json_is_said(base: Path, tmp_path: Path) -> None:
+    """Of every field, also of those that only one of both has."""
+    convert_to(base, tmp_path / "neox")
+    first = export_to(tmp_path / "neox", tmp_path / "hf")
+    assert "changes_in_config.json" not in first.summary  # Meta's base has none
+    path = tmp_path / "hf/config.json"
+    config = json.loads(path.read_text()) | {"bos_token_id": 30}
+    same = {**config, "rope_theta": int(config["rope_theta"])}
+    other = {**config, "attention_dropout": 0.1, "task_specific_params": {"x": 1}, "use_cache": False}
+    del other["pretraining_tp"]
+    results = []
+    for number, content in enumerate((same, other)):
+        path.write_text(json.dumps(content))
+        convert_to(tmp_path / "hf", tmp_path / f"neox{number}")
+        results.append(export_to(tmp_path / f"neox{number}", tmp_path / f"hf{number}"))
+    assert [result.summary["changes_in_config.json"] for result in results] == [
+        "none",
+        "attention_dropout 0.0 (base: 0.1), pretraining_tp 1 (base: absent), "
+        'task_specific_params absent (base: {"x": 1}), use_cache true (base: false)',
+    ]
+    assert results[0].fingerprint == results[1].fingerprint  # an export of before is not made again
+
+
+def test_long_values_differ_at_their_ends() -> None:
+    base, exported = ({"no_rope_layers": [1] * 60 + [end]} for end in (0, 1))
+    assert config_differences(base, exported).startswith("no_rope_layers [1, 1,")
 
 
 def test_the_fingerprint_is_of_the_models_files(base: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from neox_core.checkpoint.formats.model_files import CONFIG_FILE, INDEX_FILE, PA
 from neox_core.checkpoint.formats.model_weights import ModelWeights
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, write_files
-from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
+from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds, config_differences
 from neox_core.checkpoint.formats.tokenizer_folder import tiktoken_folder, tokenizer_folder
 from neox_core.config import ModelConfig
 from neox_core.data.tokenization.tokenizer_file import (
@@ -103,6 +103,9 @@ def export_huggingface(
     texts = config_files(exported, sequence_length, weights.dtype, known)
     files = huggingface_files(weights, exported, weights.dtype, max_file_bytes)
     note: dict[str, str] = {}
+    if special is not None and special.config is not None:
+        changes = config_differences(special.config, json.loads(texts[CONFIG_FILE]))
+        note["changes_in_config.json"] = changes or "none"
     others = {name: text.encode() for name, text in texts.items() if name != CONFIG_FILE}
     if len(files) > 1:
         others[INDEX_FILE] = index_file(files).encode()

@@ -61,13 +61,13 @@ class Values:
     def unknown(self, key: str) -> CheckpointError:
         """The error about a key that may change the computation."""
         return CheckpointError(
-            f"{self.path}: {key} is {_shown(self.content[key])}, which is not known here: the weights may compute "
+            f"{self.path}: {key} is {shown(self.content[key])}, which is not known here: the weights may compute "
             "something else with it. Remove it if it does not change what the model computes"
         )
 
     def wrong(self, key: str, due: str) -> CheckpointError:
         """The error about a value of the wrong kind."""
-        return CheckpointError(f"{self.path}: {key} is {_shown(self.content.get(key))}: give {due}")
+        return CheckpointError(f"{self.path}: {key} is {shown(self.content.get(key))}: give {due}")
 
     def _value(self, key: str, default: Any, nullable: bool) -> Any:
         if key not in self.content or (nullable and self.content[key] is None):
@@ -77,7 +77,7 @@ class Values:
         return self.content[key]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As the file has it, shortened."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from neox_core.checkpoint.formats.description import Values, described_by
+from neox_core.checkpoint.formats.description import Values, described_by, shown
 from neox_core.checkpoint.formats.model_files import CONFIG_FILE
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds
 from neox_core.config import ModelConfig, RopeScalingConfig
@@ -21,6 +21,9 @@ _COMPUTED = """model_type hidden_act hidden_size num_attention_heads num_key_val
     tie_word_embeddings"""
 _WINDOW_KEYS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers"])
 """Of families that have windows, whether used or not."""
+_MAX_WINDOW_LAYERS = 28
+"""What a qwen's config.json without max_window_layers means."""
+_QUANTIZED = ("quantization_config", "compression_config")
 _NO_ROPE_KEYS = frozenset(["no_rope_layers", "no_rope_layer_interval"])
 """Of families whose layers may lack rotary positions."""
 _NO_ROPE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.no_rope_interval is not None)
@@ -33,7 +36,7 @@ _WITHOUT_EFFECT = """architectures torch_dtype dtype transformers_version use_ca
     finetuning_task task_specific_params prefix do_sample early_stopping max_length min_length num_beams num_beam_groups
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
-    num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens"""
+    num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens transformers.js_config"""
 """Of transformers' configurations of all ages: training, generation and bookkeeping."""
 _KNOWN = frozenset(f"{_COMPUTED} {_WITHOUT_EFFECT}".split())
 _COUNTS = frozenset(["num_experts", "num_local_experts"])
@@ -53,13 +56,14 @@ def read_config(path: str, config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: a value is missing or of the wrong kind, or asks for something that is not computed here.
     """
-    values = _without_neutral(Values(path, config))
     name = config.get("model_type") or "llama"
+    _refuse_other_models(path, name, config)
+    values = _without_neutral(Values(path, config))
     known = _KNOWN if name in ("llama", "olmo2") else _KNOWN | _WINDOW_KEYS
     values.check_known(known | _NO_ROPE_KEYS if name in _NO_ROPE_FAMILIES else known)
     with described_by(path):
         hidden, heads = values.whole("hidden_size"), values.whole("num_attention_heads")
-        family = _family(values, name, config)
+        family = _family(values, name)
         return ModelConfig(
             family=name,
             head_dim=values.whole("head_dim", hidden // heads if family.head_dim_default else None, nullable=True),
@@ -102,20 +106,34 @@ def _neutral(key: str, value: Any) -> bool:
     return full or (key in _MULTIPLIERS | _COUNTS and type(value) in (int, float) and value == 1)
 
 
-def _family(values: Values, name: Any, config: Mapping[str, Any]) -> Family:
-    """The model's family; refuses what our model would compute in another way."""
+def _refuse_other_models(path: str, name: Any, config: Mapping[str, Any]) -> None:
+    """Refuse other families and quantized weights as such: of their keys, that one is to be removed would mislead."""
     if name not in tuple(FAMILIES):  # whatever its type
-        raise CheckpointError(f"{values.path}: model_type is {name!r}, but only {', '.join(FAMILIES)} are supported")
+        raise CheckpointError(f"{path}: model_type is {name!r}, but only {', '.join(FAMILIES)} are supported")
     if name == "mistral" and "layer_types" in config:
         raise CheckpointError(
-            f"{values.path}: model_type is mistral with layer_types, which transformers takes for a ministral, whose "
+            f"{path}: model_type is mistral with layer_types, which transformers takes for a ministral, whose "
             "layers have windows of their own: remove layer_types if it is none"
         )
+    for key in _QUANTIZED:
+        if config.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is {shown(config[key])}: quantized weights are not read. Give the original ones, or "
+                "dequantize them first, where transformers can: AutoModelForCausalLM.from_pretrained(FOLDER)"
+                ".dequantize().save_pretrained(OTHER)"
+            )
+
+
+def _family(values: Values, name: Any) -> Family:
+    """The model's family; refuses what our model would compute in another way."""
     expected: dict[str, Any] = {"hidden_act": "silu"}
     found = {key: values.content.get(key) for key in expected}
     biased = () if FAMILIES[name].attention_bias else ("attention_bias",)
     for key in (*biased, "mlp_bias", "use_sliding_window"):
         found[key], expected[key] = values.flag(key), False
+    if name in ("qwen2", "qwen3") and found["use_sliding_window"]:  # which layers from max_window_layers on have
+        first = values.whole("max_window_layers", _MAX_WINDOW_LAYERS, least=0)
+        found["use_sliding_window"] = first < values.whole("num_hidden_layers")
     for key, value in expected.items():
         if found[key] not in (None, value):
             raise CheckpointError(f"{values.path}: {key} is {found[key]!r}, but only {value!r} is supported")

@@ -35,7 +35,7 @@ class ByteLevelModel:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._special = {token["content"]: int(token["id"]) for token in described["added_tokens"] if token["special"]}
-        if described["model"].get("unk_token") in self._special:
+        if described["model"]["type"] == "BPE" and described["model"].get("unk_token") in self._special:
             # A byte that the vocabulary lacks would else become, say, the end of a document in the midst of it.
             self._tokenizer.model.unk_token = None
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from neox_core.checkpoint.conversion.convert import convert, open_source
 from neox_core.checkpoint.conversion.export import export_huggingface
 from neox_core.checkpoint.conversion.proof import prove, prove_conversion
+from neox_core.checkpoint.formats.huggingface_config import read_config
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
+from neox_core.config.families import FAMILIES
 from neox_core.errors import CheckpointError, ConfigError
 
 CASES: dict[str, dict[str, Any]] = {
@@ -200,7 +202,13 @@ def test_a_wrong_conversion_is_caught(case: str, mistake: Callable[[dict[str, An
 @pytest.mark.parametrize(
     ("case", "changes", "words"),
     [
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window is True"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window is True"),
+        (
+            "smollm3",
+            {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 4},
+            "use_sliding_window is",
+        ),
         ("olmo2", {"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
         ("llama 2:1", {"attention_bias": True}, "q_proj.bias is missing"),
         ("mistral", {"attention_bias": True}, "attention_bias is True"),
@@ -226,6 +234,29 @@ def test_what_would_compute_something_else_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=words):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("first", "full"), [(1, False), (2, True), (None, True)])
+def test_a_window_that_no_layer_has_is_none(family: str, first: int | None, full: bool, tmp_path: Path) -> None:
+    """transformers gives the window to layers from max_window_layers on; without the key from 28 on."""
+    from transformers import AutoConfig
+
+    write_model(tmp_path / "base", **CASES[family])
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"use_sliding_window": True, "sliding_window": 8}
+    for key in ("layer_types", "max_window_layers"):
+        del config[key]
+    path.write_text(json.dumps(config | ({} if first is None else {"max_window_layers": first})))
+    theirs = AutoConfig.from_pretrained(tmp_path / "base")
+    assert (set(theirs.layer_types) == {"full_attention"}) == full
+    if not full:
+        with pytest.raises(CheckpointError, match="use_sliding_window is True"):
+            open_source(tmp_path / "base")
+        return
+    model = open_source(tmp_path / "base").model
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "base", model)
 
 
 def test_a_mistral_without_a_window_key_has_the_family_s_default(tmp_path: Path) -> None:
@@ -264,6 +295,34 @@ def test_rotation_on_all_layers_is_caught(tmp_path: Path) -> None:
     export_huggingface(tmp_path / "neox", tmp_path / "wrong", everywhere, None, 256)
     with pytest.raises(CheckpointError, match=r"logits of .* differ"):
         prove(NeoxCheckpoint(tmp_path / "neox"), tmp_path / "wrong", model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("left_out", [None, "num_key_value_heads", "head_dim"])
+def test_a_config_json_that_says_little_is_what_transformers_takes_it_for(
+    family: str, left_out: str | None, tmp_path: Path
+) -> None:
+    """Or refused, where the class has a number of its own that does not follow from the model's sizes."""
+    from transformers import AutoConfig
+
+    content = {
+        "model_type": family, "vocab_size": 128, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 16,
+    }  # fmt: skip
+    content.pop(left_out or "", None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    found = {"num_key_value_heads": theirs.num_key_value_heads, "head_dim": getattr(theirs, "head_dim", None) or 8}
+    if left_out is not None and found[left_out] != {"num_key_value_heads": 16, "head_dim": 8}[left_out]:
+        with pytest.raises(CheckpointError, match=f"lacks '{left_out}'"):
+            read_config("config.json", content)
+        return
+    model = read_config("config.json", content)
+    assert [model.num_kv_heads, model.head_dim] == list(found.values())
+    assert model.norm_eps == theirs.rms_norm_eps
+    assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert model.tied_embeddings == theirs.tie_word_embeddings
+    assert model.sliding_window == getattr(theirs, "sliding_window", None)
 
 
 def test_a_smollm3_that_says_nothing_is_what_transformers_takes_it_for(tmp_path: Path) -> None:

@@ -81,7 +81,13 @@ def test_params_without_effect() -> None:
         ({"rms_norm_eps": None}, "rms_norm_eps is null"),
         ({"sliding_window": 4096}, "sliding_window is 4096, which is not known here"),
         ({"use_qk_norm": True}, "use_qk_norm is true"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        (
+            {"quantization_config": {"bits": 4}},
+            r'quantization_config is {"bits": 4}: .* dequantize them first, .*OTHER\)$',
+        ),
+        ({"compression_config": {"bits": 4}}, "compression_config is .* dequantize them first"),
+        ({"model_type": "minicpm", "scale_emb": 12}, "model_type is 'minicpm', but only llama, .* are supported"),
+        ({"model_type": "cohere", "logit_scale": 0.0625}, "model_type is 'cohere', but only llama, .* are supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"num_experts": 8}, "num_experts is 8"),
@@ -118,7 +124,8 @@ def test_config_keys_without_effect() -> None:
         "sliding_window": None, "use_qk_norm": False, "partial_rotary_factor": 1.0, "head_dim": None, "_name": "x",
         "layer_types": ["full_attention", "full_attention"], "torch_dtype": "bfloat16", "rope_scaling": None,
         "num_key_value_heads": None, "max_length": 20, "rope_interleaved": False, "is_causal": True,
-        "residual_multiplier": None, "num_experts": 0,
+        "residual_multiplier": None, "num_experts": 0, "quantization_config": None,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
     }  # fmt: skip
     assert read_config("config.json", CONFIG | extra).num_kv_heads == 8
 

@@ -126,6 +126,17 @@ def test_an_unknown_token_is_no_character(tmp_path: Path) -> None:
     assert tokenizer.encode("a\x04b").tolist() == [i for i in tokenizer.encode("a\x05b").tolist() if i != 2 + 5]
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
+def test_another_model_than_bpe_is_refused_for_that(path: Path, kind: str) -> None:
+    def words(content: dict[str, Any]) -> None:
+        more = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100} if kind == "WordPiece" else {}
+        content["model"] = {"type": kind, "vocab": content["model"]["vocab"], "unk_token": END} | more
+
+    described(path, words)
+    with pytest.raises(DataError, match=f"its {kind} model loses or changes characters.*byte-level BPE is due"):
+        ours.Tokenizer(TokenizerConfig(model=path, end_of_document=END))
+
+
 def test_random_ids_are_refused(path: Path) -> None:
     described(path, lambda content: content["model"].update(dropout=0.1))
     with pytest.raises(DataError, match=r"dropout is 0\.1.*set it to null"):
