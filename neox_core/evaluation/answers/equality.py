@@ -43,7 +43,12 @@ def equal(gold: str, given: str) -> bool:
     Raises:
         UnreadableError: one is not mathematics.
     """
-    return _equal(read_answer(normalise(gold)), read_answer(normalise(given)))
+    right, answer = read_answer(normalise(gold)), read_answer(normalise(given))
+    if isinstance(right, Group) and right.kind == "equation" and not isinstance(answer, Group):
+        left, value = right.items
+        if isinstance(left, sympy.Add) and value == 0:  # of x - 2y = 0, unlike of x = 0, the 0 alone is no answer
+            return False
+    return _equal(right, answer)
 
 
 def _equal(first: Answer, second: Answer) -> bool:
@@ -109,12 +114,16 @@ def _equal_equations(first: Group, second: Group) -> bool:
     """Equal right sides of names, as in Minerva's protocol, or equal up to a factor: y = 2x is 2y = 4x."""
     if first.kind == second.kind == "named" and _equal(first.items[1], second.items[1]):
         return True
-    one, other = (group.items[0] - group.items[1] for group in (first, second))
+    one, other = (_difference(*group.items) for group in (first, second))
     point = _point(random.Random(1), one.free_symbols | other.free_symbols)
     factor = one.subs(point) / other.subs(point)  # not by algebra: to multiply out (x+1)^700 takes seconds
     if factor == 0 or factor.has(*_NO_NUMBERS):
         factor = sympy.S.One
     return equal_expressions(one, factor * other)
+
+
+def _difference(left: Expr, right: Expr) -> Expr:
+    return left - right
 
 
 def _point(draw: random.Random, symbols: Iterable[Expr]) -> dict[Expr, Expr]:

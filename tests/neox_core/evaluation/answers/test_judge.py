@@ -138,6 +138,12 @@ def test_hostile_answers_are_wrong_and_the_judge_goes_on(judge: Judge, number: i
     assert judge.verdict("(x+1)^2", "x^2+2x+1") == Verdict(True, "symbolic")
 
 
+def test_the_right_side_of_an_equation_is_not_always_the_answer(judge: Judge) -> None:
+    assert not judge.verdict("5x-7y+11z+4=0", "0").correct
+    assert judge.verdict("0", "x+y=0").correct
+    assert judge.verdict("I(0)=0", "0").correct
+
+
 def test_equations_are_not_multiplied_out(judge: Judge) -> None:
     assert judge.verdict("(x-759)^{759}+y^{759}=1", "2y^{759}=2-2(x-759)^{759}") == Verdict(True, "symbolic")
     assert judge.verdict("(x-759)^{759}+y^{759}=1", "y^{759}=2-(x-759)^{759}") == Verdict(False, "different")
