@@ -36,6 +36,7 @@ _BEFORE_UNIT = re.compile(r"(?:\s|/|\\cdot(?![a-z])|\\times(?![a-z])|(?<=[\d\s}]
 """What joins a unit with a number or another unit, or stands for a millionth of it."""
 _COUNTED = re.compile(
     r"\s*(?!.*\b(?:and|or|to|more|less|than|base|half|halves|thirds?|quarters?|\w+ths?|squared|cubed|factorial|dozen|"
+    r"pi|root|radical|sqrt|over|times|"
     r"hundred|thousand|[mbtr]+illion|[ap]m)\b)[a-z]{2,}(?: [a-z]+)*[\s.]*"
 )
 """What a number counts, as in `5\text{ apples}`, unless it changes the number."""

@@ -39,6 +39,7 @@ MATH_VERIFY_ERRS = {
     # To it any words that are set as text go, also where they change the number, and so do indices.
     (r"5\text{ million}", "5"), (r"T_\text{h}", r"T_\text{c}"), (r"V_{\mathrm{m}}", r"V_{\mathrm{s}}"),
     (r"5 \text{ or more}", "5"), (r"2 \text{ thirds}", "2"), (r"3 \text{ squared}", "3"), (r"A^{\mathrm{T}}", "A"),
+    (r"2 \text{ pi}", "2"), (r"3 \text{ and a half}", "3"),
     (r"x \text{ apples}", "x"), (r"3\text{ billion}", r"3\text{ million}"),
     # No words for powers of ten, no millionth of a unit, no stop within a text, no mixed number of percent.
     (r"33\frac{1}{3}\%", r"33\frac13"), (r"\$1.5 million", "1500000"), (r"\text{Evelyn}", r"\text{Evelyn.}"),
