@@ -34,7 +34,7 @@ def task_metrics(evaluations: Rows) -> list[tuple[str, str]]:
 
 
 def task_figures(evaluations: Rows) -> dict[str, str | None]:
-    """A curve over checkpoints, with 95% intervals, by `task NAME METRIC`."""
+    """A curve over checkpoints, with 95% intervals, by its heading on the page, `task NAME METRIC`."""
     figures = {}
     for task, metric in task_metrics(evaluations):
         points = [
@@ -42,7 +42,9 @@ def task_figures(evaluations: Rows) -> dict[str, str | None]:
             for evaluation in evaluations
             if metric in scored_tasks(evaluation).get(task, {}).get("metrics", {})
         ]
-        figures[f"task {task} {metric}"] = interval_figure(points, f"{task}: {_LABELS[metric]}", _LABELS[metric])
+        figures[f"task {task} {_LABELS[metric]}"] = interval_figure(
+            points, f"{task}: {_LABELS[metric]}", _LABELS[metric]
+        )
     return figures
 
 

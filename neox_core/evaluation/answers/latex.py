@@ -19,7 +19,7 @@ MAX_FACTORIAL = 300
 
 _PLAIN_WORDS = (
     "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln",
-    "exp", "pi", "infinity", "inf",
+    "exp", "cis", "pi", "infinity", "inf",
 )  # fmt: skip
 _TOKEN = re.compile(
     rf"\s+|(\\[a-zA-Z]+|\\.|\d+\.\d*|\d+|\.\d+|{'|'.join(_PLAIN_WORDS)}|[a-zA-Z]+|\*\*|[-+*/^_!(){{}}\[\]|])"
@@ -32,13 +32,16 @@ _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
     **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "exp")},
     **{name: getattr(sympy, name) for name in ("sinh", "cosh", "tanh")},
     **{name: getattr(sympy, name.replace("arc", "a")) for name in ("arcsin", "arccos", "arctan")},
+    "cis": lambda value: sympy.cos(value) + sympy.I * sympy.sin(value),
     "lg": lambda value: sympy.log(value, 10), "ln": sympy.log, "log": sympy.log, "sqrt": sympy.sqrt,
 }  # fmt: skip
 _GREEK = frozenset({
     "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu",
     "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda",
-    "Sigma", "Phi", "Psi", "Omega", "ell",
+    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "iota", "upsilon", "vartheta", "Xi", "Upsilon",
 })  # fmt: skip
+_ACCENTS = frozenset({"hat", "vec", "dot", "ddot", "tilde", "bar"})
+"""They make another name of a name."""
 _TIMES = frozenset({"*", "\\cdot", "\\times", "\\ast"})
 _DIVIDE = frozenset({"/", "\\div"})
 _CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
@@ -138,7 +141,7 @@ class _Parser:
 
     def _is_command(self, token: str) -> bool:
         name = token[1:]
-        return token in _CONSTANTS or name in _FUNCTIONS or name in _GREEK or name in ("frac", "binom")
+        return token in _CONSTANTS or name in _FUNCTIONS or name in _GREEK | _ACCENTS | {"frac", "binom"}
 
     def _power(self) -> Expr:
         base = self._atom()
@@ -193,6 +196,8 @@ class _Parser:
             return self._function(name)
         if len(token) == 1 or name in _GREEK:
             return self._symbol(name)
+        if name in _ACCENTS:
+            return self._symbol(f"{name} {self._argument(False)}")
         raise UnreadableError(f"unexpected {token!r}")
 
     def _number(self, digits: str) -> Expr:

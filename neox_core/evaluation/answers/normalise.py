@@ -11,9 +11,12 @@ import unicodedata
 
 _SPACING = re.compile(
     r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|limits|qquad|quad|hspace\{[^{}]*\}|phantom\{[^{}]*\})"
-    r"(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\\$|\$|\\\(|\\\)|(?<!\\)\\[\[\]]|\\%|%|£|€"
+    r"(?![a-zA-Z])|(?<!\\)\\[!,;: ]|~|\\\$|\$|\\pounds(?![a-z])|\\\(|\\\)|(?<!\\)\\[\[\]]|\\%|%|£|€"
 )
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname|rm)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mbox|operatorname|rm)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _BOX = re.compile(r"^\\(?:boxed|fbox)\s*\{(.*)\}$", re.DOTALL)
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\deg(?![a-z])")
 _LONG_UNITS = (
@@ -22,11 +25,24 @@ _LONG_UNITS = (
     "met(?:er|re)s?|centimet(?:er|re)s?|kilomet(?:er|re)s?|grams?|kilograms?|lit(?:er|re)s?|gallons?|"
     "points?|digits|meals|edges|students|people|tickets|multiples|radians|square|cubic|sq"
 )
-_UNIT_WORD = rf"(?:{_LONG_UNITS}|m|s|g|h|L|N|J|W|V|A|K|C|F|Hz|rad|per)"
+_SYMBOLS = "[nμmckMG]?(?:m|s|g|L|N|J|W|V|A|K|C|F|T|Hz|Pa|eV|pc|mol|cal|rad)|h|M|AU|atm|bar|ergs?|dynes?|Å"
+_UNIT_WORD = rf"(?:{_LONG_UNITS}|{_SYMBOLS}|per)"
 _UNIT = re.compile(
     rf"(?<![a-zA-Z\\])(?:{_LONG_UNITS})(?![a-zA-Z])\s*(?:\^\s*\{{?[23]\}}?)?(?:\s*/\s*(?:{_LONG_UNITS})(?![a-zA-Z]))?"
 )
-_UNITS_ONLY = re.compile(rf"^\s*{_UNIT_WORD}(?:[\s/.·^\d]+{_UNIT_WORD})*[\s.]*(?:\^\{{?[23]\}}?)?\s*$")
+_UNIT_JOINT = r"(?:[\s/.·()]|\\cdot|\\times|\^\{?-?\d\}?)"
+_UNITS_ONLY = re.compile(rf"^[\s(]*{_UNIT_WORD}(?:{_UNIT_JOINT}+{_UNIT_WORD})*{_UNIT_JOINT}*$")
+_BEFORE_UNIT = re.compile(r"(?:\s|/|\\cdot(?![a-z])|\\times(?![a-z])|(?<=[\d\s}])\\mu)+$")
+"""What joins a unit with a number or another unit, or stands for a millionth of it."""
+_COUNTED = re.compile(
+    r"\s*(?!.*\b(?:and|or|to|more|less|than|base|half|halves|thirds?|quarters?|\w+ths?|squared|cubed|factorial|dozen|"
+    r"pi|root|radical|sqrt|over|times|"
+    r"hundred|thousand|[mbtr]+illion|[ap]m)\b)[a-z]{2,}(?: [a-z]+)*[\s.]*"
+)
+"""What a number counts, as in `5\text{ apples}`, unless it changes the number."""
+_INDEX = re.compile(r"[_^]\s*\{?\s*$")
+"""Before what is no unit but part of a name: `T_\\text{h}`."""
+_NUMBER = re.compile(r"[-+]?\s*(?:\d[\d,.]*|\d*\s*\\frac\s*\{\d+\}\s*\{\d+\})\s*")
 _AFTER_UNIT = re.compile(r"\s*\^\s*(?:\{\s*-?[123]\s*\}|[23])")
 _THOUSANDS = re.compile(r"(?<![\d,.(\[{])\d{1,3}(?:,\d{3})+(?![\d,])")
 _GROUPS = re.compile(r"(?<![\d,./] )(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,]| ?[\d/])")
@@ -54,6 +70,12 @@ _SAME = (
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"×|·"), r"\\cdot "),
     (re.compile(r"∪"), r"\\cup "),
+    (re.compile(r"\\langle(?![a-z])"), "("),
+    (re.compile(r"\\rangle(?![a-z])"), ")"),
+    (re.compile(r"\\approx(?![a-z])|≈"), "="),
+    (re.compile(r"(?<=\d) *thousand(?![a-z])"), r"\\cdot 10^{3}"),
+    (re.compile(r"(?<=\d) *million(?![a-z])"), r"\\cdot 10^{6}"),
+    (re.compile(r"(?<=\d) *billion(?![a-z])"), r"\\cdot 10^{9}"),
     (re.compile(r"(?<![\d.])(\d+) +(\d+)\s*/\s*(\d+)(?!\d)"), r"\1\\frac{\2}{\3}"),
     (re.compile(r",?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])"), ","),
 )
@@ -87,19 +109,20 @@ def _vulgar(whole: str, fraction: str) -> str:
 
 
 def _without_text_commands(text: str) -> str:
-    """Units that are set as text go with their power; of other texts the words stay."""
+    """Units that are set as text go with their power, and so does what a number counts; other texts' words stay."""
     parts, end = [], 0
     for match in _TEXT.finditer(text):
         if match.start() < end:
             continue
         parts.append(text[end : match.start()])
         end = match.end()
-        before = "".join(parts).strip()
-        if before and _UNITS_ONLY.match(match.group(1)):
+        before, words = "".join(parts), match.group(1)
+        if before.strip() and _UNITS_ONLY.match(words) and not _INDEX.search(before):
+            parts = [_BEFORE_UNIT.sub("", before)]
             if power := _AFTER_UNIT.match(text, end):
                 end = power.end()
-        else:
-            parts.append(f" {match.group(1)} ")
+        elif text[end:].strip() or not _NUMBER.fullmatch(before) or not _COUNTED.fullmatch(words):
+            parts.append(f" {words} ")
     return "".join(parts) + text[end:]
 
 

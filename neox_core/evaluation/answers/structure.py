@@ -14,8 +14,14 @@ from neox_core.evaluation.answers.latex import UnreadableError, parse
 MAX_PARTS = 64
 """Members of a list, and entries of a matrix."""
 
-_MATRIX = re.compile(r"^\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^([^&]*?)([(\[]?)\s*\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\3\}\s*([)\]]?)$", re.DOTALL
+)
+"""A factor, and brackets around, are not part of every matrix."""
 _NAMED = re.compile(r"^(?:[a-zA-Z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?'*$")
+_UNEQUAL = re.compile(r"\\ne(?![a-z])")
+_BUILDER = re.compile(r"^\\\{\s*([a-zA-Z])\s*(?:\\mid|[|:])(.*)\\\}$", re.DOTALL)
+"""`\\{x \\mid x > 3\\}` is what it says of x."""
 _MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 _RELATION = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|<=?|>=?)")
 _OPEN, _CLOSED = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
@@ -45,9 +51,9 @@ def read_answer(text: str) -> Answer:
     Raises:
         UnreadableError: it is not mathematics, or larger than the bounds.
     """
-    text = text.strip()
-    if matrix := _MATRIX.match(text):
-        return _matrix(matrix.group(2))
+    text = _BUILDER.sub(r"\2", text.strip())
+    if (matrix := _MATRIX.match(text)) and "=" not in matrix[1] and matrix[2] + matrix[5] in ("", "()", "[]"):
+        return _matrix(matrix[4], matrix[1].strip())
     if len(found := _MEMBER.split(text, maxsplit=1)) > 1:
         return read_answer(found[1])
     if len(parts := _split(text, ",")) > 1 or len(parts := _split(text, ";")) > 1:
@@ -58,6 +64,9 @@ def read_answer(text: str) -> Answer:
         return Group("union", tuple(read_answer(part) for part in parts))
     if len(parts := _split(text, "=")) > 1:
         return _equation(parts)
+    if len(parts := _UNEQUAL.split(text)) == 2 and _NAMED.match(parts[0].strip()):
+        hole = parse(parts[1])
+        return Group("union", (Group("()", (-sympy.oo, hole)), Group("()", (hole, sympy.oo))))
     if len(parts := _RELATION.split(text)) > 1:
         return _inequality(parts)
     return _bracketed(text)
@@ -136,12 +145,13 @@ def _inequality(parts: list[str]) -> Answer:
     raise UnreadableError("an inequality of this form")
 
 
-def _matrix(body: str) -> Answer:
+def _matrix(body: str, factor: str) -> Answer:
     rows = [_split(row, "&") for row in body.strip().removesuffix("\\\\").split("\\\\")]
     entries = [entry for row in rows for entry in row]
     if len({len(row) for row in rows}) > 1 or len(entries) > MAX_PARTS:
         raise UnreadableError("a matrix with rows of different lengths, or a large one")
-    return Group(f"matrix {len(rows)}x{len(rows[0])}", tuple(parse(entry) for entry in entries))
+    times = -sympy.S.One if factor == "-" else parse(factor) if factor else sympy.S.One
+    return Group(f"matrix {len(rows)}x{len(rows[0])}", tuple(times * parse(entry) for entry in entries))
 
 
 def _split(text: str, separator: str) -> list[str]:

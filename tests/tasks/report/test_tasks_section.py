@@ -51,7 +51,7 @@ def test_one_item_has_no_interval() -> None:
     found = [{"step": 0, "sources": {}, "tasks": {"sums": one}}, {"step": 5, "sources": {}, "tasks": {"sums": last}}]
     (row,) = task_rows(found)
     assert (row["base"], row["from base"]) == ("0.5000", "+0.0000")
-    assert "NaN" not in str(task_figures(found)["task sums bits_per_byte"])
+    assert "NaN" not in str(task_figures(found)["task sums bits per byte"])
 
 
 def test_a_task_of_which_nothing_was_scored_is_named() -> None:

@@ -36,6 +36,31 @@ MATH_VERIFY_ERRS = {
     # As a gold answer an interval equals no inequality, only the other way round.
     (r"(-\infty,3)", "x<3"), (r"(-\infty,3]", r"x \le 3"), (r"(-\infty,3]", r"x \leq 3"), (r"[3,\infty)", r"x \ge 3"),
     (r"(3,\infty)", "x > 3"), (r"(3,\infty)", "3 < x"), ("(2,5]", r"2 < x \le 5"), ("(2,5]", r"5 \ge x > 2"),
+    # To it any words that are set as text go, also where they change the number, and so do indices.
+    (r"5\text{ million}", "5"), (r"T_\text{h}", r"T_\text{c}"), (r"V_{\mathrm{m}}", r"V_{\mathrm{s}}"),
+    (r"5 \text{ or more}", "5"), (r"2 \text{ thirds}", "2"), (r"3 \text{ squared}", "3"), (r"A^{\mathrm{T}}", "A"),
+    (r"2 \text{ pi}", "2"), (r"3 \text{ and a half}", "3"),
+    (r"x \text{ apples}", "x"), (r"3\text{ billion}", r"3\text{ million}"),
+    # No words for powers of ten, no millionth of a unit, no stop within a text, no mixed number of percent.
+    (r"33\frac{1}{3}\%", r"33\frac13"), (r"\$1.5 million", "1500000"), (r"\text{Evelyn}", r"\text{Evelyn.}"),
+    (r"\text{\$}5", "5"), (r"6 \frac{2}{5}\%", "6.4"), (r"40\,\mu\text{m}", "40"),
+    (r"2 \times 10^6", r"2 \text{ million}"), (r"7\text{ thousand}", "7000"),
+    # Inequalities and intervals, the rest of those; a column, and angle brackets, are no tuple, but a set is one.
+    (r"(-\infty, 0] \cup [2, \infty)", r"x \le 0 \text{ or } x \ge 2"), ("[-2, 7)", r"-2 \leq x < 7"),
+    (r"\left( -\frac{1}{2}, \infty \right)", "x > -0.5"), (r"(-\infty, 2) \cup (2, \infty)", r"x \ne 2"),
+    (r"\begin{pmatrix} -7 \\ 16 \\ 5 \end{pmatrix}", "(-7,16,5)"), (r"\langle 1, -2, 3 \rangle", "(1,-2,3)"),
+    (r"\{2,4\}", "(2,4)"), (r"\{x \mid x > 3\}", r"(3,\infty)"),
+    (r"(-\infty, -3] \cup [3, \infty)", r"x \le -3, x \ge 3"),
+    (r"x < -1 \text{ or } x > 1", r"(-\infty,-1)\cup(1,\infty)"),
+    (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1),(1,\infty)"),
+    # Values and functions in two forms.
+    (r"1.6 \times 10^{-19} \text{ C}", "1.6e-19"),
+    (r"\frac{3 \pm i\sqrt{7}}{4}", r"\frac{3}{4} \pm \frac{\sqrt{7}}{4}i"), (r"\frac{1}{1+i}", r"\frac{1-i}{2}"),
+    (r"e^{i\pi/2}", "i"), (r"5\operatorname{cis} 0", "5"), ("|3+4i|", "5"), (r"\sin(2t)", r"2 \sin t \cos t"),
+    ("4.8e14", r"4.8 \times 10^{14}"), (r"y(t) = e^{-t}\cos(2t)", r"e^{-t}\cos 2t"), (r"\omega_0 t", r"t\omega_{0}"),
+    (r"\frac{dy}{dx} = 2x", "2x"), ("I(0) = 3", "3"), (r"1+i\sqrt{3}", r"2e^{i\pi/3}"),
+    (r"\operatorname{arctan}(2)", r"\tan^{-1}(2)"), (r"6.67 \cdot 10^{-11}", "6.67e-11"),
+    (r"\frac{3}{7}", "0.428571"), (r"0.\overline{27}", r"\frac{3}{11}"), (r"2\operatorname{cis}\pi", "-2"),
 }  # fmt: skip
 """Pairs on which math-verify 0.9.0 differs from the table; in each, the table is right."""
 
@@ -112,6 +137,18 @@ HOSTILE = [
 def test_hostile_answers_are_wrong_and_the_judge_goes_on(judge: Judge, number: int) -> None:
     assert not judge.verdict("(x+1)^2", HOSTILE[number]).correct
     assert judge.verdict("(x+1)^2", "x^2+2x+1") == Verdict(True, "symbolic")
+
+
+def test_the_right_side_of_an_equation_is_not_always_the_answer(judge: Judge) -> None:
+    assert not judge.verdict("5x-7y+11z+4=0", "0").correct
+    assert judge.verdict("0", "x+y=0").correct
+    assert judge.verdict("I(0)=0", "0").correct
+
+
+def test_equations_are_not_multiplied_out(judge: Judge) -> None:
+    assert judge.verdict("(x-759)^{759}+y^{759}=1", "2y^{759}=2-2(x-759)^{759}") == Verdict(True, "symbolic")
+    assert judge.verdict("(x-759)^{759}+y^{759}=1", "y^{759}=2-(x-759)^{759}") == Verdict(False, "different")
+    assert not judge.verdict("x+y=1", "2(x+1)=2x+2").correct
 
 
 def test_a_stuck_process_is_replaced() -> None:
