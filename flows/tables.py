@@ -73,7 +73,12 @@ def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
                 rows.append(_score_row(evaluation["step"], task, "none", "all items were left out", "–"))
             for metric, score in scored["metrics"].items():
                 change = _difference(scored.get("from_base", {}).get(metric))
-                rows.append(_score_row(evaluation["step"], task, metric.replace("_", " "), as_text(score), change))
+                name = metric.replace("_", " ")
+                rows.append(_score_row(evaluation["step"], task, name, as_text(score), change))
+                others = scored.get("without_overlap", scored)
+                if others["items"] < scored["items"] and metric in others["metrics"]:
+                    name += f", of the {others['items']:,} items without overlap"
+                    rows.append(_score_row(evaluation["step"], task, name, as_text(others["metrics"][metric]), "–"))
     return rows
 
 

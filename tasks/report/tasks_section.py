@@ -55,7 +55,8 @@ def task_context(evaluations: Rows, charts: Iterable[str]) -> dict[str, Any]:
 
 
 def task_rows(evaluations: Rows) -> list[dict[str, str]]:
-    """Base and last of each metric, and the last's paired differences with their p-values."""
+    """Base and last of each metric, and the last's paired differences with their p-values; where items overlap the
+    training text, both values without these too."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
@@ -72,6 +73,12 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
                 "from the one before": _difference(scored.get("from_previous", {}).get(metric)),
             }
         )
+        others = scored.get("without_overlap", scored)
+        if others["items"] < scored["items"]:
+            row = dict.fromkeys(rows[-1], "–") | {"task": task}
+            row["metric"] = f"{_LABELS[metric]}, of the {others['items']:,} items without overlap"
+            values = {"base": _value(first, task, metric, apart=True), "last": _value(last, task, metric, apart=True)}
+            rows.append(row | values)
     for task, scored in scored_tasks(last).items():
         if not scored["metrics"]:
             row = dict.fromkeys(("task", "metric", "base", "last", "from base", "from the one before"), "–")
@@ -79,8 +86,10 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
     return rows
 
 
-def _value(evaluation: Mapping[str, Any], task: str, metric: str) -> str:
-    score = scored_tasks(evaluation).get(task, {}).get("metrics", {}).get(metric)
+def _value(evaluation: Mapping[str, Any], task: str, metric: str, apart: bool = False) -> str:
+    """`apart`: without the items that overlap the training text."""
+    scored = scored_tasks(evaluation).get(task, {})
+    score = (scored.get("without_overlap", {}) if apart else scored).get("metrics", {}).get(metric)
     return as_text(score) if score else "–"
 
 

@@ -47,3 +47,12 @@ def test_scores_without_an_interval_and_tasks_without_scores() -> None:
     sums, proofs = perplexity_table(CONFIG, result)
     assert (sums["value"], sums["against base"]) == ("0.5000", "+0.1000")
     assert (proofs["of"], proofs["value"]) == ("proofs", "all items were left out")
+
+
+def test_a_score_without_the_items_that_overlap() -> None:
+    apart = {"items": 3, "metrics": {"accuracy": {"value": 0.25}}}
+    task = {"items": 4, "metrics": {"accuracy": {"value": 0.5}}, "without_overlap": apart}
+    summary = {"evaluations": [{"step": 5, "sources": {}, "tasks": {"sums": task}}]}
+    whole, others = perplexity_table(CONFIG, StageResult(Artifact("evaluate", "f", {}, {}, (), summary), skipped=False))
+    assert (whole["score"], whole["value"]) == ("accuracy", "0.5000")
+    assert (others["score"], others["value"]) == ("accuracy, of the 3 items without overlap", "0.2500")

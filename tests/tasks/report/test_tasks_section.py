@@ -54,6 +54,20 @@ def test_one_item_has_no_interval() -> None:
     assert "NaN" not in str(task_figures(found)["task sums bits per byte"])
 
 
+def test_a_score_without_the_items_that_overlap_stands_below() -> None:
+    def apart(step: int, value: float, items: int) -> dict[str, Any]:
+        found = evaluation(step, 0.5)
+        found["tasks"]["mmlu"]["without_overlap"] = {"items": items, "metrics": {"accuracy": score(value)}}
+        return found
+
+    whole, row = task_rows([apart(0, 0.2, 4), apart(40, 0.3, 4)])
+    assert (whole["metric"], whole["last"]) == ("accuracy", "0.5000 [0.4000, 0.7000]")
+    assert row["metric"] == "accuracy, of the 4 items without overlap"
+    assert (row["task"], row["from base"]) == ("mmlu", "–")
+    assert (row["base"], row["last"]) == ("0.2000 [0.1000, 0.4000]", "0.3000 [0.2000, 0.5000]")
+    assert len(task_rows([apart(0, 0.5, 5)])) == 1, "none overlaps"
+
+
 def test_a_task_of_which_nothing_was_scored_is_named() -> None:
     long = {"items": 0, "left_out": 9, "metrics": {}}
     accuracy, proofs = task_rows([EVALUATIONS[0] | {"tasks": EVALUATIONS[0]["tasks"] | {"proofs": long}}])
