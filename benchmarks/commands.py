@@ -41,6 +41,13 @@ def require_gpus(count: int, model: str) -> None:
         sys.exit(f"{model} needs {needed} here, and torch finds {found}; for a trial on CPUs, take tiny")
 
 
+def require_ranks(module: str, model: str) -> None:
+    """End with a line that says what is missing: torchrun, which starts the module, or a GPU for the model."""
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(f"start it with torchrun: torchrun --nproc_per_node GPUS -m {module} {model}")
+    require_gpus(1, model)
+
+
 def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
     """The command that runs a module in as many ranks of this host."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]

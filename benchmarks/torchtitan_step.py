@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.commands import at_least, require_gpus
+from benchmarks.commands import at_least, require_ranks
 from benchmarks.train_step import MODELS, base_config, report
 from neox_core.config import ModelConfig
 
@@ -53,9 +53,7 @@ class RandomTokens:
 def main() -> None:
     """Run the benchmark and print its figures."""
     options = _options()
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit("start it with torchrun: torchrun --nproc_per_node 2 -m benchmarks.torchtitan_step 7b")
-    require_gpus(1, options.model)
+    require_ranks("benchmarks.torchtitan_step", options.model)
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 

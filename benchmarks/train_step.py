@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.commands import at_least, require_gpus
+from benchmarks.commands import at_least, require_ranks
 from benchmarks.kernel_times import kernel_times
 from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.config.families import FAMILIES
@@ -51,9 +51,7 @@ ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 def main() -> None:
     """Run the benchmark and print its figures."""
     options = parse_options()
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit("start it with torchrun: torchrun --nproc_per_node 1 -m benchmarks.train_step 7b")
-    require_gpus(1, options.model)
+    require_ranks("benchmarks.train_step", options.model)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = checked(run_config(options, int(os.environ["WORLD_SIZE"])))

@@ -8,7 +8,7 @@ from typing import Any
 from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.evaluation.scores import as_text
-from tasks.evaluation.kept_items import scored_tasks
+from tasks.evaluation.kept_items import scored_apart, scored_tasks
 from tasks.identity.stage import StageResult
 from tasks.prepare import ledger
 from tasks.report.formats import format_bytes, format_change, format_count, format_duration
@@ -75,10 +75,11 @@ def perplexity_table(config: RunConfig, result: StageResult) -> list[Row]:
                 change = _difference(scored.get("from_base", {}).get(metric))
                 name = metric.replace("_", " ")
                 rows.append(_score_row(evaluation["step"], task, name, as_text(score), change))
-                others = scored.get("without_overlap", scored)
-                if others["items"] < scored["items"] and metric in others["metrics"]:
-                    name += f", of the {others['items']:,} items without overlap"
-                    rows.append(_score_row(evaluation["step"], task, name, as_text(others["metrics"][metric]), "–"))
+                if (apart := scored_apart(scored)) and metric in apart[1]:
+                    others, metrics = apart
+                    rows.append(
+                        _score_row(evaluation["step"], task, f"{name}, {others}", as_text(metrics[metric]), "–")
+                    )
     return rows
 
 

@@ -8,6 +8,7 @@ over a ring, each link then carries each gradient once, as in a reduce-scatter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch.distributed as dist
 from torch import Tensor
@@ -36,7 +37,8 @@ class OverlappedReduction:
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._flat, self._group = flat, group
-        self._ends, self._layer_ends = _ends(sizes, layers)
+        ends = layer_ends(sizes, layers)
+        self._ends, self._layer_ends = list(accumulate(sizes)), [ends[layer] for layer in layers]
         self._owned = flat.numel() // dist.get_world_size(group)
         self.bucket_elements = max(1, bucket_bytes // flat.element_size())
         self._under_way: list[dist.Work] = []
@@ -95,11 +97,6 @@ def average(gradient: Tensor, group: dist.ProcessGroup) -> dist.ReduceOp.RedOpTy
     return dist.ReduceOp.SUM
 
 
-def _ends(sizes: Sequence[int], layers: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Per parameter, where it ends in the flat gradient, and where its layer does."""
-    ends, end = [], 0
-    for size in sizes:
-        end += size
-        ends.append(end)
-    layer_end = dict(zip(layers, ends, strict=True))  # of a layer's parameters, the last one stays
-    return ends, [layer_end[layer] for layer in layers]
+def layer_ends(sizes: Sequence[int], layers: Sequence[int]) -> dict[int, int]:
+    """Where each layer's parameters end, when all are one after the other in the order of the layers."""
+    return dict(zip(layers, accumulate(sizes), strict=True))  # of a layer's parameters, the last one stays

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_core.parallel.gradient_reduction import BUCKET_BYTES
+from neox_core.parallel.gradient_reduction import BUCKET_BYTES, layer_ends
 
 
 class OverlappedGathering:
@@ -44,7 +43,7 @@ class OverlappedGathering:
             for first in range(0, flat.numel(), self._owned)
             for start in range(first, first + self._owned, largest)
         ]
-        ends = dict(zip(layers, accumulate(sizes), strict=True))  # of a layer's parameters, the last one stays
+        ends = layer_ends(sizes, layers)
         self._needed = {layer: sum(start < end for start in self._starts) for layer, end in ends.items()}
         """Buckets that a layer waits for: the first ones, up to its end."""
         self._under_way: deque[dist.Work] = deque()

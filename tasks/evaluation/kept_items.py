@@ -37,6 +37,14 @@ def scored_tasks(result: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def scored_apart(scored: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Of a task some of whose items overlap the training text: what a table calls the others, and their metrics."""
+    others = scored.get("without_overlap", scored)
+    if others["items"] >= scored["items"]:
+        return None
+    return f"of the {others['items']:,} items without overlap", others["metrics"]
+
+
 def generated_folder(folder: Path, step: int) -> Path:
     """Where a checkpoint's written answers lie."""
     return folder / GENERATED / f"step-{step:06d}"

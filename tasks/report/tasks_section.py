@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from neox_core.evaluation.scores import Score, as_text
-from tasks.evaluation.kept_items import scored_tasks
+from tasks.evaluation.kept_items import scored_apart, scored_tasks
 from tasks.report.figures import Rows, interval_figure
 
 _LABELS = {
@@ -19,6 +19,8 @@ _LABELS = {
     "majority": "share right by majority",
     "sample": "share right of all samples",
 }
+_NOTHING = dict.fromkeys(("task", "metric", "base", "last", "from base", "from the one before"), "–")
+"""A row of the table without values."""
 
 
 def task_metrics(evaluations: Rows) -> list[tuple[str, str]]:
@@ -73,16 +75,12 @@ def task_rows(evaluations: Rows) -> list[dict[str, str]]:
                 "from the one before": _difference(scored.get("from_previous", {}).get(metric)),
             }
         )
-        others = scored.get("without_overlap", scored)
-        if others["items"] < scored["items"]:
-            row = dict.fromkeys(rows[-1], "–") | {"task": task}
-            row["metric"] = f"{_LABELS[metric]}, of the {others['items']:,} items without overlap"
+        if apart := scored_apart(scored):
             values = {"base": _value(first, task, metric, apart=True), "last": _value(last, task, metric, apart=True)}
-            rows.append(row | values)
+            rows.append(_NOTHING | {"task": task, "metric": f"{_LABELS[metric]}, {apart[0]}"} | values)
     for task, scored in scored_tasks(last).items():
         if not scored["metrics"]:
-            row = dict.fromkeys(("task", "metric", "base", "last", "from base", "from the one before"), "–")
-            rows.append(row | {"task": task, "last": "all items were left out"})
+            rows.append(_NOTHING | {"task": task, "last": "all items were left out"})
     return rows
 
 

@@ -7,12 +7,7 @@ from typing import Any
 import torch
 
 from tests.distributed import run_ranks
-
-RANKS = 3
-SIZES = [7, 5, 4, 9, 6, 3]
-LAYERS = [0, 2, 2, 3, 3, 7]
-"""Layers end at elements 7, 16, 31 and 34."""
-PADDED = 36
+from tests.neox_core.parallel.test_gradient_reduction import LAYERS, PADDED, RANKS, SIZES
 
 
 def gather_all() -> dict[str, Any]:
