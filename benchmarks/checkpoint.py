@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks.train_step import CONFIGS, _batches, _random_weights, report
+from benchmarks.train_step import CONFIGS, random_batches, random_weights, report
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.writer import CheckpointWriter
 from neox_core.config import RunConfig, StorageConfig, batch_geometry, load_config
@@ -137,8 +137,8 @@ def _store(folder: Path, no_upload: bool) -> Iterator[ObjectStore]:
 def _measure(config: RunConfig, store: ObjectStore, folder: Path, saves: int) -> dict[str, Any]:
     device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
-    engine = build_engine(config, mesh, batch_geometry(config), _random_weights(config, device))
-    batches = _batches(config, mesh)
+    engine = build_engine(config, mesh, batch_geometry(config), random_weights(config, device))
+    batches = random_batches(config, mesh)
     writer = CheckpointWriter(store, "train", 0, 1, dist.HashStore())
     process = psutil.Process()
     stalls, waits, slower, resident = [], [], [], []

@@ -1,6 +1,6 @@
 """How long 10,000 answers take to score, and the hostile ones.
 
-    python benchmarks/judge_answers.py [--answers 10000]
+    python -m benchmarks.judge_answers [--answers 10000]
 
 Answers are those of the table of pairs, each once as it stands and then with other numbers, so that no verdict is
 remembered; a tenth are as hostile as tests/neox_core/evaluation/answers/test_judge.py has them, each in a variant of

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +21,12 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.train_step import _batches, _config, _options, _random_weights, _synchronize
+from benchmarks.commands import require_ranks
+from benchmarks.train_step import checked, parse_options, random_batches, random_weights, report, run_config
 from neox_core.config import WandbConfig, batch_geometry
 from neox_core.data.mixture import Mixture
 from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
+from neox_core.planning.calibration import synchronize
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.engine.outcome import gradient_norm_of
 from neox_core.train.observe.metrics import MetricsLog
@@ -43,14 +45,15 @@ class _NoStore:
 
 def main() -> None:
     """Run the benchmark and print its figures."""
-    options = _options()
+    options = parse_options()
+    require_ranks("benchmarks.telemetry", options.model)
     logging.basicConfig(level=logging.WARNING)
-    config = _config(options)
+    config = checked(run_config(options, int(os.environ["WORLD_SIZE"])))
     config = config.model_copy(update={"wandb": WandbConfig(mode="offline")})
     device = init_distributed(config.launch)
     mesh, geometry = build_mesh(config.parallel, device), batch_geometry(config)
-    engine = build_engine(config, mesh, geometry, _random_weights(config, device))
-    batches, folder = _batches(config, mesh), Path(tempfile.mkdtemp())
+    engine = build_engine(config, mesh, geometry, random_weights(config, device))
+    batches, folder = random_batches(config, mesh), Path(tempfile.mkdtemp())
     with MetricsLog(config, folder, cast(Any, _NoStore()), "", "benchmark", 0) as metrics:
         telemetry = Telemetry(
             config, mesh, geometry, engine, Mixture(_SOURCES), metrics, StepProfiler(None, folder, 0), 1e15
@@ -78,10 +81,10 @@ def main() -> None:
 
 
 def _timed(run: Callable[[int], None], step: int, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     run(step)
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -92,7 +95,7 @@ def _report(pairs: list[list[float]], shares: list[float]) -> None:
         "cost": median(pair[1] / pair[0] for pair in pairs) - 1,
         "logging_share": median(shares),
     }
-    sys.stdout.write(json.dumps({name: round(value, 5) for name, value in result.items()}) + "\n")
+    report({name: round(value, 5) for name, value in result.items()})
 
 
 if __name__ == "__main__":

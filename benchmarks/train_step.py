@@ -62,8 +62,8 @@ def main() -> None:
     gemm = _slowest(sustained_gemm(config.model, options.tp, tokens, device, options.gemm_seconds))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # recomputation `auto` looks at what is free
-    engine = build_engine(config, mesh, batch_geometry(config), _random_weights(config, device))
-    batches = _batches(config, mesh)
+    engine = build_engine(config, mesh, batch_geometry(config), random_weights(config, device))
+    batches = random_batches(config, mesh)
     timed = sorted([_timed(engine, batches, device) for _ in range(options.steps)][2:])
     seconds, host = timed[len(timed) // 2]
     result = _figures(config, options.tokens, seconds, gemm, device)
@@ -160,7 +160,8 @@ def _family_settings(options: argparse.Namespace, layers: int) -> dict[str, Any]
     return {"family": options.family, "layers_without_rope": without, "sliding_window": window}
 
 
-def _random_weights(config: RunConfig, device: torch.device) -> Any:
+def random_weights(config: RunConfig, device: torch.device) -> Any:
+    """Each layer's weights, normal of 0.02, as `build_engine` takes them."""
     types = layer_types(config.model.num_layers)
     dims = ModelDimensions.of(config.model, 1).shard(config.parallel.tensor)
 
@@ -182,7 +183,8 @@ def _initial(shape: torch.Size, generator: torch.Generator, device: torch.device
     return weight.normal_(0, 0.02, generator=generator)
 
 
-def _batches(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+def random_batches(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro batches of random ids and their targets, [B,T] each, without end."""
     shape = (config.train.micro_batch_size, config.train.sequence_length + 1)
     generator = torch.Generator(mesh.device).manual_seed(mesh.data_rank)
     while True:
