@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+from infra.prefect_server import own_prefect_server
 from tests.e2e.runs import Run, copy_text, write_run
 from tests.waiting import wait_for
 
@@ -22,14 +22,20 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """Prefect's own server with a database of its own; heartbeats off, which cost a second per flow."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        yield
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The server of a run that has none, with a database of its own; heartbeats off, which cost a second per flow.
+
+    Not Prefect's test harness: it gives up when a busy machine does not answer its first question within 5 s.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("LLEMMA_PREFECT_OWNER", "")  # restored afterwards
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with own_prefect_server():
+            settings = {PREFECT_API_URL: os.environ["PREFECT_API_URL"], PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+            with temporary_settings(settings):
+                yield
 
 
 @dataclass(frozen=True)

@@ -380,10 +380,15 @@ def test_progress_within_a_file_and_all_ends_if_the_callback_fails(tmp_path: Pat
 
 
 def fork_servers() -> list[psutil.Process]:
-    """Of this process, which has servers among its children too."""
-    return [
-        child for child in psutil.Process().children() if "tasks.tokenization.fork_server" in " ".join(child.cmdline())
-    ]
+    """Of this process, which has servers among its children too, and children that have ended."""
+    return [child for child in psutil.Process().children() if "tasks.tokenization.fork_server" in command_of(child)]
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie too
+        return ""
 
 
 MEMORY = """
