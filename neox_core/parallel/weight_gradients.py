@@ -6,7 +6,9 @@ three passes over memory per micro batch, and a rounding to bf16 before the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -19,6 +21,46 @@ from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel
 
 
+class DeferredGradients:
+    """Weight gradients that are added some micro batches later, when a pipeline stage would wait for another.
+
+    A backward pass owes the stage before it the gradient of its inputs alone: nobody waits for weights' gradients
+    before the update (arXiv 2401.10241). Until they are added, the inputs and the outputs' gradients of the linear
+    layers stay in memory. Micro batches come in their order, so that the sums are the same bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._micro_batches: deque[deque[Callable[[], None]]] = deque()
+        self._open: deque[Callable[[], None]] | None = None
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """Around a micro batch's backward pass, whose weight gradients are to wait."""
+        self._open = deque()
+        try:
+            yield
+            self._micro_batches.append(self._open)
+        finally:
+            self._open = None
+
+    def take(self, addition: Callable[[], None]) -> None:
+        """Do it later, within `defer`; else now."""
+        if self._open is None:
+            addition()
+        else:
+            self._open.append(addition)
+
+    def add_next(self) -> None:
+        """Add those of the micro batch that has waited longest, in the order of its backward pass."""
+        additions = self._micro_batches.popleft()
+        while additions:
+            additions.popleft()()  # and lets go of its tensors
+
+    def forget(self) -> None:
+        """Nothing waits."""
+        self._micro_batches.clear()
+
+
 @dataclass(frozen=True)
 class Accumulator:
     """Where a linear layer's weight gradient goes."""
@@ -27,6 +69,21 @@ class Accumulator:
     """fp32, in the weight's shape."""
     on_gradient: Callable[[], None]
     """Called after each addition."""
+    deferred: DeferredGradients | None = None
+    """Takes additions; None: each is done at once."""
+
+    def add(self, gradient_MO: Tensor, x_MI: Tensor) -> None:
+        """Add gradient^T x, of a layer's input and its output's gradient, now or when the time has come."""
+        if self.deferred is None:
+            self._add(gradient_MO, x_MI)
+        else:
+            # Detached, since a tensor that knows its graph keeps the stage's inputs, and their gradients.
+            self.deferred.take(partial(self._add, gradient_MO.detach(), x_MI.detach()))
+
+    @torch.no_grad()
+    def _add(self, gradient_MO: Tensor, x_MI: Tensor) -> None:
+        add_outer_product(self.buffer, gradient_MO, x_MI)
+        self.on_gradient()
 
 
 class AccumulatingLinear(nn.Linear):
@@ -88,8 +145,7 @@ class _AccumulatingLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         for accumulator, gradient in zip(ctx.accumulators, gradients, strict=True):
-            add_outer_product(accumulator.buffer, gradient.flatten(0, -2), x.flatten(0, -2))
-            accumulator.on_gradient()
+            accumulator.add(gradient.flatten(0, -2), x.flatten(0, -2))
         d_x = gradients[0] @ weights[0]
         for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
             d_x.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)  # the product adds: no pass for the sum
@@ -121,15 +177,16 @@ def accept_accumulators(module: nn.Module) -> None:
                 setattr(parent, name, AccumulatingLinear.of(child))
 
 
-def accumulate_linear_gradients(module: nn.Module, optimizer: Any) -> None:
+def accumulate_linear_gradients(module: nn.Module, optimizer: Any, deferred: DeferredGradients | None = None) -> None:
     """Let every linear layer of a module that has no accumulator add its weight gradient to DeepSpeed's.
 
     Args:
         optimizer: the ShardedOptimizer, which owns the accumulators.
+        deferred: see Accumulator.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
     for linear in module.modules():
         if isinstance(linear, AccumulatingLinear) and linear.accumulator is None:
             group, index = places[id(linear.weight)]
             buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
-            linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index))
+            linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index), deferred)

@@ -49,6 +49,38 @@ def block_bytes(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckp
     return micro_batch_tokens(config) * per_token[mode]
 
 
+def kept_bytes(
+    config: RunConfig,
+    dims: ModelDimensions,
+    geometry: BatchGeometry,
+    stage: int,
+    modes: Sequence[ActivationCheckpointing],
+) -> int:
+    """Bytes that a stage keeps for its micro batches in flight, and for those whose weights' gradients are deferred.
+
+    Args:
+        modes: activation checkpointing of the stage's layers.
+    """
+    flying, blocks = in_flight(config, geometry, stage), sum(block_bytes(config, dims, mode) for mode in modes)
+    waiting = min(stage, geometry.accumulation_steps - 1) if defers(config, stage) else 0
+    return flying * blocks + waiting * len(modes) * _deferred_bytes(config, dims)
+
+
+def defers(config: RunConfig, stage: int) -> bool:
+    """Whether a stage defers weights' gradients: the first owes nobody anything."""
+    return config.parallel.pipeline_schedule == "zb-h1" and stage > 0
+
+
+def _deferred_bytes(config: RunConfig, dims: ModelDimensions) -> int:
+    """What a block's weights' gradients are made of: inputs of its linear layers and gradients of their outputs.
+
+    Per token e·(4·D + H·(2·N + 2·K) + 3·F), of all tokens where tensor-parallel ranks split these.
+    """
+    heads = dims.head_dim * (2 * dims.num_heads + 2 * dims.num_kv_heads)
+    per_token = 4 * dims.hidden_size + heads + 3 * dims.intermediate_size
+    return micro_batch_tokens(config) * DTYPE_BYTES[config.train.precision] * per_token
+
+
 def working_bytes(
     config: RunConfig,
     dims: ModelDimensions,
@@ -67,7 +99,12 @@ def working_bytes(
     Args:
         modes: activation checkpointing of the stage's layers.
     """
-    most = max(_working_bytes(config, dims, geometry, stage, mode) for mode in set(modes))
+    forward = max(_block_forward(config, dims, mode) for mode in set(modes))
+    if defers(config, stage):
+        backward = _deferring_backward(config, dims, modes, receives=stage < config.parallel.pipeline - 1)
+    else:
+        backward = max(_block_backward(config, dims, mode) for mode in set(modes))
+    most = _working_bytes(config, dims, geometry, stage, forward, backward)
     if stage > 0:
         return most
     return max(
@@ -76,7 +113,7 @@ def working_bytes(
 
 
 def _working_bytes(
-    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, mode: ActivationCheckpointing
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, stage: int, forward: int, backward: int
 ) -> int:
     stages = config.parallel.pipeline
     hidden = _hidden(config, dims)
@@ -85,13 +122,12 @@ def _working_bytes(
     passed = hidden // config.parallel.tensor
     received = passed + (0 if puts_together else flying * passed) if stage > 0 else 0
     if stage == stages - 1:
-        return received + _last_stage_working(config, dims, geometry, mode, stage > 0)
-    backward = _block_backward(config, dims, mode)
+        return received + _last_stage_working(config, dims, geometry, forward, backward, stage > 0)
     if puts_together:
         backward = max(3 * hidden, 2 * hidden + backward)
     # The buffer for gradients is there from the first backward pass on.
     first = flying - (flying == geometry.accumulation_steps)
-    return received + max(first * passed + _block_forward(config, dims, mode), (flying + 1) * passed + backward)
+    return received + max(first * passed + forward, (flying + 1) * passed + backward)
 
 
 def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry) -> int:
@@ -106,7 +142,7 @@ def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: Batc
 
 
 def _last_stage_working(
-    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, mode: ActivationCheckpointing, receives: bool
+    config: RunConfig, dims: ModelDimensions, geometry: BatchGeometry, forward: int, backward: int, receives: bool
 ) -> int:
     """DeepSpeed keeps the results of the last two micro batches, whose graphs hold their inputs and gradients of these.
 
@@ -117,8 +153,7 @@ def _last_stage_working(
     result = hidden + 2 * part * receives
     old = min(2, geometry.accumulation_steps - 1)
     loss = part + max(2 * hidden, hidden + _chunk_logits(config, dims))
-    backward = min(1, old) * result + hidden + max(loss, part + _block_backward(config, dims, mode))
-    return max(old * result + _block_forward(config, dims, mode), backward)
+    return max(old * result + forward, min(1, old) * result + hidden + max(loss, part + backward))
 
 
 def _block_forward(config: RunConfig, dims: ModelDimensions, mode: ActivationCheckpointing) -> int:
@@ -149,6 +184,35 @@ def _block_backward(config: RunConfig, dims: ModelDimensions, mode: ActivationCh
         return max(2 * width, gathered + width)
     again = block_bytes(config, dims, "none") - block_bytes(config, dims, "full")
     return again + max(2 * width, hidden + gathered + part)
+
+
+def _deferring_backward(
+    config: RunConfig, dims: ModelDimensions, modes: Sequence[ActivationCheckpointing], receives: bool
+) -> int:
+    """As `_block_backward`, for a stage that defers weights' gradients, in addition to what all its blocks had kept.
+
+    A block exchanges what it kept for what these are made of: in its MLP, w2's input and its result's gradient stay; in
+    its attention, all of the MLP's do, next to attention's results and gradients; at its end, the gradients of its
+    input come to these. A stage receives gradients in a place of their own; that of one rank is w2's already.
+
+    Args:
+        receives: gradients from the next stage.
+    """
+    hidden, width, split = _hidden(config, dims), _width(config, dims), _token_split(config)
+    size = DTYPE_BYTES[config.train.precision] * micro_batch_tokens(config) * dims.head_dim
+    attention = size * (2 * dims.num_heads + 2 * dims.num_kv_heads)
+    gathered, part = (hidden, hidden // split) if split > 1 else (0, hidden)
+    within = {
+        "none": max(gathered + 3 * width, gathered + hidden + attention),
+        "selective": max(gathered + 4 * width, gathered + 2 * hidden + part + width + 2 * attention),
+    }
+    within["full"] = block_bytes(config, dims, "none") - block_bytes(config, dims, "full") + within["none"]
+    most = growth = 0
+    for mode in reversed(modes):
+        most = max(most, growth + within[mode])
+        growth += _deferred_bytes(config, dims) - block_bytes(config, dims, mode)
+        most = max(most, growth + hidden + part * min(2, split))
+    return most + (part if receives and split > 1 else 0)
 
 
 def _chunk_logits(config: RunConfig, dims: ModelDimensions) -> int:

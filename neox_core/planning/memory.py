@@ -21,7 +21,7 @@ from neox_core.optimizer import update_rule
 from neox_core.optimizer.rule import STATE_BYTES
 from neox_core.parallel.sharding import mark_parameters, sharding_of
 from neox_core.parallel.stages import pipeline_layers
-from neox_core.planning.activations import DTYPE_BYTES, block_bytes, in_flight, working_bytes
+from neox_core.planning.activations import DTYPE_BYTES, kept_bytes, working_bytes
 
 RESERVED_BYTES = 4 * 2**30
 """What is not counted: the CUDA context, code and workspaces of kernels (2.4 GiB on an H200), the allocator's fragments
@@ -120,7 +120,7 @@ def stage_memory(
         master=0 if config.train.precision == "fp32" else _MASTER_BYTES[config.train.master_weights] * shard,
         optimizer=len(update_rule(config.train.optimizer).state_names) * STATE_BYTES * shard,
         tables=layers * _FP32 * dims.head_dim * config.train.sequence_length,
-        activations=in_flight(config, geometry, stage) * sum(block_bytes(config, dims, mode) for mode in modes),
+        activations=kept_bytes(config, dims, geometry, stage, modes),
         working=working_bytes(config, dims, geometry, stage, modes),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_core.parallel.overlap.exchange import Exchange
-from neox_core.parallel.weight_gradients import Accumulator, accumulators_of, add_outer_product
+from neox_core.parallel.weight_gradients import Accumulator, accumulators_of
 
 
 def gathered_outputs(
@@ -87,8 +87,7 @@ class _GatheredLinears(torch.autograd.Function):
             for gradient, weight in zip(flat[1:], weights[1:], strict=True):
                 place.addmm_(gradient[rows], weight)  # the product adds: no pass for the sum
         for accumulator, gradient in zip(ctx.accumulators, flat, strict=True):
-            add_outer_product(accumulator.buffer, gradient, whole.flatten(0, 1))
-            accumulator.on_gradient()
+            accumulator.add(gradient, whole.flatten(0, 1))
         d_part = scattering.others_sum()
         for gradient, weight in zip(flat, weights, strict=True):
             d_part.addmm_(_own_rows(gradient, ctx.exchange), weight)
@@ -110,6 +109,5 @@ class _SummedLinear(torch.autograd.Function):
         for rows, values in gathering.arrivals():
             torch.mm(values, weight, out=d_x.flatten(0, 1)[rows])
         (accumulator,) = ctx.accumulators
-        add_outer_product(accumulator.buffer, gathering.whole_ND, x.flatten(0, 1))
-        accumulator.on_gradient()
+        accumulator.add(gathering.whole_ND, x.flatten(0, 1))
         return d_x, None, None, None

@@ -11,17 +11,20 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import TrainSchedule
 from deepspeed.runtime.utils import PartitionedTensor
 
 METHODS: Mapping[type, Mapping[str, str]] = {
     PipelineEngine: {
         # Overridden.
+        "_train_schedule": "",
         "_inference_schedule": "micro_batches",
         "eval_batch": "data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches",
         "_do_optimizer_sanity_check": "basic_optimizer",
         "_configure_bf16_optimizer": "optimizer",
         "_exec_forward_pass": "buffer_id",
         "_exec_backward_pass": "buffer_id",
+        "_exec_recv_grads": "buffer_id",
         "_exec_reduce_grads": "",
         "_exec_optimizer_step": "lr_kwargs",
         "_bf16_reduce_grads": "",
@@ -54,6 +57,7 @@ METHODS: Mapping[type, Mapping[str, str]] = {
         # Called.
         "clear_lp_grads": "set_to_none",
     },
+    TrainSchedule: {"__init__": "micro_batches, stages, stage_id", "steps": ""},
     PipelineModule: {"_partition_layers": "method", "_set_bounds": "start, stop", "mpu": ""},
     LayerSpec: {"build": "log"},
     CheckpointEngine: {
@@ -70,6 +74,7 @@ METHODS: Mapping[type, Mapping[str, str]] = {
 ATTRIBUTES: Mapping[type, tuple[str, ...]] = {
     PipelineEngine: (
         "_INSTRUCTION_MAP",
+        "_grad_layer_buf",
         "agg_additional_losses",
         "agg_train_loss",
         "checkpoint_engine",

@@ -24,6 +24,7 @@ from neox_core.optimizer import UpdateRule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.ranks.mesh import Mesh
+from neox_core.parallel.weight_gradients import DeferredGradients
 from neox_core.train.engine.graphs.graphed_stage import GraphedStage, why_not
 from neox_core.train.engine.outcome import loss_of
 from neox_core.train.engine.sharded_optimizer import ShardedOptimizer
@@ -31,6 +32,7 @@ from neox_core.train.engine.state.files import StateFiles, is_own_file, is_share
 from neox_core.train.engine.state.resharded import OptimizerFiles, load_resharded
 from neox_core.train.engine.state.verification import verify_before_save, verify_loaded, verify_master_weights
 from neox_core.train.engine.step_engine import Batches
+from neox_core.train.engine.zero_bubble import WeightGradients, ZeroBubbleSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,22 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     Args:
         rule, mesh, kv_group, packed: what ShardedOptimizer takes.
+        deferred: takes weights' gradients while the stage owes others something; None: they are added at once.
         named: what PipelineEngine takes.
     """
 
     def __init__(
-        self, rule: UpdateRule, mesh: Mesh, kv_group: dist.ProcessGroup | None, packed: bool, **named: Any
+        self,
+        rule: UpdateRule,
+        mesh: Mesh,
+        kv_group: dist.ProcessGroup | None,
+        packed: bool,
+        deferred: DeferredGradients | None,
+        **named: Any,
     ) -> None:
         self._rule, self._mesh, self._kv_group, self._packed = rule, mesh, kv_group, packed
-        self._backward_passes = self._evaluated = 0
+        self.deferred = deferred
+        self._gradients = self._evaluated = 0
         self._graphs: GraphedStage | None = None
         self._copies = torch.cuda.Stream() if mesh.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._on_phase: Callable[[str], None] = _nobody
@@ -189,6 +199,11 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             grad_acc_dtype=torch.float32,
         )
 
+    def _train_schedule(self) -> Any:
+        if self.deferred is None:
+            return super()._train_schedule()
+        return ZeroBubbleSchedule(self.micro_batches, self.num_stages, self.stage_id)
+
     def _inference_schedule(self, micro_batches: int) -> Any:
         return super()._inference_schedule(self._evaluated)
 
@@ -196,13 +211,34 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         if self._graphs is None or not self.module.training or not self._graphs.forward(buffer_id):
             super()._exec_forward_pass(buffer_id)
 
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        if self.deferred is not None:
+            # In memory of its own, since what waits refers to it. DeepSpeed receives all in one place, inputs too.
+            self.grad_layer, self._grad_layer_buf = None, []
+        super()._exec_recv_grads(buffer_id)
+
     def _exec_backward_pass(self, buffer_id: int) -> None:
         if self._graphs is not None and self._graphs.backward():
             return
-        self._backward_passes += 1
-        if self._backward_passes == self.micro_batches:
+        if self.deferred is None:
+            self._count_gradients()
+            super()._exec_backward_pass(buffer_id)
+        else:
+            with self.deferred.defer():
+                super()._exec_backward_pass(buffer_id)
+
+    def _exec_weight_gradients(self) -> None:
+        if self._graphs is not None and self._graphs.add_weight_gradients():
+            return
+        assert self.deferred is not None, "only its schedule asks for this"
+        self._count_gradients()
+        self.deferred.add_next()
+
+    def _count_gradients(self) -> None:
+        """A micro batch's weights' gradients come, after which those of the last one are complete."""
+        self._gradients += 1
+        if self._gradients == self.micro_batches:
             self.optimizer.begin_reduction()
-        super()._exec_backward_pass(buffer_id)
 
     def _exec_reduce_grads(self) -> None:
         self._on_phase("reduce")
@@ -215,13 +251,15 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
     # DeepSpeed looks functions up here, not by name.
     _INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | {
         schedule.ForwardPass: _exec_forward_pass,
+        schedule.RecvGrad: _exec_recv_grads,
         schedule.BackwardPass: _exec_backward_pass,
+        WeightGradients: _exec_weight_gradients,
         schedule.ReduceGrads: _exec_reduce_grads,
         schedule.OptimizerStep: _exec_optimizer_step,
     }
 
     def _bf16_reduce_grads(self) -> None:
-        self._backward_passes = 0
+        self._gradients = 0
         replayed = self._graphs is not None and self._graphs.replaying
         self.optimizer.reduce_gradients(begun=not replayed)
         if self._graphs is not None:

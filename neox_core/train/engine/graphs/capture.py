@@ -31,12 +31,14 @@ class Passed:
 
 @dataclass(frozen=True)
 class Work:
-    """The two passes of a micro batch."""
+    """The passes of a micro batch."""
 
     forward: Callable[[Values, Tensor | None], Passed]
     """(inputs, targets on the last stage) -> what they give."""
     backward: Callable[[Values, Tensor | None], None]
     """(results, the gradient of the first of them, or None for a loss) -> gradients in buffers and at the inputs."""
+    weights: Callable[[], None] | None = None
+    """Adds the weights' gradients that `backward` deferred; None: it adds them itself."""
 
 
 class Graph(Protocol):
@@ -92,6 +94,7 @@ class RecordedMicroBatch:
         self._forward = recorder.record(self._run_forward)
         self._gradient = torch.empty_like(flat(self.passed.results)[0]) if targets is None else None
         self._backward = recorder.record(self._run_backward)
+        self._weights = None if work.weights is None else recorder.record(work.weights)
         # The graph that autograd made is of no further use.
         results, report = self.passed.results, self.passed.report
         self.passed = Passed(_map(Tensor.detach, results), tuple(x.detach() for x in report))
@@ -125,6 +128,11 @@ class RecordedMicroBatch:
         self._backward.replay()
         for place, found in zip(flat(self.inputs), self._input_gradients, strict=True):
             place.grad = found
+
+    def add_weight_gradients(self) -> None:
+        """Those that the backward pass deferred."""
+        assert self._weights is not None, "recorded with work that defers them"
+        self._weights.replay()
 
 
 class StageGraphs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class GraphedStage:
         self._kind: tuple[Any, ...] = ()
         self._graphs: StageGraphs | None = None
         self._failed = False
-        self._forwards = self._backwards = 0
+        self._forwards = self._backwards = self._weights = 0
         self.replaying = False
         """The step under way."""
 
@@ -44,7 +46,7 @@ class GraphedStage:
 
     def end_step(self) -> None:
         """All micro batches are through."""
-        self._forwards = self._backwards = 0
+        self._forwards = self._backwards = self._weights = 0
         self.replaying = False
 
     def forward(self, buffer: int) -> bool:
@@ -88,6 +90,15 @@ class GraphedStage:
         slot.backward(received if received is None or isinstance(received, Tensor) else received[0])
         return True
 
+    def add_weight_gradients(self) -> bool:
+        """Add those that a backward pass has deferred, if it was replayed."""
+        if not self.replaying:
+            return False
+        assert self._graphs is not None
+        self._graphs.slot(self._weights).add_weight_gradients()
+        self._weights += 1
+        return True
+
     def _ready(self, inputs: Values, targets: Tensor | None) -> bool:
         engine = self._engine
         kind = (shapes(inputs), engine.micro_batches, engine.gradient_accumulation_steps())
@@ -101,21 +112,24 @@ class GraphedStage:
     def _record(self, inputs: Values, targets: Tensor | None) -> None:
         engine, count = self._engine, self._engine.micro_batches
         self._forget_passes()
-        works = Work(self._forward_once, self._backward_once), Work(self._forward_once, self._last_backward_once)
+        # A stage that defers weights' gradients keeps a micro batch until these are added.
+        in_flight = engine.num_stages - (engine.stage_id if engine.deferred is None else 0)
         try:
             self._graphs = StageGraphs(
-                works[0],
-                works[1] if self._reduces else None,
+                self._work(last=False),
+                self._work(last=True) if self._reduces else None,
                 inputs,
                 targets,
                 count,
-                engine.num_stages - engine.stage_id,
+                in_flight,
                 self._new_recorder,
             )
             logger.info("CUDA graphs: recorded for steps of %d micro batches", count)
         except RuntimeError as error:
             self._failed = True
             engine.optimizer.reduction.forget()
+            if engine.deferred is not None:
+                engine.deferred.forget()
             reason = str(error).splitlines()[0]
             logger.warning("CUDA graphs: off, since recording a micro batch failed: %s", reason, exc_info=True)
 
@@ -126,6 +140,18 @@ class GraphedStage:
         for name in ("outputs", "output_tensors"):
             engine.pipe_buffers[name] = [None] * len(engine.pipe_buffers[name])
         gc.collect()
+
+    def _work(self, last: bool) -> Work:
+        """Of a micro batch; `last`: of a step's last one, with the reduction."""
+        deferred, completed = self._engine.deferred, self._reduced if last else _call
+        if deferred is None:
+            return Work(self._forward_once, lambda *passed: completed(partial(self._backward_once, *passed)))
+
+        def backward(results: Values, gradient: Tensor | None) -> None:
+            with deferred.defer():
+                self._backward_once(results, gradient)
+
+        return Work(self._forward_once, backward, lambda: completed(deferred.add_next))
 
     def _forward_once(self, inputs: Values, targets: Tensor | None) -> Passed:
         module = self._engine.module
@@ -146,11 +172,16 @@ class GraphedStage:
             first = self._engine._scale_loss_by_gas(first)
         first.backward(gradient)  # type: ignore[no-untyped-call]
 
-    def _last_backward_once(self, results: Values, gradient: Tensor | None) -> None:
+    def _reduced(self, work: Callable[[], None]) -> None:
+        """Work that completes the gradients, which are averaged alongside it."""
         self._engine.optimizer.begin_reduction()
-        self._backward_once(results, gradient)
+        work()
         with torch.no_grad():
             self._engine.optimizer.reduction.finish()
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
 
 
 def why_not(engine: Any, device: torch.device) -> str | None:
