@@ -30,7 +30,8 @@ from infra.prefect.services import (
 from infra.processes import end_processes
 from neox_core.errors import LlemmaError
 
-_START_SECONDS = 180.0
+_START_SECONDS = 600.0
+"""On a busy machine it takes minutes; a keeper that has ended is not waited for."""
 _DEFAULT_PORT = 4200
 
 Say = Callable[[str, str], None]
