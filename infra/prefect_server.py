@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from infra.ports import hold_port, port_of
 from infra.prefect.services import answers
 from infra.processes import ProcessRecord, end_processes
 from neox_core.errors import LlemmaError
@@ -28,7 +28,8 @@ _HOME = "PREFECT_HOME"
 _URL = "PREFECT_API_URL"
 _PROGRAM = "prefect.server.api.server:create_app"
 _GRACE_SECONDS = 3.0
-_START_SECONDS = 120.0
+_START_SECONDS = 600.0
+"""On a busy machine it takes minutes; one that has ended is not waited for."""
 
 
 @contextmanager
@@ -42,12 +43,12 @@ def own_prefect_server() -> Iterator[None]:
         yield
         return
     end_orphans()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = hold_port()
+    port = port_of(held)
     log = Path(os.environ[_HOME]) / "server.log"
     command = [sys.executable, "-m", "uvicorn", "--factory", _PROGRAM, "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {
+    patient = {"PREFECT_SERVER_DATABASE_TIMEOUT": "120"}  # as in infra/prefect/env.sh
+    own = {
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
@@ -55,7 +56,7 @@ def own_prefect_server() -> Iterator[None]:
     with log.open("ab") as output:
         server = subprocess.Popen(
             [*command, "--log-level", "error", "--lifespan", "on"],
-            env=environment,
+            env=patient | os.environ | own,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -68,6 +69,7 @@ def own_prefect_server() -> Iterator[None]:
         yield
     finally:
         end_processes([record], _GRACE_SECONDS)
+        held.close()
         del os.environ[_URL]
 
 

@@ -13,6 +13,8 @@ import psutil  # type: ignore[import-untyped]
 
 _SAME_START_SECONDS = 2.0
 """The start time is computed from the boot time, which moves a little when the clock is set."""
+_KILLED_SECONDS = 60.0
+"""For the kernel to end killed processes, which takes it seconds on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class ProcessRecord:
 def end_processes(records: Iterable[ProcessRecord], grace_seconds: float) -> None:
     """SIGTERM, then SIGKILL to what still runs after the grace; returns when all have ended."""
     records = tuple(records)
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILLED_SECONDS)):
         for record in records:
             record.send(number)
-        wait_for_end(records, grace_seconds)
+        wait_for_end(records, seconds)
 
 
 def wait_for_end(records: Iterable[ProcessRecord], timeout_seconds: float) -> bool:

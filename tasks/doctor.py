@@ -91,7 +91,7 @@ def _gpus(what: str, config: RunConfig) -> Finding:
         return Finding(what, "good", "none needed: launch.device is cpu")
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         text = "no nvidia-smi here: as on a login node; run `srun ... llemma doctor CONFIG` on a GPU node"
         return Finding(what, "warning", text)

@@ -74,7 +74,7 @@ def ceph_s3(folder: Path) -> Iterator[S3Endpoint]:
 
     def run(*command: str) -> str:
         call = [command[0], "-c", str(configuration), *command[1:]]
-        return subprocess.run(call, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(call, check=True, capture_output=True, text=True, timeout=200).stdout
 
     for number, (name, mon) in enumerate(_CAPABILITIES.items()):
         new = [] if number else ["--create-keyring"]
@@ -94,7 +94,7 @@ def ceph_s3(folder: Path) -> Iterator[S3Endpoint]:
             stack.callback(process.kill)
 
         start("ceph-mon", "-i", "a")
-        _until(lambda: "mon" in run("ceph", "--connect-timeout", "2", "-s"), "the monitor")
+        _until(lambda: "mon" in run("ceph", "--connect-timeout", "20", "-s"), "the monitor")
         disk = str(uuid.uuid4())
         run("ceph", "osd", "new", disk, "0")
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
@@ -102,14 +102,14 @@ def ceph_s3(folder: Path) -> Iterator[S3Endpoint]:
         _until(lambda: "1 up" in run("ceph", "osd", "stat"), "the storage daemon")
         start("radosgw", "-n", "client.rgw")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        _until(lambda: bool(opener.open(f"http://127.0.0.1:{port}/", timeout=2).read()), "the gateway")
+        _until(lambda: bool(opener.open(f"http://127.0.0.1:{port}/", timeout=20).read()), "the gateway")
         keys = ["--access-key", _ACCESS_KEY, "--secret-key", _SECRET_KEY]
         run("radosgw-admin", "-n", "client.rgw", "user", "create", "--uid=test", "--display-name=test", *keys)
         yield S3Endpoint(f"http://127.0.0.1:{port}", _ACCESS_KEY, _SECRET_KEY)
 
 
 def _until(there: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
             if there():
@@ -117,4 +117,4 @@ def _until(there: Callable[[], bool], what: str) -> None:
         except (OSError, subprocess.SubprocessError):
             pass
         time.sleep(0.2)
-    raise AssertionError(f"{what} did not come up within 90 s")
+    raise AssertionError(f"{what} did not come up within 300 s")

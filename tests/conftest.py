@@ -103,14 +103,14 @@ def slurm_folder() -> Iterator[Path]:
     """SLURM on this machine, started once per test session (5 s, and a minute more where it is to be installed)."""
     scripts = Path(__file__).parents[1] / "infra" / "slurm"
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 108 characters at most
-    started = subprocess.run([scripts / "up", folder], capture_output=True, text=True, check=False, timeout=400)
+    started = subprocess.run([scripts / "up", folder], capture_output=True, text=True, check=False, timeout=550)
     if started.returncode == 3:
         pytest.skip(started.stderr.strip())
     try:
         assert started.returncode == 0, f"{started.stdout}\n{started.stderr}"
         yield folder
     finally:
-        subprocess.run([scripts / "down", folder], check=True, timeout=120)
+        subprocess.run([scripts / "down", folder], check=True, timeout=500)
         shutil.rmtree(folder)
 
 

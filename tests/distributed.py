@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from queue import Empty
 from typing import Any
 
 PATIENCE_SECONDS = 540.0
 """Under pytest's own limit of 600, and far above what ranks take on a busy machine."""
+_LOOK_SECONDS = 1.0
 
 
 def run_ranks(
@@ -34,8 +37,8 @@ def run_ranks(
         process.start()
     results: dict[int, Any] = {}
     try:
-        for _ in processes:
-            rank, result, error = queue.get(timeout=timeout)
+        while len(results) < world_size:
+            rank, result, error = _next_result(processes, results, queue, timeout)
             if error is not None:
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
             results[rank] = pickle.loads(result)
@@ -46,7 +49,20 @@ def run_ranks(
     return [results[rank] for rank in range(world_size)]
 
 
-def killed_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[int | None]:
+def _next_result(processes: list[Any], results: Collection[int], queue: Any, timeout: float) -> Any:
+    """What the next rank has put into the queue. One that has ended without a word will not, and is not waited for."""
+    deadline = time.monotonic() + timeout
+    while True:
+        missing = [rank for rank in range(len(processes)) if rank not in results]
+        ended = [rank for rank in missing if not processes[rank].is_alive()]  # before the queue, which it may have used
+        try:
+            return queue.get(timeout=_LOOK_SECONDS)
+        except Empty:
+            assert not ended, f"rank {ended[0]} has ended with exit code {processes[ended[0]].exitcode}, without a word"
+            assert time.monotonic() < deadline, f"ranks {missing} have not returned within {timeout:.0f} s"
+
+
+def killed_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[int | None]:
     """Call `function(*args)` on ranks that end themselves on the way; their exit codes."""
     context = _process_context()
     queue = context.Queue()
@@ -58,8 +74,9 @@ def killed_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + PATIENCE_SECONDS
     for process in processes:
-        process.join(timeout)
+        process.join(deadline - time.monotonic())
         process.kill()
     return [process.exitcode for process in processes]
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 
+from infra.ports import hold_port, port_of
+
+_HELD: list[socket.socket] = []
+"""A port is free for others when its socket ends."""
+
 
 def free_port() -> int:
-    """One that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on, and that nobody else is given as long as this process lasts."""
+    _HELD.append(hold_port())
+    return port_of(_HELD[-1])

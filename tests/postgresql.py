@@ -40,7 +40,7 @@ def postgresql(folder: Path, password: str) -> Iterator[str]:
     port = free_port()
     _run(bin_folder / "initdb", "--pgdata", folder / "data", "--auth=scram-sha-256", "--auth-local=trust")
     options = f"-p {port} -h 127.0.0.1 -k {folder}"
-    control = (bin_folder / "pg_ctl", "--pgdata", folder / "data", "--wait", "--log", folder / "log")
+    control = (bin_folder / "pg_ctl", "--pgdata", folder / "data", "--wait", "--timeout=300", "--log", folder / "log")
     _run(*control, "--options", options, "start")
     try:
         ask = (bin_folder / "psql", "--host", folder, "--port", str(port), "--dbname", "postgres", "--command")
@@ -53,5 +53,5 @@ def postgresql(folder: Path, password: str) -> Iterator[str]:
 
 def _run(*command: str | Path) -> None:
     as_user = ("runuser", "-u", USER, "--") if os.getuid() == 0 else ()
-    ended = subprocess.run([*as_user, *command], cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([*as_user, *command], cwd="/", capture_output=True, text=True, timeout=320, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

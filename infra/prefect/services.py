@@ -6,6 +6,7 @@ import json
 import os
 import urllib.request
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from infra.processes import ProcessRecord
@@ -14,6 +15,8 @@ from neox_core.storage.atomic import write_atomically
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(__file__).with_name("prefect.sh"))
 POOL = "llemma"
+_ANSWER_SECONDS = 30.0
+"""Of a server that has taken the question: one on a busy machine is slow."""
 SERVER, WORKER = "server", "worker"
 
 SERVICES: dict[str, tuple[str, ...]] = {
@@ -88,9 +91,9 @@ def page_url(port: int) -> str:
 def answers(api: str) -> bool:
     """Whether the server at this address, PREFECT_API_URL's, is ready."""
     try:
-        with urllib.request.urlopen(f"{api}/health", timeout=5):
+        with urllib.request.urlopen(f"{api}/health", timeout=_ANSWER_SECONDS):
             return True
-    except OSError:
+    except (OSError, HTTPException):  # the latter of a program that speaks something else
         return False
 
 

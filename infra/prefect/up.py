@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -30,7 +30,8 @@ from infra.prefect.services import (
 from infra.processes import end_processes
 from neox_core.errors import LlemmaError
 
-_START_SECONDS = 180.0
+_START_SECONDS = 600.0
+"""On a busy machine it takes minutes; a keeper that has ended is not waited for."""
 _DEFAULT_PORT = 4200
 
 Say = Callable[[str, str], None]
@@ -145,11 +146,12 @@ def _check_free(port: int) -> None:
 def _listener(port: int) -> str:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            return f"process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:80]})"
+            with contextlib.suppress(psutil.Error):  # it ends just now
+                return f"process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:80]})"
     return "another program"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two that start or end services at once wait for each other."""
     (folder / "services").mkdir(parents=True, exist_ok=True)

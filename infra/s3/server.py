@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import jinja2
@@ -29,9 +30,11 @@ logger = logging.getLogger(__name__)
 REGION = "us-east-1"
 _KINDS = ("proxy", "object", "container", "account")
 _STATE_FILE = "server.json"
-_START_TIMEOUT_SECONDS = 60.0
+_START_TIMEOUT_SECONDS = 300.0
+"""On a busy machine it takes a minute and more; one whose processes have ended is not waited for."""
+_ANSWER_SECONDS = 30.0
 _STOP_GRACE_SECONDS = 5.0
-_PORT_GRACE_SECONDS = 2.0
+_PORT_GRACE_SECONDS = 20.0
 """The threads of a killed server may hold its port a moment longer than the process can be seen."""
 
 
@@ -66,7 +69,8 @@ def ensure_running(folder: Path) -> S3Endpoint:
         StorageError: Swift is not installed, the file system lacks what it needs, or it does not start.
     """
     state = _read_state(folder)
-    if state and state.processes and all(process.is_alive() for process in state.processes) and _is_healthy(state):
+    # One that runs is waited for: it may be slow to answer, and others use it.
+    if state and len(state.processes) == len(_KINDS) and _wait_until_healthy(state):
         return state.endpoint
     if state:
         end_processes(state.processes, _STOP_GRACE_SECONDS)
@@ -203,10 +207,10 @@ def _is_healthy(state: ServerState) -> bool:
     """Whether the proxy answers, and each of the four listens itself: another program may have taken a port."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for loopback
     try:
-        with direct.open(f"{state.endpoint.url}/healthcheck", timeout=5) as answer:
+        with direct.open(f"{state.endpoint.url}/healthcheck", timeout=_ANSWER_SECONDS) as answer:
             if answer.read() != b"OK":
                 return False
-    except OSError:
+    except (OSError, HTTPException):  # the latter of another program that speaks something else
         return False
     return all(_listens(process, state.ports[kind]) for kind, process in zip(_KINDS, state.processes, strict=True))
 

@@ -24,7 +24,10 @@ stop() {  # NAME
             is_running "$1" || break
             sleep 0.1
         done
-        ! is_running "$1" || kill -9 "$pid"
+        if is_running "$1"; then
+            kill -9 "$pid"
+            while is_running "$1"; do sleep 0.1; done
+        fi
     fi
     rm -f "$folder/run/$1.pid"
 }

@@ -31,6 +31,7 @@ MOST_PARTS = 1000
 """Of an upload: all that Swift allows, a tenth of what AWS does."""
 _PART_BYTES = 8 << 20
 _DOWNLOADED_BYTES = 32 << 20
+_ANSWER_SECONDS = 30.0  # for the answer to a first question; a store on a busy machine takes more than a moment
 """At a time of a large object: a quarter faster than parts of an upload's size."""
 
 
@@ -209,13 +210,13 @@ class ObjectStore:
                 )
 
     def check(self, create_bucket: bool = False) -> None:
-        """Find out within seconds whether the store can be used.
+        """Find out whether the store can be used: within seconds, unless it takes the question and does not answer.
 
         Raises:
             StorageError: endpoint unreachable, credentials missing or refused, or no such bucket.
         """
         with self._errors():
-            client = _connect(self.config, connect_timeout=3, read_timeout=5, retries=1)
+            client = _connect(self.config, connect_timeout=3, read_timeout=_ANSWER_SECONDS, retries=1)
             try:
                 client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
             except ClientError as error:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -32,8 +33,9 @@ from neox_core.storage.full_disk import room_below
 
 _SHOWN = 2_000
 """Characters of a command's output that are kept, from its end."""
-_LAST_OUTPUT_SECONDS = 1.0
-"""For reading what a command wrote before it ended."""
+_LOOK_SECONDS = 0.1
+_LAST_READS = 16
+"""Of what a command wrote before it ended, which a pipe holds; what it left behind may write for ever."""
 _NOT_RUN = 126
 """From here on a shell's exit status means that a command could not be run, or that a signal ended it."""
 _LONGEST_NAME = 200
@@ -93,6 +95,7 @@ class ProofChecker:
                 return ProofVerdict(identity, "time limit", "")
             finally:
                 _end_session(process)
+                tail.end()
             return ProofVerdict(identity, _verdict(code), tail.text())
 
     def _started(self, path: Path) -> subprocess.Popen[bytes]:
@@ -122,19 +125,32 @@ class _Tail(threading.Thread):
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         super().__init__(daemon=True)
-        self._process, self._kept = process, b""
+        self._process, self._kept, self._ended = process, b"", threading.Event()
         self.start()
 
     def run(self) -> None:
         pipe = self._process.stdout
         assert pipe is not None
+        look, reads = select.poll(), _LAST_READS
+        look.register(pipe, select.POLLIN)
         with pipe:
-            while chunk := os.read(pipe.fileno(), 1 << 16):
-                self._kept = (self._kept + chunk)[-4 * _SHOWN :]  # a character has four bytes at most
+            while reads:
+                ended = self._ended.is_set()  # asked before the pipe is: what is there now is all of it
+                if look.poll(0 if ended else 1000 * _LOOK_SECONDS):
+                    if not (chunk := os.read(pipe.fileno(), 1 << 16)):
+                        return
+                    self._kept = (self._kept + chunk)[-4 * _SHOWN :]  # a character has four bytes at most
+                    reads -= ended
+                elif ended:
+                    return
+
+    def end(self) -> None:
+        """The command has ended: what the pipe holds is the last."""
+        self._ended.set()
 
     def text(self) -> str:
         """The last characters, once the command has ended."""
-        self.join(_LAST_OUTPUT_SECONDS)
+        self.join()
         return self._kept.decode(errors="replace")[-_SHOWN:]
 
 

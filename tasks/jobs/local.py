@@ -28,8 +28,8 @@ from tasks.jobs.status import Cause, Status
 _log = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 10.0
-_START_SECONDS = 60.0
-"""For a controller to report itself."""
+_START_SECONDS = 300.0
+"""For a controller to report itself, on a busy machine; one that has ended is not waited for."""
 
 CPU_ONLY = {"DS_ACCELERATOR": "cpu"}
 """Variables that keep DeepSpeed off the GPUs of a machine."""

@@ -75,7 +75,7 @@ def chain(prefect_server: None, slurm_if_possible: Path | None, tmp_path_factory
         report = llemma_pretrain(str(run.path))
     if slurm:  # it ends a job's processes a moment after their results are there
         with suppress(AssertionError):
-            wait_for(lambda: not run.processes(), seconds=60)
+            wait_for(lambda: not run.processes(), seconds=300)
     return Chain(run, slurm, report, tuple(map(str, run.processes())))
 
 

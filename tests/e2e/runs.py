@@ -16,6 +16,7 @@ from infra.processes import ProcessRecord
 from neox_core.config import RunConfig, load_config
 from neox_core.config.load import merge
 from tests.paths import ROOT
+from tests.processes import is_running
 
 STEPS = 8
 INTERVAL = 4
@@ -109,10 +110,9 @@ class Run:
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             traces = [*process.cmdline(), process.environ().get("PREFECT_HOME", "")]
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        except (psutil.Error, ProcessLookupError):  # it has ended, or is another user's
             return False
-        mentioned = any(str(self.workdir) in trace for trace in traces)
-        return mentioned and process.status() != psutil.STATUS_ZOMBIE
+        return any(str(self.workdir) in trace for trace in traces) and is_running(process.pid)
 
 
 def training_values(rows: list[dict[str, Any]], first_step: int) -> dict[int, dict[str, float]]:

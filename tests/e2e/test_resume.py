@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,12 +24,13 @@ from tasks.jobs.node.report import ControllerReport
 from tests import waiting
 from tests.e2e.conftest import Chain
 from tests.e2e.runs import INTERVAL, STEPS, Run, training_values
+from tests.meanwhile import meanwhile
 
 pytestmark = pytest.mark.e2e
 
 PREPARED = (".current", "prepare-data-*", "convert-*")
 
-wait_for = partial(waiting.wait_for, seconds=300.0)
+wait_for = partial(waiting.wait_for, seconds=400.0)
 
 
 def prefix_of(run: Run) -> str:
@@ -60,24 +59,23 @@ def test_training_resumes_from_s3_alone(chain: Chain, copied: Callable[..., Run]
 def when_training_is_under_way(run: Run, store: ObjectStore, act: Callable[[ControllerReport], None]) -> None:
     """Act once the first checkpoint is complete and a later step is logged, long before the last is saved."""
     metrics = resolve_training(run.config).scratch / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+
+    def is_under_way() -> bool:
         logged = metrics.is_file() and f'{{"step": {INTERVAL + 1},' in metrics.read_text()
-        if logged and list_checkpoints(store, prefix_of(run)):  # the store is asked late: it runs on the same cores
-            report = ControllerReport.read(run.attempts("train")[-1])
-            assert report is not None
-            act(report)
-            return
-        time.sleep(0.02)
+        # The store is asked late: it runs on the same cores.
+        return logged and bool(list_checkpoints(store, prefix_of(run)))
+
+    wait_for(is_under_way, pause=0.02)
+    report = ControllerReport.read(run.attempts("train")[-1])
+    assert report is not None
+    act(report)
 
 
 @contextmanager
 def rank_1_killed_when_under_way(run: Run, store: ObjectStore) -> Iterator[None]:
     act: Callable[[ControllerReport], None] = lambda report: report.ranks[1].send(signal.SIGKILL)  # noqa: E731
-    killer = threading.Thread(target=when_training_is_under_way, args=(run, store, act))
-    killer.start()
-    yield
-    killer.join()
+    with meanwhile(partial(when_training_is_under_way, run, store, act)):
+        yield
 
 
 def test_a_killed_rank_ends_the_job_and_the_next_run_resumes(chain: Chain, copied: Callable[..., Run]) -> None:
@@ -129,6 +127,7 @@ def test_a_killed_flow_leaves_a_job_that_the_next_run_follows(
     run = copied(*PREPARED)
     killed = start_command(run, tmp_path / "killed.log")
     wait_for(lambda: killed.poll() is not None or run.attempts("train"))
+    assert killed.poll() is None, (tmp_path / "killed.log").read_text()
     with storage_service(run.config.storage, run.workdir) as storage:
         when_training_is_under_way(run, ObjectStore(storage), lambda report: killed.kill())
         assert killed.wait() == -signal.SIGKILL, (tmp_path / "killed.log").read_text()

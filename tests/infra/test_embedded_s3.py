@@ -140,6 +140,30 @@ def test_a_killed_user_leaves_a_server_that_the_next_one_takes_over(tmp_path: Pa
     assert not any(process.is_alive() for process in left)
 
 
+def test_a_server_that_is_slow_to_answer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not ended under those who use it."""
+    is_healthy, busy = server._is_healthy, iter([True, True])
+    with embedded_s3(tmp_path) as first:
+        before = processes(tmp_path)
+        monkeypatch.setattr(server, "_is_healthy", lambda state: not next(busy, False) and is_healthy(state))
+        with embedded_s3(tmp_path) as second:
+            assert second == first
+            assert processes(tmp_path) == before
+
+
+def test_a_server_whose_start_was_cut_short_is_started_again(tmp_path: Path) -> None:
+    with embedded_s3(tmp_path) as first:
+        state = json.loads((tmp_path / "server.json").read_text())
+        (tmp_path / "server.json").write_text(json.dumps(state | {"processes": state["processes"][:2]}))
+        left = [ProcessRecord(**record) for record in state["processes"]]
+        for process in left[2:]:
+            process.send(signal.SIGKILL)
+        with embedded_s3(tmp_path) as second:
+            assert second == first
+            assert len(processes(tmp_path)) == 4
+            assert not any(process.is_alive() for process in left)
+
+
 def test_a_pid_that_belongs_to_another_program_by_now_is_left_alone(tmp_path: Path) -> None:
     with embedded_s3(tmp_path) as first:
         pass
@@ -156,7 +180,8 @@ def test_a_pid_that_belongs_to_another_program_by_now_is_left_alone(tmp_path: Pa
         other.wait()
 
 
-def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
+def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_PORT_GRACE_SECONDS", 0.0)
     with storage_service(CONFIG, tmp_path) as first:
         ObjectStore(first).put_text("key", "kept")
     ports = json.loads((tmp_path / "s3" / "server.json").read_text())["ports"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from infra.prefect.services import ServiceRecord, running_page
 from infra.processes import ProcessRecord
+from tests.waiting import wait_for
 
 KEEP = """
 import sys
@@ -39,17 +39,10 @@ def started(folder: Path, *, after: ProcessRecord | None = None) -> ProcessRecor
         record = ServiceRecord.read(folder, "server")
         return record.service if record and record.service != after else None
 
-    found = awaited(service)
+    found = wait_for(service, seconds=300.0)
+    assert found
     assert found.is_alive()
     return found
-
-
-def awaited(question: Callable[[], ProcessRecord | None]) -> ProcessRecord:
-    deadline = time.monotonic() + 60
-    while (answer := question()) is None:
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
-    return answer
 
 
 def test_a_killed_service_is_started_again_and_ends_with_its_keeper(
@@ -61,6 +54,6 @@ def test_a_killed_service_is_started_again_and_ends_with_its_keeper(
     second = started(tmp_path, after=first)
     assert keeper.poll() is None
     keeper.terminate()
-    assert keeper.wait(60) == 0
+    assert keeper.wait(300) == 0
     assert not second.is_alive()
     assert running_page(tmp_path) is None

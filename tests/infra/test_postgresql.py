@@ -11,6 +11,7 @@ import pytest
 
 from tests.infra.test_prefect_deployments import Prefect, serving, wait_for
 from tests.postgresql import postgresql, programs
+from tests.processes import command_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,13 +57,6 @@ def test_the_password_is_not_to_be_seen(prefect: Prefect) -> None:
     files = [path for path in home.rglob("*") if path.is_file()]
     assert files
     assert not [path for path in files if PASSWORD.encode() in path.read_bytes()]
-    mine = [process for process in psutil.process_iter() if str(home) in " ".join(_command(process))]
+    mine = [process for process in psutil.process_iter() if str(home) in " ".join(command_of(process))]
     assert mine
-    assert not [command for process in mine if PASSWORD in " ".join(command := _command(process))]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except (psutil.Error, ProcessLookupError):
-        return []
+    assert not [command for process in mine if PASSWORD in " ".join(command := command_of(process))]

@@ -79,8 +79,7 @@ class Prefect:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         own = {"PREFECT_HOME": str(self.folder / "home"), "PREFECT_SERVER_API_PORT": str(self.port)}
         own["LLEMMA_NOTIFY_URLS"] = self.receiver.url("alerts")
-        patient = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_SERVER_DATABASE_TIMEOUT": "120"}
-        return outside | own | patient | {"OMP_NUM_THREADS": "1"}
+        return outside | own | {"PREFECT_WORKER_QUERY_SECONDS": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,18 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
     assert not record.is_alive()
 
 
+def test_what_is_killed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without any grace, and where the kernel takes its time."""
+    process = start("print('ready', flush=True); import time; time.sleep(600)")
+    is_alive, looks = ProcessRecord.is_alive, iter(range(10))
+    monkeypatch.setattr(ProcessRecord, "is_alive", lambda record: next(looks, None) is not None or is_alive(record))
+    end_processes([ProcessRecord.of(process.pid)], 0.0)
+    assert next(looks, None) is None
+    assert process.poll() is not None
+
+
 def test_an_ended_child_that_nobody_waited_for_is_not_alive() -> None:
     process = start("print('ready', flush=True)")
     record = ProcessRecord.of(process.pid)
-    assert wait_for_end([record], 10)
+    assert wait_for_end([record], 300)
     assert not record.is_alive()

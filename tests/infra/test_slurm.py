@@ -62,7 +62,7 @@ def test_down_ends_its_own_processes_only(slurm: Path) -> None:
     environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
     job = ["sbatch", "--output=/dev/null", f"--wrap=trap '' TERM; touch {folder}/runs; setsid sleep 600"]
     subprocess.run(job, check=True, env=environment)
-    wait_for((folder / "runs").exists, seconds=60.0)
+    wait_for((folder / "runs").exists, seconds=300.0)
     subprocess.run([UP.with_name("down"), folder], check=True)
     assert processes_of(folder) == []
     assert len(daemons) == 9

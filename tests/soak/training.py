@@ -112,7 +112,7 @@ def run_job(
 
 def still_there(processes: Sequence[ProcessRecord], mention: str) -> list[str]:
     """Processes of a training that have outlived it: those that were recorded, and whoever names its folder."""
-    deadline = time.monotonic() + 5  # the kernel takes a moment
+    deadline = time.monotonic() + 60  # the kernel takes a moment
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     found = [str(process) for process in processes if process.is_alive()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from tasks.identity import once
 from tasks.prepare import prepare
 from tasks.tokenization import tokenize
 from tests.byte_level import END, make_byte_level
+from tests.meanwhile import meanwhile
 from tests.tasks.tokenization.test_tokenize import FILES, contents, small, small_input
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def run_config(tmp_path: Path, workdir: str = "work", **data: Any) -> RunConfig:
@@ -151,13 +154,13 @@ def test_runs_in_one_workdir_take_turns_and_a_finished_one_does_not_wait(
         if "another run is at work on the parts of this workdir" in text:
             waiting.set()
 
-    second = threading.Thread(target=prepare, args=(with_unk(finished), report))
-    with claim(tmp_path / "work", "prepare-data-parts", "", silent):
+    with ExitStack() as held:
+        held.enter_context(claim(tmp_path / "work", "prepare-data-parts", "", silent))
         assert prepare(finished, silent).skipped
-        second.start()
-        assert waiting.wait(PATIENCE)
-        assert not (tmp_path / "work" / ".parts").exists()
-    second.join(PATIENCE)
+        with meanwhile(partial(prepare, with_unk(finished), report)):
+            assert waiting.wait(PATIENCE)
+            assert not (tmp_path / "work" / ".parts").exists()
+            held.close()
     assert prepare(with_unk(finished), silent).skipped
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
 from functools import partial
 from types import FrameType
 
+from infra.ports import hold_port, port_of
 from infra.processes import ProcessRecord
 from neox_core.errors import GO_ON_EXIT_CODE, SUPERSEDED_EXIT_CODE
 from neox_core.storage.full_disk import is_full
@@ -74,7 +74,8 @@ class Controller:
     def _meeting_place(self, life: int) -> dict[str, str]:
         """Variables that tell ranks where they meet, anew in each life."""
         if self._plan.nodes == 1:  # the host's name need not resolve on a laptop, and nobody else is to be reached
-            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            self._held = hold_port()  # the first rank listens there, which it takes a while to do
+            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(self._held))}
         if self._plan.node == 0:
             self._ranks_store = meeting_store(self._plan.address, 0, 0, self._plan.nodes)
         port = self._agreement.of_first(f"{life}/port", lambda: str(self._ranks_store.port))
@@ -189,12 +190,6 @@ class Controller:
         self._told = number
         if not self._starting and number == signal.SIGTERM and not self._plan.is_told_to_stop:
             sys.exit(128 + number)  # `run` ends the ranks on the way out
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ _SILENT = ("unable to contact", "timed out", "zero bytes were transmitted", "sta
 """In what sbatch and scancel write when they were not refused but have heard nothing."""
 _UNKNOWN_NAMES = ("invalid account", "invalid partition", "invalid qos", "reservation is invalid", "not permitted")
 """In what sbatch writes of a name that the cluster lacks, or that this user may not use."""
-_PING_SECONDS = 10.0
+_PING_SECONDS = 60.0
+"""On a busy login node; without an answer, jobs would run there."""
 
 
 def answers() -> bool:

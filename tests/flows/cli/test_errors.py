@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from infra.s3.server import S3Endpoint
 from neox_core.config.load import merge
 from neox_core.errors import LlemmaError
 from tests.paths import ROOT
+from tests.ports import free_port
 
 Attempt = Callable[..., str]
 
@@ -95,9 +95,7 @@ def test_world_size_that_no_number_of_nodes_mends(attempt: Attempt) -> None:
 def test_unreachable_endpoint(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()  # where nobody listens
     line = attempt({"storage": {"endpoint_url": f"http://127.0.0.1:{port}"}})
     assert f"http://127.0.0.1:{port}" in line
     assert "storage.endpoint_url" in line

@@ -49,7 +49,7 @@ def test_a_process_of_this_host_can_be_ended(tmp_path: Path, monkeypatch: pytest
             end_process(tmp_path, RUN)
         assert has_died(tmp_path, RUN) is False
         end_process(tmp_path, RUN)
-        assert process.wait(60) == -signal.SIGTERM
+        assert process.wait(300) == -signal.SIGTERM
 
 
 def test_without_a_flow_run_there_is_nothing_to_lock(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flows.flow_runs.interruption import raise_if_interrupted, side_by_side
 
 
 def test_results_come_in_the_flows_order_and_the_flows_run_at_the_same_time() -> None:
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
 
     def flow(name: str) -> str:
         both.wait()
@@ -29,7 +29,7 @@ def test_the_first_flows_error_counts_though_the_second_failed_before() -> None:
     second_failed = threading.Event()
 
     def train(config: str) -> None:
-        assert second_failed.wait(60)
+        assert second_failed.wait(300)
         raise ValueError("train")
 
     def evaluate(config: str) -> None:
@@ -66,7 +66,7 @@ def _hears_interrupts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_hears_interrupts")
 def test_a_signal_to_the_main_thread_ends_every_flow() -> None:
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
     heard: list[str] = []
 
     def flow(config: str) -> None:

@@ -21,9 +21,10 @@ from neox_core.config import StorageConfig
 from neox_core.errors import StorageError
 from neox_core.storage.conditional_store import ConditionalStore
 from neox_core.storage.object_store import ObjectStore
+from tests.waiting import wait_for
 
 PREFIX = "train-0123"
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds after which something hangs."""
 RENEWAL = 0.2
 
@@ -87,10 +88,14 @@ def test_renewals_keep_it(jobs: Jobs) -> None:
     lease = jobs.start(renewal=0.01)
     versions = set()
     store = ConditionalStore(jobs.storage)
-    while len(versions) < 4:
+
+    def seen() -> int:
         found = store.read(f"{PREFIX}/lease.json")
         assert found is not None
         versions.add(found.text)
+        return len(versions)
+
+    wait_for(lambda: seen() == 4, PATIENCE)
     lease.check()
     assert not jobs.lost
 
@@ -137,8 +142,7 @@ def test_a_lost_answer_is_no_other_job(jobs: Jobs, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ConditionalStore, "_put", put)
     lease = jobs.start(renewal=0.05)
-    while len(lost) < expected:
-        threading.Event().wait(0.01)
+    wait_for(lambda: len(lost) == expected, PATIENCE)
     lease.check()
     assert (lease.number, jobs.lost) == (1, {})
 

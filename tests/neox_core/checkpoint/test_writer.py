@@ -23,7 +23,7 @@ from neox_core.train.resuming.local_copy import newest_local
 from tests.full_disk import Disk, put_on_disk
 
 PREFIX = "train-0123"
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds after which something hangs."""
 
 

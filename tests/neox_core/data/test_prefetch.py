@@ -34,11 +34,11 @@ def test_it_reads_ahead_and_no_further_than_its_depth() -> None:
 
     with Prefetcher(source(), depth=3) as items:
         for _ in range(4):  # three in the queue and one in hand, without anyone asking
-            assert enough.acquire(timeout=60)
+            assert enough.acquire(timeout=300)
         assert not enough.acquire(timeout=0.3)
         assert made == [0, 1, 2, 3]
         assert next(items) == 0
-        assert enough.acquire(timeout=60)
+        assert enough.acquire(timeout=300)
         assert made == [0, 1, 2, 3, 4]
     assert threads() == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from neox_core.progress import silent
 from neox_core.storage import claims
 from neox_core.storage.claims import is_claimed, try_claim_name
 from tasks.identity.stage import StageSpec, require, run_stage, try_claim
+from tests.meanwhile import meanwhile
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 @pytest.fixture
@@ -126,24 +128,19 @@ def test_a_second_run_waits_for_the_first_and_does_nothing(spec: StageSpec, monk
     def run(name: str, function: Callable[[Path], Mapping[str, Any]], progress: Any) -> None:
         results[name] = run_stage(spec, function, progress)
 
-    first = threading.Thread(target=run, args=("first", slow, silent))
-    first.start()
-    assert begun.wait(PATIENCE)
-    with try_claim(spec) as claimed:
-        assert not claimed
-    with try_claim(replace(spec, logical={})) as claimed:
-        assert claimed  # another stage is not held up
-
     def report(share: float, text: str) -> None:
         assert "another run is at work" in text
         waiting.set()
 
-    second = threading.Thread(target=run, args=("second", build, report))
-    second.start()
-    assert waiting.wait(PATIENCE)
-    go_on.set()
-    for thread in (first, second):
-        thread.join(PATIENCE)
+    with meanwhile(partial(run, "first", slow, silent)):
+        assert begun.wait(PATIENCE)
+        with try_claim(spec) as claimed:
+            assert not claimed
+        with try_claim(replace(spec, logical={})) as claimed:
+            assert claimed  # another stage is not held up
+        with meanwhile(partial(run, "second", build, report)):
+            assert waiting.wait(PATIENCE)
+            go_on.set()
     assert (results["first"].skipped, results["second"].skipped) == (False, True)
     assert len(build.found) == 1
 

@@ -42,10 +42,24 @@ def rank_1_rejects_data() -> int:
     return 0
 
 
+def note_pid(path: Path) -> None:
+    """Leave a file with this process's id, which is whole when it appears."""
+    new = path.with_name(f".{path.name}")
+    new.write_text(str(os.getpid()))
+    new.replace(path)
+
+
+def wait_for_file(path: Path) -> None:
+    """Until it appears: another rank may start much later."""
+    while not path.exists():
+        time.sleep(0.02)
+
+
 def rank_1_is_killed(folder: str) -> int:
     """Rank 1 dies without a word; rank 0 waits for it for ever."""
-    (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    note_pid(Path(folder) / f"pid-{os.environ['RANK']}")
     if os.environ["RANK"] == "1":
+        wait_for_file(Path(folder) / "pid-0")
         print("rank 1 is about to run out of memory", flush=True)  # noqa: T201 - the log's last words
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(3600)
@@ -63,7 +77,7 @@ def fail_once(folder: str) -> str:
 
 def sleep_for_ever(folder: str) -> None:
     """Say where we are and never return."""
-    (Path(folder) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    note_pid(Path(folder) / f"pid-{os.environ['RANK']}")
     time.sleep(3600)
 
 
@@ -90,14 +104,16 @@ def rank_1_hangs(folder: str, timeout: float) -> None:
     import torch
     import torch.distributed as dist
 
+    from neox_core.train.observe import watchdog as watching
     from neox_core.train.observe.watchdog import Watchdog
 
+    watching._LOOKS = 8  # so that ranks which are late on a busy machine still hear of each other
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     with Watchdog(timeout, rank, 2) as watchdog:
         watchdog.beat("step 1")
         watchdog.beat("step 2")
-        for _ in range(8 if rank == 1 else 0):
+        for _ in range(6 if rank == 1 else 0):
             time.sleep(timeout / 4)
             watchdog.beat()
         dist.barrier()
@@ -112,7 +128,7 @@ def note_start(folder: str) -> int:
     """Leave a file for this start; how many starts of this rank there were before."""
     rank = os.environ["RANK"]
     before = len(list(Path(folder).glob(f"start-{rank}-*")))
-    (Path(folder) / f"start-{rank}-{before}").write_text(str(os.getpid()))
+    note_pid(Path(folder) / f"start-{rank}-{before}")
     return before
 
 
@@ -122,6 +138,7 @@ def fall(folder: str, falls: int, saves: int = 0) -> tuple[str, str]:
     if os.environ["RANK"] == "1" and before < falls:
         if before < saves:
             (Path(folder) / "saved").write_text(str(before + 1))
+        wait_for_file(Path(folder) / f"start-0-{before}")
         os.kill(os.getpid(), signal.SIGKILL)
     if before < falls:
         time.sleep(3600)

@@ -23,15 +23,16 @@ from tasks.jobs.launch import find_job, find_jobs, submit_or_attach
 from tasks.jobs.retry import NoAnswer
 from tasks.jobs.status import Status
 from tests import waiting
+from tests.processes import command_of, is_running
 from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_functions
 
-LAUNCH = LaunchConfig(executor="local", ranks_per_node=2, device="cpu", time_limit_minutes=5)
+LAUNCH = LaunchConfig(executor="local", ranks_per_node=2, device="cpu", time_limit_minutes=9)
 KEY = "0123456789abcdef" * 4
 
-wait_for = partial(waiting.wait_for, seconds=60.0)
+wait_for = partial(waiting.wait_for, seconds=300.0)
 
 
 @pytest.fixture(autouse=True)
@@ -138,14 +139,13 @@ def test_a_job_that_is_cancelled_while_it_starts_leaves_no_process(tmp_path: Pat
     wait_for(lambda: list(tmp_path.rglob("controller.json")))
     job.cancel()
     assert job.state() == "cancelled"
-    processes = psutil.process_iter(["cmdline"])
-    assert not [process for process in processes if str(tmp_path) in " ".join(process.info["cmdline"] or [])]
+    assert not [process for process in psutil.process_iter() if str(tmp_path) in " ".join(command_of(process))]
 
 
 def test_a_rank_whose_controller_died_before_it_began_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLEMMA_CONTROLLER_PID", "1")
-    code = "import time; from tasks.jobs.rank import _end_with_controller; _end_with_controller(); time.sleep(60)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 1
+    code = "import time; from tasks.jobs.rank import _end_with_controller; _end_with_controller(); time.sleep(600)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 1
 
 
 def test_ranks_end_when_their_controller_is_killed(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ from neox_core.config import LaunchConfig
 from tasks.jobs import launch
 cloudpickle.register_pickle_by_value(rank_functions)
 {before}
-config = LaunchConfig(executor="local", ranks_per_node=2, device="cpu", time_limit_minutes=5)
+config = LaunchConfig(executor="local", ranks_per_node=2, device="cpu", time_limit_minutes=9)
 folder = Path({folder!r})
 args = (str(folder), str(folder / "go"))
 launch.submit_or_attach(config, folder / "jobs", "test", {key!r}, rank_functions.count_starts, args, 1, 2)
@@ -193,7 +193,7 @@ def test_a_job_outlives_its_submitter_and_is_found_again(tmp_path: Path, before:
 def test_two_submitters_at_once_make_one_job(tmp_path: Path) -> None:
     code = SUBMITTER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), key=KEY, before="")
     submitters = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [submitter.wait(timeout=120) for submitter in submitters] == [-9, -9]
+    assert [submitter.wait(timeout=300) for submitter in submitters] == [-9, -9]
     job = submit(tmp_path, rank_functions.count_starts, str(tmp_path), str(tmp_path / "go"))
     (tmp_path / "go").touch()
     assert job.results() == [0, 1]
@@ -226,10 +226,6 @@ def test_a_local_job_of_another_host_is_not_guessed_about(tmp_path: Path, monkey
         patch.setattr("socket.gethostname", lambda: "elsewhere")
         with pytest.raises(LaunchError, match=r"started on host .* cannot be watched from elsewhere.*job\.json"):
             submit(tmp_path, rank_functions.fail_once, str(tmp_path), ranks=1)
-
-
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def submit_to_slurm(folder: Path, **changes: Any) -> Job:
@@ -391,7 +387,7 @@ def test_a_refused_submission_says_why(tmp_path: Path, fake_slurm: FakeSlurm) ->
 
 
 def test_a_hang_ends_the_job_with_every_ranks_stack(tmp_path: Path) -> None:
-    job = submit(tmp_path, rank_functions.rank_1_hangs, str(tmp_path), 2.0)
+    job = submit(tmp_path, rank_functions.rank_1_hangs, str(tmp_path), 4.0)
     with pytest.raises(
         LaunchError, match=r"failed, rank [01] first: ended with exit code 75 .*no rank made progress for"
     ):

@@ -12,8 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,10 @@ from neox_core.storage.digest import sha256_of
 from tasks.prepare import prepare
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.tokenize import checked_inputs, input_digests, prepare_data
+from tests.meanwhile import meanwhile
 from tests.neox_core.data.tokenization.readers.stories import STORIES
+from tests.processes import command_of
+from tests.waiting import wait_for
 
 INPUT = Path("data/tiny-proof-pile")
 MODEL = Path("data/tokenizers/demo-2048.model").resolve()
@@ -315,13 +316,12 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
     assert len(family) == 3  # the fork server and two workers
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=300)
     for process in alive:
         process.kill()
     assert not alive
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_ends_the_stage_though_many_files_wait(tmp_path: Path, workers: int) -> None:
     folder = small_input(tmp_path / "in", FILES | {f"a/train/{n:03d}.jsonl": ["some words " * 50] for n in range(40)})
@@ -349,15 +349,17 @@ def test_killed_workers_are_reported(tmp_path: Path) -> None:
         made = made_in_processes(files, PartSettings(TokenizerSettings(MODEL), None), tmp_path / "out", 1)
 
         def kill() -> None:
-            while not (workers := [worker for server in fork_servers() for worker in server.children()]):
-                time.sleep(0.05)
-            (workers[0] if whose == "worker" else workers[0].parent()).kill()  # noqa: B023
+            def workers() -> list[psutil.Process]:
+                return [worker for server in fork_servers() for worker in server.children()]
 
-        killer = threading.Thread(target=kill)
-        killer.start()
-        with pytest.raises(DataError, match=r"was killed, perhaps .* lower data\.workers \(1\) and run again"):
+            worker, *_ = wait_for(workers, seconds=300.0)
+            (worker if whose == "worker" else worker.parent()).kill()  # noqa: B023
+
+        with (
+            meanwhile(kill),
+            pytest.raises(DataError, match=r"was killed, perhaps .* lower data\.workers \(1\) and run again"),
+        ):
             next(made)
-        killer.join()
 
 
 def test_progress_within_a_file_and_all_ends_if_the_callback_fails(tmp_path: Path) -> None:
@@ -381,14 +383,8 @@ def test_progress_within_a_file_and_all_ends_if_the_callback_fails(tmp_path: Pat
 
 def fork_servers() -> list[psutil.Process]:
     """Of this process, which has servers among its children too, and children that have ended."""
-    return [child for child in psutil.Process().children() if "tasks.tokenization.fork_server" in command_of(child)]
-
-
-def command_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:  # a zombie too
-        return ""
+    children = psutil.Process().children()
+    return [child for child in children if "tasks.tokenization.fork_server" in " ".join(command_of(child))]
 
 
 MEMORY = """
@@ -409,7 +405,7 @@ def test_memory_of_a_worker_on_huge_documents(tmp_path: Path) -> None:
     texts = ["e" * 5 * million, "0123456789" * (million // 2), "some words " * (million // 2), "x" * 200_000]
     small_input(tmp_path, {"x.jsonl": texts})
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), str(tmp_path / "x.jsonl")]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout.split()
     documents, rejected, verified, mebibytes = map(int, answer)
     assert (documents, rejected, verified) == (4, 0, 1)
     assert mebibytes < 476  # 500 MB

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from neox_core.checkpoint.formats.meta import MetaCheckpoint
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
 from neox_core.errors import CheckpointError, ConfigError, StorageError
+from tests.waiting import wait_for
 
 WriteBase = Callable[..., Any]
 ModelOf = Callable[..., ModelConfig]
@@ -236,10 +236,7 @@ def test_a_killed_conversion_goes_on_at_the_next_file(write_base: WriteBase, tmp
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
-        deadline = time.monotonic() + 60
-        while len(json.loads((target / ".conversion.json").read_text())["files"]) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: len(json.loads((target / ".conversion.json").read_text())["files"]) >= 3, 300.0)
         process.kill()
     before = times(target)
     assert len(before) == 3

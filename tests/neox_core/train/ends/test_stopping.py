@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +25,15 @@ from neox_core.storage.object_store import ObjectStore
 from neox_core.train.ends.stopping import LOCAL_END_TIME, Stop, Stopping, end_time
 from neox_core.train.job import TrainJob
 from neox_core.train.resuming.local_copy import newest_local
-from tests.distributed import killed_ranks, rendezvous_ports, run_ranks
+from tests import waiting
+from tests.distributed import PATIENCE_SECONDS, killed_ranks, rendezvous_ports, run_ranks
 from tests.faulty_s3 import faulty_s3
 from tests.neox_core.train.small_jobs import rows, train_job, write_data
 from tests.neox_core.train.test_rollback import config
 
 STEPS, INTERVAL = 8, 4
+
+wait_for = partial(waiting.wait_for, seconds=PATIENCE_SECONDS / 2, pause=0.1)
 
 
 def small_config(storage: StorageConfig) -> RunConfig:
@@ -104,9 +108,8 @@ def without_store(config: RunConfig, served: RunConfig, job: TrainJob, ports: li
     def until_given_up() -> None:
         from neox_core.parallel.ranks.shared_store import shared_store
 
-        channel, deadline = shared_store("stopping"), time.monotonic() + 60
-        while not channel.check(["request"]) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        channel = shared_store("stopping")
+        wait_for(lambda: channel.check(["request"]))
 
     with after_step(INTERVAL + 1, until_given_up):
         found = [train_job(config, job, None, ports[0])]
@@ -118,9 +121,7 @@ def without_store(config: RunConfig, served: RunConfig, job: TrainJob, ports: li
 def meet(folder: Path, count: int) -> None:
     """Wait until this many ranks are here, which have no process group now."""
     (folder / f"here-{os.environ['RANK']}").touch()
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("here-*"))) < count and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: len(list(folder.glob("here-*"))) >= count)
 
 
 def test_a_store_that_stays_away_ends_the_job_with_a_checkpoint_on_disk(
@@ -212,12 +213,10 @@ def superseded_jobs(config: RunConfig, whole: TrainJob, job: TrainJob, ports: li
 
     def other_comes() -> None:
         if os.environ["RANK"] == "0":
-            channel, deadline = shared_store("stopping"), time.monotonic() + 60
-            while not list_checkpoints(ObjectStore(config.storage), job.prefix) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            channel = shared_store("stopping")
+            wait_for(lambda: list_checkpoints(ObjectStore(config.storage), job.prefix))
             Lease(config.storage, job.prefix, lambda _: None)
-            while not channel.check(["request"]) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            wait_for(lambda: channel.check(["request"]))
 
     with after_step(INTERVAL + 1, other_comes):
         found.append(train_job(config, job, None, ports[1]))
@@ -254,7 +253,8 @@ def killed_in_upload(config: RunConfig, job: TrainJob, port: int) -> None:
         sent.append(key)
         whole(self, path, key, on_bytes)
 
-    with patch.object(ObjectStore, "put_file", put_file), after_step(INTERVAL + 1, lambda: time.sleep(60)):
+    wait_to_die = after_step(INTERVAL + 1, lambda: time.sleep(PATIENCE_SECONDS))
+    with patch.object(ObjectStore, "put_file", put_file), wait_to_die:
         train_job(config, job, None, port)
 
 

@@ -23,7 +23,8 @@ from tests.tasks.jobs.node.nodes import job, rank_processes
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rank_functions
 
-WAIT = 120
+WAIT = 500
+"""Seconds after which something hangs."""
 
 wait_for = partial(waiting.wait_for, seconds=WAIT)
 

@@ -96,7 +96,8 @@ def test_a_failing_sacct_is_no_answer(fake_slurm: FakeSlurm) -> None:
 def test_auto_asks_whether_a_controller_answers(
     fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, answer: str, chosen: str
 ) -> None:
-    monkeypatch.setattr(slurm, "_PING_SECONDS", 1.0)
+    if chosen == "local":  # the others answer, however late on a busy machine
+        monkeypatch.setattr(slurm, "_PING_SECONDS", 1.0)
     (fake_slurm.folder / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
     assert choose_executor("auto") == chosen
     assert choose_executor("slurm") == "slurm"

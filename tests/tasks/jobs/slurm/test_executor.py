@@ -32,7 +32,7 @@ KEY = "0123456789abcdef" * 4
 LATE = {"signal": "USR2@1"}
 """submitit has the end announced 90 s before, which is more than these jobs have."""
 
-wait_for = partial(waiting.wait_for, seconds=120.0, pause=0.2)
+wait_for = partial(waiting.wait_for, seconds=400.0, pause=0.2)
 
 
 @pytest.fixture(autouse=True)
