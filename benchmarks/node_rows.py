@@ -38,18 +38,22 @@ class Row:
 
 
 def rows(gpus: int, hardware: Hardware, models: Sequence[str], toy: bool) -> Iterator[Row]:
-    """One GPU, then every layout that divides the GPUs; each with graphs and overlap, and without one of them."""
+    """One GPU, then every layout that divides the GPUs; each with graphs and overlap, and without one of them, and of
+    pipeline stages in both schedules."""
     for model in models:
         for count in dict.fromkeys((1, gpus)):
             for tensor in _powers_of_two(count):
                 for pipeline in _powers_of_two(count // tensor):
                     row = _fastest(model, count, tensor, pipeline, hardware, toy)
                     if row is not None:
-                        yield from _switched(row, tensor)
+                        yield from _switched(row, tensor, pipeline, hardware)
 
 
-def _switched(row: Row, tensor: int) -> Iterator[Row]:
+def _switched(row: Row, tensor: int, pipeline: int, hardware: Hardware) -> Iterator[Row]:
     yield row
+    filled = Row(row.gpus, (*row.arguments, "--schedule", "zb-h1"))
+    if pipeline > 1 and planned_bytes(filled) <= _room(hardware):
+        yield filled
     yield Row(row.gpus, (*row.arguments, "--cuda-graphs", "off"))
     if tensor > 1:
         yield Row(row.gpus, (*row.arguments, "--overlap", "off"))
@@ -105,7 +109,10 @@ def predicted_seconds(row: Row, hardware: Hardware) -> float:
 
 def table(results: Sequence[dict[str, Any]], hardware: Hardware) -> str:
     """Every row that was measured, as Markdown."""
-    names = "model, layers|GPUs|TP|PP|micro batch|computed again|graphs|overlap|tokens/s/GPU|predicted||of GEMM|exposed"
+    names = (
+        "model, layers|GPUs|TP|PP|schedule|micro batch|computed again|graphs|overlap|tokens/s/GPU|predicted||of GEMM|"
+        "exposed"
+    )
     lines = [f"| {' | '.join((*names.split('|'), 'peak GiB', 'planned'))} |", "|" + "---|" * (names.count("|") + 3)]
     lines += [_line(result, hardware) for result in results if "tokens_per_second" in result and "arguments" in result]
     for result in results:
@@ -127,6 +134,7 @@ def _line(result: dict[str, Any], hardware: Hardware) -> str:
         row.gpus,
         config.parallel.tensor,
         config.parallel.pipeline,
+        config.parallel.pipeline_schedule if config.parallel.pipeline > 1 else "",
         config.train.micro_batch_size,
         config.train.activation_checkpointing,
         config.train.cuda_graphs,

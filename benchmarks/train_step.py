@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.commands import at_least, require_ranks
 from benchmarks.kernel_times import kernel_times
-from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.config import PipelineSchedule, RunConfig, batch_geometry, load_config
 from neox_core.config.families import FAMILIES
 from neox_core.config.load import parse_config
 from neox_core.errors import ConfigError
@@ -64,7 +64,7 @@ def main() -> None:
         torch.cuda.empty_cache()  # recomputation `auto` looks at what is free
     engine = build_engine(config, mesh, batch_geometry(config), random_weights(config, device))
     batches = random_batches(config, mesh)
-    timed = sorted([_timed(engine, batches, device) for _ in range(options.steps)][2:])
+    timed = sorted([timed_step(engine, batches, device) for _ in range(options.steps)][2:])
     seconds, host = timed[len(timed) // 2]
     result = _figures(config, options.tokens, seconds, gemm, device)
     passes = config.model.num_layers / mesh.pipeline_size * batch_geometry(config).accumulation_steps
@@ -89,6 +89,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="the model with this family's differences")
     parser.add_argument("--tp", type=at_least(1), default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=at_least(1), default=1, help="pipeline stages")
+    parser.add_argument("--schedule", choices=get_args(PipelineSchedule), default="1f1b", help="of pipeline stages")
     parser.add_argument("--micro-batch", type=at_least(1), default=1)
     parser.add_argument("--tokens", type=at_least(1), default=65536, help="of a step, for each GPU")
     parser.add_argument("--sequence-length", type=at_least(1), default=4096)
@@ -131,7 +132,12 @@ def run_config(options: argparse.Namespace, ranks: int) -> RunConfig:
             "train": train,
             "launch": launch,
             "parallel": config.parallel.model_copy(
-                update={"tensor": options.tp, "pipeline": options.pp, "overlap": options.overlap}
+                update={
+                    "tensor": options.tp,
+                    "pipeline": options.pp,
+                    "pipeline_schedule": options.schedule,
+                    "overlap": options.overlap,
+                }
             ),
             "model": config.model.model_copy(update=_family_settings(options, config.model.num_layers)),
         }
@@ -198,7 +204,7 @@ def _slowest(rate: float) -> float:
     return min(rates)
 
 
-def _timed(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
+def timed_step(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
     """Seconds of a step, and of the host until all of it was launched."""
     synchronize(device)
     dist.barrier()

@@ -23,6 +23,7 @@ from neox_core.config.train_sections import (
     TrainConfig,
 )
 
+PipelineSchedule = Literal["1f1b", "zb-h1"]
 EMBEDDED = "embedded"
 """`storage.endpoint_url`: a server on loopback, which the flows start."""
 
@@ -85,7 +86,7 @@ class ParallelConfig(Section):
     pipeline_layers: tuple[PositiveInt, ...] | None = Field(
         None, description="transformer layers of each stage; None: balanced, with the output head counted"
     )
-    pipeline_schedule: Literal["1f1b", "zb-h1"] = Field(
+    pipeline_schedule: PipelineSchedule = Field(
         "1f1b",
         description="1f1b: stages wait for their first micro batch and after their last; zb-h1: they add weights' "
         "gradients meanwhile, which takes the activations of as many micro batches more as stages come before",

@@ -81,13 +81,14 @@ def stage_exchange(config: RunConfig, geometry: BatchGeometry, hardware: Hardwar
 
 
 def data_exchange(
-    config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float
+    config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float, forward: float
 ) -> ExchangeTime:
     """A step's reduction of gradients and gathering of parameters, during the last backward and the next forward pass
     but for a bucket each. With CUDA graphs, the forward pass begins after the gathering.
 
     Args:
-        backward: seconds of a micro batch's backward pass, twice those of its forward pass.
+        backward: seconds in which a step's last micro batch completes the gradients.
+        forward: those of a micro batch's forward pass.
     """
     ranks = geometry.data_parallel
     if ranks == 1:
@@ -99,7 +100,7 @@ def data_exchange(
     gathering = _collective(hardware, DTYPE_BYTES[config.train.precision] * parameters, across)
     hidden = min(reduction - bucket, backward)
     if config.train.cuda_graphs == "off":
-        hidden += min(max(0.0, gathering - bucket), backward / 2)
+        hidden += min(max(0.0, gathering - bucket), forward)
     return ExchangeTime(SKEW * (reduction + gathering - hidden), hidden)
 
 

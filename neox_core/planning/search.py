@@ -1,13 +1,22 @@
-"""The fastest layouts of a run that fit: tensor x pipeline x data parallelism, micro batch, recomputation."""
+"""The fastest layouts of a run that fit: tensor x pipeline x data parallelism, schedule of the pipeline, micro batch,
+recomputation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from pydantic import ValidationError
 
-from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, batch_geometry, largest_batch
+from neox_core.config import (
+    ActivationCheckpointing,
+    BatchGeometry,
+    PipelineSchedule,
+    RunConfig,
+    batch_geometry,
+    largest_batch,
+)
 from neox_core.errors import ConfigError
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
 from neox_core.planning.hardware import Hardware
@@ -15,6 +24,7 @@ from neox_core.planning.memory import RESERVED_BYTES, memory_limit, stage_memory
 from neox_core.planning.step_time import Prediction, predict
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+SCHEDULES: tuple[PipelineSchedule, ...] = ("1f1b", "zb-h1")
 REACHED = {(32, 4096): 2416.0, (48, 8192): 296.0}
 """Tokens per second and GPU that Llemma reached on 256 A100-40GB (arXiv 2310.10631), by layers and hidden size."""
 
@@ -63,8 +73,8 @@ def _layouts(config: RunConfig, nodes: int | None) -> Iterator[RunConfig]:
         for pipeline in _divisors(world // tensor):
             if pipeline > config.model.num_layers:
                 continue
-            for micro_batch in MICRO_BATCHES:
-                layout = _layout(config, tensor, pipeline, micro_batch)
+            for micro_batch, schedule in product(MICRO_BATCHES, SCHEDULES if pipeline > 1 else SCHEDULES[:1]):
+                layout = _layout(config, tensor, pipeline, schedule, micro_batch)
                 try:
                     layout = RunConfig.model_validate(layout.model_dump())
                     batch_geometry(layout, nodes)
@@ -73,8 +83,13 @@ def _layouts(config: RunConfig, nodes: int | None) -> Iterator[RunConfig]:
                 yield layout
 
 
-def _layout(config: RunConfig, tensor: int, pipeline: int, micro_batch: int) -> RunConfig:
-    degrees = {"tensor": tensor, "pipeline": pipeline, "pipeline_layers": None}
+def _layout(config: RunConfig, tensor: int, pipeline: int, schedule: PipelineSchedule, micro_batch: int) -> RunConfig:
+    degrees = {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "pipeline_layers": None,
+        "pipeline_schedule": schedule,
+    }
     train = {"micro_batch_size": micro_batch, "activation_checkpointing": "auto"}
     return config.model_copy(
         update={

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, batch_geometry, largest_batch
 from neox_core.planning.activation_checkpointing import layer_modes
-from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
+from neox_core.planning.activations import DTYPE_BYTES, defers, micro_batch_tokens
 from neox_core.planning.exchange_time import data_exchange, overlaps, stage_exchange, tensor_exchange
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import memory_limit, rank_dimensions, rank_parameters
@@ -44,7 +44,8 @@ class StepTime:
     data_exchange: float
     """Of gradients and parameters among data-parallel ranks, where nothing else runs at the same time."""
     bubble: float
-    """A stage waits for its first micro batch and after its last one (arXiv 1811.06965)."""
+    """A stage waits for its first micro batch and after its last one (arXiv 1811.06965), unless it adds weights'
+    gradients meanwhile (arXiv 2401.10241)."""
     optimizer: float
     host: float
     """The GPU waits for Python: only without CUDA graphs."""
@@ -112,12 +113,16 @@ def predict(
     slowest = max(range(len(stages)), key=totals.__getitem__)
     parts, hidden = stages[slowest]
     computing = sum(parts[name] for name in ("products", "attention", "elementwise", "recomputation"))
-    # The last backward pass, two thirds of a micro batch, hides the reduction.
-    data = data_exchange(config, geometry, hardware, slowest, computing * 2 / 3)
+    deferred = [_weights(config, hardware, own) for stage, own in enumerate(modes) if defers(config, stage)]
+    # The last backward pass, two thirds of a micro batch, hides the reduction; where weights' gradients are deferred,
+    # these alone do, on the stage that has the least.
+    backward = min(deferred, default=computing * 2 / 3)
+    filled = 2 * min(deferred, default=0.0)
+    data = data_exchange(config, geometry, hardware, slowest, backward, computing / 3)
     time = StepTime(
         **{name: count * seconds for name, seconds in parts.items()},
         data_exchange=data.exposed,
-        bubble=sum(totals) - totals[slowest],
+        bubble=sum(max(0.0, total - filled) for stage, total in enumerate(totals) if stage != slowest),
         optimizer=_optimizer(config, geometry, hardware, slowest),
     )
     rate = geometry.tokens / time.total / geometry.world_size
@@ -126,6 +131,12 @@ def predict(
 
 def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
+
+
+def _weights(config: RunConfig, hardware: Hardware, modes: Sequence[ActivationCheckpointing]) -> float:
+    """Seconds of a stage's weight gradients for a micro batch; the head's come with the loss."""
+    layers = [layer_time(config, rank_dimensions(config), mode, hardware) for mode in modes]
+    return micro_batch_tokens(config) * sum(layer.products for layer in layers) / 3
 
 
 def _micro_batch(

@@ -27,6 +27,8 @@ def test_every_layout_of_eight_gpus_in_what_fits() -> None:
         assert planned_bytes(row) + RESERVED_BYTES <= H100.memory_gib * 2**30
     switches = {(row.config.train.cuda_graphs, row.config.parallel.overlap) for row in found}
     assert switches == {("auto", "auto"), ("off", "auto"), ("auto", "off")}
+    schedules = {(row.config.parallel.pipeline > 1, row.config.parallel.pipeline_schedule) for row in found}
+    assert schedules == {(False, "1f1b"), (True, "1f1b"), (True, "zb-h1")}
     assert len({row.key for row in found}) == len(found)
 
 
@@ -49,17 +51,17 @@ def test_a_second_call_measures_what_is_left(
         return capsys.readouterr().out
 
     monkeypatch.setattr(node, "_measure", measure)
-    assert "9 rows are left" in call("--minutes", "1")
+    assert "10 rows are left" in call("--minutes", "1")
     shown = call()
-    assert len(measured) == len(set(measured)) == len(path.read_text().splitlines()) == 9
+    assert len(measured) == len(set(measured)) == len(path.read_text().splitlines()) == 10
     assert "| 1,000,000 |" in shown
     assert "no luck" in shown
     with path.open("a") as file:
         file.write('{"key": "cut')
     call()
-    assert len(measured) == 9
+    assert len(measured) == 10
     call("--retry")
-    assert measured[9:] == [measured[1]]
+    assert measured[10:] == [measured[1]]
     lines = path.read_text().splitlines()
     assert json.loads(lines[-1])["key"] == measured[1]
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, batch_geometry
+from neox_core.config import ActivationCheckpointing, ParallelConfig, PipelineSchedule, RunConfig, batch_geometry
 from tests.neox_core.train.small_training import MODELS, config_for
 
 CPU_RANKS = int(os.environ.get("LLEMMA_TEST_RANKS", "0"))
@@ -66,11 +66,12 @@ class Variant:
     kv_heads: int = MODEL.num_kv_heads
     masks: bool = False
     """Attention within documents."""
+    schedule: PipelineSchedule = "1f1b"
 
     @property
     def reference(self) -> Variant:
         """What it has to agree with: the same model, data and precision in the plainest way."""
-        return replace(self, mode="none", graphs=False, overlap=False, sequence=True)
+        return replace(self, mode="none", graphs=False, overlap=False, sequence=True, schedule="1f1b")
 
     def config(self, layout: Layout) -> RunConfig:
         """Its configuration in a layout."""
@@ -80,7 +81,7 @@ class Variant:
         )  # fmt: skip
         optimizer = base.train.optimizer.model_copy(update={"lr": LEARNING_RATE})
         settings: dict[str, Any] = {"tensor": layout[0], "pipeline": layout[1], "sequence": self.sequence}
-        settings["overlap"] = "auto" if self.overlap else "off"
+        settings |= {"overlap": "auto" if self.overlap else "off", "pipeline_schedule": self.schedule}
         return base.model_copy(
             update={
                 "model": MODEL.model_copy(update={"num_kv_heads": self.kv_heads}),

@@ -47,12 +47,19 @@ def variants(layout: Layout) -> list[Variant]:
             Variant("fp32", kv_heads=layout[0] // 2),  # pairs of ranks have the same
             Variant("bf16", kv_heads=layout[0] // 2),
         ]
+    if layout[1] > 1:
+        found += [
+            Variant("fp32", "selective", graphs=False, schedule="zb-h1"),
+            Variant("bf16", schedule="zb-h1"),
+            Variant("bf16", "full", overlap=False, schedule="zb-h1"),
+            Variant("bf16", masks=True, schedule="zb-h1"),
+        ]
     return found
 
 
 def case(layout: Layout, variant: Variant) -> Any:
     switches = [name for name in ("graphs", "overlap", "sequence", "masks") if getattr(variant, name)]
-    values = (*layout, variant.precision, variant.mode, f"kv{variant.kv_heads}", *switches)
+    values = (*layout, variant.precision, variant.mode, f"kv{variant.kv_heads}", variant.schedule, *switches)
     return pytest.param(layout, variant, id="-".join(map(str, values)))
 
 

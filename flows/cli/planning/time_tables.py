@@ -16,6 +16,7 @@ _COLUMNS = (
     "",
     "TP",
     "PP",
+    "schedule",
     "DP",
     "micro batch",
     "of them",
@@ -45,7 +46,9 @@ def best_table(configured: Choice | None, choices: Sequence[Choice], hardware: H
     title = f"the fastest layouts on {gpus} {hardware.name}" if choices else f"no layout fits {hardware.name}"
     table = Table(title=title, title_justify="left", caption=_caption(config), caption_justify="left")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("", "computed again") else "right", no_wrap=not column)
+        table.add_column(
+            column, justify="left" if column in ("", "schedule", "computed again") else "right", no_wrap=not column
+        )
     if configured:
         table.add_row("as configured", *_cells(configured, hardware))
     for place, choice in enumerate(choices, 1):
@@ -59,6 +62,7 @@ def _cells(choice: Choice, hardware: Hardware) -> list[str]:
     return [
         str(parallel.tensor),
         str(parallel.pipeline),
+        parallel.pipeline_schedule if parallel.pipeline > 1 else "",
         str(choice.geometry.data_parallel),
         str(choice.geometry.micro_batch_size),
         str(choice.geometry.accumulation_steps),

@@ -214,7 +214,8 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
     def _exec_recv_grads(self, buffer_id: int) -> None:
         if self.deferred is not None:
             # In memory of its own, since what waits refers to it. DeepSpeed receives all in one place, inputs too.
-            self.grad_layer, self._grad_layer_buf = None, []
+            self.grad_layer = None
+            self._grad_layer_buf: list[Tensor] = []
         super()._exec_recv_grads(buffer_id)
 
     def _exec_backward_pass(self, buffer_id: int) -> None:

@@ -240,7 +240,7 @@ FIELDS = {
     "BaseModelConfig": 5,
     "RopeScalingConfig": 8,
     "ModelConfig": 16,
-    "ParallelConfig": 5,
+    "ParallelConfig": 6,
     "TrainConfig": 24,
     "ProfileConfig": 3,
     "OptimizerConfig": 5,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator, linear_outputs
+from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator, DeferredGradients, linear_outputs
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -39,6 +42,61 @@ def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths:
     # Sums of bf16 products in fp32: far below what a bf16 accumulator could hold (relative 4e-3).
     for buffer, total in zip(buffers, exact, strict=True):
         torch.testing.assert_close(buffer.cpu().double(), total, rtol=1e-4, atol=1e-4)
+
+
+def test_deferred_gradients_are_added_in_the_order_of_micro_batches() -> None:
+    deferred, marks = DeferredGradients(), list[int]()
+    linear = AccumulatingLinear.of(nn.Linear(4, 2, bias=False))
+    buffer = torch.zeros(2, 4)
+    linear.accumulator = Accumulator(buffer, lambda: marks.append(1), deferred)
+    inputs = [torch.full((1, 4), value, requires_grad=True) for value in (1.0, 10.0)]
+    for x in inputs:
+        with deferred.defer():
+            linear(x).sum().backward()
+        assert x.grad is not None, "inputs' gradients are there"
+    assert not marks
+    assert not buffer.any()
+    deferred.add_next()
+    assert buffer.tolist() == [[1.0] * 4] * 2
+    linear(inputs[0]).sum().backward()  # outside of `defer`: at once
+    assert buffer.tolist() == [[2.0] * 4] * 2
+    deferred.add_next()
+    assert buffer.tolist() == [[12.0] * 4] * 2
+    assert len(marks) == 3
+
+
+def test_of_a_backward_pass_that_fails_and_of_what_is_forgotten_nothing_waits() -> None:
+    deferred, done = DeferredGradients(), list[int]()
+
+    def fail() -> None:
+        with deferred.defer():
+            deferred.take(lambda: done.append(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    deferred.take(lambda: done.append(2))
+    with deferred.defer():
+        deferred.take(lambda: done.append(3))
+    deferred.forget()
+    with pytest.raises(IndexError):
+        deferred.add_next()
+    assert done == [2]
+
+
+def test_what_waits_does_not_keep_the_inputs_gradients() -> None:
+    """A tensor that knows its graph would."""
+    deferred = DeferredGradients()
+    first, second = nn.Linear(4, 4, bias=False), AccumulatingLinear.of(nn.Linear(4, 2, bias=False))
+    second.accumulator = Accumulator(torch.zeros(2, 4), lambda: None, deferred)
+    x = torch.ones(1, 4, requires_grad=True)
+    with deferred.defer():
+        second(first(x)).sum().backward()
+    assert x.grad is not None
+    gone = weakref.ref(x.grad)
+    del x
+    gc.collect()
+    assert gone() is None
 
 
 def test_without_gradients_it_is_the_plain_layer() -> None:

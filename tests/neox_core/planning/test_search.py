@@ -12,7 +12,7 @@ from neox_core.planning.memory import RESERVED_BYTES
 from neox_core.planning.plan import plan
 from neox_core.planning.search import REACHED, choice_of, fastest
 from neox_core.planning.step_time import predict_run
-from tests.paths import CONFIGS
+from tests.paths import CONFIGS, ROOT
 
 A100 = CARDS["a100-40gb"]
 
@@ -38,6 +38,11 @@ def test_the_fastest_fit_and_beat_llemma(name: str) -> None:
     assert own is not None
     assert rates[0] >= own.prediction.tokens_per_second_per_gpu
     assert rates[0] > REACHED[config.model.num_layers, config.model.hidden_size]
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for rate in (own.prediction.tokens_per_second_per_gpu, rates[0]):
+        assert f"{rate:,.0f}" in page, "as the docs say"
+    schedules = {(choice.config.parallel.pipeline > 1, choice.config.parallel.pipeline_schedule) for choice in found}
+    assert schedules - {(False, "1f1b")} == {(True, "1f1b"), (True, "zb-h1")}
 
 
 def test_more_memory_is_never_slower_and_too_little_finds_nothing() -> None:

@@ -63,6 +63,19 @@ def test_a_bubble_is_the_other_stages_micro_batch() -> None:
     assert run().time.bubble == 0.0
 
 
+def test_weights_gradients_fill_a_bubble() -> None:
+    """By twice their time for each other stage: a third of a micro batch's products is theirs."""
+    plain, filled = (
+        run(parallel__pipeline=4, parallel__pipeline_schedule=schedule, train__activation_checkpointing="none").time
+        for schedule in ("1f1b", "zb-h1")
+    )
+    assert 1 / 3 < filled.bubble / plain.bubble < 0.6
+    assert filled.data_exchange > plain.data_exchange, "less of the reduction is hidden"
+    parts = ("products", "attention", "elementwise", "pipeline_exchange", "optimizer")
+    assert [getattr(filled, part) for part in parts] == [getattr(plain, part) for part in parts]
+    assert run(parallel__pipeline_schedule="zb-h1") == run(), "a single stage has none"
+
+
 def test_what_takes_longer() -> None:
     base = run(train__activation_checkpointing="none")
     assert run(train__activation_checkpointing="full").time.recomputation > 3 * base.time.attention / 4

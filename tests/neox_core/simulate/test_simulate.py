@@ -45,6 +45,12 @@ def of(
     )
 
 
+def deferring(config: RunConfig) -> RunConfig:
+    """Weights' gradients fill the bubble."""
+    parallel = config.parallel.model_copy(update={"pipeline_schedule": "zb-h1"})
+    return config.model_copy(update={"parallel": parallel})
+
+
 def fp32_on_one_rank() -> RunConfig:
     config = of("smollm2", pipeline=2)
     train = config.train.model_copy(update={"sequence_length": 1024})
@@ -56,6 +62,8 @@ def fp32_on_one_rank() -> RunConfig:
     [
         pytest.param(changed(2, 2, pipeline=1, activation_checkpointing="full"), id="TP 8 x DP 32"),
         pytest.param(changed(5, 4, pipeline=4, activation_checkpointing="selective"), id="TP 8 x PP 4 x DP 8"),
+        pytest.param(deferring(changed(5, 4, pipeline=4, activation_checkpointing="selective")), id="zb-h1, TP 8"),
+        pytest.param(deferring(of("llama3_8b", 2, "none", num_layers=4)), id="zb-h1, TP 1"),
         pytest.param(of("llama3_8b", tied_embeddings=True), id="tied embeddings, on one stage"),
         pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),

@@ -94,6 +94,7 @@ SETTINGS: dict[str, tuple[Any, set[str]]] = {
     "parallel.overlap": ("off", NOTHING),
     "parallel.pipeline": (2, CONVERT),
     "parallel.pipeline_layers": ((3, 1), NOTHING),
+    "parallel.pipeline_schedule": ("zb-h1", NOTHING),
     "train.steps": (101, TRAIN),
     "train.sequence_length": (128, TRAIN),
     "train.global_batch_tokens": (8192, TRAIN),
