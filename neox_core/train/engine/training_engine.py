@@ -212,7 +212,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
             super()._exec_forward_pass(buffer_id)
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
-        if self.deferred is not None:
+        if self.deferred is not None and not self._replays:
             # In memory of its own, since what waits refers to it. DeepSpeed receives all in one place, inputs too.
             self.grad_layer = None
             self._grad_layer_buf: list[Tensor] = []
@@ -261,12 +261,16 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
 
     def _bf16_reduce_grads(self) -> None:
         self._gradients = 0
-        replayed = self._graphs is not None and self._graphs.replaying
-        self.optimizer.reduce_gradients(begun=not replayed)
+        self.optimizer.reduce_gradients(begun=not self._replays)
         if self._graphs is not None:
             self._graphs.end_step()
         share = self.micro_batches / self.gradient_accumulation_steps()
         self.optimizer.counted_share = self._own_counted_share() * share
+
+    @property
+    def _replays(self) -> bool:
+        """The step under way is done by graphs, which have memory of their own."""
+        return self._graphs is not None and self._graphs.replaying
 
     def _own_counted_share(self) -> Tensor:
         """Share of this rank's positions that count, if it computed a loss and is the first to do so."""
