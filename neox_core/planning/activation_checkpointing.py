@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.planning.activations import defers
 from neox_core.planning.memory import rank_dimensions, stage_layers, stage_memory
 
 
@@ -29,12 +30,12 @@ def layer_modes(
     none, selective, full = _modes(layers, 0, layers), _modes(0, layers, layers), _modes(0, 0, layers)
     if fits(none):
         return none
-    if not (fits(selective) or fits(full)):
+    if not (defers(config, stage) or fits(selective) or fits(full)):
         return full  # a mixture needs at least what that of its modes needs alone which keeps the least
     costs = _costs(config)
     choices = [_modes(first, next_, layers) for first in range(layers + 1) for next_ in range(layers + 1 - first)]
     cheapest_first = sorted(choices, key=lambda modes: sum(costs[mode] for mode in modes))
-    return next(filter(fits, cheapest_first))
+    return next(filter(fits, cheapest_first), full)
 
 
 def describe_modes(modes: Sequence[ActivationCheckpointing]) -> str:

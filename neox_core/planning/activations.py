@@ -62,7 +62,8 @@ def kept_bytes(
         modes: activation checkpointing of the stage's layers.
     """
     flying, blocks = in_flight(config, geometry, stage), sum(block_bytes(config, dims, mode) for mode in modes)
-    waiting = min(stage, geometry.accumulation_steps - 1) if defers(config, stage) else 0
+    # Where few micro batches come, those that are backward before the last one is forward: from then on each is added.
+    waiting = min(stage, geometry.accumulation_steps - flying) if defers(config, stage) else 0
     return flying * blocks + waiting * len(modes) * _deferred_bytes(config, dims)
 
 

@@ -117,16 +117,24 @@ def predict(
     # The last backward pass, two thirds of a micro batch, hides the reduction; where weights' gradients are deferred,
     # these alone do, on the stage that has the least.
     backward = min(deferred, default=computing * 2 / 3)
-    filled = 2 * min(deferred, default=0.0)
+    filled = times_filled(len(stages), count) * min(deferred, default=0.0)
     data = data_exchange(config, geometry, hardware, slowest, backward, computing / 3)
     time = StepTime(
         **{name: count * seconds for name, seconds in parts.items()},
         data_exchange=data.exposed,
-        bubble=sum(max(0.0, total - filled) for stage, total in enumerate(totals) if stage != slowest),
+        bubble=max(0.0, sum(totals) - totals[slowest] - filled),
         optimizer=_optimizer(config, geometry, hardware, slowest),
     )
     rate = geometry.tokens / time.total / geometry.world_size
     return Prediction(time, count * hidden + data.hidden, rate)
+
+
+def times_filled(stages: int, count: int) -> int:
+    """How many times less than in 1F1B a step of `count` micro batches waits for one's weight gradients, in ZB-H1.
+
+    For each other stage once as the step ends, and once as it begins, where there are as many micro batches to defer.
+    """
+    return stages - 1 + min(count, stages) - 1
 
 
 def _total(parts: dict[str, float]) -> float:

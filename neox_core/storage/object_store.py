@@ -31,8 +31,9 @@ MOST_PARTS = 1000
 """Of an upload: all that Swift allows, a tenth of what AWS does."""
 _PART_BYTES = 8 << 20
 _DOWNLOADED_BYTES = 32 << 20
-_ANSWER_SECONDS = 30.0  # for the answer to a first question; a store on a busy machine takes more than a moment
 """At a time of a large object: a quarter faster than parts of an upload's size."""
+_ANSWER_SECONDS = 30.0
+"""For the answer to a first question; a store on a busy machine takes more than a moment."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The order of a pipeline stage's work in which weights' gradients fill the time that it would wait (ZB-H1).
 
 Source: arXiv 2401.10241. Of three equal parts of a micro batch (forward, gradients of inputs, gradients of weights),
-each stage but one waits three in 1F1B, and one here.
+a step waits three for each stage but one in 1F1B, and one here; more where micro batches are fewer than stages.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from neox_core.config import RunConfig, batch_geometry, load_config
+from neox_core.config import ActivationCheckpointing, RunConfig, batch_geometry, load_config
 from neox_core.planning.activation_checkpointing import describe_modes, layer_modes
-from neox_core.planning.memory import stage_memory
+from neox_core.planning.memory import stage_layers, stage_memory
 from neox_core.planning.plan import plan
 from tests.paths import CONFIGS
 
@@ -45,6 +47,35 @@ def test_more_memory_means_less_work(pipeline: int) -> None:
             seen.append(frozenset(modes))
     assert {frozenset({"full"}), frozenset({"none"})} < set(seen)
     assert any(len(modes) > 1 for modes in seen)
+
+
+def test_where_weights_gradients_wait_a_mixture_can_fit_alone() -> None:
+    """The last layers keep little as the loss needs most, and what the first compute again does not come on top of all
+    that waits."""
+    config = load_config(CONFIGS / "llama3_8b.yml")
+    train = {
+        "activation_checkpointing": "auto",
+        "micro_batch_size": 2,
+        "sequence_length": 4096,
+        "loss_chunk_tokens": 8192,
+    }
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "parallel": config.parallel.model_copy(update={"pipeline": 2, "pipeline_schedule": "zb-h1"}),
+        }
+    )
+    geometry = batch_geometry(config)
+
+    def needed(modes: Sequence[ActivationCheckpointing]) -> float:
+        return stage_memory(config, geometry, 1, modes).total
+
+    pure: list[ActivationCheckpointing] = ["none", "selective", "full"]
+    available = min(needed((mode,) * stage_layers(config, 1)) for mode in pure) - 2**20
+    modes = layer_modes(config, geometry, 1, available)
+    assert len(set(modes)) > 1
+    assert needed(modes) <= available
+    assert set(layer_modes(config, geometry, 1, available / 2)) == {"full"}, "nothing fits"
 
 
 def test_fixed_modes_and_no_limit() -> None:

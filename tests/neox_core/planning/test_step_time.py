@@ -76,6 +76,18 @@ def test_weights_gradients_fill_a_bubble() -> None:
     assert run(parallel__pipeline_schedule="zb-h1") == run(), "a single stage has none"
 
 
+def test_few_micro_batches_leave_less_to_fill_a_bubble_with() -> None:
+    def spared(count: int) -> float:
+        """By 8 data-parallel ranks, with so many micro batches each."""
+        layout: dict[str, Any] = {"parallel__pipeline": 4, "train__activation_checkpointing": "none"}
+        layout |= {"train__micro_batch_size": 1, "train__global_batch_tokens": count * 8 * 4096}
+        plain, filled = (run(**layout, parallel__pipeline_schedule=s).time.bubble for s in ("1f1b", "zb-h1"))
+        return plain - filled
+
+    most = spared(16)
+    assert [spared(count) / most for count in (1, 2, 3, 4, 5)] == pytest.approx([3 / 6, 4 / 6, 5 / 6, 1, 1])
+
+
 def test_what_takes_longer() -> None:
     base = run(train__activation_checkpointing="none")
     assert run(train__activation_checkpointing="full").time.recomputation > 3 * base.time.attention / 4

@@ -63,6 +63,9 @@ def fp32_on_one_rank() -> RunConfig:
         pytest.param(changed(2, 2, pipeline=1, activation_checkpointing="full"), id="TP 8 x DP 32"),
         pytest.param(changed(5, 4, pipeline=4, activation_checkpointing="selective"), id="TP 8 x PP 4 x DP 8"),
         pytest.param(deferring(changed(5, 4, pipeline=4, activation_checkpointing="selective")), id="zb-h1, TP 8"),
+        pytest.param(
+            deferring(changed(4, 2, pipeline=4, activation_checkpointing="none")), id="zb-h1, fewer than stages"
+        ),
         pytest.param(deferring(of("llama3_8b", 2, "none", num_layers=4)), id="zb-h1, TP 1"),
         pytest.param(of("llama3_8b", tied_embeddings=True), id="tied embeddings, on one stage"),
         pytest.param(of("llama3_8b", 2, tied_embeddings=True), id="tied embeddings, on two stages"),

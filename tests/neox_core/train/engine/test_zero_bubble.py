@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.schedule import TrainSchedule
 from neox_core.checkpoint.conversion.convert import convert, open_source
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import PipelineSchedule, RunConfig, batch_geometry
+from neox_core.planning.step_time import times_filled
 from neox_core.train.engine.zero_bubble import WeightGradients, ZeroBubbleSchedule
 from tests.distributed import run_ranks
 from tests.neox_core.checkpoint.conversion.test_families import CASES, write_model
@@ -71,12 +72,21 @@ def _own_seconds(schedule: type[TrainSchedule], passes: Passes) -> dict[str, flo
 
 
 @pytest.mark.parametrize("passes", [Passes(), Passes(1, 1.25, 0.75), Passes(1, 1.7, 0.8)], ids=str)
-@pytest.mark.parametrize(("stages", "count"), [(2, 16), (4, 16), (8, 32)])
+@pytest.mark.parametrize(("stages", "count"), [(2, 16), (4, 16), (8, 32), (8, 8)])
 def test_stages_wait_as_long_as_the_paper_says(stages: int, count: int, passes: Passes) -> None:
     work, others = count * passes.total, stages - 1
     filled = [TrainSchedule, *[ZeroBubbleSchedule] * others]
     assert seconds_of([TrainSchedule] * stages, count, passes) == pytest.approx(work + others * passes.total)
     assert seconds_of(filled, count, passes) == pytest.approx(work + others * (passes.total - 2 * passes.weights))
+
+
+@pytest.mark.parametrize("passes", [Passes(), Passes(1, 1.7, 0.8)], ids=str)
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_few_micro_batches_fill_as_much_as_is_predicted(stages: int, passes: Passes) -> None:
+    filled = [TrainSchedule, *[ZeroBubbleSchedule] * (stages - 1)]
+    for count in range(1, 2 * stages):
+        spared = seconds_of([TrainSchedule] * stages, count, passes) - seconds_of(filled, count, passes)
+        assert spared == pytest.approx(times_filled(stages, count) * passes.weights)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
