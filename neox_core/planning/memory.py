@@ -85,7 +85,7 @@ class Memory:
     tables: int
     """Cosines and sines of the rotary positions, fp32, in each layer."""
     activations: int
-    """Kept for the backward pass, for all micro batches in flight."""
+    """Kept for the backward pass, for all micro batches in flight, and for weights' gradients that are deferred."""
     working: int
     """The most that a backward pass needs besides: a block's gradients and what it computes again, or logits."""
 

@@ -37,7 +37,7 @@ def build_engine(
     """
     attach_deepspeed()
     settings = deepspeed_config(config, geometry)
-    fills_bubble = config.parallel.pipeline_schedule == "zb-h1"
+    fills_bubble = config.parallel.pipeline_schedule == "zb-h1" and mesh.pipeline_size > 1
     module = build_stage(config, mesh, geometry, weights)
     engine = TrainingEngine(
         rule=rule or update_rule(config.train.optimizer),
