@@ -15,7 +15,7 @@ import logging
 import os
 import statistics
 import sys
-from typing import Any, get_args
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,10 +23,10 @@ from benchmarks.commands import require_ranks
 from benchmarks.train_step import checked, parse_options, random_batches, random_weights, report, run_config, timed_step
 from neox_core.config import PipelineSchedule, RunConfig, batch_geometry
 from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
+from neox_core.planning.search import SCHEDULES
 from neox_core.planning.step_time import times_filled
 from neox_core.train.engine.deepspeed_engine import accumulate_in_products, build_engine
 
-SCHEDULES: tuple[PipelineSchedule, ...] = get_args(PipelineSchedule)
 _FIRST_STEPS = 2
 """Not counted: they compile and record."""
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.commands import at_least, require_ranks
 from benchmarks.kernel_times import kernel_times
-from neox_core.config import PipelineSchedule, RunConfig, batch_geometry, load_config
+from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.config.families import FAMILIES
 from neox_core.config.load import parse_config
 from neox_core.errors import ConfigError
@@ -40,6 +40,7 @@ from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
 from neox_core.planning.calibration import sustained_gemm, synchronize
 from neox_core.planning.memory import parameter_count
 from neox_core.planning.plan import flops_per_token
+from neox_core.planning.search import SCHEDULES
 from neox_core.train.engine.deepspeed_engine import build_engine
 from neox_core.train.observe.hardware import peak_flops
 
@@ -89,7 +90,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="the model with this family's differences")
     parser.add_argument("--tp", type=at_least(1), default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=at_least(1), default=1, help="pipeline stages")
-    parser.add_argument("--schedule", choices=get_args(PipelineSchedule), default="1f1b", help="of pipeline stages")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="of pipeline stages")
     parser.add_argument("--micro-batch", type=at_least(1), default=1)
     parser.add_argument("--tokens", type=at_least(1), default=65536, help="of a step, for each GPU")
     parser.add_argument("--sequence-length", type=at_least(1), default=4096)

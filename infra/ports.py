@@ -16,6 +16,17 @@ def hold_port() -> socket.socket:
     return held
 
 
+def taken(port: int, host: str = "127.0.0.1") -> str | None:
+    """Why no server can listen there; None: one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return str(error.strerror)
+    return None
+
+
 def port_of(held: socket.socket) -> int:
     """The port that it has."""
     return int(held.getsockname()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from infra.ports import taken
 from infra.prefect.keeper import STOP_SECONDS
 from infra.prefect.services import (
     DEPLOY,
@@ -133,14 +133,8 @@ def _environment(folder: Path, port: int, database: str | None) -> dict[str, str
 
 
 def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1"), port))
-        except OSError as error:
-            raise LlemmaError(
-                f"port {port} is taken by {_listener(port)} ({error.strerror}): end that, or give another --port"
-            ) from None
+    if reason := taken(port, os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")):
+        raise LlemmaError(f"port {port} is taken by {_listener(port)} ({reason}): end that, or give another --port")
 
 
 def _listener(port: int) -> str:

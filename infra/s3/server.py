@@ -7,13 +7,13 @@ import logging
 import os
 import pwd
 import secrets
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import jinja2
 import psutil  # type: ignore[import-untyped]
 
+from infra.ports import hold_port, port_of, taken
 from infra.processes import ProcessRecord, end_processes
 from neox_core.errors import StorageError
 from neox_core.storage.atomic import write_atomically
@@ -225,28 +226,12 @@ def _listens(process: ProcessRecord, port: int) -> bool:
 
 def _becomes_free(port: int) -> bool:
     deadline = time.monotonic() + _PORT_GRACE_SECONDS
-    while not (free := _is_free(port)) and time.monotonic() < deadline:
+    while (reason := taken(port)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return free
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    return reason is None
 
 
 def _free_ports() -> dict[str, int]:
     """A port for each server, all held at once so that they differ."""
-    sockets = [socket.socket() for _ in _KINDS]
-    try:
-        for server in sockets:
-            server.bind(("127.0.0.1", 0))
-        return {kind: server.getsockname()[1] for kind, server in zip(_KINDS, sockets, strict=True)}
-    finally:
-        for server in sockets:
-            server.close()
+    with ExitStack() as together:
+        return {kind: port_of(together.enter_context(hold_port())) for kind in _KINDS}

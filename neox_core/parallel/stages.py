@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage has: stages of equal time, by the products that a token costs."""
+"""Which layers a pipeline stage has: stages of equal time, by the products that a token costs; and which defer work."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def stage_bounds(config: RunConfig) -> list[int]:
     """
     *starts, total = accumulate(pipeline_layers(config), initial=2)
     return [0, *starts[1:], total + 3]
+
+
+def defers(config: RunConfig, stage: int) -> bool:
+    """Whether a stage adds weights' gradients later (ZB-H1), as all do but the first, which owes nobody anything."""
+    return config.parallel.pipeline_schedule == "zb-h1" and stage > 0
 
 
 def balance(layers: int, stages: int, head: float) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
-from neox_core.planning.activations import defers
+from neox_core.parallel.stages import defers
 from neox_core.planning.memory import rank_dimensions, stage_layers, stage_memory
 
 

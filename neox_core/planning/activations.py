@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.dimensions import ModelDimensions
+from neox_core.parallel.stages import defers
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 _FP32 = 4
@@ -65,11 +66,6 @@ def kept_bytes(
     # Where few micro batches come, those that are backward before the last one is forward: from then on each is added.
     waiting = min(stage, geometry.accumulation_steps - flying) if defers(config, stage) else 0
     return flying * blocks + waiting * len(modes) * _deferred_bytes(config, dims)
-
-
-def defers(config: RunConfig, stage: int) -> bool:
-    """Whether a stage defers weights' gradients: the first owes nobody anything."""
-    return config.parallel.pipeline_schedule == "zb-h1" and stage > 0
 
 
 def _deferred_bytes(config: RunConfig, dims: ModelDimensions) -> int:

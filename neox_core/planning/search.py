@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from neox_core.planning.memory import RESERVED_BYTES, memory_limit, stage_memory
 from neox_core.planning.step_time import Prediction, predict
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-SCHEDULES: tuple[PipelineSchedule, ...] = ("1f1b", "zb-h1")
+SCHEDULES: tuple[PipelineSchedule, ...] = get_args(PipelineSchedule)
 REACHED = {(32, 4096): 2416.0, (48, 8192): 296.0}
 """Tokens per second and GPU that Llemma reached on 256 A100-40GB (arXiv 2310.10631), by layers and hidden size."""
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig, batch_geometry, largest_batch
+from neox_core.parallel.stages import defers
 from neox_core.planning.activation_checkpointing import layer_modes
-from neox_core.planning.activations import DTYPE_BYTES, defers, micro_batch_tokens
+from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.exchange_time import data_exchange, overlaps, stage_exchange, tensor_exchange
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import memory_limit, rank_dimensions, rank_parameters
@@ -113,7 +114,7 @@ def predict(
     slowest = max(range(len(stages)), key=totals.__getitem__)
     parts, hidden = stages[slowest]
     computing = sum(parts[name] for name in ("products", "attention", "elementwise", "recomputation"))
-    deferred = [_weights(config, hardware, own) for stage, own in enumerate(modes) if defers(config, stage)]
+    deferred = [_weights(config, hardware, len(own)) for stage, own in enumerate(modes) if defers(config, stage)]
     # The last backward pass, two thirds of a micro batch, hides the reduction; where weights' gradients are deferred,
     # these alone do, on the stage that has the least.
     backward = min(deferred, default=computing * 2 / 3)
@@ -141,10 +142,10 @@ def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _weights(config: RunConfig, hardware: Hardware, modes: Sequence[ActivationCheckpointing]) -> float:
+def _weights(config: RunConfig, hardware: Hardware, layers: int) -> float:
     """Seconds of a stage's weight gradients for a micro batch; the head's come with the loss."""
-    layers = [layer_time(config, rank_dimensions(config), mode, hardware) for mode in modes]
-    return micro_batch_tokens(config) * sum(layer.products for layer in layers) / 3
+    products = layer_time(config, rank_dimensions(config), "none", hardware).products
+    return micro_batch_tokens(config) * layers * products / 3
 
 
 def _micro_batch(

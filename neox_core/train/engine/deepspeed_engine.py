@@ -14,6 +14,7 @@ from neox_core.optimizer import UpdateRule, update_rule
 from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.ranks.mesh import Mesh, neighbours_group
 from neox_core.parallel.sharding import sharding_of
+from neox_core.parallel.stages import defers
 from neox_core.parallel.weight_gradients import DeferredGradients, accumulate_linear_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
@@ -37,14 +38,13 @@ def build_engine(
     """
     attach_deepspeed()
     settings = deepspeed_config(config, geometry)
-    fills_bubble = config.parallel.pipeline_schedule == "zb-h1" and mesh.pipeline_size > 1
     module = build_stage(config, mesh, geometry, weights)
     engine = TrainingEngine(
         rule=rule or update_rule(config.train.optimizer),
         mesh=mesh,
         kv_group=_kv_group(config),
         packed=config.train.master_weights == "packed" and config.train.precision == "bf16",
-        deferred=DeferredGradients() if fills_bubble and mesh.pipeline_rank > 0 else None,
+        deferred=DeferredGradients() if defers(config, mesh.pipeline_rank) else None,
         args=None,
         model=module,
         optimizer=ParameterGroups(module, config.train.optimizer),
@@ -58,7 +58,8 @@ def build_engine(
     verify_loaded(engine)
     norms = GradientNorms(module, engine.optimizer, config.model, mesh)
     engine.gradient_groups, engine.optimizer.group_squares = norms.names, norms.squares
-    if fills_bubble or (mesh.device.type == "cuda" and config.train.precision == "bf16"):
+    some_defer = defers(config, mesh.pipeline_size - 1)
+    if some_defer or (mesh.device.type == "cuda" and config.train.precision == "bf16"):
         accumulate_in_products(engine, geometry)
     engine.await_parameters()
     if config.train.cuda_graphs == "auto":

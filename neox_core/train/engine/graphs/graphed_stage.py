@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable
 from functools import partial
+from operator import call
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ class GraphedStage:
 
     def _work(self, last: bool) -> Work:
         """Of a micro batch; `last`: of a step's last one, with the reduction."""
-        deferred, completed = self._engine.deferred, self._reduced if last else _call
+        deferred, completed = self._engine.deferred, self._reduced if last else call
         if deferred is None:
             return Work(self._forward_once, lambda *passed: completed(partial(self._backward_once, *passed)))
 
@@ -178,10 +179,6 @@ class GraphedStage:
         work()
         with torch.no_grad():
             self._engine.optimizer.reduction.finish()
-
-
-def _call(work: Callable[[], None]) -> None:
-    work()
 
 
 def why_not(engine: Any, device: torch.device) -> str | None:
