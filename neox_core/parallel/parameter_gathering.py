@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,11 +47,16 @@ class OverlappedGathering:
         ends = layer_ends(sizes, layers)
         self._needed = {layer: sum(start < end for start in self._starts) for layer, end in ends.items()}
         """Buckets that a layer waits for: the first ones, up to its end."""
-        self._under_way: deque[dist.Work] = deque()
+        self._needed[max(ends)] = len(self._starts)  # and what fills up the last owner's part
+        self._under_way = deque[dist.Work]()
+        self._arrivals = _events(len(self._starts)) if flat.is_cuda else []
+        """On GPUs, of each bucket and all before it."""
+        self._stream = torch.cuda.Stream(flat.device) if flat.is_cuda else None  # type: ignore[no-untyped-call]
+        """Of these events alone."""
 
     @property
     def buckets_under_way(self) -> int:
-        """Number of buckets that nobody has waited for yet."""
+        """Number of buckets that nobody has waited for yet; on GPUs, where streams wait, none."""
         return len(self._under_way)
 
     def begin(self) -> None:
@@ -60,15 +66,32 @@ class OverlappedGathering:
             work = dist.broadcast(self._flat[start:end], owner, self._group, async_op=True)
             assert work is not None
             self._under_way.append(work)
+        with torch.cuda.stream(self._stream):
+            for arrival in self._arrivals:
+                self._under_way.popleft().wait()
+                arrival.record()
 
     def wait_for(self, layer: int) -> None:
         """What the current stream does from now on finds the layer's parameters, and those of all before it."""
-        self._wait(len(self._starts) - self._needed.get(layer, 0))
+        self._wait(self._needed.get(layer, 0))
 
     def finish(self) -> None:
         """What the current stream does from now on finds all parameters."""
-        self._wait(0)
+        self._wait(len(self._starts))
 
-    def _wait(self, left: int) -> None:
-        while len(self._under_way) > left:
+    def _wait(self, buckets: int) -> None:
+        if self._arrivals and buckets:
+            self._arrivals[buckets - 1].wait()
+        while len(self._under_way) > len(self._starts) - buckets:
             self._under_way.popleft().wait()
+
+
+def _events(count: int) -> list[torch.cuda.Event]:
+    """Events whose waits can be recorded in a CUDA graph: a replay waits for the newest record before it.
+
+    Torch leaves out a wait for an event that has none yet, from the graph too, so that each gets one at once.
+    """
+    events = [torch.cuda.Event(external=True) for _ in range(count)]
+    for event in events:
+        event.record()
+    return events

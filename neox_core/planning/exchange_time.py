@@ -84,7 +84,7 @@ def data_exchange(
     config: RunConfig, geometry: BatchGeometry, hardware: Hardware, stage: int, backward: float, forward: float
 ) -> ExchangeTime:
     """A step's reduction of gradients and gathering of parameters, during the last backward and the next forward pass
-    but for a bucket each. With CUDA graphs, the forward pass begins after the gathering.
+    but for a bucket each.
 
     Args:
         backward: seconds in which a step's last micro batch completes the gradients.
@@ -98,9 +98,7 @@ def data_exchange(
     reduction = _collective(hardware, _FP32 * parameters, across)
     bucket = _collective(hardware, min(_BUCKET_BYTES, _FP32 * parameters), across)
     gathering = _collective(hardware, DTYPE_BYTES[config.train.precision] * parameters, across)
-    hidden = min(reduction - bucket, backward)
-    if config.train.cuda_graphs == "off":
-        hidden += min(max(0.0, gathering - bucket), forward)
+    hidden = min(reduction - bucket, backward) + min(max(0.0, gathering - bucket), forward)
     return ExchangeTime(SKEW * (reduction + gathering - hidden), hidden)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from neox_core.parallel.gradient_reduction import OverlappedReduction
+from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.replicas import ReplicatedGradients
 from neox_core.parallel.tensor_parallel import gather_tokens, scatter_sum
 
@@ -45,6 +46,30 @@ def test_reduction_beside_the_backward_pass(one_rank: dist.ProcessGroup) -> None
     reduction.finish()
     expected = torch.arange(1.0, 5.0).repeat_interleave(1 << 22)
     assert torch.equal(flat.cpu(), expected)
+
+
+def test_a_recorded_pass_waits_for_parameters(one_rank: dist.ProcessGroup) -> None:
+    """Each replay for those of its own step, whenever they come."""
+    flat, seen = torch.zeros(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    gathering = OverlappedGathering(flat, one_rank, [1 << 19] * 2, layers=[0, 1], bucket_bytes=1 << 20)
+    graph, stream, late = torch.cuda.CUDAGraph(), torch.cuda.Stream(), gathering._stream
+    assert late is not None
+    with torch.cuda.graph(graph, stream=stream):
+        for layer in (0, 1):
+            gathering.wait_for(layer)
+            seen.chunk(2)[layer].copy_(flat.chunk(2)[layer])
+    for step in range(1, 4):
+        with torch.cuda.stream(stream):
+            gathering.begin()
+            late.wait_stream(stream)
+            for layer, arrival in ((0, gathering._arrivals[1]), (1, gathering._arrivals[3])):
+                with torch.cuda.stream(late):
+                    torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+                    flat.chunk(2)[layer].fill_(step)
+                    arrival.record()
+            graph.replay()
+        torch.cuda.synchronize()
+        assert bool((seen == step).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

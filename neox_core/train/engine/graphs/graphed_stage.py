@@ -56,7 +56,6 @@ class GraphedStage:
         inputs = engine.pipe_buffers["inputs"][buffer]
         targets = engine.pipe_buffers["labels"][buffer] if engine.is_last_stage() else None
         if self._forwards == 0:
-            engine.finish_step()  # a graph waits for nothing outside of it
             self.replaying = self._ready(inputs, targets)
         if not self.replaying:
             self._forwards += 1
