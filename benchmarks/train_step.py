@@ -222,7 +222,7 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
     causal = flops_per_token(config.model, config.train.sequence_length, causal=True)
     full = flops_per_token(config.model, config.train.sequence_length)
     peak = peak_flops(device, torch.bfloat16)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    memory = torch.cuda.memory_stats() if device.type == "cuda" else {}
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "gpus": dist.get_world_size(),
@@ -243,7 +243,8 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "model_tflops": round(rate * causal / 1e12, 1),
         "sustained_gemm_tflops": round(gemm / 1e12, 1),
         "ratio_to_gemm": round(rate * causal / gemm, 4) if gemm else None,
-        "peak_memory_gib": round(memory / 2**30, 2),
+        "peak_memory_gib": round(memory.get("allocated_bytes.all.peak", 0) / 2**30, 2),
+        "reserved_memory_gib": round(memory.get("reserved_bytes.all.peak", 0) / 2**30, 2),
     }
 
 
