@@ -113,12 +113,13 @@ def _options() -> argparse.Namespace:
 
 
 def _run(command: Sequence[str]) -> Result | None:
-    """What a command found, or None after a failure, which is shown."""
+    """What a command found, or None after a failure; either is shown at once, as all of them take minutes."""
     found = run_json(command)
-    if "failed" in found:
-        sys.stdout.write(f"failed: {' '.join(command)}\n{found['failed']}\n")
-        return None
-    return found
+    failed = found.get("failed")
+    outcome = f"failed: {failed}" if failed else f"{found['tokens_per_second']:,.0f} tokens/s a GPU"
+    sys.stdout.write(f"{' '.join(command)}\n    {outcome}\n")
+    sys.stdout.flush()
+    return None if failed else found
 
 
 def _measure_peer(options: argparse.Namespace) -> dict[str, Any]:

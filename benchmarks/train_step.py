@@ -67,7 +67,7 @@ def main() -> None:
     batches = random_batches(config, mesh)
     timed = sorted([timed_step(engine, batches, device) for _ in range(options.steps)][2:])
     seconds, host = timed[len(timed) // 2]
-    result = _figures(config, options.tokens, seconds, gemm, device)
+    result = _figures(config, options.tokens, seconds, gemm, device) | _fullest(device)
     passes = config.model.num_layers / mesh.pipeline_size * batch_geometry(config).accumulation_steps
     result["host_ms_per_layer"] = round(1e3 * host / passes, 3)
     result["loss"] = float(engine.train_batch(batches))
@@ -222,7 +222,6 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
     causal = flops_per_token(config.model, config.train.sequence_length, causal=True)
     full = flops_per_token(config.model, config.train.sequence_length)
     peak = peak_flops(device, torch.bfloat16)
-    memory = torch.cuda.memory_stats() if device.type == "cuda" else {}
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "gpus": dist.get_world_size(),
@@ -243,9 +242,16 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
         "model_tflops": round(rate * causal / 1e12, 1),
         "sustained_gemm_tflops": round(gemm / 1e12, 1),
         "ratio_to_gemm": round(rate * causal / gemm, 4) if gemm else None,
-        "peak_memory_gib": round(memory.get("allocated_bytes.all.peak", 0) / 2**30, 2),
-        "reserved_memory_gib": round(memory.get("reserved_bytes.all.peak", 0) / 2**30, 2),
     }
+
+
+def _fullest(device: torch.device) -> dict[str, float]:
+    """The most memory that any GPU needed, and that torch took for it."""
+    own = torch.cuda.memory_stats() if device.type == "cuda" else {}
+    found: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    names = {"peak_memory_gib": "allocated_bytes.all.peak", "reserved_memory_gib": "reserved_bytes.all.peak"}
+    return {name: round(max(rank.get(key, 0) for rank in found) / 2**30, 2) for name, key in names.items()}
 
 
 def report(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
 from neox_core.model.add_norm import add_norm, norm_add
+from neox_core.model.elementwise import fused_on_cuda
 from neox_core.model.llama import MLP, Attention, RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
 from neox_core.parallel.tensor_parallel import SplitRegion
@@ -63,7 +64,13 @@ class SplitEmbedding(PipelineLayer):
         first = size * self.region.rank
         foreign = (x < first) | (x >= first + size)
         vectors = self.word_embeddings((x - first).masked_fill(foreign, 0))
-        return self._leave(vectors.masked_fill(foreign.unsqueeze(-1), 0))
+        return self._leave(zeros_at(vectors, foreign))
+
+
+@fused_on_cuda
+def zeros_at(vectors_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+    """The vectors, with zeros at the positions that are true."""
+    return vectors_BTD.masked_fill(positions_BT.unsqueeze(-1), 0)
 
 
 class FusedBlock(PipelineLayer):

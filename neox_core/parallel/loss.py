@@ -22,33 +22,67 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, group: dist.ProcessGroup, rank: int, z_loss: float
     ) -> Tensor:
-        logits = logits_BTV.float()
-        maximum = logits.amax(-1)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - maximum.unsqueeze(-1)).exp_()
-        size = logits.shape[-1]
-        local = targets_BT - size * rank
-        foreign = (local < 0) | (local >= size)
-        local = local.masked_fill(foreign, 0).unsqueeze(-1)
-        target_logit = (logits.gather(-1, local).squeeze(-1) - maximum).masked_fill(foreign, 0)
-        sums = torch.stack((exponentials.sum(-1), target_logit))
-        dist.all_reduce(sums, group=group)
-        normalizer, target_logit = sums
-        probabilities = exponentials.div_(normalizer.unsqueeze(-1))
-        log_normalizer = normalizer.log()
-        ctx.save_for_backward(probabilities, local, foreign, targets_BT, log_normalizer + maximum)
-        ctx.dtype, ctx.z_loss = logits_BTV.dtype, z_loss
-        return (log_normalizer - target_logit).masked_fill(targets_BT == IGNORE_INDEX, 0)
+        local_BT = targets_BT - logits_BTV.shape[-1] * rank
+        own = softmax_part(logits_BTV, local_BT)
+        parts = own.new_empty(dist.get_world_size(group), *own.shape)
+        dist.all_gather_into_tensor(parts.view(-1), own.view(-1), group=group)
+        losses, maximum, normalizer = losses_of_parts(parts, targets_BT)
+        ctx.save_for_backward(logits_BTV, local_BT, targets_BT, maximum, normalizer)
+        ctx.z_loss = z_loss
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient_BT: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities, local, foreign, targets, log_z = ctx.saved_tensors
-        if ctx.z_loss:
-            probabilities = probabilities * (1 + 2 * ctx.z_loss * log_z).unsqueeze(-1)
-        # d loss / d logit = probability - [logit is the target's]
-        difference = probabilities.scatter_add(-1, local, -(~foreign).to(probabilities.dtype).unsqueeze(-1))
-        weight = gradient_BT.masked_fill(targets == IGNORE_INDEX, 0).unsqueeze(-1)
-        return (difference * weight).to(ctx.dtype), None, None, None, None
+        logits, local, targets, maximum, normalizer = ctx.saved_tensors
+        gradient = logit_gradients(logits, local, targets, maximum, normalizer, gradient_BT, ctx.z_loss)
+        return gradient, None, None, None, None
+
+
+@fused_on_cuda
+def softmax_part(logits_BTV: Tensor, local_BT: Tensor) -> Tensor:
+    """What a rank knows of each position's softmax, fp32 [3,B,T]: its largest logit, the sum of its exponentials with
+    that taken out, and the target's logit.
+
+    Args:
+        logits_BTV: of the rank's part of the vocabulary.
+        local_BT: targets as indices of that part; others are those of other ranks, which give 0.
+    """
+    logits = logits_BTV.float()
+    maximum = logits.amax(-1)
+    total = (logits - maximum.unsqueeze(-1)).exp_().sum(-1)
+    foreign = (local_BT < 0) | (local_BT >= logits.shape[-1])
+    target = logits.gather(-1, local_BT.masked_fill(foreign, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.stack((maximum, total, target.masked_fill(foreign, 0)))
+
+
+@fused_on_cuda
+def losses_of_parts(parts_RKBT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From all ranks' `softmax_part`, in the same order on each: losses, largest logits and normalizers, [B,T] each."""
+    maxima, totals, targets = parts_RKBT.unbind(1)
+    maximum = maxima.amax(0)
+    normalizer = (totals * (maxima - maximum).exp()).sum(0)
+    losses = normalizer.log() - (targets.sum(0) - maximum)
+    return losses.masked_fill(targets_BT == IGNORE_INDEX, 0), maximum, normalizer
+
+
+@fused_on_cuda
+def logit_gradients(
+    logits_BTV: Tensor,
+    local_BT: Tensor,
+    targets_BT: Tensor,
+    maximum_BT: Tensor,
+    normalizer_BT: Tensor,
+    gradient_BT: Tensor,
+    z_loss: float,
+) -> Tensor:
+    """d loss / d logit = probability - [logit is the target's], times the losses' gradients: [B,T,V]."""
+    weight = gradient_BT.masked_fill(targets_BT == IGNORE_INDEX, 0)
+    scale = weight / normalizer_BT
+    if z_loss:
+        scale = scale * (1 + 2 * z_loss * (normalizer_BT.log() + maximum_BT))
+    weighted = (logits_BTV.float() - maximum_BT.unsqueeze(-1)).exp_().mul_(scale.unsqueeze(-1))
+    is_target = torch.arange(logits_BTV.shape[-1], device=logits_BTV.device) == local_BT.unsqueeze(-1)
+    return torch.where(is_target, weighted - weight.unsqueeze(-1), weighted).to(logits_BTV.dtype)
 
 
 def token_losses(

@@ -91,7 +91,7 @@ def _events(count: int) -> list[torch.cuda.Event]:
 
     Torch leaves out a wait for an event that has none yet, from the graph too, so that each gets one at once.
     """
-    events = [torch.cuda.Event(external=True) for _ in range(count)]
+    events = [torch.cuda.Event(external=True) for _ in range(count)]  # type: ignore[no-untyped-call]
     for event in events:
         event.record()
     return events

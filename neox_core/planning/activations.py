@@ -134,8 +134,11 @@ def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: Batc
     """
     size = DTYPE_BYTES[config.train.precision]
     gradient = dims.vocab_size * dims.hidden_size * (size if size == _FP32 else size + _FP32)
-    passed = _hidden(config, dims) // config.parallel.tensor
-    return gradient + _hidden(config, dims) // _token_split(config) + in_flight(config, geometry, 0) * passed
+    hidden = _hidden(config, dims)
+    if config.parallel.pipeline == 1:  # what the head was given, and for the micro batch before
+        return gradient + min(2, geometry.accumulation_steps) * hidden
+    passed = hidden // config.parallel.tensor
+    return gradient + hidden // _token_split(config) + in_flight(config, geometry, 0) * passed
 
 
 def _last_stage_working(
@@ -213,10 +216,9 @@ def _deferring_backward(
 
 
 def _chunk_logits(config: RunConfig, dims: ModelDimensions) -> int:
-    """A chunk's logits with their gradient; of a split vocabulary also fp32 probabilities and two products of them."""
-    size = DTYPE_BYTES[config.train.precision]
-    per_logit = 2 * size if config.parallel.tensor == 1 else 3 * _FP32 + size
-    return min(micro_batch_tokens(config), config.train.loss_chunk_tokens) * dims.vocab_size * per_logit
+    """A chunk's logits with their gradient."""
+    tokens = min(micro_batch_tokens(config), config.train.loss_chunk_tokens)
+    return 2 * DTYPE_BYTES[config.train.precision] * tokens * dims.vocab_size
 
 
 def in_flight(config: RunConfig, geometry: BatchGeometry, stage: int) -> int:

@@ -56,29 +56,33 @@ def _tensor_parallel(
 
     With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198). Full
     checkpointing computes again what comes before a block's last product, selective gathers the norms' results. The
-    embedding and the head add one sum each; the loss, a maximum and two sums per token; norms over all heads, two.
+    embedding and the head add one sum each; norms over all heads, two numbers per
+    token. Of the loss, all ranks get three numbers per token from each.
     """
     first, last = stage == 0, stage == config.parallel.pipeline - 1
     hidden, steps = _hidden(config), geometry.accumulation_steps
     sums = sum(5 if mode == "full" else 4 for mode in modes) + first + last
-    small = last * 3 * _FP32 * micro_batch_tokens(config)
+    parts = last * 3 * _FP32 * micro_batch_tokens(config) * config.parallel.tensor
+    small = 0
     if config.model.differences.qk_norm == "projection":
         # Mean squares of queries and keys, which are computed again unless all is kept, and their gradients.
-        small += sum(2 if mode == "none" else 3 for mode in modes) * 2 * _FP32 * micro_batch_tokens(config)
+        small = sum(2 if mode == "none" else 3 for mode in modes) * 2 * _FP32 * micro_batch_tokens(config)
     if config.parallel.sequence:
         gathers = sum(4 if mode == "none" else 6 for mode in modes) + first + last
         return Counter(
             {
-                ("tensor", "all-gather"): steps * gathers * hidden,
+                ("tensor", "all-gather"): steps * (gathers * hidden + parts),
                 ("tensor", "reduce-scatter"): steps * sums * hidden,
                 ("tensor", "all-reduce"): steps * small
                 + _FP32 * replicated_parameters(config, stage) // geometry.data_parallel,
             }
         )
     traffic = Counter({("tensor", "all-reduce"): steps * (sums * hidden + small)})
+    if last:
+        traffic["tensor", "all-gather"] = steps * parts
     # What DeepSpeed sends between stages is a part per rank, and put together again: inputs, results and gradients.
     if gathers := (not first) + 2 * (not last):
-        traffic["tensor", "all-gather"] = steps * gathers * hidden
+        traffic["tensor", "all-gather"] += steps * gathers * hidden
     return traffic
 
 

@@ -16,12 +16,22 @@ from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel, stand_ins
 from neox_core.model import elementwise
 from neox_core.model.attention_kernel import causal_attention
-from neox_core.parallel.loss import whole_vocabulary_losses
+from neox_core.parallel.loss import logit_gradients, losses_of_parts, softmax_part, whole_vocabulary_losses
 from neox_core.parallel.weight_gradients import add_outer_product
 from neox_core.simulate.recorder import Recorder
 
 _SCALES = 6
 """Which argument of split_and_rotate says that queries and keys are normalized, so that they are kept as they were."""
+
+_OF_FUNCTIONS: tuple[Kernel[..., Any], ...] = (
+    elementwise.add_and_normalize,
+    elementwise.normalize_and_add,
+    elementwise.norm_gradients,
+    softmax_part,
+    losses_of_parts,
+    logit_gradients,
+)
+"""Called forward and backward by functions of autograd's own."""
 
 
 def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
@@ -39,10 +49,7 @@ def gpu_kernels(recorder: Recorder) -> AbstractContextManager[None]:
             elementwise.swiglu: compiled(elementwise.swiglu, keeps=(0, 1)),
             elementwise.split_and_rotate: lambda *args: (rotated if args[_SCALES] is None else normed)(*args),
             elementwise.mean_squares: compiled(elementwise.mean_squares, keeps=(0,)),
-            # Called forward and backward by a function of autograd's own.
-            elementwise.add_and_normalize: recorder.as_kernel(elementwise.add_and_normalize.function),
-            elementwise.normalize_and_add: recorder.as_kernel(elementwise.normalize_and_add.function),
-            elementwise.norm_gradients: recorder.as_kernel(elementwise.norm_gradients.function),
+            **{kernel: recorder.as_kernel(kernel.function) for kernel in _OF_FUNCTIONS},
             causal_attention: _attention,
             whole_vocabulary_losses: compiled(whole_vocabulary_losses, keeps=(0, 1)),
             add_outer_product: _add_outer_product,

@@ -17,7 +17,7 @@ from torch import Tensor
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.attention_kernel import causal_attention
 from neox_core.model.rope import rope_tables
-from neox_core.parallel.loss import IGNORE_INDEX, token_losses
+from neox_core.parallel.loss import IGNORE_INDEX, logit_gradients, losses_of_parts, softmax_part, token_losses
 from tests.neox_core.model import reference
 
 pytestmark = [
@@ -117,19 +117,46 @@ def one_rank(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("scale", "z_loss"), [(1.0, 0.0), (1e4, 0.0), (1.0, 0.01)])
-def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float, z_loss: float) -> None:
+LOSSES = [(1.0, 0.0), (1e4, 0.0), (1.0, 0.01)]
+"""Sizes of logits, and the z-loss."""
+
+
+def random_logits(scale: float) -> tuple[Tensor, Tensor]:
+    """bf16 [2,64,1000], with targets of which some are ignored."""
     generator = torch.Generator().manual_seed(1)
-    logits = (scale * torch.randn(2, 64, 1000, generator=generator)).to("cuda", torch.bfloat16).requires_grad_()
+    logits = (scale * torch.randn(2, 64, 1000, generator=generator)).to("cuda", torch.bfloat16)
     targets = torch.randint(1000, (2, 64), generator=generator).cuda()
     targets[0, :7] = IGNORE_INDEX
-    losses = token_losses(logits, targets, one_rank, 0, z_loss)
+    return logits, targets
+
+
+def check_losses(logits: Tensor, targets: Tensor, z_loss: float, losses: Tensor, gradient: Tensor | None) -> None:
+    """Against float64; the gradient is that of the losses' sum."""
     exact = logits.detach().double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(
         exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     torch.testing.assert_close(losses.flatten().double(), expected, rtol=1e-5, atol=1e-4)
-    losses.sum().backward()
     squares = exact.logsumexp(-1).square() * (targets != IGNORE_INDEX)
     (expected.sum() + z_loss * squares.sum()).backward()
-    assert largest_error(logits.grad, exact.grad) < 2**-8
+    assert largest_error(gradient, exact.grad) < 2**-8
+
+
+@pytest.mark.parametrize(("scale", "z_loss"), LOSSES)
+def test_token_losses_of_bf16_logits(one_rank: dist.ProcessGroup, scale: float, z_loss: float) -> None:
+    logits, targets = random_logits(scale)
+    losses = token_losses(logits.requires_grad_(), targets, one_rank, 0, z_loss)
+    losses.sum().backward()
+    check_losses(logits, targets, z_loss, losses, logits.grad)
+
+
+@pytest.mark.parametrize(("scale", "z_loss"), LOSSES)
+def test_losses_of_a_split_vocabulary(scale: float, z_loss: float) -> None:
+    """As tensor-parallel ranks compute them, each with a quarter of the logits."""
+    logits, targets = random_logits(scale)
+    shares = [(share.contiguous(), targets - 250 * rank) for rank, share in enumerate(logits.chunk(4, dim=-1))]
+    parts = torch.stack([softmax_part(*share) for share in shares])
+    losses, *softmax = losses_of_parts(parts, targets)
+    upstream = torch.ones_like(losses)
+    gradients = [logit_gradients(*share, targets, *softmax, upstream, z_loss) for share in shares]
+    check_losses(logits, targets, z_loss, losses, torch.cat(gradients, dim=-1))

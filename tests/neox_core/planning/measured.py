@@ -11,7 +11,14 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from neox_core.config import ActivationCheckpointing, ParallelConfig, RunConfig, batch_geometry, load_config
+from neox_core.config import (
+    ActivationCheckpointing,
+    ParallelConfig,
+    PipelineSchedule,
+    RunConfig,
+    batch_geometry,
+    load_config,
+)
 from neox_core.config.families import FamilyName
 from neox_core.planning.activation_checkpointing import layer_modes
 from neox_core.planning.hardware import CARDS
@@ -39,6 +46,7 @@ class Row:
     graphs: bool = False
     overlap: bool = False
     family: FamilyName = "llama"
+    schedule: PipelineSchedule = "1f1b"
     note: str = ""
 
     @property
@@ -56,7 +64,9 @@ class Row:
             "cuda_graphs": "auto" if self.graphs else "off",
         }
         overlap: Literal["auto", "off"] = "auto" if self.overlap else "off"
-        parallel = ParallelConfig(tensor=self.tensor, pipeline=self.pipeline, overlap=overlap)
+        parallel = ParallelConfig(
+            tensor=self.tensor, pipeline=self.pipeline, pipeline_schedule=self.schedule, overlap=overlap
+        )
         return base.model_copy(
             update={
                 "model": base.model.model_copy(update={"num_layers": self.layers, "family": self.family}),
@@ -75,7 +85,8 @@ class Row:
 
     def __str__(self) -> str:
         family = "" if self.family == "llama" else self.family
-        switches = (family, "graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
+        schedule = "" if self.schedule == "1f1b" else self.schedule
+        switches = (family, schedule, "graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
         layout = f"TP {self.tensor} PP {self.pipeline} DP {self.data}"
         words = (
             self.card,
@@ -150,6 +161,15 @@ ROWS = [
     Row("h200", "34b", 8, 2, at(15102), tensor=2, graphs=True),
     Row("h200", "34b", 8, 2, at(15681), tensor=2, graphs=True, overlap=True),
     Row("h200", "34b", 8, 4, at(15949), tensor=2, graphs=True, overlap=True),
+    # The same with FlashAttention 4.
+    Row("h200", "7b", 32, 8, at(12851), tensor=2, graphs=True, overlap=True, note="FlashAttention 4"),
+    Row("h200", "34b", 8, 4, at(15837), tensor=2, graphs=True, overlap=True, note="FlashAttention 4"),
+    Row("h200", "7b", 8, 4, at(46648), tensor=2, graphs=True, overlap=True, note="FlashAttention 4"),
+    Row("h200", "7b", 8, 2, at(50488), data=2, graphs=True, note="FlashAttention 4"),
+    Row("h200", "7b", 32, 2, at(12572), pipeline=2, graphs=True, note="FlashAttention 4"),
+    Row("h200", "7b", 32, 2, at(13045), pipeline=2, graphs=True, schedule="zb-h1", note="FlashAttention 4"),
+    Row("h200", "7b", 8, 2, 1.4442, pipeline=2, graphs=True, note="FlashAttention 4"),
+    Row("h200", "7b", 8, 2, 1.4029, pipeline=2, graphs=True, schedule="zb-h1", note="FlashAttention 4"),
 ]
 
 

@@ -61,8 +61,9 @@ def test_where_weights_gradients_wait_a_mixture_can_fit_alone() -> None:
     }
     config = config.model_copy(
         update={
+            "model": config.model.model_copy(update={"vocab_size": 2**18}),
             "train": config.train.model_copy(update=train),
-            "parallel": config.parallel.model_copy(update={"pipeline": 2, "pipeline_schedule": "zb-h1"}),
+            "parallel": config.parallel.model_copy(update={"tensor": 1, "pipeline": 2, "pipeline_schedule": "zb-h1"}),
         }
     )
     geometry = batch_geometry(config)
