@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from tasks.tokenization.array import made_in_jobs
 from tasks.tokenization.pool import made_in_processes
 from tasks.tokenization.progress import PartsProgress
 
+logger = logging.getLogger(__name__)
+
 _UNITS = ("documents_in", "documents", *LEFT_OUT)
 
 
@@ -65,12 +68,7 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
     in_folders = any("train" not in source.files for source in data.sources.values())
     if in_folders and not data.input.startswith("s3://") and not Path(data.input).is_dir():
         raise DataError(f"data.input {data.input} is not a folder: correct the path")
-    vocab_size = Tokenizer(config.tokenizer.model_copy(update={"engine": "sentencepiece"})).vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"tokenizer {config.tokenizer.file} has {vocab_size} pieces, more than model.vocab_size "
-            f"{config.model.vocab_size}: use the base model's own tokenizer or correct model.vocab_size"
-        )
+    _checked_tokenizer(config)
     load_items(data.evaluation_sets, OverlapWords(data.overlap_words, data.overlap_min_words))
     return [
         file
@@ -78,6 +76,16 @@ def checked_inputs(config: RunConfig) -> list[InputFile]:
         for split in splits_of(data, source)
         for file in source_files(data, config.storage, source, split)
     ]
+
+
+def _checked_tokenizer(config: RunConfig) -> Tokenizer:
+    tokenizer = Tokenizer(config.tokenizer.model_copy(update={"engine": "sentencepiece"}))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"tokenizer {config.tokenizer.file} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
+            f"{config.model.vocab_size}: use the base model's own tokenizer or correct model.vocab_size"
+        )
+    return tokenizer
 
 
 def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -102,7 +110,10 @@ def prepare_data(config: RunConfig, folder: Path, parts_in: Path, progress: Prog
         ConfigError: the tokenizer's model is missing or does not fit the model.
         LaunchError, StorageError: a job failed, or the object store did.
     """
-    parts = _make_parts(checked_inputs(config), config, parts_in, progress)
+    inputs = checked_inputs(config)
+    if lost := _checked_tokenizer(config).lost:
+        logger.warning("the tokenizer has no ids for %s: they are left out of texts, as everywhere", ascii(lost))
+    parts = _make_parts(inputs, config, parts_in, progress)
     write_rejections(parts, folder)
     check_damaged(parts, config.data)
     in_validation = find_in_validation(parts, config.data)

@@ -89,6 +89,18 @@ def test_what_belongs_to_a_tokenizer_json_lies_among_the_token_files(tmp_path: P
     ]
 
 
+def test_characters_without_an_id_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small_input(tmp_path / "in", FILES)
+    tokenizer = make_byte_level(tmp_path / "base")
+    lost = "\u0104"  # how byte-level BPE writes the byte 4
+    tokenizer.write_text(tokenizer.read_text().replace(f'"{lost}"', '"another"'))
+    config = run_config(tmp_path)
+    section = config.tokenizer.model_copy(update={"model": tokenizer, "end_of_document": END})
+    prepare(config.model_copy(update={"tokenizer": section}), silent)
+    said = [record.getMessage() for record in caplog.records if "has no ids" in record.getMessage()]
+    assert said == ["the tokenizer has no ids for ['\\x04']: they are left out of texts, as everywhere"]
+
+
 def test_what_an_interrupted_removal_left_goes_with_the_next_run(tmp_path: Path) -> None:
     small_input(tmp_path / "in", FILES)
     prepare(run_config(tmp_path), silent)

@@ -3,7 +3,7 @@ where its ids are the same."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from neox_core.config import TokenizerConfig
     from neox_core.data.tokenization.part_settings import TokenizerSettings
 
-_log = logging.getLogger(__name__)
 _CONTROL_TEXTS = ("<s>", "</s>", "<unk>")
 _RARE = "\x00\n一𒀀\U0010fffd"
 """Of these, a vocabulary without bytes lacks some."""
@@ -58,10 +57,8 @@ class Tokenizer:
             own = model.engine
         elif config.engine == "auto":
             self._fast = FastEngine.load(model)
-        if isinstance(model, ByteLevelModel) and model.lost:
-            _log.warning(
-                "the tokenizer has no ids for %s: they are left out of texts, as everywhere", ascii(model.lost)
-            )
+        self.lost: Sequence[str] = model.lost if isinstance(model, ByteLevelModel) else ()
+        """Characters without an id, which are left out of texts."""
         self.engine: str = self._fast.name if self._fast else own
         """Name and version of what encodes."""
 
