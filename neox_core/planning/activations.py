@@ -114,7 +114,7 @@ def _working_bytes(
 ) -> int:
     stages = config.parallel.pipeline
     hidden = _hidden(config, dims)
-    puts_together = config.parallel.tensor > 1 and not config.parallel.sequence
+    puts_together = _puts_together(config)
     flying = in_flight(config, geometry, stage)
     passed = hidden // config.parallel.tensor
     received = passed + (0 if puts_together else flying * passed) if stage > 0 else 0
@@ -137,8 +137,9 @@ def _embedding_backward(config: RunConfig, dims: ModelDimensions, geometry: Batc
     hidden = _hidden(config, dims)
     if config.parallel.pipeline == 1:  # what the head was given, and for the micro batch before
         return gradient + min(2, geometry.accumulation_steps) * hidden
-    passed = hidden // config.parallel.tensor
-    return gradient + hidden // _token_split(config) + in_flight(config, geometry, 0) * passed
+    # What goes to the next stage, the gradients that came from it, and both once more where they are put together.
+    passed = (in_flight(config, geometry, 0) + 1) * hidden // config.parallel.tensor
+    return gradient + passed + 2 * hidden * _puts_together(config)
 
 
 def _last_stage_working(
@@ -152,7 +153,9 @@ def _last_stage_working(
     part = hidden // _token_split(config)
     result = hidden + 2 * part * receives
     old = min(2, geometry.accumulation_steps - 1)
-    loss = part + max(2 * hidden, hidden + _chunk_logits(config, dims))
+    logits, earlier = _chunk_logits(config, dims), max(0, micro_batch_tokens(config) - config.train.loss_chunk_tokens)
+    # The gradients of all chunks' hidden states, twice when they are joined; or those of earlier chunks, and logits.
+    loss = part + max(2 * hidden, hidden * earlier // micro_batch_tokens(config) + logits)
     return max(old * result + forward, min(1, old) * result + hidden + max(loss, part + backward))
 
 
@@ -239,6 +242,11 @@ def _hidden(config: RunConfig, dims: ModelDimensions) -> int:
 def _width(config: RunConfig, dims: ModelDimensions) -> int:
     """Bytes of a micro batch's gates."""
     return DTYPE_BYTES[config.train.precision] * dims.intermediate_size * micro_batch_tokens(config)
+
+
+def _puts_together(config: RunConfig) -> bool:
+    """Tensor-parallel ranks have the same hidden states, which stages send in parts."""
+    return config.parallel.tensor > 1 and not config.parallel.sequence
 
 
 def _token_split(config: RunConfig) -> int:

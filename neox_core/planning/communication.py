@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.model.layer_groups import group_names
+from neox_core.parallel.stages import defers
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.memory import copied_parameters, rank_parameters, replicated_parameters, vector_parameters
 
@@ -54,15 +55,16 @@ def _tensor_parallel(
 ) -> Counter[Collective]:
     """Hidden states are summed after attention and MLP, their gradients before (arXiv 1909.08053).
 
-    With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198). Full
-    checkpointing computes again what comes before a block's last product, selective gathers the norms' results. The
-    embedding and the head add one sum each; norms over all heads, two numbers per
-    token. Of the loss, all ranks get three numbers per token from each.
+    With sequence parallelism, a sum is a reduce-scatter and a gathering on the other side (arXiv 2205.05198), and
+    selective checkpointing gathers the norms' results again. The embedding and the head add one sum each; norms over
+    all heads, two numbers per token. Of the loss, all ranks get three numbers per token from each, and in fp32 again
+    in the backward pass, which computes its chunks once more unless weights' gradients are deferred.
     """
     first, last = stage == 0, stage == config.parallel.pipeline - 1
     hidden, steps = _hidden(config), geometry.accumulation_steps
-    sums = sum(5 if mode == "full" else 4 for mode in modes) + first + last
-    parts = last * 3 * _FP32 * micro_batch_tokens(config) * config.parallel.tensor
+    sums = sum(layer_sums(config, mode) for mode in modes) + first + last
+    again = config.train.precision == "fp32" and not defers(config, config.parallel.pipeline - 1)
+    parts = last * (1 + again) * 3 * _FP32 * micro_batch_tokens(config) * config.parallel.tensor
     small = 0
     if config.model.differences.qk_norm == "projection":
         # Mean squares of queries and keys, which are computed again unless all is kept, and their gradients.
@@ -84,6 +86,15 @@ def _tensor_parallel(
     if gathers := (not first) + 2 * (not last):
         traffic["tensor", "all-gather"] += steps * gathers * hidden
     return traffic
+
+
+def layer_sums(config: RunConfig, mode: ActivationCheckpointing) -> int:
+    """How often tensor-parallel ranks sum up hidden states or their gradients for a layer and a micro batch.
+
+    Full checkpointing computes again what comes before a block's last product; norms after attention and MLP need that
+    product's sum too.
+    """
+    return 4 + (1 + config.model.differences.norms_after) * (mode == "full")
 
 
 def _pipeline(config: RunConfig, geometry: BatchGeometry, stage: int) -> Counter[Collective]:

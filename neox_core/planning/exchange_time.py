@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
+from neox_core.planning.communication import layer_sums
 from neox_core.planning.hardware import Hardware
 from neox_core.planning.memory import rank_parameters
 from neox_core.planning.work import ELEMENTWISE_SHARE
@@ -47,15 +48,15 @@ def tensor_exchange(
     if ranks == 1:
         return ExchangeTime(0.0)
     ends = (stage == 0) + (stage == config.parallel.pipeline - 1)
-    sums = sum(5 if mode == "full" else 4 for mode in modes) + ends
-    gathers = sum(4 if mode == "none" else 6 for mode in modes) + ends
+    within = sum(layer_sums(config, mode) for mode in modes)
+    sums, gathers = within + ends, sum(4 if mode == "none" else 6 for mode in modes) + ends
     if not config.parallel.sequence:
         sums, gathers = 2 * sums, 0
     sent = hidden_bytes(config) * (ranks - 1) / ranks
     each = _collective(hardware, sent, _across(geometry, config, span=ranks, groups=1))
     if not overlaps(config):
         return ExchangeTime(SKEW * (sums + gathers) * each)
-    overlapped = sum(11 if mode == "full" else 8 for mode in modes)  # gathering a norm's result again is not
+    overlapped = within + sum(6 if mode == "full" else 4 for mode in modes)  # selective's gathering again is not
     hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
     # A gathering copies a part twice; a sum reads what came from all ranks and writes a part.
     copied = hidden_bytes(config) * (ranks + 6) / (2 * ranks) / (ELEMENTWISE_SHARE * hardware.memory)

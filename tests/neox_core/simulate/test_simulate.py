@@ -51,10 +51,26 @@ def deferring(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"parallel": parallel})
 
 
-def fp32_on_one_rank() -> RunConfig:
-    config = of("smollm2", pipeline=2)
-    train = config.train.model_copy(update={"sequence_length": 1024})
-    return config.model_copy(update={"train": train, "launch": config.launch.model_copy(update={"ranks_per_node": 4})})
+def with_whole_tokens(config: RunConfig, tensor: int) -> RunConfig:
+    """Tensor-parallel ranks have the same hidden states."""
+    parallel = config.parallel.model_copy(update={"tensor": tensor, "sequence": False})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def of_length(config: RunConfig, length: int) -> RunConfig:
+    """Shorter sequences."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"sequence_length": length})})
+
+
+def in_one_chunk(config: RunConfig) -> RunConfig:
+    """The loss of a micro batch at once."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"loss_chunk_tokens": 2**20})})
+
+
+def in_fp32(tensor: int) -> RunConfig:
+    config = of_length(of("smollm2", pipeline=2), 1024)
+    launch = config.launch.model_copy(update={"ranks_per_node": 4 * tensor})
+    return with_whole_tokens(config.model_copy(update={"launch": launch}), tensor)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +88,18 @@ def fp32_on_one_rank() -> RunConfig:
         pytest.param(of("llama3_8b", 2, num_layers=2), id="the first stage's peak is the embedding's gradient"),
         pytest.param(of("qwen3_8b"), id="Qwen 3"),
         pytest.param(of("qwen3_8b", activation_checkpointing="none"), id="Qwen 3, all kept"),
-        pytest.param(fp32_on_one_rank(), id="fp32, whose logits are computed again"),
+        pytest.param(
+            of_length(with_whole_tokens(of("llama3_8b", 2, "full", num_layers=2), 8), 2048),
+            id="the first stage's peak is the embedding's gradient, next to tokens that were put together",
+        ),
+        pytest.param(in_one_chunk(of("llama3_8b", 2, num_layers=2)), id="all logits at once"),
+        pytest.param(in_fp32(tensor=1), id="fp32, whose logits are computed again"),
+        pytest.param(in_fp32(tensor=3), id="fp32, whose loss is exchanged again"),
+        pytest.param(deferring(in_fp32(tensor=3)), id="zb-h1, fp32, whose loss is exchanged once"),
         pytest.param(of("llama3_8b", attention_bias=True), id="biases"),
         pytest.param(of("llama3_8b", family="olmo2"), id="OLMo 2"),
         pytest.param(of("llama3_8b", family="olmo2", activation_checkpointing="none"), id="OLMo 2, all kept"),
+        pytest.param(of("llama3_8b", family="olmo2", activation_checkpointing="full"), id="OLMo 2, all computed again"),
         pytest.param(of("llama3_8b", 2, family="smollm3", layers_without_rope=(1, 3)), id="layers without rotation"),
     ],
 )
