@@ -247,11 +247,12 @@ def _figures(config: RunConfig, tokens: int, seconds: float, gemm: float, device
 
 def _fullest(device: torch.device) -> dict[str, float]:
     """The most memory that any GPU needed, and that torch took for it."""
-    own = torch.cuda.memory_stats() if device.type == "cuda" else {}
-    found: list[dict[str, int]] = [{}] * dist.get_world_size()
+    cuda = device.type == "cuda"
+    own = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    found = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    names = {"peak_memory_gib": "allocated_bytes.all.peak", "reserved_memory_gib": "reserved_bytes.all.peak"}
-    return {name: round(max(rank.get(key, 0) for rank in found) / 2**30, 2) for name, key in names.items()}
+    peak, reserved = (round(max(sizes) / 2**30, 2) for sizes in zip(*found, strict=True))
+    return {"peak_memory_gib": peak, "reserved_memory_gib": reserved}
 
 
 def report(result: dict[str, Any]) -> None:
