@@ -45,9 +45,15 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @fused_on_cuda
-def add_and_normalize(x: Tensor, addend: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum, and its RMS norm."""
-    total = x + addend
+def add_all(x: Tensor, addends: tuple[Tensor, ...]) -> Tensor:
+    """The sum of x and the addends."""
+    return sum(addends, x)
+
+
+@fused_on_cuda
+def add_and_normalize(x: Tensor, addends: tuple[Tensor, ...], scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of x and the addends, and its RMS norm."""
+    total = sum(addends, x)
     return total, _normalize(total, scale, eps)
 
 

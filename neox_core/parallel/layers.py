@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
-from neox_core.model.add_norm import add_norm, norm_add
+from neox_core.model.add_norm import Addends, add, add_norm, norm_add
 from neox_core.model.elementwise import fused_on_cuda
 from neox_core.model.llama import MLP, Attention, RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
@@ -98,27 +98,27 @@ class FusedBlock(PipelineLayer):
     def _block(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         x_BTD, normed_BTD = self._add_norm(self.input_layernorm, x_BTD)
         h_BTD, normed_BTD = self._add_norm(
-            self.post_attention_layernorm, x_BTD, self._attention(normed_BTD, positions_BT)
+            self.post_attention_layernorm, x_BTD, *self._attention(normed_BTD, positions_BT)
         )
-        return h_BTD + self._mlp(normed_BTD)
+        return add(h_BTD, *self._mlp(normed_BTD))
 
     def _block_then_norms(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         after, last = self.post_attention_layernorm, self.post_feedforward_layernorm
-        h_BTD = norm_add(self._attention(x_BTD, positions_BT), x_BTD, after.scale, after.eps)
-        return norm_add(self._mlp(h_BTD), h_BTD, last.scale, last.eps)
+        h_BTD = norm_add(add(*self._attention(x_BTD, positions_BT)), x_BTD, after.scale, after.eps)
+        return norm_add(add(*self._mlp(h_BTD)), h_BTD, last.scale, last.eps)
 
-    def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, addend_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total_BTD, normed_BTD = add_norm(x_BTD, addend_BTD, norm.scale, norm.eps)
+    def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, *addends_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        total_BTD, normed_BTD = add_norm(x_BTD, addends_BTD, norm.scale, norm.eps)
         return total_BTD, self.checkpointing.repeatable(normed_BTD, norm, total_BTD)
 
-    def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Addends:
         attention, recomputed = self.attention, self.checkpointing.recomputed
         return self._project_out(
             recomputed(attention.attend, *self._project_in(normed_BTD, attention.query_key_value), positions_BT),
             attention.dense,
         )
 
-    def _mlp(self, normed_BTD: Tensor) -> Tensor:
+    def _mlp(self, normed_BTD: Tensor) -> Addends:
         mlp, recomputed = self.mlp, self.checkpointing.recomputed
         return self._project_out(recomputed(mlp.activate, *self._project_in(normed_BTD, mlp.w1, mlp.w3)), mlp.w2)
 
@@ -129,12 +129,12 @@ class FusedBlock(PipelineLayer):
             products = self.region.enter_linears(normed_BTD, self.checkpointing.repeatable, *linears)
         return tuple(p if x.bias is None else p + x.bias for p, x in zip(products, linears, strict=True))
 
-    def _project_out(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
+    def _project_out(self, x_BTI: Tensor, linear: nn.Linear) -> Addends:
         if self.region is None:
-            (product,) = linear_outputs(x_BTI, linear)
+            addends: Addends = linear_outputs(x_BTI, linear)
         else:
-            product = self.region.linear_leaves(x_BTI, linear)
-        return product if linear.bias is None else product + linear.bias
+            addends = self.region.linear_leaves(x_BTI, linear)
+        return addends if linear.bias is None else (addends[0] + linear.bias, *addends[1:])
 
 
 class LastNorm(PipelineLayer):

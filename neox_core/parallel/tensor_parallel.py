@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from neox_core.model.add_norm import Addends
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.overlap.linears import gathered_outputs, summed_output
 from neox_core.parallel.ranks.mesh import Mesh
@@ -169,11 +170,11 @@ class SplitRegion:
             return gathered_outputs(x_BTD, self.exchange, keep, *linears)
         return linear_outputs(keep(self.enter(x_BTD)), *linears)
 
-    def linear_leaves(self, x_BTI: Tensor, linear: nn.Linear) -> Tensor:
+    def linear_leaves(self, x_BTI: Tensor, linear: nn.Linear) -> Addends:
         """The sum of the ranks' products, or this rank's tokens of it, without the bias."""
         if self.exchange is not None and _exchangeable(linear):
             return summed_output(x_BTI, self.exchange, linear)
-        return self.leave(*linear_outputs(x_BTI, linear))
+        return (self.leave(*linear_outputs(x_BTI, linear)),)
 
 
 def _exchangeable(*linears: nn.Linear) -> bool:

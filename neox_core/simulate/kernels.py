@@ -24,6 +24,7 @@ _SCALES = 6
 """Which argument of split_and_rotate says that queries and keys are normalized, so that they are kept as they were."""
 
 _OF_FUNCTIONS: tuple[Kernel[..., Any], ...] = (
+    elementwise.add_all,
     elementwise.add_and_normalize,
     elementwise.normalize_and_add,
     elementwise.norm_gradients,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neox_core.model.add_norm import Addends
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.weight_gradients import Accumulator, accumulators_of
 
@@ -40,14 +41,15 @@ def gathered_outputs(
     return outputs
 
 
-def summed_output(x: Tensor, exchange: Exchange, linear: nn.Linear) -> Tensor:
+def summed_output(x: Tensor, exchange: Exchange, linear: nn.Linear) -> Addends:
     """This rank's tokens of the sum of all ranks' products with a linear layer that has an accumulator.
 
     Args:
         x: [B,T,in].
 
     Returns:
-        [B,T/ranks,out]
+        This rank's own product and the sum of the others', [B,T/ranks,out] each, since what they are added to next can
+        add both at once. The second is outside of autograd's graph.
     """
     part: Tensor = _SummedLinear.apply(x, exchange, accumulators_of(linear), linear.weight)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -56,8 +58,7 @@ def summed_output(x: Tensor, exchange: Exchange, linear: nn.Linear) -> Tensor:
         for rows, place in scattering.sends():
             torch.mm(rows_NI[rows], linear.weight.t(), out=place)
         torch.mm(_own_rows(rows_NI, exchange), linear.weight.t(), out=own_MD)
-        own_MD.add_(scattering.others_sum())
-    return part
+        return part, scattering.others_sum().view_as(part)
 
 
 def _own_rows(rows_ND: Tensor, exchange: Exchange) -> Tensor:

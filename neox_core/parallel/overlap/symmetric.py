@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neox_core.model.elementwise import fused_on_cuda
+
 Kind = Literal["gather", "scatter"]
 
 
@@ -60,15 +62,21 @@ class SymmetricExchange:
         return memory
 
 
+@fused_on_cuda
+def copy_to_both(x: Tensor, first: Tensor, second: Tensor) -> None:
+    """Copy a tensor to two places, read once."""
+    first.copy_(x)
+    second.copy_(x)
+
+
 class _Gathering:
     def __init__(self, exchange: SymmetricExchange, memory: Any, rows_MD: Tensor) -> None:
         self._exchange, self._rows = exchange, rows_MD
         rank, ranks, stream = exchange.rank, exchange.size, exchange.stream
         self.whole_ND = rows_MD.new_empty(ranks * len(rows_MD), rows_MD.shape[1])
-        memory.get_buffer(rank, rows_MD.shape, rows_MD.dtype).copy_(rows_MD)
+        copy_to_both(rows_MD, memory.get_buffer(rank, rows_MD.shape, rows_MD.dtype), self.whole_ND[self._of(rank)])
         memory.barrier(channel=0)
         stream.wait_stream(torch.cuda.current_stream())
-        self.whole_ND[self._of(rank)].copy_(rows_MD)
         self._arrived: list[tuple[slice, torch.cuda.Event]] = []
         with torch.cuda.stream(stream):
             for peer in _others(rank, ranks):
