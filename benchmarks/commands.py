@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ _GRACE = 60.0
 """Seconds for a command to end what it started; torchrun gives its ranks 30."""
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
+_ERROR = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b")
+_RANK_ENDED = re.compile(r".*torch/distributed/elastic/.*(death signal|closing signal|failed \()")
+"""torchrun's first words on a rank that ended; what ranks said about it comes before, and a long summary after."""
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -55,29 +59,52 @@ def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
 
 
 def run_json(command: Sequence[str], limit: float | None = None) -> dict[str, Any]:
-    """The JSON of a command's last such line, or how it failed. All that it started ends with it."""
+    """The JSON of a command's last such line, or how it failed, in its first line and at length. All that it started
+    ends with it."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         cwd=ROOT,
         start_new_session=True,
         preexec_fn=_end_with_parent,
     )
+    ended = ""
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         out, err = _end(process)
-        err += f"\nended after {limit} s"
+        ended = f"ended after {limit:g} s"
     except BaseException:  # Ctrl-C reaches this process alone
         _end(process)
         raise
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    if lines:  # a rank that does not end after its result does not spoil it
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    return {"failed": f"{out[-500:]}{err[-1500:]}"}
+    for line in reversed(out.splitlines()):
+        if (result := _result(line)) is not None:  # a rank that does not end after its result does not spoil it
+            return result
+    return {"failed": _failure(out, err, ended or f"exit code {process.returncode}")}
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    try:
+        result = json.loads(line) if line.startswith("{") else None
+    except ValueError:  # something else in braces
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _failure(out: str, err: str, ended: str) -> str:
+    """The first error that was named, then what was printed last, up to torchrun's summary, which names none."""
+    lines = err.splitlines()
+    until = next((number for number, line in enumerate(lines) if _RANK_ENDED.match(line)), len(lines))
+    said = [line for line in lines[:until] if line.strip()]
+    error = next(filter(_ERROR.match, said), None)
+    rank = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", err)
+    ranks = f"; rank {rank[2]}'s is {rank[1]}" if rank else ""
+    printed = "\n".join(said)
+    what = f"{ended}{ranks}, {error or f'last printed: {said[-1] if said else None}'}"
+    return f"{what[:500]}\n{out[-500:]}{printed[-1500:]}"
 
 
 def _end_with_parent() -> None:

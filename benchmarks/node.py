@@ -9,14 +9,16 @@ First the node itself (`llemma plan --calibrate`: products, attention and copies
 figures also go to `results.hardware.json`, for `llemma plan --hardware`. Then one training step after the other
 (benchmarks/train_step.py): one GPU, and every layout that divides the GPUs, of the 7B (all layers where memory allows)
 and of a slice of the 34B, with the micro batch and recomputation that the planner takes for the fastest, with CUDA
-graphs and overlap and without each; then the peers (benchmarks/peers.py). Each row is one line of JSON, written when it
-is there; a row that failed is not tried again unless `--retry` is given.
+graphs and overlap; then each without one of them, and pipeline stages in the other schedule; then the peers
+(benchmarks/peers.py). Each row is one line of JSON, written when it is there; a row that failed is not tried again
+unless `--retry` is given. A file is of one node.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -28,15 +30,16 @@ from typing import Any
 import torch
 
 from benchmarks.commands import at_least, require_gpus, run_json, torchrun
-from benchmarks.node_rows import Row, rows, table
+from benchmarks.node_rows import Row, fastest, limit_seconds, rows, table
 from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
+from neox_core.errors import ConfigError
 from neox_core.planning.calibration import calibrate
 from neox_core.planning.hardware import Hardware, load_hardware
 
 MODELS = ("7b", "34b-slice")
-ROW_SECONDS, PEER_SECONDS = 150, 420
-"""What a row may take at most; none is begun with less time left."""
+PEER_SECONDS, TITAN_SECONDS = 420, 240
+"""What one of the peers' rows may take at most; as of ours, none is begun with less time left."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Peer:
 
     key: str
     command: tuple[str, ...]
-    limit: float = ROW_SECONDS
+    limit: float
 
 
 def main() -> None:
@@ -54,30 +57,42 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     if not options.table:
         require_gpus(options.gpus or 1, "tiny" if options.toy else MODELS[0])
+        _require_writable(options.results)
     gpus = options.gpus or torch.cuda.device_count() or 2
     hardware = _hardware(options, gpus)
-    left = 0 if options.table else _measure_rows(options, gpus, hardware, deadline)
+    left = [] if options.table else _measure_rows(options, gpus, hardware, deadline)
     results = {result["key"]: result for result in _read(options.results)}
     sys.stdout.write(table(list(results.values()), hardware) + "\n")
     if left:
-        sys.stdout.write(f"{left} rows are left: run the same command again\n")
+        sys.stdout.write(f"{len(left)} rows are left: run the same command again{_longer(left, options.minutes)}\n")
 
 
-def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, deadline: float) -> int:
-    """Measure rows that are not there; returns the number of those that there was no time for."""
-    results, left = {result["key"]: result for result in _read(options.results)}, 0
+def _longer(left: list[float], minutes: float) -> str:
+    """What to change for rows that this much time never suffices for."""
+    needed = math.ceil(max(left) / 60) + 1  # one for all that comes before the first row
+    return f", with --minutes {needed}: the longest may take so long" if needed > minutes else ""
+
+
+def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, deadline: float) -> list[float]:
+    """Measure rows that are not there; returns the seconds that those may take that there was no time for."""
+    results, left = {result["key"]: result for result in _read(options.results)}, list[float]()
     models = ("tiny",) if options.toy else MODELS
-    peers = [peer for model in (() if options.toy else MODELS) for peer in _peers(model, gpus)]
+    peers = [peer for model in (() if options.toy else MODELS) for peer in _peers(model, gpus, hardware)]
     wanted: list[Row | Peer] = [*rows(gpus, hardware, models, options.toy), *peers]
-    for row in wanted:
+    wanted = [row for row in wanted if options.only in row.key]
+    if not wanted:
+        sys.exit(f"no row's name contains {options.only!r}: names are the keys of {options.results}")
+    for row in sorted(wanted, key=lambda row: row.key in results):  # what fails again and again comes last
         if row.key in results and not ("failed" in results[row.key] and options.retry):
             continue
-        if time.monotonic() + (row.limit if isinstance(row, Peer) else ROW_SECONDS) > deadline:
-            left += 1
+        limit = row.limit if isinstance(row, Peer) else limit_seconds(row, hardware)
+        if time.monotonic() + limit > deadline:
+            left.append(limit)
             continue
-        result = _measure_peer(row) if isinstance(row, Peer) else _measure(row)
+        result = _measure_peer(row) if isinstance(row, Peer) else _measure(row, limit)
         _append(options.results, result)
-        sys.stdout.write(f"{row.key}: {result.get('tokens_per_second', result.get('failed', result.get('peers')))}\n")
+        found = result.get("tokens_per_second", result.get("peers"))
+        sys.stdout.write(f"{row.key}: {result.get('failed', str(found)).partition(chr(10))[0]}\n")
         sys.stdout.flush()
     return left
 
@@ -87,6 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("results", type=Path, help="file to which rows are added")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all rows of this call")
     parser.add_argument("--gpus", type=at_least(1), help="fewer than there are")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it, such as 34b-slice")
     parser.add_argument("--retry", action="store_true", help="measure rows again that failed")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--toy", action="store_true", help="a model of two layers, on CPUs where there is no GPU")
@@ -94,6 +110,14 @@ def _options() -> argparse.Namespace:
     if options.results.is_dir() or not options.results.parent.is_dir():
         parser.error(f"{options.results} must be a file, in a folder that is there")
     return options
+
+
+def _require_writable(path: Path) -> None:
+    """End with a line that says so where it is not, before minutes are spent on a row."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        sys.exit(f"{path} cannot be written ({error.strerror}): give another file")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -128,27 +152,48 @@ def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
         name = "tiny" if options.toy else "7b"
         shapes = run_config(parse_options([name, "--micro-batch", "2"]), gpus)
         calibrate(shapes, seconds=0.2 if options.toy else 8.0).save(path)
-    return load_hardware(str(path))
+    try:
+        hardware = load_hardware(str(path))
+    except ConfigError as error:
+        sys.exit(f"{error}; without this file, the same command measures them again")
+    if not options.table and hardware.name != (here := _card()):
+        sys.exit(f"{path} is of {hardware.name}, and this node has {here}: give another file of results")
+    return hardware
 
 
-def _measure(row: Row) -> dict[str, Any]:
-    found = run_json(torchrun(row.gpus, "benchmarks.train_step", *row.arguments), ROW_SECONDS)
+def _card() -> str:
+    """This node's. Another process asks, since who asks may keep some of the GPU's memory, which rows want all of."""
+    if not torch.cuda.device_count():
+        return "cpu"
+    program = "import json, torch; print(json.dumps({'name': torch.cuda.get_device_name()}))"
+    found = run_json([sys.executable, "-c", program])
+    return str(found["name"]) if "name" in found else sys.exit(f"torch does not reach the GPUs: {found['failed']}")
+
+
+def _measure(row: Row, limit: float) -> dict[str, Any]:
+    found = run_json(torchrun(row.gpus, "benchmarks.train_step", *row.arguments), limit)
     return found | {"key": row.key, "gpus": row.gpus, "arguments": row.arguments, "time": time.time()}
 
 
-def _peers(model: str, gpus: int) -> Iterator[Peer]:
-    """transformers on one GPU; torchtitan on several, a layout at a time."""
-    given = (model, "--micro-batch", "2")
-    yield Peer(f"peers of {model}", (sys.executable, "-m", "benchmarks.peers", *given), PEER_SECONDS)
+def _peers(model: str, gpus: int, hardware: Hardware) -> Iterator[Peer]:
+    """transformers on one GPU, in as many layers as fit with nothing computed again; torchtitan on several, a layout at
+    a time."""
+    alone = fastest(model, 1, 1, 1, hardware, modes=("none",))
+    if alone is not None:
+        layers, micro_batch = alone.config.model.num_layers, alone.config.train.micro_batch_size
+        sizes = ("--layers", str(layers), "--micro-batch", str(micro_batch))
+        yield Peer(f"peers of {model}", (sys.executable, "-m", "benchmarks.peers", model, *sizes), PEER_SECONDS)
     for name, row in titan_rows(gpus).items() if gpus > 1 else ():
-        yield Peer(f"{name}, {model}", tuple(torchrun(gpus, "benchmarks.torchtitan_step", *given, *row)))
+        command = torchrun(gpus, "benchmarks.torchtitan_step", model, "--micro-batch", "2", *row)
+        yield Peer(f"{name}, {model}", tuple(command), TITAN_SECONDS)
 
 
 def _measure_peer(peer: Peer) -> dict[str, Any]:
     found = run_json(peer.command, peer.limit)
     rates = found.get("tokens_per_second")
-    named = {"peers": rates if isinstance(rates, dict) else {peer.key: rates}} if rates else found
-    return named | {"key": peer.key, "time": time.time()}
+    named: dict[str, Any] = {"peers": rates if isinstance(rates, dict) else {peer.key: rates}} if rates else {}
+    failed = {"failed": found["failed"]} if "failed" in found else {}
+    return named | failed | {"key": peer.key, "time": time.time()}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from benchmarks.train_step import parse_options, run_config
@@ -16,6 +17,9 @@ from neox_core.planning.step_time import predict
 MICRO_BATCHES = (8, 4, 2, 1)
 """Of equals, the largest is taken: products of more rows are a little faster."""
 MODES = ("none", "selective", "full")
+START_SECONDS, STEPS = 120, 12
+"""What a row takes at most: until its first step and after its last one, with a cold file system and kernels that are
+compiled; and its 8 steps, were they half as long again as predicted."""
 TOY = ("--tokens", "1024", "--sequence-length", "64", "--steps", "3", "--gemm-seconds", "0.2")
 
 
@@ -31,35 +35,47 @@ class Row:
         """Its name in the file of results."""
         return f"{self.gpus} x {' '.join(self.arguments)}"
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         """What it runs."""
         return run_config(parse_options(self.arguments), self.gpus)
 
 
 def rows(gpus: int, hardware: Hardware, models: Sequence[str], toy: bool) -> Iterator[Row]:
-    """One GPU, then every layout that divides the GPUs; each with graphs and overlap, and without one of them, and of
-    pipeline stages in both schedules."""
-    for model in models:
-        for count in dict.fromkeys((1, gpus)):
-            for tensor in _powers_of_two(count):
-                for pipeline in _powers_of_two(count // tensor):
-                    row = _fastest(model, count, tensor, pipeline, hardware, toy)
-                    if row is not None:
-                        yield from _switched(row, tensor, pipeline, hardware)
+    """One GPU, then every layout of powers of two that divides the GPUs, with graphs and overlap; then, for when there
+    is time, each without one of them, and pipeline stages in the other schedule."""
+    layouts = [
+        (model, count, tensor, pipeline)
+        for model in models
+        for count in dict.fromkeys((1, gpus))
+        for tensor in _powers_of_two(count)
+        for pipeline in _powers_of_two(count // tensor)
+    ]
+    found = [row for layout in layouts if (row := fastest(*layout, hardware, toy=toy)) is not None]
+    yield from found
+    for row in found:
+        yield from _switched(row, hardware)
 
 
-def _switched(row: Row, tensor: int, pipeline: int, hardware: Hardware) -> Iterator[Row]:
-    yield row
+def _switched(row: Row, hardware: Hardware) -> Iterator[Row]:
+    parallel = row.config.parallel
     filled = Row(row.gpus, (*row.arguments, "--schedule", "zb-h1"))
-    if pipeline > 1 and planned_bytes(filled) <= _room(hardware):
+    if parallel.pipeline > 1 and planned_bytes(filled) <= _room(hardware):
         yield filled
     yield Row(row.gpus, (*row.arguments, "--cuda-graphs", "off"))
-    if tensor > 1:
+    if parallel.tensor > 1:
         yield Row(row.gpus, (*row.arguments, "--overlap", "off"))
 
 
-def _fastest(model: str, gpus: int, tensor: int, pipeline: int, hardware: Hardware, toy: bool) -> Row | None:
+def fastest(
+    model: str,
+    gpus: int,
+    tensor: int,
+    pipeline: int,
+    hardware: Hardware,
+    modes: Sequence[str] = MODES,
+    toy: bool = False,
+) -> Row | None:
     """The layout with the micro batch and recomputation that are predicted to be fastest, in as many layers as fit."""
     degrees = ("--tp", str(tensor), "--pp", str(pipeline), *(TOY if toy else ()))
     whole = Row(gpus, (model, *degrees)).config.model.num_layers
@@ -69,7 +85,7 @@ def _fastest(model: str, gpus: int, tensor: int, pipeline: int, hardware: Hardwa
         candidates = [
             Row(gpus, (model, "--layers", str(layers), *degrees, "--micro-batch", str(size), _MODE, mode))
             for size in MICRO_BATCHES
-            for mode in MODES
+            for mode in modes
         ]
         if fitting := [row for row in candidates if _divides(row.config) and planned_bytes(row) <= _room(hardware)]:
             return min(fitting, key=lambda row: predicted_seconds(row, hardware))
@@ -107,6 +123,11 @@ def predicted_seconds(row: Row, hardware: Hardware) -> float:
     return predict(config, geometry, hardware, modes).time.total
 
 
+def limit_seconds(row: Row, hardware: Hardware) -> float:
+    """What it may take at most."""
+    return START_SECONDS + STEPS * predicted_seconds(row, hardware)
+
+
 def table(results: Sequence[dict[str, Any]], hardware: Hardware) -> str:
     """Every row that was measured, as Markdown."""
     names = (
@@ -117,8 +138,8 @@ def table(results: Sequence[dict[str, Any]], hardware: Hardware) -> str:
     lines += [_line(result, hardware) for result in results if "tokens_per_second" in result and "arguments" in result]
     for result in results:
         if "failed" in result:
-            lines.append(f"\nfailed: {result['key']}: {result['failed'][-200:]}")
-        elif "peers" in result:
+            lines.append(f"\nfailed: {result['key']}: {result['failed'].partition(chr(10))[0][:300]}")
+        if "peers" in result:
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["peers"].items())
             lines.append(f"\n{result['key']}, tokens/s: {rates}")
     return "\n".join(lines)

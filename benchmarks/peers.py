@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,14 +30,15 @@ from benchmarks.commands import at_least, require_gpus, run_json, torchrun
 STEP_TOKENS, SEQUENCE = 65536, 4096
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
 Result = dict[str, Any]
-Rates = dict[str, Result | None]
-"""By name; None: it failed."""
+Rates = dict[str, Result]
+"""By name, as `run_json` gives them: what failed says so."""
 
 
 def main() -> None:
     """Run ours and each peer in processes of their own, and print the ratios."""
     options = _options()
     require_gpus(options.gpus, options.model)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # only after what runs: its memory is then free
     if options.peer:
         sys.stdout.write(json.dumps(_measure_peer(options)) + "\n")
         return
@@ -74,28 +76,32 @@ def titan_rows(gpus: int) -> dict[str, list[str]]:
     }
 
 
-def _largest(command: list[str], micro_batch: int) -> Result | None:
+def _largest(command: list[str], micro_batch: int) -> Result:
     """The result with the largest micro batch that runs."""
-    while micro_batch > 0:
+    while True:
         found = _run([*command, "--micro-batch", str(micro_batch)])
-        if found is not None:
+        if "failed" not in found or micro_batch == 1:
             return found
         micro_batch //= 2
-    return None
 
 
 def _compare(ours: Rates, peers: Rates) -> None:
-    rates = {name: float(row["tokens_per_second"]) for name, row in (ours | peers).items() if row is not None}
+    rows = {name: row for name, row in (ours | peers).items() if "failed" not in row}
+    rates = {name: float(row["tokens_per_second"]) for name, row in rows.items()}
     present = [name for name in ours if name in rates]
+    failed = {name: row["failed"].partition("\n")[0] for name, row in (ours | peers).items() if "failed" in row}
+    missing = "; ".join(f"{name}: {why}" for name, why in failed.items())
     if not present:
-        raise SystemExit("our own step failed: see above")
+        raise SystemExit(f"our own step failed: {missing}")
     for name, rate in rates.items():
         ratios = "   ".join(f"{own} / this {rates[own] / rate:6.3f}" for own in present)
         sys.stdout.write(f"{name:34} {rate:10,.0f} tokens/s a GPU   {ratios}\n")
-    rows = {name: row for name, row in (ours | peers).items() if row is not None}
-    sys.stdout.write(json.dumps({"tokens_per_second": rates, "rows": rows}) + "\n")
-    if missing := (ours | peers).keys() - rates.keys():
-        raise SystemExit(f"not measured, see above: {', '.join(sorted(missing))}")
+    result: Result = {"tokens_per_second": rates, "rows": rows}
+    if missing:
+        result["failed"] = missing
+    sys.stdout.write(json.dumps(result) + "\n")
+    if missing:
+        raise SystemExit(f"not measured: {missing}")
 
 
 def _options() -> argparse.Namespace:
@@ -112,14 +118,14 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _run(command: Sequence[str]) -> Result | None:
-    """What a command found, or None after a failure; either is shown at once, as all of them take minutes."""
+def _run(command: Sequence[str]) -> Result:
+    """What a command found, or how it failed; either is shown at once, as all of them take minutes."""
     found = run_json(command)
     failed = found.get("failed")
     outcome = f"failed: {failed}" if failed else f"{found['tokens_per_second']:,.0f} tokens/s a GPU"
     sys.stdout.write(f"{' '.join(command)}\n    {outcome}\n")
     sys.stdout.flush()
-    return None if failed else found
+    return found
 
 
 def _measure_peer(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from neox_core.errors import ConfigError
 from neox_core.model import ModelDimensions
 from neox_core.parallel.build import layer_types
 from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
+from neox_core.parallel.sharding import mark_parameters, sharding_of
 from neox_core.planning.calibration import sustained_gemm, synchronize
 from neox_core.planning.memory import parameter_count
 from neox_core.planning.plan import flops_per_token
@@ -46,6 +48,8 @@ from neox_core.train.observe.hardware import peak_flops
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"7b": ("llemma_7b.yml", None), "34b-slice": ("llemma_34b.yml", 8), "tiny": ("toy.yml", 2)}
+_SHARED = 1 << 20
+"""From here on: seeds of keys' and values' weights that tensor-parallel ranks have in common."""
 ATTENTION = ["auto", "flash_attn_4", "flash_attn", "cudnn", "sdpa"]
 
 
@@ -105,6 +109,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@cache
 def base_config(name: str, layers: int | None) -> RunConfig:
     """A model's configuration as it is in configs/, with fewer layers where they are given or it is a slice."""
     file, of_slice = MODELS[name]
@@ -169,16 +174,25 @@ def _family_settings(options: argparse.Namespace, layers: int) -> dict[str, Any]
 
 def random_weights(config: RunConfig, device: torch.device) -> Any:
     """Each layer's weights, normal of 0.02, as `build_engine` takes them."""
-    types = layer_types(config.model.num_layers)
-    dims = ModelDimensions.of(config.model, 1).shard(config.parallel.tensor)
+    types, ranks = layer_types(config.model.num_layers), config.parallel.tensor
+    whole = ModelDimensions.of(config.model, 1)
+    heads = min(ranks, config.model.num_kv_heads)
 
     def weights(index: int, tensor_rank: int) -> dict[str, Tensor]:
         layer_type = types[index]
         assert layer_type is not None
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in layer_type(dims).state_dict().items()}
-        generator = torch.Generator(device).manual_seed(index * config.parallel.tensor + tensor_rank)
-        return {name: _initial(shape, generator, device) for name, shape in shapes.items()}
+            layer = layer_type(whole.shard(ranks))
+        mark_parameters(layer, whole, ranks, tokens_split=False)
+        generator = torch.Generator(device).manual_seed(index * ranks + tensor_rank)
+        found = {name: _initial(tensor.shape, generator, device) for name, tensor in layer.state_dict().items()}
+        shared = torch.Generator(device).manual_seed(_SHARED + index * heads + tensor_rank * heads // ranks)
+        for name, parameter in layer.named_parameters():
+            for rows in sharding_of(parameter).shared_rows:
+                found[name][rows.start : rows.stop] = _initial(
+                    found[name][rows.start : rows.stop].shape, shared, device
+                )
+        return found
 
     return weights
 

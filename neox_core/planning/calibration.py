@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 
@@ -23,6 +24,10 @@ from neox_core.planning.hardware import CARDS, Hardware, Link
 
 _SIZES = (1 << 18, 1 << 22, 1 << 23, 1 << 24, 1 << 25, 1 << 26, 1 << 28)
 """Bytes that each rank sends."""
+_ALIGNED = 128
+"""Bytes that each rank's part is a multiple of, as in training: NCCL is slower where addresses are not aligned."""
+_TIMEOUT = timedelta(minutes=3)
+"""Of an exchange: a node whose GPUs do not reach each other says so soon."""
 _COPY_BYTES = 1 << 30
 _CPU_GIB = 16.0
 _SHRUNK = 64
@@ -42,8 +47,7 @@ def calibrate(config: RunConfig, seconds: float = 8.0) -> Hardware:
         spawn(_measure, arguments, ranks)  # type: ignore[no-untyped-call]
         found = json.loads((Path(folder) / "found").read_text())
     link = found.pop("link")
-    name = torch.cuda.get_device_name() if on_gpus else "cpu"
-    base = replace(_like(name, found["memory_gib"]), name=name, **found)
+    base = replace(_like(found["name"], found["memory_gib"]), **found)
     if not on_gpus:
         base = replace(base, peak=base.gemm)
     return replace(base, link=Link(tuple(map(tuple, link)))) if link else base
@@ -83,7 +87,7 @@ def _measure(rank: int, ranks: int, folder: str, config: RunConfig, seconds: flo
     else:
         torch.set_num_threads(1)
     backend, meeting = "nccl" if on_gpus else "gloo", f"file://{folder}/store"
-    dist.init_process_group(backend, meeting, rank=rank, world_size=ranks)
+    dist.init_process_group(backend, meeting, _TIMEOUT, rank=rank, world_size=ranks)
     shrunk = 1 if on_gpus else _SHRUNK
     tokens = config.train.micro_batch_size * config.train.sequence_length // shrunk
     gemm = sustained_gemm(config.model, config.parallel.tensor, tokens, device, seconds)
@@ -98,7 +102,9 @@ def _measure(rank: int, ranks: int, folder: str, config: RunConfig, seconds: flo
     if rank == 0:
         names = ("gemm", "attention_forward", "attention_backward", "memory")
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpus else _CPU_GIB
-        figures = dict(zip(names, rates.tolist(), strict=True)) | {"memory_gib": memory, "link": link}
+        # The name is asked here, since who asks may keep some of the GPU's memory until it ends.
+        named = {"name": torch.cuda.get_device_name(device) if on_gpus else "cpu"}
+        figures = named | dict(zip(names, rates.tolist(), strict=True)) | {"memory_gib": memory, "link": link}
         (Path(folder) / "found").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
@@ -139,8 +145,8 @@ def _copy(device: torch.device, size: int, seconds: float) -> float:
 def _link(device: torch.device, ranks: int, shrunk: int) -> list[tuple[float, float]]:
     """(bytes that each rank sends, seconds of a gathering), the slowest rank's, from 0 bytes on."""
     points = []
-    for size in _SIZES:
-        part = torch.zeros(size // shrunk // (ranks - 1), dtype=torch.uint8, device=device)
+    for length in part_bytes(ranks, shrunk):
+        part = torch.zeros(length, dtype=torch.uint8, device=device)
         whole = torch.empty(ranks * part.numel(), dtype=torch.uint8, device=device)
         for _ in range(3):
             dist.all_gather_into_tensor(whole, part)
@@ -156,6 +162,11 @@ def _link(device: torch.device, ranks: int, shrunk: int) -> list[tuple[float, fl
     (a, at_a), (b, at_b) = points[:2]
     latency = max(0.2 * at_a, at_a - a * (at_b - at_a) / (b - a))
     return [(0.0, latency), *points]
+
+
+def part_bytes(ranks: int, shrunk: int = 1) -> list[int]:
+    """What each of the ranks has, smallest first, that all of them gather."""
+    return [size // shrunk // (ranks - 1) // _ALIGNED * _ALIGNED for size in _SIZES]
 
 
 def _rate(work: Callable[[], object], amount: float, device: torch.device, seconds: float) -> float:

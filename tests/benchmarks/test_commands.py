@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import families, node, peers, torchtitan_step, train_step
-from benchmarks.commands import ROOT, run_json
+from benchmarks.commands import ROOT, run_json, torchrun
 from neox_core.planning.hardware import CARDS
 from tests.processes import is_running
 from tests.waiting import wait_for
@@ -50,6 +50,29 @@ def test_ranks_end_with_the_command_that_takes_too_long(tmp_path: Path, monkeypa
     wait_for(lambda: not is_running(int(pid.read_text())), 60)
 
 
+def test_a_row_says_what_its_ranks_said() -> None:
+    command = torchrun(2, "benchmarks.train_step", "tiny", "--tokens", "6000", "--sequence-length", "4096")
+    line, *printed = run_json(command)["failed"].splitlines()
+    assert "12000 is not divisible by train.sequence_length 4096" in line
+    assert "exit code 1; rank" in line
+    assert not any("Root Cause" in other for other in printed)
+
+
+def test_the_first_error_is_that_of_a_rank() -> None:
+    written = (
+        "W1 torch/distributed/run.py:852] one thread each\n"
+        "[rank3]: torch.OutOfMemoryError: CUDA out of memory\n"
+        "ValueError: later\n"
+        "W1 torch/distributed/elastic/multiprocessing/api.py:998] process 7 closing signal SIGTERM\n"
+        "E1 torch/distributed/elastic/multiprocessing/api.py:987] failed (exitcode: -9) local_rank: 3 (pid: 8)\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+    )
+    program = "import sys; sys.stderr.write(sys.argv[1]); print('{no JSON}'); sys.exit(1)"
+    failed = run_json([sys.executable, "-c", program, written])["failed"]
+    assert failed.startswith("exit code 1; rank 3's is -9, [rank3]: torch.OutOfMemoryError: CUDA out of memory\n")
+    assert failed.endswith("ValueError: later")
+
+
 def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     program = (
@@ -77,6 +100,13 @@ def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
         (node.main, ["missing/rows.jsonl", "--toy"], "must be a file, in a folder that is there"),
         (node.main, ["rows.jsonl", "--table"], "rows.hardware.json, the node's figures, is missing"),
         (node.main, ["other.jsonl", "--table"], "a line that is no row of this benchmark: [1]"),
+        (
+            node.main,
+            ["other.jsonl", "--toy"],
+            "other.hardware.json is of h100, and this node has cpu: give another file",
+        ),
+        (node.main, ["cut.jsonl", "--toy"], "without this file, the same command measures them again"),
+        (node.main, ["linked.jsonl", "--toy"], "linked.jsonl cannot be written (No such file or directory)"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_line(
@@ -92,6 +122,8 @@ def test_what_cannot_be_measured_is_said_in_a_line(
     monkeypatch.setattr(sys, "argv", ["benchmark", *words])
     Path("other.jsonl").write_text("[1]\n")
     CARDS["h100"].save(Path("other.hardware.json"))
+    Path("cut.hardware.json").write_text('{"name": "cp')
+    Path("linked.jsonl").symlink_to("missing/rows.jsonl")
     assert callable(main)
     with pytest.raises(SystemExit) as ended:
         main()

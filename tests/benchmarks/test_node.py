@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import node
+from benchmarks import node, peers
 from benchmarks.commands import run_json
-from benchmarks.node_rows import Row, planned_bytes, rows
+from benchmarks.node_rows import Row, limit_seconds, planned_bytes, rows, table
+from benchmarks.train_step import checked
+from neox_core.config import batch_geometry
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.memory import RESERVED_BYTES
 
 H100 = CARDS["h100"]
+WANTED = {
+    4: [("7b", 32, 1, 1), ("7b", 32, 2, 1), ("7b", 32, 4, 1)],
+    8: [
+        *[("34b-slice", 8, tensor, pipeline) for tensor, pipeline in ((8, 1), (4, 1), (2, 2), (1, 8))],
+        *[("7b", 32, tensor, 1) for tensor in (1, 2)],
+    ],
+}
+"""By GPUs: model, layers, tensor-parallel ranks and pipeline stages; the rest is data parallelism."""
 
 
 def test_every_layout_of_eight_gpus_in_what_fits() -> None:
@@ -32,13 +43,64 @@ def test_every_layout_of_eight_gpus_in_what_fits() -> None:
     assert len({row.key for row in found}) == len(found)
 
 
+@pytest.mark.parametrize("card", ["a100-80gb", "h100", "h200"])
+def test_what_is_wanted_of_a_node_is_measured_first(card: str) -> None:
+    for gpus, wanted in WANTED.items():
+        found = list(rows(gpus, CARDS[card], ("7b", "34b-slice"), toy=False))
+        parallel = [row.config.parallel for row in found]
+        layouts = [(row.arguments[0], row.gpus, p.tensor, p.pipeline) for row, p in zip(found, parallel, strict=True)]
+        first = layouts[: len(set(layouts))]
+        assert len(set(first)) == len(first)
+        for model, layers, tensor, pipeline in wanted:
+            row = found[first.index((model, gpus, tensor, pipeline))]
+            assert row.config.model.num_layers == layers
+            geometry = batch_geometry(checked(row.config))
+            assert geometry.accumulation_steps >= 8 * (pipeline > 1) * pipeline
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_each_row_can_be_run_and_fits_a_call(card: str) -> None:
+    for gpus in (1, 2, 3, 4, 6, 8):
+        for row in rows(gpus, CARDS[card], node.MODELS, toy=False):
+            checked(row.config)
+            assert limit_seconds(row, CARDS[card]) < 8 * 60
+
+
+def test_peers_get_what_fits_one_gpu() -> None:
+    commands = {card: next(node._peers("7b", 8, CARDS[card])).command for card in ("h100", "h200")}
+    assert commands["h200"][3:] == ("7b", "--layers", "32", "--micro-batch", "2")
+    assert commands["h100"][3:] == ("7b", "--layers", "16", "--micro-batch", "2")
+
+
+def test_peers_that_failed_are_named_beside_those_that_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str]) -> dict[str, Any]:
+        good = "Liger" not in command[-1]
+        return {"tokens_per_second": 2.0} if good else {"failed": "No module named 'liger_kernel'\nat length"}
+
+    monkeypatch.setattr(peers, "run_json", run)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process is not the benchmark's
+    monkeypatch.setattr(sys, "argv", ["peers", "tiny"])
+    with pytest.raises(SystemExit, match="compiled, Liger: No module named 'liger_kernel'"):
+        peers.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(node, "run_json", lambda *_: found)
+    result = node._measure_peer(node.Peer("peers", ("peers",), 1.0))
+    assert result["peers"] == {"ours": 2.0, "transformers, compiled": 2.0}
+    assert result["failed"] == "transformers, compiled, Liger: No module named 'liger_kernel'"
+    assert {"failed: peers: " + result["failed"], "peers, tokens/s: ours 2, transformers, compiled 2"} <= {
+        *table([result], H100).splitlines()
+    }
+
+
 def test_a_second_call_measures_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, measured = tmp_path / "rows.jsonl", list[str]()
-    H100.save(tmp_path / "rows.hardware.json")
+    replace(H100, name="cpu").save(tmp_path / "rows.hardware.json")
 
-    def measure(row: Row) -> dict[str, Any]:
+    def measure(row: Row, limit: float) -> dict[str, Any]:
         measured.append(row.key)
         if len(measured) == 2:
             return {"key": row.key, "failed": "no luck"}
@@ -51,7 +113,11 @@ def test_a_second_call_measures_what_is_left(
         return capsys.readouterr().out
 
     monkeypatch.setattr(node, "_measure", measure)
-    assert "10 rows are left" in call("--minutes", "1")
+    assert "10 rows are left: run the same command again, with --minutes 4" in call("--minutes", "1")
+    with pytest.raises(SystemExit, match="no row's name contains '--tp 4'"):
+        call("--only", "--tp 4")
+    call("--only", "2 x tiny")
+    assert len(measured) == 8
     shown = call()
     assert len(measured) == len(set(measured)) == len(path.read_text().splitlines()) == 10
     assert "| 1,000,000 |" in shown
@@ -60,8 +126,9 @@ def test_a_second_call_measures_what_is_left(
         file.write('{"key": "cut')
     call()
     assert len(measured) == 10
+    path.write_text("".join(line for line in path.open() if f'"{measured[2]}"' not in line))
     call("--retry")
-    assert measured[10:] == [measured[1]]
+    assert measured[10:] == [measured[2], measured[1]]
     lines = path.read_text().splitlines()
     assert json.loads(lines[-1])["key"] == measured[1]
 

@@ -11,7 +11,7 @@ import pytest
 
 from neox_core.config import load_config
 from neox_core.errors import ConfigError
-from neox_core.planning.calibration import calibrate
+from neox_core.planning.calibration import calibrate, part_bytes
 from neox_core.planning.hardware import CARDS, Link, load_hardware
 from tests.paths import CONFIGS
 
@@ -63,3 +63,12 @@ def test_calibration_measures_this_machine(tmp_path: Path) -> None:
     assert 1e6 < found.gemm < 1e15
     assert 1e6 < found.memory < 1e13
     assert found.link.seconds(1 << 22) > found.link.seconds(0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_ranks_gather_at_addresses_that_are_aligned(ranks: int) -> None:
+    for shrunk in (1, 64):
+        parts = part_bytes(ranks, shrunk)
+        assert not any(part % 16 for part in parts)
+        assert parts[0] > 0
+        assert parts == sorted(set(parts))
