@@ -56,12 +56,32 @@ def tensor_exchange(
     each = _collective(hardware, sent, _across(geometry, config, span=ranks, groups=1))
     if not overlaps(config):
         return ExchangeTime(SKEW * (sums + gathers) * each)
-    overlapped = within + sum(6 if mode == "full" else 4 for mode in modes)  # selective's gathering again is not
+    gathered = sum(6 if mode == "full" else 4 for mode in modes)  # selective's gathering again is not overlapped
+    overlapped = within + gathered
     hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
-    # A gathering copies a part twice; a sum reads what came from all ranks and writes a part.
-    copied = hidden_bytes(config) * (ranks + 6) / (2 * ranks) / (ELEMENTWISE_SHARE * hardware.memory)
-    added = _BARRIER * hardware.link.seconds(0) + copied + each - hidden
-    return ExchangeTime(SKEW * (sums + gathers - overlapped) * each + overlapped * added, overlapped * hidden)
+    waiting = _BARRIER * hardware.link.seconds(0) + each - hidden
+    moved = _copies(config, hardware, gathered) + additions(config, hardware, within, backward=2 * len(modes))
+    exposed = SKEW * (sums + gathers - overlapped) * each + overlapped * waiting + moved
+    return ExchangeTime(exposed, overlapped * hidden)
+
+
+def _copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
+    """Seconds in which a rank's own rows are copied to where the others fetch them and to all rows: read once."""
+    return 3 * gathers * hidden_bytes(config) / config.parallel.tensor / hardware.memory
+
+
+def additions(config: RunConfig, hardware: Hardware, sums: int, backward: int) -> float:
+    """Seconds in which what other ranks sent is added to a rank's own product, by a pass that is there anyway.
+
+    The next sum with its norm, or in the backward pass the product, reads one tensor more. Of more than two ranks the
+    others' are summed before: all of them read, one written. A norm after attention or MLP takes no sum along: forward,
+    a pass of its own reads two and writes one.
+    """
+    ranks = config.parallel.tensor
+    tensors = (1 if ranks == 2 else 1 + ranks) * sums
+    if config.model.differences.norms_after:
+        tensors += 2 * (sums - backward)
+    return tensors * hidden_bytes(config) / ranks / (ELEMENTWISE_SHARE * hardware.memory)
 
 
 def overlaps(config: RunConfig) -> bool:

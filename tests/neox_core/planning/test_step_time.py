@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from neox_core.config import load_config
+from neox_core.planning.exchange_time import additions
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.step_time import Prediction, predict_run
 from tests.neox_core.planning.measured import ROWS, Row, table
@@ -108,6 +109,23 @@ def test_python_keeps_no_gpu_waiting_with_graphs() -> None:
     slow = next(row for row in ROWS if row.note == "waits for Python")
     assert slow.predicted().time.host > 0.1 * slow.seconds
     assert replace(slow, graphs=True).predicted().time.host == 0.0
+
+
+def test_what_overlap_leaves_is_that_of_the_profile() -> None:
+    """Barriers 0.038 s, copies of own rows 0.051, only NCCL 0.012; what next passes read in addition, 0.01 to 0.03."""
+    row = next(row for row in ROWS if row.overlap and row.micro_batch == 8 and "joined" in row.note)
+    assert 0.11 <= row.predicted().time.tensor_exchange <= 0.13
+
+
+def test_sums_of_more_ranks_and_norms_after_them_take_passes_of_their_own() -> None:
+    """In a rank's tokens: 1 of two ranks, 5 of four; 2 more of a layer's forward sums, which are half of its sums."""
+    two = next(row for row in ROWS if row.overlap and row.model == "7b").config()
+    four, after = (
+        two.model_copy(update={"parallel": two.parallel.model_copy(update={"tensor": 4})}),
+        two.model_copy(update={"model": two.model.model_copy(update={"family": "olmo2"})}),
+    )
+    first, *others = (additions(config, CARDS["h200"], 4, backward=2) for config in (two, four, after))
+    assert others == pytest.approx([5 * first / 2, 2 * first])
 
 
 def test_exchanges_beside_products_are_hidden() -> None:
