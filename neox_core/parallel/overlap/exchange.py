@@ -27,9 +27,9 @@ class Scattering(Protocol):
     """A sum over the ranks, of which each gets its rows."""
 
     def sends(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows that another rank gets, where to write this rank's part of their sum), for each of them.
+        """(rows that others get, where to write this rank's part of their sum), of one rank or more at a time.
 
-        Sent when the next is asked for. To be exhausted.
+        Sent when others are asked for. To be exhausted.
         """
 
     def others_sum(self) -> Tensor:

@@ -3,6 +3,9 @@
 Collectives do: NCCL's kernels wait until a product leaves room for them. Here a rank puts what others need into memory
 that all can address (torch's symmetric memory), and each fetches it by plain copies on a stream alongside the products.
 
+A rank's rows are multiplied by themselves where they are many, so that a product waits for few of them, and sends them
+soon. Where they are few, since there are many ranks, several ranks' are multiplied together.
+
 Memory is used again without asking everybody, since gathers and sums take turns, each with a place of its own: a rank
 that has passed the barrier of one has seen that all were through with the one before. Two of a kind in a row, as when a
 block is computed again, have a barrier between them. Barriers, a few microseconds each, stand between the products.
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +25,10 @@ from torch import Tensor
 from neox_core.model.elementwise import fused_on_cuda
 
 Kind = Literal["gather", "scatter"]
+
+ROWS = 4096
+"""Of a product that fills a GPU: in tiles of 128 x 256, one with the 34B's w1 on eight ranks, of 2,752 columns, keeps
+89% of an H100's processors busy, and 67% with half or a quarter of the rows."""
 
 
 class SymmetricExchange:
@@ -77,11 +84,12 @@ class _Gathering:
         copy_to_both(rows_MD, memory.get_buffer(rank, rows_MD.shape, rows_MD.dtype), self.whole_ND[self._of(rank)])
         memory.barrier(channel=0)
         stream.wait_stream(torch.cuda.current_stream())
-        self._arrived: list[tuple[slice, torch.cuda.Event]] = []
+        self._arrived: list[tuple[list[slice], torch.cuda.Event]] = []
         with torch.cuda.stream(stream):
-            for peer in _others(rank, ranks):
-                self.whole_ND[self._of(peer)].copy_(memory.get_buffer(peer, rows_MD.shape, rows_MD.dtype))
-                self._arrived.append((self._of(peer), stream.record_event()))
+            for peers in groups(others(rank, ranks), len(rows_MD)):
+                for peer in peers:
+                    self.whole_ND[self._of(peer)].copy_(memory.get_buffer(peer, rows_MD.shape, rows_MD.dtype))
+                self._arrived.append((rows_of(peers, len(rows_MD)), stream.record_event()))
 
     def _of(self, rank: int) -> slice:
         return slice(rank * len(self._rows), (rank + 1) * len(self._rows))
@@ -89,9 +97,10 @@ class _Gathering:
     def arrivals(self) -> Iterator[tuple[slice, Tensor]]:
         """See Gathering."""
         yield self._of(self._exchange.rank), self._rows
-        for rows, event in self._arrived:
+        for pieces, event in self._arrived:
             torch.cuda.current_stream().wait_event(event)
-            yield rows, self.whole_ND[rows]
+            for rows in pieces:
+                yield rows, self.whole_ND[rows]
 
 
 class _Scattering:
@@ -99,20 +108,26 @@ class _Scattering:
         self._exchange, self._memory, self._received = exchange, memory, received
 
     def sends(self) -> Iterator[tuple[slice, Tensor]]:
-        """See Scattering. What is for the peer `step` places on lies at place `step` of this rank's memory."""
+        """See Scattering. What is for the peer that is `step` + 1 ranks on lies at place `step` of a rank's memory."""
         rank, ranks, stream = self._exchange.rank, self._exchange.size, self._exchange.stream
-        rows = self._received.shape[1]
-        for step, peer in enumerate(_others(rank, ranks)):
-            yield slice(peer * rows, (peer + 1) * rows), self._place(rank, step)
-            self._memory.barrier(channel=step)
+        part, step = self._received.shape[1], 0
+        for channel, peers in enumerate(groups(others(rank, ranks), part)):
+            first = step
+            for rows in rows_of(peers, part):
+                count = (rows.stop - rows.start) // part
+                yield rows, self._places(rank, step, count)
+                step += count
+            self._memory.barrier(channel=channel)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._received[step].copy_(self._place((rank - step - 1) % ranks, step))
+                for sent in range(first, step):
+                    self._received[sent].copy_(self._places((rank - sent - 1) % ranks, sent, 1))
 
-    def _place(self, rank: int, step: int) -> Tensor:
-        shape = self._received.shape[1:]
-        place: Tensor = self._memory.get_buffer(rank, shape, self._received.dtype, step * math.prod(shape))
-        return place
+    def _places(self, rank: int, first: int, count: int) -> Tensor:
+        _, rows, width = self._received.shape
+        shape, start = (count * rows, width), first * rows * width
+        places: Tensor = self._memory.get_buffer(rank, shape, self._received.dtype, start)
+        return places
 
     def others_sum(self) -> Tensor:
         """See Scattering."""
@@ -120,9 +135,23 @@ class _Scattering:
         return self._received[0] if len(self._received) == 1 else self._received.sum(0)
 
 
-def _others(rank: int, ranks: int) -> Iterator[int]:
+def others(rank: int, ranks: int) -> list[int]:
     """All but the rank, each rank's in another order, so that no two fetch from one at a time."""
-    return ((rank + step) % ranks for step in range(1, ranks))
+    return [(rank + step) % ranks for step in range(1, ranks)]
+
+
+def groups(peers: Sequence[int], rows: int) -> list[Sequence[int]]:
+    """The peers in their order, as many together as have ROWS, of so many each."""
+    size = math.ceil(ROWS / rows)
+    return [peers[start : start + size] for start in range(0, len(peers), size)]
+
+
+def rows_of(peers: Sequence[int], rows: int) -> list[slice]:
+    """Where peers that follow each other have theirs, of so many each: two places where the last rank is followed by
+    the first."""
+    wraps = next((i for i in range(1, len(peers)) if peers[i] < peers[i - 1]), len(peers))
+    runs = [run for run in (peers[:wraps], peers[wraps:]) if run]
+    return [slice(run[0] * rows, (run[-1] + 1) * rows) for run in runs]
 
 
 def _shared_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> Any:

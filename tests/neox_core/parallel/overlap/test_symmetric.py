@@ -1,0 +1,152 @@
+"""Which rows go where between any number of ranks; what the GPUs' streams add is in tests/gpu/test_overlap.py."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from neox_core.parallel.overlap import symmetric
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of
+
+RANKS = [2, 3, 4, 6, 8]
+ROWS, WIDTH = 3, 5
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(8192, [1] * 7), (4096, [1] * 7), (2048, [2, 2, 2, 1]), (1500, [3, 3, 1])])
+def test_groups_of_peers(rows: int, sizes: list[int]) -> None:
+    peers = others(5, 8)
+    assert peers == [6, 7, 0, 1, 2, 3, 4]
+    found = groups(peers, rows)
+    assert [len(group) for group in found] == sizes
+    assert [peer for group in found for peer in group] == peers, "each once, in their order"
+
+
+def test_rows_after_the_last_rank_begin_again() -> None:
+    assert rows_of([1, 2], 10) == [slice(10, 30)]
+    assert rows_of([6, 7, 0, 1], 10) == [slice(60, 80), slice(0, 20)]
+    assert rows_of([7, 0], 10) == [slice(70, 80), slice(0, 10)]
+
+
+class Memory:
+    """All ranks' memory, seen by one of them."""
+
+    def __init__(self, parts: list[Tensor], barriers: dict[int, threading.Barrier]) -> None:
+        self._parts, self._barriers, self.buffer_size = parts, barriers, parts[0].nbytes
+
+    def barrier(self, channel: int) -> None:
+        self._barriers[channel].wait(timeout=60)
+
+    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+        whole = self._parts[rank].view(dtype)
+        return whole[offset : offset + torch.Size(shape).numel()].view(shape)
+
+
+class Stream:
+    """One that does all at once."""
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+@contextmanager
+def using(_: Stream) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[SymmetricExchange], Any]], list[Any]]:
+    """Runs a function on ranks that are threads, each with its exchange."""
+    cuda = SimpleNamespace(current_stream=Stream, stream=using, Event=None, Stream=lambda _: Stream())
+    monkeypatch.setattr(symmetric, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
+
+    def run(ranks: int, function: Callable[[SymmetricExchange], Any]) -> list[Any]:
+        lock, made = threading.Lock(), dict[tuple[int, int], tuple[list[Tensor], Any]]()
+
+        def memory_of(rank: int) -> Callable[[int, Any, Any], Memory]:
+            count = iter(range(1000))
+
+            def shared(size: int, group: Any, device: Any) -> Memory:
+                key = next(count), size
+                with lock:
+                    parts = [torch.full((size,), 255, dtype=torch.uint8) for _ in range(ranks)]
+                    return Memory(*made.setdefault(key, (parts, defaultdict(lambda: threading.Barrier(ranks)))))
+
+            return shared
+
+        results: dict[int, Any] = {}
+
+        def one(rank: int) -> None:
+            exchange = cast(Any, SymmetricExchange.__new__(SymmetricExchange))
+            exchange.group, exchange.device, exchange.rank, exchange.size = None, torch.device("cpu"), rank, ranks
+            exchange.stream, exchange._memory, exchange._outgrown, exchange._last = Stream(), {}, [], None
+            by_rank[threading.get_ident()] = memory_of(rank)
+            results[rank] = function(exchange)
+
+        by_rank: dict[int, Callable[[int, Any, Any], Memory]] = {}
+        monkeypatch.setattr(symmetric, "_shared_memory", lambda *args: by_rank[threading.get_ident()](*args))
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        return [results[rank] for rank in range(ranks)]
+
+    return run
+
+
+def part_of(rank: int, turn: int) -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 * turn + rank))
+
+
+def partial_of(rank: int, turn: int, ranks: int) -> Tensor:
+    """What a rank adds to all ranks' rows of a sum."""
+    return torch.randn(ranks * ROWS, WIDTH, generator=torch.Generator().manual_seed(7000 + 100 * turn + rank))
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_gets_all_rows_and_the_sum_of_its_own(
+    ranks: int, together: int, on_threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathers and sums in turn and several in a row, with memory that is used again."""
+    monkeypatch.setattr(symmetric, "ROWS", together * ROWS)
+
+    def run(exchange: SymmetricExchange) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+        found = []
+        for turn in range(3):
+            gathering = exchange.begin_gather(part_of(exchange.rank, turn))
+            arrived = torch.full((ranks * ROWS, WIDTH), torch.nan)
+            for rows, values in gathering.arrivals():
+                assert arrived[rows].isnan().all(), "each comes once"
+                arrived[rows] = values
+            sums = []
+            for _ in range(turn + 1):
+                mine = partial_of(exchange.rank, turn, ranks)
+                scattering = exchange.begin_scatter(ROWS, WIDTH, torch.float32)
+                for rows, place in scattering.sends():
+                    place.copy_(mine[rows])
+                sums.append(scattering.others_sum() + mine.tensor_split(ranks)[exchange.rank])
+            found.append((arrived, gathering.whole_ND, sums))
+        return found
+
+    results = on_threads(ranks, run)
+    for turn in range(3):
+        whole = torch.cat([part_of(rank, turn) for rank in range(ranks)])
+        total = torch.stack([partial_of(rank, turn, ranks) for rank in range(ranks)]).sum(0)
+        for rank in range(ranks):
+            arrived, gathered, sums = results[rank][turn]
+            assert torch.equal(arrived, whole)
+            assert torch.equal(gathered, whole)
+            for found in sums:
+                torch.testing.assert_close(found, total.tensor_split(ranks)[rank], rtol=1e-5, atol=1e-5)
