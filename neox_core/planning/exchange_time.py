@@ -60,12 +60,12 @@ def tensor_exchange(
     overlapped = within + gathered
     hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
     waiting = _BARRIER * hardware.link.seconds(0) + each - hidden
-    moved = _copies(config, hardware, gathered) + additions(config, hardware, within, backward=2 * len(modes))
+    moved = copies(config, hardware, gathered) + additions(config, hardware, within, backward=2 * len(modes))
     exposed = SKEW * (sums + gathers - overlapped) * each + overlapped * waiting + moved
     return ExchangeTime(exposed, overlapped * hidden)
 
 
-def _copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
+def copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
     """Seconds in which a rank's own rows are copied to where the others fetch them and to all rows: read once."""
     return 3 * gathers * hidden_bytes(config) / config.parallel.tensor / hardware.memory
 
