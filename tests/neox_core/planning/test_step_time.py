@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from neox_core.config import load_config
-from neox_core.planning.exchange_time import additions, copies
+from neox_core.parallel.overlap.symmetric import groups
+from neox_core.planning.exchange_time import additions, copies, late_seconds
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.step_time import Prediction, predict_run
 from tests.neox_core.planning.measured import ROWS, Row, table
@@ -138,6 +139,23 @@ def test_sums_of_more_ranks_and_norms_after_them_take_passes_of_their_own() -> N
     )
     first, *others = (additions(config, CARDS["h200"], 4, backward=2) for config in (two, four, after))
     assert others == pytest.approx([5 * first / 2, 2 * first])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [8192, 2048, 1500, 512])
+@pytest.mark.parametrize("exchange", [0.1, 0.5, 1.0, 3.0])
+def test_a_group_of_peers_waits_for_all_of_them(ranks: int, rows: int, exchange: float) -> None:
+    """A gather and a sum, played through in the order of symmetric.py; the product takes 1."""
+    sizes, copy, own = [len(group) for group in groups(range(1, ranks), rows)], exchange / (ranks - 1), 1 / ranks
+    arrived, multiplied = 0.0, own
+    for size in sizes:
+        arrived += size * copy
+        multiplied = max(multiplied, arrived) + size * own
+    made, sent = 0.0, 0.0
+    for size in sizes:
+        made += size * own
+        sent = max(sent, made) + size * copy
+    assert max(multiplied, sent, 1.0) - 1 == pytest.approx(late_seconds(exchange, 1.0, ranks, rows))
 
 
 def test_exchanges_beside_products_are_hidden() -> None:
