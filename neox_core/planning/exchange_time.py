@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.parallel.overlap.symmetric import groups
 from neox_core.planning.activations import DTYPE_BYTES, micro_batch_tokens
 from neox_core.planning.communication import layer_sums
 from neox_core.planning.hardware import Hardware
@@ -58,14 +59,27 @@ def tensor_exchange(
         return ExchangeTime(SKEW * (sums + gathers) * each)
     gathered = sum(6 if mode == "full" else 4 for mode in modes)  # selective's gathering again is not overlapped
     overlapped = within + gathered
-    hidden = min(each, products / 4 * (ranks - 1) / ranks)  # one rank's rows are there when the product begins
-    waiting = _BARRIER * hardware.link.seconds(0) + each - hidden
-    moved = _copies(config, hardware, gathered) + additions(config, hardware, within, backward=2 * len(modes))
+    late = late_seconds(each, products / 4, ranks, micro_batch_tokens(config) // ranks)
+    hidden = each - late
+    waiting = _BARRIER * hardware.link.seconds(0) + late
+    moved = copies(config, hardware, gathered) + additions(config, hardware, within, backward=2 * len(modes))
     exposed = SKEW * (sums + gathers - overlapped) * each + overlapped * waiting + moved
     return ExchangeTime(exposed, overlapped * hidden)
 
 
-def _copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
+def late_seconds(exchange: float, product: float, ranks: int, rows: int) -> float:
+    """Seconds that a product of gathered rows waits for them, or the next one for the rows of a sum.
+
+    Peers' rows come and go in groups, a peer's own `rows` by themselves where they are many. A first group comes while
+    this rank's own are multiplied; the last to come has all but its own product to hide behind.
+    """
+    peers, together = ranks - 1, len(groups(range(1, ranks), rows)[0])
+    first = exchange * together / peers - product / ranks
+    last = exchange - product * (ranks - together) / ranks
+    return max(0.0, first, last)
+
+
+def copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
     """Seconds in which a rank's own rows are copied to where the others fetch them and to all rows: read once."""
     return 3 * gathers * hidden_bytes(config) / config.parallel.tensor / hardware.memory
 

@@ -73,6 +73,11 @@ def test_the_first_error_is_that_of_a_rank() -> None:
     assert failed.endswith("ValueError: later")
 
 
+def test_output_that_is_no_text_spoils_nothing() -> None:
+    program = r"import sys; sys.stdout.buffer.write(b'\xff\n{\"rate\": 2}\n')"
+    assert run_json([sys.executable, "-c", program]) == {"rate": 2}
+
+
 def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     program = (

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import node, peers
 from benchmarks.commands import run_json
-from benchmarks.node_rows import Row, limit_seconds, planned_bytes, rows, table
-from benchmarks.train_step import checked
+from benchmarks.node_rows import Row, limit_seconds, planned_bytes, predicted_seconds, rows, table
+from benchmarks.train_step import checked, parse_options
 from neox_core.config import batch_geometry
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.memory import RESERVED_BYTES
@@ -64,6 +64,13 @@ def test_each_row_can_be_run_and_fits_a_call(card: str) -> None:
         for row in rows(gpus, CARDS[card], node.MODELS, toy=False):
             checked(row.config)
             assert limit_seconds(row, CARDS[card]) < 8 * 60
+
+
+def test_a_row_has_time_for_all_its_steps() -> None:
+    """Half as long again as predicted; two more are made, for the loss and the profile."""
+    row = next(rows(1, H100, ("7b",), toy=False))
+    steps = parse_options(row.arguments).steps + 2
+    assert limit_seconds(row, H100) == pytest.approx(120 + 1.5 * steps * predicted_seconds(row, H100))
 
 
 def test_peers_get_what_fits_one_gpu() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from neox_core.config import load_config
-from neox_core.planning.exchange_time import additions
+from neox_core.parallel.overlap.symmetric import groups
+from neox_core.planning.exchange_time import additions, copies, late_seconds
 from neox_core.planning.hardware import CARDS
 from neox_core.planning.step_time import Prediction, predict_run
 from tests.neox_core.planning.measured import ROWS, Row, table
@@ -115,6 +116,18 @@ def test_what_overlap_leaves_is_that_of_the_profile() -> None:
     """Barriers 0.038 s, copies of own rows 0.051, only NCCL 0.012; what next passes read in addition, 0.01 to 0.03."""
     row = next(row for row in ROWS if row.overlap and row.micro_batch == 8 and "joined" in row.note)
     assert 0.11 <= row.predicted().time.tensor_exchange <= 0.13
+    assert copies(row.config(), CARDS["h200"], gathers=512) == pytest.approx(0.051, rel=0.1)
+
+
+def test_the_backward_pass_and_what_is_gathered_again_are_as_without() -> None:
+    """Norms after attention and MLP cost additions of two forward sums; selective gathers again by collectives."""
+    row = next(row for row in ROWS if row.overlap and row.micro_batch == 8 and "joined" in row.note)
+    changes: list[dict[str, Any]] = [{}, {"family": "olmo2"}, {"mode": "selective"}]
+    plain, after, again = (replace(row, **change).predicted() for change in changes)
+    forward_sums = 2 * row.layers * 4  # of four micro batches; two tensors more of each
+    added = additions(row.config(), CARDS["h200"], 2 * forward_sums, backward=0)
+    assert after.time.tensor_exchange - plain.time.tensor_exchange == pytest.approx(added)
+    assert again.hidden == pytest.approx(plain.hidden)
 
 
 def test_sums_of_more_ranks_and_norms_after_them_take_passes_of_their_own() -> None:
@@ -126,6 +139,23 @@ def test_sums_of_more_ranks_and_norms_after_them_take_passes_of_their_own() -> N
     )
     first, *others = (additions(config, CARDS["h200"], 4, backward=2) for config in (two, four, after))
     assert others == pytest.approx([5 * first / 2, 2 * first])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [8192, 2048, 1500, 512])
+@pytest.mark.parametrize("exchange", [0.1, 0.5, 1.0, 3.0])
+def test_a_group_of_peers_waits_for_all_of_them(ranks: int, rows: int, exchange: float) -> None:
+    """A gather and a sum, played through in the order of symmetric.py; the product takes 1."""
+    sizes, copy, own = [len(group) for group in groups(range(1, ranks), rows)], exchange / (ranks - 1), 1 / ranks
+    arrived, multiplied = 0.0, own
+    for size in sizes:
+        arrived += size * copy
+        multiplied = max(multiplied, arrived) + size * own
+    made, sent = 0.0, 0.0
+    for size in sizes:
+        made += size * own
+        sent = max(sent, made) + size * copy
+    assert max(multiplied, sent, 1.0) - 1 == pytest.approx(late_seconds(exchange, 1.0, ranks, rows))
 
 
 def test_exchanges_beside_products_are_hidden() -> None:
