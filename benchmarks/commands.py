@@ -86,6 +86,11 @@ def run_json(command: Sequence[str], limit: float | None = None) -> dict[str, An
     return {"failed": _failure(out, err, ended or f"exit code {process.returncode}")}
 
 
+def why(failed: dict[str, Any]) -> str:
+    """In a line, how a command failed of which `run_json` says so."""
+    return str(failed["failed"]).partition("\n")[0]
+
+
 def _result(line: str) -> dict[str, Any] | None:
     try:
         result = json.loads(line) if line.startswith("{") else None

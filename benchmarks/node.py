@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import at_least, require_gpus, run_json, torchrun
+from benchmarks.commands import at_least, require_gpus, run_json, torchrun, why
 from benchmarks.node_rows import Row, fastest, limit_seconds, rows, table
 from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
@@ -91,8 +91,8 @@ def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, de
             continue
         result = _measure_peer(row) if isinstance(row, Peer) else _measure(row, limit)
         _append(options.results, result)
-        found = result.get("tokens_per_second", result.get("peers"))
-        sys.stdout.write(f"{row.key}: {result.get('failed', str(found)).partition(chr(10))[0]}\n")
+        found = why(result) if "failed" in result else result.get("tokens_per_second", result.get("peers"))
+        sys.stdout.write(f"{row.key}: {found}\n")
         sys.stdout.flush()
     return left
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from benchmarks.commands import why
 from benchmarks.train_step import parse_options, run_config
 from neox_core.config import RunConfig, batch_geometry
 from neox_core.planning.activation_checkpointing import layer_modes
@@ -138,7 +139,7 @@ def table(results: Sequence[dict[str, Any]], hardware: Hardware) -> str:
     lines += [_line(result, hardware) for result in results if "tokens_per_second" in result and "arguments" in result]
     for result in results:
         if "failed" in result:
-            lines.append(f"\nfailed: {result['key']}: {result['failed'].partition(chr(10))[0][:300]}")
+            lines.append(f"\nfailed: {result['key']}: {why(result)[:300]}")
         if "peers" in result:
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["peers"].items())
             lines.append(f"\n{result['key']}, tokens/s: {rates}")

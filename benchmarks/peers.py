@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import at_least, require_gpus, run_json, torchrun
+from benchmarks.commands import at_least, require_gpus, run_json, torchrun, why
 
 STEP_TOKENS, SEQUENCE = 65536, 4096
 PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
@@ -89,7 +89,7 @@ def _compare(ours: Rates, peers: Rates) -> None:
     rows = {name: row for name, row in (ours | peers).items() if "failed" not in row}
     rates = {name: float(row["tokens_per_second"]) for name, row in rows.items()}
     present = [name for name in ours if name in rates]
-    failed = {name: row["failed"].partition("\n")[0] for name, row in (ours | peers).items() if "failed" in row}
+    failed = {name: why(row) for name, row in (ours | peers).items() if "failed" in row}
     missing = "; ".join(f"{name}: {why}" for name, why in failed.items())
     if not present:
         raise SystemExit(f"our own step failed: {missing}")

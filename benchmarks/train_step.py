@@ -189,9 +189,8 @@ def random_weights(config: RunConfig, device: torch.device) -> Any:
         shared = torch.Generator(device).manual_seed(_SHARED + index * heads + tensor_rank * heads // ranks)
         for name, parameter in layer.named_parameters():
             for rows in sharding_of(parameter).shared_rows:
-                found[name][rows.start : rows.stop] = _initial(
-                    found[name][rows.start : rows.stop].shape, shared, device
-                )
+                part = found[name][rows.start : rows.stop]
+                part.copy_(_initial(part.shape, shared, device))
         return found
 
     return weights

@@ -88,15 +88,7 @@ class Row:
         schedule = "" if self.schedule == "1f1b" else self.schedule
         switches = (family, schedule, "graphs" if self.graphs else "", "overlap" if self.overlap else "", self.note)
         layout = f"TP {self.tensor} PP {self.pipeline} DP {self.data}"
-        words = (
-            self.card,
-            self.model,
-            f"{self.layers} layers",
-            layout,
-            f"micro batch {self.micro_batch}",
-            self.mode,
-            self.family,
-        )
+        words = (self.card, self.model, f"{self.layers} layers", layout, f"micro batch {self.micro_batch}", self.mode)
         return ", ".join((*words, *filter(None, switches)))
 
 

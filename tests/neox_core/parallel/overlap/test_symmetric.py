@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neox_core.parallel.overlap import symmetric
 from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of
+from tests.neox_core.parallel.overlap.shared_memory import SharedMemory, exchange_of
 
 RANKS = [2, 3, 4, 6, 8]
 ROWS, WIDTH = 3, 5
@@ -35,18 +36,15 @@ def test_rows_after_the_last_rank_begin_again() -> None:
     assert rows_of([7, 0], 10) == [slice(70, 80), slice(0, 10)]
 
 
-class Memory:
-    """All ranks' memory, seen by one of them."""
+class Memory(SharedMemory):
+    """Of threads, which wait for each other."""
 
     def __init__(self, parts: list[Tensor], barriers: dict[int, threading.Barrier]) -> None:
-        self._parts, self._barriers, self.buffer_size = parts, barriers, parts[0].nbytes
+        super().__init__(parts)
+        self._barriers = barriers
 
     def barrier(self, channel: int) -> None:
         self._barriers[channel].wait(timeout=60)
-
-    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
-        whole = self._parts[rank].view(dtype)
-        return whole[offset : offset + torch.Size(shape).numel()].view(shape)
 
 
 class Stream:
@@ -87,11 +85,8 @@ def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Symm
         results: dict[int, Any] = {}
 
         def one(rank: int) -> None:
-            exchange = cast(Any, SymmetricExchange.__new__(SymmetricExchange))
-            exchange.group, exchange.device, exchange.rank, exchange.size = None, torch.device("cpu"), rank, ranks
-            exchange.stream, exchange._memory, exchange._outgrown, exchange._last = Stream(), {}, [], None
             by_rank[threading.get_ident()] = memory_of(rank)
-            results[rank] = function(exchange)
+            results[rank] = function(exchange_of(rank, ranks, Stream()))
 
         by_rank: dict[int, Callable[[int, Any, Any], Memory]] = {}
         monkeypatch.setattr(symmetric, "_shared_memory", lambda *args: by_rank[threading.get_ident()](*args))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_core.parallel.overlap import symmetric
 from neox_core.parallel.overlap.symmetric import SymmetricExchange
+from tests.neox_core.parallel.overlap.shared_memory import SharedMemory, exchange_of
 
 WIDTH = 2
 Turn = tuple[str, int]
@@ -164,18 +165,15 @@ class Stream:
         return set(self.last)
 
 
-class Memory:
-    """All ranks' memory, as one of them has it."""
+class Memory(SharedMemory):
+    """Of a rank whose barriers are noted."""
 
     def __init__(self, rank: Rank, number: int, parts: list[Tensor]) -> None:
-        self._rank, self._number, self._parts, self.buffer_size = rank, number, parts, parts[0].nbytes
+        super().__init__(parts)
+        self._rank, self._number = rank, number
 
     def barrier(self, channel: int) -> None:
         self._rank.barrier(self._number, channel)
-
-    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
-        whole = self._parts[rank].view(dtype)
-        return whole[offset : offset + torch.Size(shape).numel()].view(shape)
 
 
 Run = Callable[..., tuple[set[tuple[str, str]], int]]
@@ -206,9 +204,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             cuda = SimpleNamespace(current_stream=lambda rank=rank: rank.current, stream=using, Event=set)
             monkeypatch.setattr(symmetric, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
             monkeypatch.setattr(symmetric, "_shared_memory", memory)
-            exchange = cast(Any, SymmetricExchange.__new__(SymmetricExchange))
-            exchange.group, exchange.device, exchange.rank, exchange.size = None, torch.device("cpu"), number, ranks
-            exchange.stream, exchange._memory, exchange._outgrown, exchange._last = Stream(rank), {}, [], None
+            exchange = exchange_of(number, ranks, Stream(rank))
             with rank:
                 for kind, rows in turns:
                     exchange._last = exchange._last if asks else None
