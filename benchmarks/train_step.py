@@ -62,11 +62,31 @@ def main() -> None:
     config = checked(run_config(options, int(os.environ["WORLD_SIZE"])))
     device = init_distributed(config.launch)
     mesh = build_mesh(config.parallel, device)
+    result = measure(config, mesh, slowest_gemm(config, device, options.gemm_seconds), options)
+    if mesh.rank == 0:
+        report(result)
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def slowest_gemm(config: RunConfig, device: torch.device, seconds: float) -> float:
+    """FLOP/s of the model's products on all GPUs at once, of the slowest. Collective."""
     tokens = config.train.micro_batch_size * config.train.sequence_length
+    rates: list[float] = [0.0] * dist.get_world_size()
     dist.barrier()
-    gemm = _slowest(sustained_gemm(config.model, options.tp, tokens, device, options.gemm_seconds))
+    dist.all_gather_object(rates, sustained_gemm(config.model, config.parallel.tensor, tokens, device, seconds))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # recomputation `auto` looks at what is free
+    return min(rates)
+
+
+def measure(config: RunConfig, mesh: Mesh, gemm: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Some steps of a training: its figures. Collective.
+
+    Args:
+        gemm: FLOP/s to which its own are compared.
+    """
+    device = mesh.device
     engine = build_engine(config, mesh, batch_geometry(config), random_weights(config, device))
     batches = random_batches(config, mesh)
     timed = sorted([timed_step(engine, batches, device) for _ in range(options.steps)][2:])
@@ -79,11 +99,8 @@ def main() -> None:
         result["parts_seconds"], table = kernel_times(lambda: engine.train_batch(batches))
         if options.table and mesh.rank == 0:
             sys.stdout.write(table + "\n")
-    if mesh.rank == 0:
-        report(result)
-    sys.stdout.flush()
     engine.close()
-    dist.destroy_process_group()
+    return result
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -210,12 +227,6 @@ def random_batches(config: RunConfig, mesh: Mesh) -> Iterator[tuple[Tensor, Tens
     while True:
         ids = torch.randint(config.model.vocab_size, shape, generator=generator, device=mesh.device)
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def _slowest(rate: float) -> float:
-    rates: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(rates, rate)
-    return min(rates)
 
 
 def timed_step(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:

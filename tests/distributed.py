@@ -116,8 +116,23 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.clear()  # a fork has the environment of the process that it comes from
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    if 0 < torch.cuda.device_count() < int(environment["WORLD_SIZE"]):
+        os.environ.update(_sharing_gpus(rank))
     try:
         # By value: torch would send tensors as handles of memory that is gone when this process ends.
         queue.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
+
+
+def _sharing_gpus(rank: int) -> dict[str, str]:
+    """For more ranks than GPUs: right results, at the speed of sockets.
+
+    NCCL refuses two ranks of one host on one GPU, so each rank passes for a host of its own.
+    """
+    return {
+        "NCCL_HOSTID": f"rank {rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+    }

@@ -1,8 +1,11 @@
 """Small trainings on all of a node's GPUs, for the tests that are marked `multi_gpu`.
 
-The number of ranks is that of the GPUs, at most 8. The same code runs on CPUs, through gloo and without graphs:
+The number of ranks is that of the GPUs, at most 8, or another:
 
-    LLEMMA_TEST_RANKS=2 pytest -m multi_gpu tests/gpu
+    LLEMMA_TEST_RANKS=4 pytest -m multi_gpu tests/gpu
+
+They share GPUs where there are fewer, and the same code runs on CPUs, through gloo and without graphs, where there are
+none (or CUDA_VISIBLE_DEVICES is empty).
 """
 
 from __future__ import annotations
@@ -23,18 +26,18 @@ import torch
 from neox_core.config import ActivationCheckpointing, ParallelConfig, PipelineSchedule, RunConfig, batch_geometry
 from tests.neox_core.train.small_training import MODELS, config_for
 
-CPU_RANKS = int(os.environ.get("LLEMMA_TEST_RANKS", "0"))
-DEVICE = "cpu" if CPU_RANKS else "cuda"
-RANKS = next((ranks for ranks in (8, 4, 2) if ranks <= (CPU_RANKS or torch.cuda.device_count())), 2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOST_RANKS = int(os.environ.get("LLEMMA_TEST_RANKS", torch.cuda.device_count()))
+RANKS = next((ranks for ranks in (8, 4, 2) if ranks <= MOST_RANKS), 2)
 MARKS = [
     pytest.mark.multi_gpu,
-    pytest.mark.skipif(not CPU_RANKS and torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(MOST_RANKS < 2, reason="needs two GPUs, or LLEMMA_TEST_RANKS"),
 ]
 
 STEPS, SEQUENCE, BATCH = 4, 32, 16
 LEARNING_RATE = 2e-5
 """Small, so that the model is not chaotic: differences stay as small as they begin."""
-HEAD_DIM = 8 if CPU_RANKS else 64
+HEAD_DIM = 64 if DEVICE == "cuda" else 8
 MODEL = MODELS["gqa"].model_copy(
     update={
         "num_layers": max(4, RANKS),

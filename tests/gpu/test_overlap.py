@@ -5,6 +5,7 @@ pytest -m multi_gpu tests/gpu/test_overlap.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -14,19 +15,21 @@ from torch import Tensor
 
 from neox_core.config import ActivationCheckpointing, LaunchConfig
 from neox_core.model import ModelDimensions
-from neox_core.parallel.overlap.symmetric import SymmetricExchange, can_exchange
+from neox_core.parallel.overlap.symmetric import ROWS, SymmetricExchange, can_exchange
 from tests.distributed import run_ranks
+from tests.gpu.several import DEVICE, MARKS, RANKS
 from tests.neox_core.parallel.overlap.blocks import run_block
 
-GPUS = torch.cuda.device_count()
 MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DIMS = ModelDimensions(
     hidden_size=1024, num_heads=8, num_kv_heads=8, head_dim=128, intermediate_size=2048, vocab_size=8,
-    rope_theta=1e4, norm_eps=1e-5, sequence_length=2048,
+    rope_theta=1e4, norm_eps=1e-5, sequence_length=0,
 )  # fmt: skip
+TOGETHER = {"all peers": 8, "two peers": 2, "one peer": 1}
+"""So many peers' rows are multiplied together, where there are as many."""
 
-pytestmark = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")]
+pytestmark = [*MARKS, pytest.mark.skipif(DEVICE != "cuda", reason="copy engines are those of GPUs")]
 
 
 def joined() -> SymmetricExchange:
@@ -43,13 +46,15 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def blocks() -> dict[Any, list[str]]:
+def blocks(together: int) -> dict[Any, list[str]]:
     """What differs by more than rounding, of several runs, in which memory is used again and again."""
     exchange, found = joined(), dict[Any, list[str]]()
+    rows = ROWS // together
+    dims = replace(DIMS, sequence_length=rows * exchange.size // 2)  # a block has two sequences
     for dtype, tolerance in TOLERANCE.items():
         for mode in MODES:
-            expected = run_block(DIMS, mode, None, "cuda", dtype)
-            runs = [run_block(DIMS, mode, exchange, "cuda", dtype) for _ in range(4)]
+            expected = run_block(dims, mode, None, "cuda", dtype)
+            runs = [run_block(dims, mode, exchange, "cuda", dtype) for _ in range(4)]
             found[dtype, mode] = [
                 f"run {index}, {name}: {error}"
                 for index, run in enumerate(runs)
@@ -60,8 +65,9 @@ def blocks() -> dict[Any, list[str]]:
     return found
 
 
-def test_a_block() -> None:
-    for found in run_ranks(blocks, GPUS):
+@pytest.mark.parametrize("together", TOGETHER.values(), ids=TOGETHER)
+def test_a_block(together: int) -> None:
+    for found in run_ranks(blocks, RANKS, together):
         assert set(found) == {(dtype, mode) for dtype in TOLERANCE for mode in MODES}
         assert not any(found.values()), found
 
@@ -104,6 +110,6 @@ def replays() -> list[float]:
 
 def test_replayed_exchanges() -> None:
     """Values are small integers, which bf16 holds."""
-    for differences in run_ranks(replays, GPUS):
+    for differences in run_ranks(replays, RANKS):
         assert len(differences) == 400
         assert max(differences) == 0

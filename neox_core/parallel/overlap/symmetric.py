@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,13 +38,17 @@ class SymmetricExchange:
     Args:
         group: the ranks.
         device: this rank's GPU.
+        share: gives memory of so many bytes that all ranks can address, collectively; torch's, if it is None.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, share: Callable[[int], Any] | None = None
+    ) -> None:
+        self.device = device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         """Of the copies alone: a barrier there would wait until a product leaves it a processor."""
+        self._share = share or partial(shared_memory, group, device)
         self._memory: dict[Kind, Any] = {}
         self._outgrown: list[Any] = []
         """What recorded work may still use."""
@@ -62,7 +67,7 @@ class SymmetricExchange:
         memory = self._memory.get(kind)
         if memory is None or memory.buffer_size < size:
             self._outgrown += [memory] if memory else []
-            memory = self._memory[kind] = _shared_memory(size, self.group, self.device)
+            memory = self._memory[kind] = self._share(size)
         if kind == self._last:
             memory.barrier(channel=0)
         self._last = kind
@@ -154,8 +159,8 @@ def rows_of(peers: Sequence[int], rows: int) -> list[slice]:
     return [slice(run[0] * rows, (run[-1] + 1) * rows) for run in runs]
 
 
-def _shared_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """Memory that all ranks of the group can address. Collective."""
+def shared_memory(group: dist.ProcessGroup, device: torch.device, size: int) -> Any:
+    """Memory of so many bytes that all ranks of the group can address. Collective."""
     import torch.distributed._symmetric_memory as symmetric_memory  # where torch keeps it, public name or not
 
     return symmetric_memory.rendezvous(symmetric_memory.empty(size, dtype=torch.uint8, device=device), group)

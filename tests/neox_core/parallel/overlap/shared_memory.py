@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,9 @@ class SharedMemory:
         return whole[offset : offset + torch.Size(shape).numel()].view(shape)
 
 
-def exchange_of(rank: int, ranks: int, stream: Any) -> SymmetricExchange:
+def exchange_of(rank: int, ranks: int, stream: Any, share: Callable[[int], Any]) -> SymmetricExchange:
     """A rank's, without a process group."""
     exchange = cast(Any, SymmetricExchange.__new__(SymmetricExchange))
-    exchange.group, exchange.device, exchange.rank, exchange.size = None, torch.device("cpu"), rank, ranks
+    exchange._share, exchange.device, exchange.rank, exchange.size = share, torch.device("cpu"), rank, ranks
     exchange.stream, exchange._memory, exchange._outgrown, exchange._last = stream, {}, [], None
     return cast(SymmetricExchange, exchange)

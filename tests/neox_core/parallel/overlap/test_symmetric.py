@@ -71,10 +71,10 @@ def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Symm
     def run(ranks: int, function: Callable[[SymmetricExchange], Any]) -> list[Any]:
         lock, made = threading.Lock(), dict[tuple[int, int], tuple[list[Tensor], Any]]()
 
-        def memory_of(rank: int) -> Callable[[int, Any, Any], Memory]:
+        def memory_of(rank: int) -> Callable[[int], Memory]:
             count = iter(range(1000))
 
-            def shared(size: int, group: Any, device: Any) -> Memory:
+            def shared(size: int) -> Memory:
                 key = next(count), size
                 with lock:
                     parts = [torch.full((size,), 255, dtype=torch.uint8) for _ in range(ranks)]
@@ -85,11 +85,8 @@ def on_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Symm
         results: dict[int, Any] = {}
 
         def one(rank: int) -> None:
-            by_rank[threading.get_ident()] = memory_of(rank)
-            results[rank] = function(exchange_of(rank, ranks, Stream()))
+            results[rank] = function(exchange_of(rank, ranks, Stream(), memory_of(rank)))
 
-        by_rank: dict[int, Callable[[int, Any, Any], Memory]] = {}
-        monkeypatch.setattr(symmetric, "_shared_memory", lambda *args: by_rank[threading.get_ident()](*args))
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
         for thread in threads:
             thread.start()

@@ -194,7 +194,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
                 yield
                 rank.current = before
 
-            def memory(size: int, *_: Any, rank: Rank = rank) -> Memory:
+            def memory(size: int, rank: Rank = rank) -> Memory:
                 nonlocal count
                 count += 1
                 if len(shared) < count:
@@ -203,8 +203,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
             cuda = SimpleNamespace(current_stream=lambda rank=rank: rank.current, stream=using, Event=set)
             monkeypatch.setattr(symmetric, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
-            monkeypatch.setattr(symmetric, "_shared_memory", memory)
-            exchange = exchange_of(number, ranks, Stream(rank))
+            exchange = exchange_of(number, ranks, Stream(rank), memory)
             with rank:
                 for kind, rows in turns:
                     exchange._last = exchange._last if asks else None
