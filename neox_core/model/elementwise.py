@@ -15,13 +15,20 @@ from neox_core.kernels.dispatch import Kernel
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_VARIANTS = 64
+"""Kinds of arguments that a process may call a function with: dtypes, numbers of heads, with or without gradients."""
+
 
 def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
     """Compile a function of tensors when its first argument is on a GPU; elsewhere a compiler may be missing."""
 
     @cache
     def compiled() -> Callable[P, R]:
-        return torch.compile(function, fullgraph=True)  # imports torch's compiler, for seconds
+        from torch._dynamo import config  # imports torch's compiler, for seconds
+
+        # Of a function: beyond 8, its default, a call fails, and one process may train in several ways.
+        config.recompile_limit = max(config.recompile_limit, _VARIANTS)
+        return torch.compile(function, fullgraph=True)
 
     def choose(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def build_engine(
         kv_group=_kv_group(config),
         packed=config.train.master_weights == "packed" and config.train.precision == "bf16",
         deferred=DeferredGradients() if defers(config, mesh.pipeline_rank) else None,
-        args=None,
+        args=_device_arguments(mesh.device),
         model=module,
         optimizer=ParameterGroups(module, config.train.optimizer),
         mpu=module.mpu(),
@@ -90,6 +91,11 @@ class ParameterGroups(torch.optim.Optimizer):
             {"params": [p for p, decayed in decays if not decayed], "weight_decay": 0.0},
         ]
         super().__init__(groups, {"lr": config.lr})
+
+
+def _device_arguments(device: torch.device) -> Namespace | None:
+    """DeepSpeed takes the GPU whose number is LOCAL_RANK, where a rank may see no other than its own, number 0."""
+    return Namespace(device_rank=device.index) if device.type == "cuda" else None
 
 
 def _kv_group(config: RunConfig) -> dist.ProcessGroup | None:
