@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neox_core.kernels.aligned import aligned_rows, empty_rows, parts
 from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel
 
@@ -82,7 +83,8 @@ class Accumulator:
 
     @torch.no_grad()
     def _add(self, gradient_MO: Tensor, x_MI: Tensor) -> None:
-        add_outer_product(self.buffer, gradient_MO, x_MI)
+        for part in parts(len(self.buffer)):
+            add_outer_product(self.buffer[part], gradient_MO[:, part], x_MI)
         self.on_gradient()
 
 
@@ -119,7 +121,8 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...] = _AccumulatingLinears.apply(x, accumulators, *weights)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for output, weight in zip(outputs, weights, strict=True):
-            torch.mm(x.flatten(0, -2), weight.t(), out=output.detach().flatten(0, -2))
+            for part in parts(len(weight)):
+                torch.mm(x.flatten(0, -2), weight[part].t(), out=output.detach().flatten(0, -2)[:, part])
     return outputs
 
 
@@ -139,17 +142,28 @@ class _AccumulatingLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, accumulators: Sequence[Accumulator], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.accumulators = accumulators
-        return tuple(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
+        return tuple(empty_rows(x, x.shape[:-1], weight.shape[0]) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        for accumulator, gradient in zip(ctx.accumulators, gradients, strict=True):
-            accumulator.add(gradient.flatten(0, -2), x.flatten(0, -2))
-        d_x = gradients[0] @ weights[0]
-        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-            d_x.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)  # the product adds: no pass for the sum
-        return d_x, None, *[None] * len(weights)
+        flat = [aligned_rows(gradient).flatten(0, -2) for gradient in gradients]
+        for accumulator, gradient in zip(ctx.accumulators, flat, strict=True):
+            accumulator.add(gradient, x.flatten(0, -2))
+        return _input_gradient(flat, weights).view(x.shape), None, *[None] * len(weights)
+
+
+def _input_gradient(gradients_MO: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Of the linear layers' common input, [M,I]: the products add up, without a pass for the sum."""
+    (gradient, weight), *others = (
+        (gradient[:, part], weight[part])
+        for gradient, weight in zip(gradients_MO, weights, strict=True)
+        for part in reversed(parts(len(weight)))  # the sum is rounded each time: few columns come first
+    )
+    d_x = gradient @ weight
+    for gradient, weight in others:
+        d_x.addmm_(gradient, weight)
+    return d_x
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox_core.config import ActivationCheckpointing, BatchGeometry, RunConfig
+from neox_core.kernels.aligned import aligned_width
 from neox_core.model.dimensions import ModelDimensions
 from neox_core.parallel.stages import defers
 
@@ -219,9 +220,10 @@ def _deferring_backward(
 
 
 def _chunk_logits(config: RunConfig, dims: ModelDimensions) -> int:
-    """A chunk's logits with their gradient."""
-    tokens = min(micro_batch_tokens(config), config.train.loss_chunk_tokens)
-    return 2 * DTYPE_BYTES[config.train.precision] * tokens * dims.vocab_size
+    """A chunk's logits with their gradient; or that, its copy where its rows are not aligned, and its product."""
+    tokens, width = min(micro_batch_tokens(config), config.train.loss_chunk_tokens), aligned_width(dims.vocab_size)
+    product = dims.hidden_size if width > dims.vocab_size else 0
+    return DTYPE_BYTES[config.train.precision] * tokens * (2 * width + product)
 
 
 def in_flight(config: RunConfig, geometry: BatchGeometry, stage: int) -> int:

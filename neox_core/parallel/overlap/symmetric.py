@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_core.model.elementwise import fused_on_cuda
+from neox_core.model.elementwise import add_all, fused_on_cuda
 
 Kind = Literal["gather", "scatter"]
 
@@ -137,7 +137,8 @@ class _Scattering:
     def others_sum(self) -> Tensor:
         """See Scattering."""
         torch.cuda.current_stream().wait_stream(self._exchange.stream)
-        return self._received[0] if len(self._received) == 1 else self._received.sum(0)
+        first, *rest = self._received.unbind(0)
+        return add_all(first, tuple(rest)) if rest else first  # torch's sum takes three times as long
 
 
 def others(rank: int, ranks: int) -> list[int]:

@@ -14,7 +14,7 @@ from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator,
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("widths", [(48,), (48, 32)], ids=["one layer", "two layers of one input"])
+@pytest.mark.parametrize("widths", [(48,), (48, 32), (43,), (43, 5, 16)], ids=str)
 def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -92,6 +92,10 @@ def in_fp32(tensor: int) -> RunConfig:
             of_length(with_whole_tokens(of("llama3_8b", 2, "full", num_layers=2), 8), 2048),
             id="the first stage's peak is the embedding's gradient, next to tokens that were put together",
         ),
+        pytest.param(
+            in_one_chunk(of("llama3_8b", 2, num_layers=2, vocab_size=2 * 65_004)),
+            id="logits whose rows are not aligned",
+        ),
         pytest.param(in_one_chunk(of("llama3_8b", 2, num_layers=2)), id="all logits at once"),
         pytest.param(in_fp32(tensor=1), id="fp32, whose logits are computed again"),
         pytest.param(in_fp32(tensor=3), id="fp32, whose loss is exchanged again"),
