@@ -20,6 +20,7 @@ import os
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,20 +107,30 @@ def main() -> None:
     require_ranks("benchmarks.emulated_ranks", options.model)
     if os.environ["WORLD_SIZE"] != "2" or options.tp < 2 or options.pp > 1:
         sys.exit("two GPUs emulate the ranks of one stage: start it with --nproc_per_node 2, and give --tp but no --pp")
+    if options.overlap == "off":
+        sys.exit("exchanges that nothing overlaps with would cost nothing here: leave out --overlap off")
     logging.basicConfig(level=logging.WARNING)
     config = checked(run_config(options, options.tp))
     device = init_distributed(config.launch)
     gemm = slowest_gemm(config, device, options.gemm_seconds)
-    group, rank = dist.group.WORLD, dist.get_rank()
-    assert group is not None
-    memories = [shared_memory(group, device, size) for size in sizes(config)] if can_exchange(group, device) else []
+    memories, rank = shared_with_the_other(config, device), dist.get_rank()
     dist.destroy_process_group()
-    mesh = emulated_mesh(config, rank, device, [PairsMemory(rank, memory) for memory in memories])
-    result = measure(config, mesh, gemm, options)
+    result = measure(config, emulated_mesh(config, rank, device, memories), gemm, options)
     if rank == 0:
         report(result | {"emulated_on_gpus": 2})
     sys.stdout.flush()
     dist.destroy_process_group()
+
+
+def shared_with_the_other(config: RunConfig, device: torch.device) -> list[PairsMemory]:
+    """What exchanges use; nothing on CPUs, where there are none. Collective over the two."""
+    group = dist.group.WORLD
+    assert group is not None
+    if device.type == "cpu":
+        return []
+    if not can_exchange(group, device):
+        sys.exit("the two GPUs cannot read each other's memory: take two of one host that can")
+    return [PairsMemory(dist.get_rank(), shared_memory(group, device, size)) for size in sizes(config)]
 
 
 def sizes(config: RunConfig) -> tuple[int, int]:
@@ -135,20 +146,15 @@ def emulated_mesh(config: RunConfig, rank: int, device: torch.device, memories: 
     store = dist.HashStore()
     dist.init_process_group(ECHO, rank=rank, world_size=config.parallel.tensor, store=store)
     mesh = build_mesh(config.parallel.model_copy(update={"overlap": "off"}), device)
-    if not memories or config.parallel.overlap == "off":
-        return mesh
-    return replace(mesh, exchange=SymmetricExchange(mesh.tensor_group, device, _in_turn(memories)))
+    exchange = SymmetricExchange(mesh.tensor_group, device, partial(take, list(memories))) if memories else None
+    return replace(mesh, exchange=exchange)
 
 
-def _in_turn(memories: list[PairsMemory]) -> Any:
-    left = list(memories)
-
-    def share(size: int) -> PairsMemory:
-        memory = next(memory for memory in left if memory.buffer_size >= size)
-        left.remove(memory)
-        return memory
-
-    return share
+def take(memories: list[PairsMemory], size: int) -> PairsMemory:
+    """The first that is large enough, which is then no longer there."""
+    found = next(memory for memory in memories if memory.buffer_size >= size)
+    memories.remove(found)
+    return found
 
 
 def _echo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Echo:
