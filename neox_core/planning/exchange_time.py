@@ -87,12 +87,12 @@ def copies(config: RunConfig, hardware: Hardware, gathers: int) -> float:
 def additions(config: RunConfig, hardware: Hardware, sums: int, backward: int) -> float:
     """Seconds in which what other ranks sent is added to a rank's own product, by a pass that is there anyway.
 
-    The next sum with its norm, or in the backward pass the product, reads one tensor more. Of more than two ranks the
-    others' are summed before: all of them read, one written. A norm after attention or MLP takes no sum along: forward,
-    a pass of its own reads two and writes one.
+    The next sum with its norm reads the others'. In the backward pass the product reads their sum, which is made before
+    if there is more than one: all of them read, one written. A norm after attention or MLP takes no sum along: forward,
+    a pass of its own reads one more and writes one.
     """
     ranks = config.parallel.tensor
-    tensors = (1 if ranks == 2 else 1 + ranks) * sums
+    tensors = (ranks - 1) * (sums - backward) + (1 if ranks == 2 else 1 + ranks) * backward
     if config.model.differences.norms_after:
         tensors += 2 * (sums - backward)
     return tensors * hidden_bytes(config) / ranks / (ELEMENTWISE_SHARE * hardware.memory)

@@ -88,7 +88,8 @@ def replays() -> list[float]:
         for there, place in scattering.sends():
             torch.add(gathered[there], rank, out=place)
         torch.add(gathered[rank * 512 : (rank + 1) * 512], rank, out=total)
-        total.add_(scattering.others_sum())
+        for other in scattering.others():
+            total.add_(other)
 
     once()
     graph = torch.cuda.CUDAGraph()

@@ -32,8 +32,8 @@ class Scattering(Protocol):
         Sent when others are asked for. To be exhausted.
         """
 
-    def others_sum(self) -> Tensor:
-        """What the other ranks sent, [rows, D], summed in fp32 and rounded once; the caller's own to change."""
+    def others(self) -> tuple[Tensor, ...]:
+        """What the other ranks sent, to be summed, [rows, D] each; the caller's own to change."""
 
 
 class Exchange(Protocol):

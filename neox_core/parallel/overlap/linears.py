@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neox_core.model.add_norm import Addends
+from neox_core.model.elementwise import add_all
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.weight_gradients import Accumulator, accumulators_of
 
@@ -48,8 +49,8 @@ def summed_output(x: Tensor, exchange: Exchange, linear: nn.Linear) -> Addends:
         x: [B,T,in].
 
     Returns:
-        This rank's own product and the sum of the others', [B,T/ranks,out] each, since what they are added to next can
-        add both at once. The second is outside of autograd's graph.
+        This rank's own product and the others', [B,T/ranks,out] each, since what they are added to next can add all at
+        once. The others' are outside of autograd's graph.
     """
     part: Tensor = _SummedLinear.apply(x, exchange, accumulators_of(linear), linear.weight)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -58,7 +59,7 @@ def summed_output(x: Tensor, exchange: Exchange, linear: nn.Linear) -> Addends:
         for rows, place in scattering.sends():
             torch.mm(rows_NI[rows], linear.weight.t(), out=place)
         torch.mm(_own_rows(rows_NI, exchange), linear.weight.t(), out=own_MD)
-        return part, scattering.others_sum().view_as(part)
+        return part, *(other.view_as(part) for other in scattering.others())
 
 
 def _own_rows(rows_ND: Tensor, exchange: Exchange) -> Tensor:
@@ -89,7 +90,8 @@ class _GatheredLinears(torch.autograd.Function):
                 place.addmm_(gradient[rows], weight)  # the product adds: no pass for the sum
         for accumulator, gradient in zip(ctx.accumulators, flat, strict=True):
             accumulator.add(gradient, whole.flatten(0, 1))
-        d_part = scattering.others_sum()
+        first, *rest = scattering.others()
+        d_part = add_all(first, tuple(rest)) if rest else first
         for gradient, weight in zip(flat, weights, strict=True):
             d_part.addmm_(_own_rows(gradient, ctx.exchange), weight)
         return d_part.view(ctx.shape), None, None, None, *[None] * len(weights)

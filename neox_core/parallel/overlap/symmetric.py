@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_core.model.elementwise import add_all, fused_on_cuda
+from neox_core.model.elementwise import fused_on_cuda
 
 Kind = Literal["gather", "scatter"]
 
@@ -134,11 +134,10 @@ class _Scattering:
         places: Tensor = self._memory.get_buffer(rank, shape, self._received.dtype, start)
         return places
 
-    def others_sum(self) -> Tensor:
+    def others(self) -> tuple[Tensor, ...]:
         """See Scattering."""
         torch.cuda.current_stream().wait_stream(self._exchange.stream)
-        first, *rest = self._received.unbind(0)
-        return add_all(first, tuple(rest)) if rest else first  # torch's sum takes three times as long
+        return self._received.unbind(0)
 
 
 def others(rank: int, ranks: int) -> list[int]:

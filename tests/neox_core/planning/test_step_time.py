@@ -131,14 +131,15 @@ def test_the_backward_pass_and_what_is_gathered_again_are_as_without() -> None:
 
 
 def test_sums_of_more_ranks_and_norms_after_them_take_passes_of_their_own() -> None:
-    """In a rank's tokens: 1 of two ranks, 5 of four; 2 more of a layer's forward sums, which are half of its sums."""
+    """In a rank's tokens: 1 of two ranks; of four 3 forward and 5 backward; 2 more of forward sums, half of all, whose
+    norm comes after."""
     two = next(row for row in ROWS if row.overlap and row.model == "7b").config()
     four, after = (
         two.model_copy(update={"parallel": two.parallel.model_copy(update={"tensor": 4})}),
         two.model_copy(update={"model": two.model.model_copy(update={"family": "olmo2"})}),
     )
     first, *others = (additions(config, CARDS["h200"], 4, backward=2) for config in (two, four, after))
-    assert others == pytest.approx([5 * first / 2, 2 * first])
+    assert others == pytest.approx([(3 + 5) / 2 * first / 2, 2 * first])
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])

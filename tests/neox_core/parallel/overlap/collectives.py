@@ -53,7 +53,7 @@ class CollectiveScattering:
             yield rows, self._partial[rows]
         self._partial[own] = 0
 
-    def others_sum(self) -> Tensor:
+    def others(self) -> tuple[Tensor, ...]:
         total = self._partial.new_empty(len(self._partial) // self._exchange.size, self._partial.shape[1])
         dist.reduce_scatter_tensor(total, self._partial, group=self._exchange.group)
-        return total
+        return total, *(torch.zeros_like(total) for _ in range(self._exchange.size - 2))

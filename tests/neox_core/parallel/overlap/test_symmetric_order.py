@@ -229,7 +229,8 @@ def add_up(exchange: SymmetricExchange, rows: int) -> None:
     for part, place in scattering.sends():
         torch.mm(whole[part], weight, out=place)
         place.addmm_(whole[part], weight)
-    scattering.others_sum().addmm_(whole[:rows], weight)
+    for other in scattering.others():
+        other.addmm_(whole[:rows], weight)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
