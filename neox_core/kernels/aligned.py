@@ -34,5 +34,7 @@ def aligned_width(width: int) -> int:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """x, or a copy of it whose rows begin at multiples of 8."""
-    return empty_rows(x, x.shape[:-1], x.shape[-1]).copy_(x) if x.stride(-2) % WIDTH else x
+    """x, or where its width is no multiple of 8, a copy of it whose rows begin at such multiples."""
+    if x.shape[-1] % WIDTH == 0 or x.stride(-2) % WIDTH == 0:
+        return x
+    return empty_rows(x, x.shape[:-1], x.shape[-1]).copy_(x)

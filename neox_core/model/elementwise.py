@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import ParamSpec, TypeVar
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _VARIANTS = 64
-"""Kinds of arguments that a process may call a function with: dtypes, numbers of heads, with or without gradients."""
+"""Kinds of arguments that a process may call a function with: dtypes, numbers of heads, with or without gradients.
+Beyond torch's 8, a call would fail, and one process may train in several ways."""
 
 
 def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
@@ -24,11 +26,7 @@ def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
 
     @cache
     def compiled() -> Callable[P, R]:
-        from torch._dynamo import config  # imports torch's compiler, for seconds
-
-        # Of a function: beyond 8, its default, a call fails, and one process may train in several ways.
-        config.recompile_limit = max(config.recompile_limit, _VARIANTS)
-        return torch.compile(function, fullgraph=True)
+        return compile_whole(function)
 
     def choose(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
@@ -36,6 +34,16 @@ def fused_on_cuda(function: Callable[P, R]) -> Kernel[P, R]:
         return compiled()(*args, **kwargs) if first.is_cuda else function(*args, **kwargs)
 
     return Kernel(function, choose)
+
+
+def compile_whole(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as kernels, for _VARIANTS kinds of arguments. Imports torch's compiler, for seconds."""
+    limit: dict[str, Any] = {"recompile_limit": _VARIANTS}
+    if "recompile_limit" not in signature(torch.compile).parameters:  # torch 2.11
+        from torch._dynamo import config  # for all threads there; in later ones not for autograd's
+
+        config.recompile_limit = max(config.recompile_limit, limit.pop("recompile_limit"))
+    return torch.compile(function, fullgraph=True, **limit)
 
 
 def _normalize(x: Tensor, scale: Tensor, eps: float, mean_square: Tensor | None = None) -> Tensor:

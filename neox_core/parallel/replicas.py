@@ -39,7 +39,7 @@ def shared_elements(parameters: Sequence[Tensor]) -> list[range]:
     ranges, offset = [], 0
     for parameter in parameters:
         for rows in sharding_of(parameter).shared_rows:
-            width = parameter.shape[1]
+            width = parameter[0].numel()  # 1 of a bias or a scale
             ranges.append(range(offset + rows.start * width, offset + rows.stop * width))
         offset += parameter.numel()
     return ranges

@@ -147,7 +147,7 @@ class _AccumulatingLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        flat = [aligned_rows(gradient).flatten(0, -2) for gradient in gradients]
+        flat = [aligned_rows(gradient.flatten(0, -2)) for gradient in gradients]
         for accumulator, gradient in zip(ctx.accumulators, flat, strict=True):
             accumulator.add(gradient, x.flatten(0, -2))
         return _input_gradient(flat, weights).view(x.shape), None, *[None] * len(weights)

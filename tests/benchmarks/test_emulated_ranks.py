@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
+from benchmarks import emulated_ranks
 from benchmarks.commands import run_json, torchrun
-from benchmarks.emulated_ranks import Echo, PairsMemory, sizes, take
+from benchmarks.emulated_ranks import Echo, PairsMemory, emulated_mesh, sizes, take
 from benchmarks.train_step import parse_options, run_config
+from tests.distributed import run_ranks
 from tests.neox_core.parallel.overlap.shared_memory import SharedMemory
 
 TINY = ("tiny", "--tp", "4", "--tokens", "512", "--sequence-length", "64", "--steps", "3", "--gemm-seconds", "0.1")
@@ -41,6 +45,21 @@ def test_gathers_and_sums_have_memory_of_their_own() -> None:
     memories = [PairsMemory(0, SharedMemory([torch.empty(size, dtype=torch.uint8)])) for size in sizes(config)]
     assert [take(memories, size).buffer_size for size in (3 * part, part)] == [3 * part, part]
     assert not memories
+
+
+def emulated() -> tuple[Any, ...]:
+    """The exchange of a rank that has memories, with what it was given."""
+    emulated_ranks.SymmetricExchange = lambda *args: args  # type: ignore[misc, assignment]  # needs a GPU
+    config = run_config(parse_options([*TINY, "--micro-batch", "2"]), 4)
+    memories = [PairsMemory(1, SharedMemory([torch.empty(size, dtype=torch.uint8)] * 2)) for size in sizes(config)]
+    mesh = emulated_mesh(config, 1, torch.device("cpu"), memories)
+    group, device, share = cast(Any, mesh.exchange)
+    found = group is mesh.tensor_group, device, share(sizes(config)[0]) is memories[0], len(memories)
+    return *found, mesh.tensor_rank, mesh.tensor_size, mesh.sequence_parallel
+
+
+def test_a_rank_exchanges_with_the_memory_that_it_shares() -> None:
+    assert run_ranks(emulated, 1) == [(True, torch.device("cpu"), True, 2, 1, 4, True)]
 
 
 def test_it_runs_on_cpus() -> None:

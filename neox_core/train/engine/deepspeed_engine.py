@@ -46,7 +46,7 @@ def build_engine(
         kv_group=_kv_group(config),
         packed=config.train.master_weights == "packed" and config.train.precision == "bf16",
         deferred=DeferredGradients() if defers(config, mesh.pipeline_rank) else None,
-        args=_device_arguments(mesh.device),
+        args=device_arguments(mesh.device),
         model=module,
         optimizer=ParameterGroups(module, config.train.optimizer),
         mpu=module.mpu(),
@@ -93,7 +93,7 @@ class ParameterGroups(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.lr})
 
 
-def _device_arguments(device: torch.device) -> Namespace | None:
+def device_arguments(device: torch.device) -> Namespace | None:
     """DeepSpeed takes the GPU whose number is LOCAL_RANK, where a rank may see no other than its own, number 0."""
     return Namespace(device_rank=device.index) if device.type == "cuda" else None
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neox_core.parallel.weight_gradients import AccumulatingLinear, Accumulator, DeferredGradients, linear_outputs
 
@@ -42,6 +45,35 @@ def test_accumulates_over_micro_batches(device: str, dtype: torch.dtype, widths:
     # Sums of bf16 products in fp32: far below what a bf16 accumulator could hold (relative 4e-3).
     for buffer, total in zip(buffers, exact, strict=True):
         torch.testing.assert_close(buffer.cpu().double(), total, rtol=1e-4, atol=1e-4)
+
+
+class Products(TorchDispatchMode):
+    """Notes the factors of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.factors.append(args[-2:])
+        return func(*args, **(kwargs or {}))
+
+
+def test_of_an_uneven_width_few_columns_are_multiplied_apart() -> None:
+    """All rows begin at multiples of 8, and the input's gradient is rounded after the few."""
+    linear = AccumulatingLinear.of(nn.Linear(64, 43, bias=False))
+    linear.accumulator = Accumulator(torch.zeros(43, 64), lambda: None)
+    x = torch.randn(2, 16, 64, requires_grad=True)
+    with Products() as products:
+        output = linear(x)
+        output.backward(torch.randn(2, 16, 43))
+    assert output.stride() == (16 * 48, 48, 1)
+    shapes = [(*first.shape, second.shape[1]) for first, second in products.factors]
+    outputs, weight, inputs = [(32, 64, 40), (32, 64, 3)], [(40, 32, 64), (3, 32, 64)], [(32, 3, 64), (32, 40, 64)]
+    assert shapes == outputs + weight + inputs
+    for factor in itertools.chain(*products.factors):
+        assert max(factor.stride()) % 8 == 0
 
 
 def test_deferred_gradients_are_added_in_the_order_of_micro_batches() -> None:

@@ -54,6 +54,7 @@ class CollectiveScattering:
         self._partial[own] = 0
 
     def others(self) -> tuple[Tensor, ...]:
-        total = self._partial.new_empty(len(self._partial) // self._exchange.size, self._partial.shape[1])
-        dist.reduce_scatter_tensor(total, self._partial, group=self._exchange.group)
-        return total, *(torch.zeros_like(total) for _ in range(self._exchange.size - 2))
+        received = torch.empty_like(self._partial)
+        dist.all_to_all_single(received, self._partial, group=self._exchange.group)
+        own = dist.get_rank(self._exchange.group)
+        return tuple(part for rank, part in enumerate(received.chunk(self._exchange.size)) if rank != own)

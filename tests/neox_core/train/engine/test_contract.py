@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,3 +131,21 @@ def test_ranks_lie_as_deepspeed_lays_them(pipeline: int, data: int, tensor: int)
         for theirs, ours in axes.items():
             (peers,) = [found for found in topology.get_axis_comm_lists(theirs) if rank in found] or [[rank]]
             assert list(mesh.peers(ours)) == peers
+
+
+def test_deepspeed_takes_the_gpu_that_a_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number 0 where a rank sees no other, whatever its LOCAL_RANK."""
+    from deepspeed.runtime import engine
+
+    from neox_core.train.engine.deepspeed_engine import device_arguments
+
+    chosen: list[int] = []
+    accelerator = SimpleNamespace(set_device=chosen.append, device_name=lambda number: f"cuda:{number}")
+    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
+    for name in ("get_world_size", "get_rank"):
+        monkeypatch.setattr(engine.dist, name, lambda: 6)
+    made = SimpleNamespace(local_rank=5)
+    engine.DeepSpeedEngine._set_distributed_vars(made, device_arguments(torch.device("cuda", 0)))
+    assert chosen == [0]
+    assert made.device == torch.device("cuda", 0)
+    assert device_arguments(torch.device("cpu")) is None

@@ -32,6 +32,7 @@ TRAINED = [
     "olmo2 3:1",
     "smollm3",
 ]
+SHARING = ["llama with biases", "qwen2", "qwen3", "olmo2", "olmo2 with biases"]
 RATE = 1e-3
 
 
@@ -71,26 +72,42 @@ def plain_loop(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
+Bases = dict[str, tuple[Path, dict[str, Any]]]
+"""A base by its name, and what a plain loop makes of it."""
+
+
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
-    """Every family's base, and what a plain loop makes of it."""
-    folders = {case: tmp_path_factory.mktemp("base") for case in TRAINED}
-    for case, folder in folders.items():
-        write_model(folder, **CASES[case])
-    return {folder: plain_loop(folder) for folder in folders.values()}
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """Every family's."""
+    return {case: made(tmp_path_factory.mktemp("base"), **CASES[case]) for case in TRAINED}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_equals_a_plain_loop(
-    layout: tuple[int, int, int], bases: dict[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def made(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    write_model(folder, **changes)
+    return folder, plain_loop(folder)
+
+
+def compare(layout: tuple[int, int, int], bases: Bases, folder: Path, in_products: bool) -> None:
+    """All ranks' losses and norms with those of the plain loops."""
     runs = []
-    for number, base in enumerate(bases):
-        model, shards = open_source(base).model, tmp_path / str(number)
+    for case, (base, _) in bases.items():
+        model, shards = open_source(base).model, folder / case
         config = config_for("gqa", *layout, activation_checkpointing="selective").model_copy(update={"model": model})
         convert(base, shards, model, ParallelConfig(tensor=layout[0], pipeline=layout[1]))
         runs.append((config, shards))
-    for rank in run_ranks(train_rank, math.prod(layout), runs, layout in IN_PRODUCTS):
-        for case, found, expected in zip(TRAINED, rank, bases.values(), strict=True):
+    for rank in run_ranks(train_rank, math.prod(layout), runs, in_products):
+        for (case, (_, expected)), found in zip(bases.items(), rank, strict=True):
             np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5, err_msg=case)
             np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-5, err_msg=case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_equals_a_plain_loop(layout: tuple[int, int, int], bases: Bases, tmp_path: Path) -> None:
+    compare(layout, bases, tmp_path, layout in IN_PRODUCTS)
+
+
+@pytest.mark.parametrize("in_products", [False, True], ids=["by autograd", "in products"])
+def test_ranks_that_share_kv_heads_train_as_a_plain_loop(in_products: bool, tmp_path: Path) -> None:
+    """Two have the same rows of keys and values, with their biases and scales."""
+    bases = {case: made(tmp_path / f"{case} base", **CASES[case], num_key_value_heads=2) for case in SHARING}
+    compare((4, 1, 1), bases, tmp_path, in_products)
