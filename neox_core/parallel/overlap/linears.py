@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neox_core.model.add_norm import Addends
-from neox_core.model.elementwise import add_all
+from neox_core.model.add_norm import Addends, add
 from neox_core.parallel.overlap.exchange import Exchange
 from neox_core.parallel.weight_gradients import Accumulator, accumulators_of
 
@@ -90,8 +89,7 @@ class _GatheredLinears(torch.autograd.Function):
                 place.addmm_(gradient[rows], weight)  # the product adds: no pass for the sum
         for accumulator, gradient in zip(ctx.accumulators, flat, strict=True):
             accumulator.add(gradient, whole.flatten(0, 1))
-        first, *rest = scattering.others()
-        d_part = add_all(first, tuple(rest)) if rest else first
+        d_part = add(*scattering.others())
         for gradient, weight in zip(flat, weights, strict=True):
             d_part.addmm_(_own_rows(gradient, ctx.exchange), weight)
         return d_part.view(ctx.shape), None, None, None, *[None] * len(weights)

@@ -48,13 +48,12 @@ class CollectiveScattering:
         self._exchange, self._partial = exchange, partial_ND
 
     def sends(self) -> Iterator[tuple[slice, Tensor]]:
-        own, *others = self._exchange.slices(len(self._partial) // self._exchange.size)
+        _, *others = self._exchange.slices(len(self._partial) // self._exchange.size)
         for rows in others:
             yield rows, self._partial[rows]
-        self._partial[own] = 0
 
     def others(self) -> tuple[Tensor, ...]:
         received = torch.empty_like(self._partial)
         dist.all_to_all_single(received, self._partial, group=self._exchange.group)
-        own = dist.get_rank(self._exchange.group)
-        return tuple(part for rank, part in enumerate(received.chunk(self._exchange.size)) if rank != own)
+        parts = received.chunk(self._exchange.size)
+        return tuple(part for rank, part in enumerate(parts) if rank != self._exchange.rank)
