@@ -38,7 +38,7 @@ from neox_core.planning.calibration import calibrate
 from neox_core.planning.hardware import Hardware, load_hardware
 
 MODELS = ("7b", "34b-slice")
-PEER_SECONDS, TITAN_SECONDS = 420, 240
+PEER_SECONDS, TITAN_SECONDS = 480, 240
 """What one of the peers' rows may take at most; as of ours, none is begun with less time left."""
 
 

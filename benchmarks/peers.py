@@ -6,8 +6,10 @@
 65,536 random tokens a step and GPU at sequence 4096, clip by the global norm and fused AdamW; each has as many tokens
 a micro batch as fit, from --micro-batch down. The last line is JSON.
 
-On one GPU: transformers' Llama, compiled, with and without Liger's kernels, nothing computed again; gradients and Adam
-states are bf16, which is less work than ours in fp32. Needs transformers and liger-kernel.
+On one GPU: transformers' Llama, compiled: all in bf16, which is less work than ours, whose gradients and Adam states
+are fp32, with and without Liger's kernels; and with fp32 parameters, gradients and Adam states, computed in bf16 by
+autocast, as its Trainer does with bf16=True. Layers are computed again where there is no room else. Needs transformers
+and liger-kernel.
 
 On several: torchtitan's FSDP against our data parallelism and our tensor parallelism, and its tensor parallelism, plain
 and asynchronous, against ours (benchmarks/torchtitan_step.py). What has no room is computed again.
@@ -21,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +31,22 @@ import torch
 from benchmarks.commands import at_least, require_gpus, run_json, torchrun, why
 
 STEP_TOKENS, SEQUENCE = 65536, 4096
-PEERS = {"transformers, compiled": False, "transformers, compiled, Liger": True}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How transformers' Llama is trained."""
+
+    dtype: torch.dtype = torch.bfloat16
+    """Of parameters, gradients and Adam states; what is not bf16 is computed under autocast."""
+    liger: bool = False
+
+
+PEERS = {
+    "transformers, compiled": Peer(),
+    "transformers, compiled, Liger": Peer(liger=True),
+    "transformers, compiled, fp32 states": Peer(torch.float32),
+}
 Result = dict[str, Any]
 Rates = dict[str, Result]
 """By name, as `run_json` gives them: what failed says so."""
@@ -128,23 +146,28 @@ def _run(command: Sequence[str]) -> Result:
     return found
 
 
-def _measure_peer(options: argparse.Namespace) -> dict[str, Any]:
-    micro_batch = options.micro_batch
-    while True:
-        try:
-            return {"micro_batch": micro_batch, "tokens_per_second": _peer_rate(options, micro_batch)}
-        except torch.cuda.OutOfMemoryError:
-            if micro_batch == 1:
-                raise
-            micro_batch //= 2
-        torch.cuda.empty_cache()  # after the exception has let its tensors go
+def _measure_peer(options: argparse.Namespace) -> Result:
+    """With the largest micro batch that fits; if there is none, with layers computed again."""
+    sizes = [options.micro_batch >> halvings for halvings in range(options.micro_batch.bit_length())]
+    for again in (False, True):
+        for micro_batch in sizes:
+            try:
+                rate = _peer_rate(options, micro_batch, again)
+                return {"micro_batch": micro_batch, "computed_again": again, "tokens_per_second": rate}
+            except torch.cuda.OutOfMemoryError:
+                pass
+            torch.cuda.empty_cache()  # after the exception has let its tensors go
+    sys.exit("not even a micro batch of 1 fits with layers computed again: take fewer with --layers")
 
 
-def _peer_rate(options: argparse.Namespace, micro_batch: int) -> float:
+def _peer_rate(options: argparse.Namespace, micro_batch: int, again: bool) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _peer(options, device)
+    if again:
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     vocabulary, micro_batches = model.config.vocab_size, STEP_TOKENS // (micro_batch * SEQUENCE)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=PEERS[options.peer].dtype != torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     seconds = []
     for _ in range(options.steps):
@@ -153,7 +176,9 @@ def _peer_rate(options: argparse.Namespace, micro_batch: int) -> float:
         for _ in range(micro_batches):
             shape = (micro_batch, SEQUENCE)
             ids = torch.randint(vocabulary, shape, generator=generator, device=device)
-            (model(input_ids=ids, labels=ids, use_cache=False).loss / micro_batches).backward()
+            with mixed:
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss / micro_batches
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -168,7 +193,8 @@ def _peer(options: argparse.Namespace, device: torch.device) -> Any:
 
     from benchmarks.train_step import base_config
 
-    if PEERS[options.peer]:
+    how = PEERS[options.peer]
+    if how.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
@@ -185,9 +211,9 @@ def _peer(options: argparse.Namespace, device: torch.device) -> Any:
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=False,
         attn_implementation="sdpa",
-        dtype=torch.bfloat16,
+        dtype=how.dtype,
     )
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(how.dtype)
     with device:
         peer = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)

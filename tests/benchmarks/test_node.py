@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import node, peers
 from benchmarks.commands import run_json
@@ -94,11 +96,25 @@ def test_peers_that_failed_are_named_beside_those_that_did_not(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     monkeypatch.setattr(node, "run_json", lambda *_: found)
     result = node._measure_peer(node.Peer("peers", ("peers",), 1.0))
-    assert result["peers"] == {"ours": 2.0, "transformers, compiled": 2.0}
+    measured = ["ours", "transformers, compiled", "transformers, compiled, fp32 states"]
+    assert result["peers"] == dict.fromkeys(measured, 2.0)
     assert result["failed"] == "transformers, compiled, Liger: No module named 'liger_kernel'"
-    assert {"failed: peers: " + result["failed"], "peers, tokens/s: ours 2, transformers, compiled 2"} <= {
-        *table([result], H100).splitlines()
-    }
+    rates = ", ".join(f"{name} 2" for name in measured)
+    assert {"failed: peers: " + result["failed"], f"peers, tokens/s: {rates}"} <= {*table([result], H100).splitlines()}
+
+
+@pytest.mark.parametrize(("fits", "again"), [(2, False), (1, True), (4, True)])
+def test_a_peer_computes_layers_again_only_where_no_micro_batch_fits_else(
+    monkeypatch: pytest.MonkeyPatch, fits: int, again: bool
+) -> None:
+    def rate(options: Namespace, micro_batch: int, repeats: bool) -> float:
+        if micro_batch > fits or repeats < again:
+            raise torch.OutOfMemoryError
+        return 3.0
+
+    monkeypatch.setattr(peers, "_peer_rate", rate)
+    result = peers._measure_peer(Namespace(micro_batch=4))
+    assert result == {"micro_batch": fits, "computed_again": again, "tokens_per_second": 3.0}
 
 
 def test_a_second_call_measures_what_is_left(

@@ -167,6 +167,7 @@ ROWS = [
     Row("h200", "34b", 8, 4, at(16483), tensor=2, graphs=True, overlap=True, note="FlashAttention 4, sums joined"),
     Row("h200", "34b", 8, 8, at(16632), tensor=2, graphs=True, overlap=True, note="FlashAttention 4, sums joined"),
     Row("h200", "7b", 32, 2, at(13868), graphs=True, note="FlashAttention 4"),
+    Row("h200", "34b", 8, 8, at(16289), data=2, graphs=True, note="FlashAttention 4"),
 ]
 
 
