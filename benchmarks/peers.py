@@ -18,6 +18,7 @@ and asynchronous, against ours (benchmarks/torchtitan_step.py). What has no room
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -34,7 +35,7 @@ STEP_TOKENS, SEQUENCE = 65536, 4096
 
 
 @dataclass(frozen=True)
-class Peer:
+class Setup:
     """How transformers' Llama is trained."""
 
     dtype: torch.dtype = torch.bfloat16
@@ -43,9 +44,9 @@ class Peer:
 
 
 PEERS = {
-    "transformers, compiled": Peer(),
-    "transformers, compiled, Liger": Peer(liger=True),
-    "transformers, compiled, fp32 states": Peer(torch.float32),
+    "transformers, compiled": Setup(),
+    "transformers, compiled, Liger": Setup(liger=True),
+    "transformers, compiled, fp32 states": Setup(torch.float32),
 }
 Result = dict[str, Any]
 Rates = dict[str, Result]
@@ -149,14 +150,13 @@ def _run(command: Sequence[str]) -> Result:
 def _measure_peer(options: argparse.Namespace) -> Result:
     """With the largest micro batch that fits; if there is none, with layers computed again."""
     sizes = [options.micro_batch >> halvings for halvings in range(options.micro_batch.bit_length())]
-    for again in (False, True):
-        for micro_batch in sizes:
-            try:
-                rate = _peer_rate(options, micro_batch, again)
-                return {"micro_batch": micro_batch, "computed_again": again, "tokens_per_second": rate}
-            except torch.cuda.OutOfMemoryError:
-                pass
-            torch.cuda.empty_cache()  # after the exception has let its tensors go
+    for again, micro_batch in itertools.product((False, True), sizes):
+        try:
+            rate = _peer_rate(options, micro_batch, again)
+            return {"micro_batch": micro_batch, "computed_again": again, "tokens_per_second": rate}
+        except torch.cuda.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # after the exception has let its tensors go
     sys.exit("not even a micro batch of 1 fits with layers computed again: take fewer with --layers")
 
 
@@ -193,8 +193,8 @@ def _peer(options: argparse.Namespace, device: torch.device) -> Any:
 
     from benchmarks.train_step import base_config
 
-    how = PEERS[options.peer]
-    if how.liger:
+    setup = PEERS[options.peer]
+    if setup.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
@@ -211,9 +211,9 @@ def _peer(options: argparse.Namespace, device: torch.device) -> Any:
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=False,
         attn_implementation="sdpa",
-        dtype=how.dtype,
+        dtype=setup.dtype,
     )
-    torch.set_default_dtype(how.dtype)
+    torch.set_default_dtype(setup.dtype)
     with device:
         peer = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
