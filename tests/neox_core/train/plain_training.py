@@ -22,9 +22,19 @@ def adamw(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.AdamW:
     )
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> tuple[float, float]:
-    """Loss and gradient norm of a step of a transformers model on sequences [B, T + 1]."""
-    output = model(batch[:, :-1]).logits
+def step(
+    model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, documents: Sequence[list[int]] | None = None
+) -> tuple[float, float]:
+    """Loss and gradient norm of a step of a transformers model on sequences [B, T + 1].
+
+    Args:
+        documents: lengths of each sequence's documents, which see themselves alone; None: a sequence is one.
+    """
+    inputs = batch[:, :-1]
+    if documents is None:
+        output = model(inputs).logits
+    else:
+        output = torch.stack([alone(model, row, lengths) for row, lengths in zip(inputs, documents, strict=True)])
     loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -32,3 +42,8 @@ def step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> t
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach()), norm
+
+
+def alone(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Logits [T, V] of documents that are not packed, put one after the other."""
+    return torch.cat([model(document[None]).logits[0] for document in ids.split(lengths)])

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.reference import llama_from_meta
@@ -18,6 +17,7 @@ from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig, RunConfig, batch_geometry, load_config
 from neox_core.data.indexed import IndexedWriter
 from tests.distributed import run_ranks
+from tests.neox_core.train.plain_training import alone
 from tests.paths import CONFIGS
 
 STEPS, SEQUENCE, BATCH = 3, 24, 4
@@ -92,11 +92,6 @@ def train_rank(config: RunConfig, shards: Path, data: Path) -> dict[str, Any]:
         "stage": mesh.pipeline_rank,
         "evaluation": evaluation,
     }
-
-
-def alone(llama: Any, ids: Tensor, lengths: list[int]) -> Tensor:
-    """Logits of documents that are not packed, put one after the other."""
-    return torch.cat([llama(part[None]).logits[0] for part in ids.split(lengths)])
 
 
 def plain_loop(base: Path) -> dict[str, Any]:
