@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_AGAIN_SECONDS = 0.1
+
 
 class _Interrupted(BaseException):
     """The second thread has failed; no `except Exception` on the way is to keep it."""
@@ -21,7 +23,7 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
     do. In the main thread only.
     """
     main, failures = threading.get_ident(), list[BaseException]()
-    begun, over = threading.Event(), threading.Event()
+    begun, over, heard = threading.Event(), threading.Event(), False
 
     def run() -> None:
         begun.wait()
@@ -29,11 +31,15 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
             act()
         except BaseException as error:
             failures.append(error)
-            if not over.is_set():
+            # Again until it is heard: what comes just before the main thread begins to wait does not end the wait.
+            while not over.is_set():
                 signal.pthread_kill(main, signal.SIGUSR1)
+                over.wait(_AGAIN_SECONDS)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not over.is_set():
+        nonlocal heard
+        if not (heard or over.is_set()):
+            heard = True
             raise _Interrupted
 
     before = signal.signal(signal.SIGUSR1, interrupt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -32,6 +33,26 @@ def test_a_thread_that_fails_ends_the_wait_for_it() -> None:
     with pytest.raises(ValueError, match="dead"), meanwhile(fail):
         threading.Event().wait()  # for ever
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_failure_is_heard_after_a_signal_that_was_not() -> None:
+    go_on, signals, waited = threading.Event(), list[int](), list[bool]()
+
+    def fail_late() -> None:
+        assert go_on.wait(300)
+        fail()
+
+    def miss_one_and_wait() -> None:
+        interrupt = signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
+        go_on.set()
+        while not signals:
+            time.sleep(0.01)
+        signal.signal(signal.SIGUSR1, interrupt)
+        waited.append(threading.Event().wait(60))
+
+    with pytest.raises(ValueError, match="dead"), meanwhile(fail_late):
+        miss_one_and_wait()
+    assert not waited
 
 
 def test_a_thread_around_another_fails() -> None:
