@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,25 @@ def tokens(step: int) -> np.ndarray:
     return (start + stride * np.arange(SEQUENCE + 1)) % 128
 
 
-def rank_batches(config: RunConfig, data_rank: int, first_step: int = 1) -> Any:
-    """Micro batches of one data-parallel rank, in the order that the sampler defines."""
+def rank_batches(
+    config: RunConfig, data_rank: int, first_step: int = 1, lengths: Callable[[int], list[list[int]]] | None = None
+) -> Any:
+    """Micro batches of one data-parallel rank, in the order that the sampler defines.
+
+    Args:
+        lengths: of the documents in each sequence of a step, whose positions the micro batches have then.
+    """
     from neox_core.train.loop import pipeline_batches
 
     geometry = batch_geometry(config)
 
-    def sequences() -> Any:
+    def dealt(rows_of: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
         for step in itertools.count(first_step):
-            rows = tokens(step)[: geometry.sequences].reshape(-1, 2, SEQUENCE + 1)
-            yield from rows[data_rank :: geometry.data_parallel]
+            rows = rows_of(step)[: geometry.sequences]
+            yield from rows.reshape(-1, 2, rows.shape[-1])[data_rank :: geometry.data_parallel]
 
-    return pipeline_batches(sequences())
+    def positions(step: int) -> np.ndarray:
+        assert lengths is not None
+        return np.stack([np.concatenate([*map(np.arange, row)]) for row in lengths(step)])
+
+    return pipeline_batches(dealt(tokens), dealt(positions) if lengths else None)

@@ -5,10 +5,9 @@ Four trainings for each seed; more seeds with `pytest -m slow`. A failure names 
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ import pytest
 import torch
 
 from neox_core.checkpoint.conversion.convert import convert, open_source
-from neox_core.checkpoint.conversion.reference import open_reference, whole_llama
 from neox_core.config import ModelConfig, ParallelConfig, RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.neox_core.checkpoint.conversion.test_families import CASES, write_model
 from tests.neox_core.train import plain_training
 from tests.neox_core.train.engine.test_resharding import SAVED, Degrees, Run
-from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for, tokens
+from tests.neox_core.train.small_training import BATCH, SEQUENCE, config_for, rank_batches, tokens
 
 RANKS, TRAININGS = 4, 4
 LAYOUTS: list[Degrees] = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
@@ -45,20 +43,12 @@ class Drawn:
     in_products: bool
     layouts: tuple[Degrees, Degrees]
 
-
-@dataclass(frozen=True)
-class Configs:
-    """The configuration of a layout; travels to ranks."""
-
-    model: ModelConfig
-    train: dict[str, Any]
-    parallel: dict[str, Any]
-
-    def __call__(self, degrees: Degrees) -> RunConfig:
+    def config(self, model: ModelConfig, degrees: Degrees) -> RunConfig:
+        """In a layout."""
         settings = self.parallel if degrees[1] > 1 else self.parallel | {"pipeline_schedule": "1f1b"}
         parallel = ParallelConfig.model_validate({"tensor": degrees[0], "pipeline": degrees[1]} | settings)
         config = config_for("gqa", *degrees, **self.train)
-        return config.model_copy(update={"model": self.model, "parallel": parallel})
+        return config.model_copy(update={"model": model, "parallel": parallel})
 
 
 Training = tuple[Drawn, ModelConfig, Path]
@@ -96,21 +86,6 @@ def lengths(step: int) -> list[list[int]]:
     return [np.diff([0, *row, SEQUENCE]).tolist() for row in cuts]
 
 
-def batches(config: RunConfig, data_rank: int, first: int) -> Any:
-    """Micro batches of one data-parallel rank, with their positions where documents are masked."""
-    from neox_core.train.loop import pipeline_batches
-
-    def dealt(rows: Any) -> Iterator[np.ndarray]:
-        for step in itertools.count(first):
-            of_step = np.asarray(rows(step))
-            yield from of_step.reshape(-1, 2, of_step.shape[-1])[data_rank :: batch_geometry(config).data_parallel]
-
-    def positions(step: int) -> list[list[int]]:
-        return [[place for length in row for place in range(length)] for row in lengths(step)]
-
-    return pipeline_batches(dealt(tokens), dealt(positions) if config.train.mask_documents else None)
-
-
 def steps(run: Run, in_products: bool, first: int, count: int) -> list[tuple[float, float]]:
     """Losses and gradient norms."""
     from neox_core.train.engine.deepspeed_engine import accumulate_in_products
@@ -118,7 +93,8 @@ def steps(run: Run, in_products: bool, first: int, count: int) -> list[tuple[flo
     engine = run.engine
     if in_products:
         accumulate_in_products(engine, batch_geometry(run.config))
-    data, found = batches(run.config, run.mesh.data_rank, first), []
+    masks = run.config.train.mask_documents
+    data, found = rank_batches(run.config, run.mesh.data_rank, first, lengths if masks else None), []
     for _ in range(count):
         engine.set_learning_rate(RATE)
         found.append((float(engine.train_batch(data)), float(engine.get_global_grad_norm())))
@@ -129,7 +105,7 @@ def train_rank(trainings: list[Training]) -> list[list[tuple[float, float]]]:
     """One rank: each training's steps, up to its save and on from it in the other layout."""
     found = []
     for drawn, model, folder in trainings:
-        configs, (before, after) = Configs(model, drawn.train, drawn.parallel), drawn.layouts
+        configs, (before, after) = partial(drawn.config, model), drawn.layouts
         run = Run(configs, before, folder / "shards")
         rows = steps(run, drawn.in_products, 1, SAVED)
         run.save(folder / "state")
@@ -138,41 +114,22 @@ def train_rank(trainings: list[Training]) -> list[list[tuple[float, float]]]:
     return found
 
 
-def plain_loop(base: Path, masks: bool) -> list[tuple[float, float]]:
-    """The same by transformers' model, one document at a time."""
-    model = whole_llama(open_reference(base, SEQUENCE, torch.float32))
-    parameters = [p.requires_grad_() for p in model.parameters()]
-    optimizer = plain_training.adamw(parameters, RATE)
-    found = []
-    for step in range(1, SAVED + GOES_ON + 1):
-        batch = torch.from_numpy(tokens(step))
-        documents = lengths(step) if masks else None
-        found.append(plain_training.step(model, optimizer, batch, documents))
-    return found
-
-
-def check(seed: int, folder: Path) -> None:
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))])
+def test_any_combination_trains_as_a_plain_loop(seed: int, tmp_path: Path) -> None:
     generator = random.Random(seed)
     trainings, expected = [], []
     for number in range(TRAININGS):
-        drawn, place = draw(generator), folder / str(number)
-        write_model(place / "base", **drawn.model)
-        model = open_source(place / "base").model
+        drawn, folder = draw(generator), tmp_path / str(number)
+        write_model(folder / "base", **drawn.model)
+        model = open_source(folder / "base").model
         tensor, pipeline, _ = drawn.layouts[0]
-        convert(place / "base", place / "shards", model, ParallelConfig(tensor=tensor, pipeline=pipeline))
-        trainings.append((drawn, model, place))
-        expected.append(plain_loop(place / "base", drawn.train["mask_documents"]))
+        convert(folder / "base", folder / "shards", model, ParallelConfig(tensor=tensor, pipeline=pipeline))
+        trainings.append((drawn, model, folder))
+        batches = (
+            (torch.from_numpy(tokens(step)), lengths(step) if drawn.train["mask_documents"] else None)
+            for step in range(1, SAVED + GOES_ON + 1)
+        )
+        expected.append(plain_training.train(folder / "base", RATE, batches))
     for rank in run_ranks(train_rank, RANKS, trainings):
         for (drawn, *_), found, plain in zip(trainings, rank, expected, strict=True):
             np.testing.assert_allclose(found, plain, rtol=1e-5, err_msg=str(drawn))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_any_combination_trains_as_a_plain_loop(seed: int, tmp_path: Path) -> None:
-    check(seed, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 40))
-def test_many_combinations_train_as_a_plain_loop(seed: int, tmp_path: Path) -> None:
-    check(seed, tmp_path)

@@ -17,7 +17,7 @@ from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig, RunConfig, batch_geometry, load_config
 from neox_core.data.indexed import IndexedWriter
 from tests.distributed import run_ranks
-from tests.neox_core.train.plain_training import alone
+from tests.neox_core.train import plain_training
 from tests.paths import CONFIGS
 
 STEPS, SEQUENCE, BATCH = 3, 24, 4
@@ -97,25 +97,13 @@ def train_rank(config: RunConfig, shards: Path, data: Path) -> dict[str, Any]:
 def plain_loop(base: Path) -> dict[str, Any]:
     """Training and evaluation of transformers' model, one document at a time."""
     llama = llama_from_meta(base, MODEL, SEQUENCE)
-    train = config_for(1, 1).train
-    groups = [
-        {"params": [p for p in llama.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in llama.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=train.optimizer.lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = plain_training.adamw(list(llama.parameters()), config_for(1, 1).train.optimizer.lr)
     evaluation = evaluate_plainly(llama)
-    logits, losses, norms = [], [], []
-    for step in range(1, STEPS + 1):
-        batch = torch.from_numpy(tokens(step))
-        output = torch.stack([alone(llama, row[:-1], lengths) for row, lengths in zip(batch, LENGTHS, strict=True)])
-        loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-        logits.append(output.detach().numpy())
-        losses.append(float(loss.detach()))
-    return {"losses": losses, "norms": norms, "logits": logits[0], "evaluation": evaluation}
+    batches = [torch.from_numpy(tokens(step)) for step in range(1, STEPS + 1)]
+    with torch.no_grad():
+        logits = plain_training.packed_logits(llama, batches[0][:, :-1], LENGTHS).numpy()
+    losses, norms = zip(*(plain_training.step(llama, optimizer, batch, LENGTHS) for batch in batches), strict=True)
+    return {"losses": losses, "norms": norms, "logits": logits, "evaluation": evaluation}
 
 
 @torch.no_grad()
@@ -127,7 +115,7 @@ def evaluate_plainly(llama: Any) -> float:
     for start in range(0, len(ids) - 1, SEQUENCE):
         inputs = torch.tensor(ids[start : min(start + SEQUENCE, len(ids) - 1)])
         cuts = [0, *(begin - start for begin in begins if 0 < begin - start < len(inputs)), len(inputs)]
-        output = alone(llama, inputs, np.diff(cuts).tolist())
+        output = plain_training.packed_logits(llama, inputs[None], [np.diff(cuts).tolist()])[0]
         targets = torch.tensor(ids[start + 1 : start + 1 + len(inputs)])
         total += float(torch.nn.functional.cross_entropy(output, targets, reduction="sum"))
     return total / (len(ids) - 1)

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from neox_core.checkpoint.conversion.convert import convert, open_source
-from neox_core.checkpoint.conversion.reference import open_reference, whole_llama
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ParallelConfig, RunConfig, batch_geometry
 from tests.distributed import run_ranks
 from tests.neox_core.checkpoint.conversion.test_families import CASES, write_model
 from tests.neox_core.train import plain_training
-from tests.neox_core.train.small_training import SEQUENCE, STEPS, config_for, rank_batches, tokens
+from tests.neox_core.train.small_training import STEPS, config_for, rank_batches, tokens
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 IN_PRODUCTS = [(1, 1, 1), (2, 2, 1)]
@@ -61,14 +60,8 @@ def _train(config: RunConfig, shards: Path, in_products: bool) -> dict[str, Any]
 
 def plain_loop(folder: Path) -> dict[str, Any]:
     """The same training with transformers' model and nothing of ours but the weights' file."""
-    model = whole_llama(open_reference(folder, SEQUENCE, torch.float32))
-    parameters = [p.requires_grad_() for p in model.parameters()]
-    optimizer = plain_training.adamw(parameters, RATE)
-    losses, norms = [], []
-    for step in range(1, STEPS + 1):
-        loss, norm = plain_training.step(model, optimizer, torch.from_numpy(tokens(step)))
-        losses.append(loss)
-        norms.append(norm)
+    batches = ((torch.from_numpy(tokens(step)), None) for step in range(1, STEPS + 1))
+    losses, norms = zip(*plain_training.train(folder, RATE, batches), strict=True)
     return {"losses": losses, "norms": norms}
 
 
