@@ -160,10 +160,18 @@ def rows_of(peers: Sequence[int], rows: int) -> list[slice]:
 
 
 def shared_memory(group: dist.ProcessGroup, device: torch.device, size: int) -> Any:
-    """Memory of so many bytes that all ranks of the group can address. Collective."""
+    """Memory of so many bytes that all ranks of the group can address. Collective.
+
+    torch 2.11 clears the memory's signals and writes lists of everybody's addresses on the default stream, for which
+    ours does not wait, nor it for ours: the lists into free blocks, which work under way may still use.
+    """
     import torch.distributed._symmetric_memory as symmetric_memory  # where torch keeps it, public name or not
 
-    return symmetric_memory.rendezvous(symmetric_memory.empty(size, dtype=torch.uint8, device=device), group)
+    own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)  # before others see the signals, and before free blocks are written to
+    memory = symmetric_memory.rendezvous(own, group)
+    torch.cuda.synchronize(device)  # the lists are there
+    return memory
 
 
 def can_exchange(group: dist.ProcessGroup, device: torch.device) -> bool:

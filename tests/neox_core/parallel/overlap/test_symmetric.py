@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neox_core.parallel.overlap import symmetric
-from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of, shared_memory
 from tests.neox_core.parallel.overlap.shared_memory import SharedMemory, exchange_of
 
 RANKS = [2, 3, 4, 6, 8]
@@ -142,3 +142,15 @@ def test_every_rank_gets_all_rows_and_the_sum_of_its_own(
             assert torch.equal(gathered, whole)
             for found in sums:
                 torch.testing.assert_close(found, total.tensor_split(ranks)[rank], rtol=1e-5, atol=1e-5)
+
+
+def test_memory_is_shared_while_no_work_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch writes to it, and to blocks of its allocator, in the order of another stream."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    called: list[str] = []
+    monkeypatch.setattr(symmetric_memory, "empty", lambda *_, **named: called.append("empty"))
+    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda *_: called.append("rendezvous"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: called.append("synchronize"))
+    shared_memory(SimpleNamespace(), torch.device("cpu"), 16)  # type: ignore[arg-type]
+    assert called == ["empty", "synchronize", "rendezvous", "synchronize"]
