@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,10 +70,23 @@ class HostBuffers:
 
 
 def _allocate(size: int, pinned: bool) -> Tensor:
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if pinned and size:
-        # torch's own pinned memory has powers of two as sizes: a third more on average, and up to twice as much.
-        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
-        if int(code):
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return buffer
+    memory = np.empty(size, np.uint8)
+    # torch's own pinned memory has powers of two as sizes: a third more on average, and up to twice as much.
+    if pinned and size and not _pin(memory):
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(memory)
+
+
+def _pin(memory: np.ndarray) -> bool:
+    """Let GPUs copy to memory directly until its last tensor is gone; False if the driver refuses.
+
+    Were it not unpinned before it is given back, what is later put at its address would be copied from and to the pages
+    of old, unnoticed.
+    """
+    runtime, address = torch.cuda.cudart(), memory.ctypes.data  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(address, memory.nbytes, 0)):
+        with suppress(RuntimeError):  # the next kernel reports what CUDA last refused: let it be this one
+            torch.zeros(1, device="cuda")
+        return False
+    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return True

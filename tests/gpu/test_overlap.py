@@ -6,7 +6,7 @@ pytest -m multi_gpu tests/gpu/test_overlap.py
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neox_core.config import ActivationCheckpointing, LaunchConfig
 from neox_core.model import ModelDimensions
-from neox_core.parallel.overlap.symmetric import ROWS, SymmetricExchange, can_exchange
+from neox_core.parallel.overlap.symmetric import ROWS, Kind, SymmetricExchange, can_exchange, shared_memory
 from tests.distributed import run_ranks
 from tests.gpu.several import DEVICE, MARKS, RANKS
 from tests.neox_core.parallel.overlap.blocks import run_block
@@ -30,16 +30,36 @@ TOGETHER = {"all peers": 8, "two peers": 2, "one peer": 1}
 """So many peers' rows are multiplied together, where there are as many."""
 
 pytestmark = [*MARKS, pytest.mark.skipif(DEVICE != "cuda", reason="copy engines are those of GPUs")]
+Late = Literal["nothing", "copies", "one rank's copies", "one rank's products"]
+"""What lags behind, so that what does not wait for it is wrong."""
+LATE: tuple[Late, ...] = get_args(Late)
+CYCLES = 10_000_000
+"""By which it does, at each exchange: some milliseconds, in which the others would do all that is left of a block."""
 
 
-def joined() -> SymmetricExchange:
+class LaggingExchange(SymmetricExchange):
+    """One whose streams are late on purpose."""
+
+    late: Late = "nothing"
+
+    def _begin(self, kind: Kind, size: int) -> Any:
+        memory = super()._begin(kind, size)
+        if self.late == "copies" or (self.late == "one rank's copies" and self.rank == 1):
+            with torch.cuda.stream(self.stream):
+                torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
+        if self.late == "one rank's products" and self.rank == 1:
+            torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
+        return memory
+
+
+def joined() -> LaggingExchange:
     from neox_core.parallel.ranks.mesh import init_distributed
 
     device = init_distributed(LaunchConfig(device="cuda"))
     group = dist.group.WORLD
     assert group is not None
     assert can_exchange(group, device)
-    return SymmetricExchange(group, device)
+    return LaggingExchange(group, device)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -47,17 +67,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def blocks(together: int) -> dict[Any, list[str]]:
-    """What differs by more than rounding, of several runs, in which memory is used again and again."""
+    """What differs by more than rounding, of runs in which memory is used again and again, whatever is late."""
     exchange, found = joined(), dict[Any, list[str]]()
     rows = ROWS // together
     dims = replace(DIMS, sequence_length=rows * exchange.size // 2)  # a block has two sequences
     for dtype, tolerance in TOLERANCE.items():
         for mode in MODES:
             expected = run_block(dims, mode, None, "cuda", dtype)
-            runs = [run_block(dims, mode, exchange, "cuda", dtype) for _ in range(4)]
+            runs = []
+            for late in 2 * LATE:
+                exchange.late = late
+                runs.append((late, run_block(dims, mode, exchange, "cuda", dtype)))
             found[dtype, mode] = [
-                f"run {index}, {name}: {error}"
-                for index, run in enumerate(runs)
+                f"late: {late}, {name}: {error}"
+                for late, run in runs
                 for name in expected.keys() - {"called"}
                 if not (error := difference(run[name], expected[name])) < tolerance
             ]
@@ -114,3 +137,26 @@ def test_replayed_exchanges() -> None:
     for differences in run_ranks(replays, RANKS):
         assert len(differences) == 400
         assert max(differences) == 0
+
+
+def spoiled_blocks() -> int:
+    """Of small tensors that work under way reads, and which are let go of: how many shared memory has written to."""
+    from neox_core.parallel.ranks.mesh import init_distributed
+
+    device, group = init_distributed(LaunchConfig(device="cuda")), dist.group.WORLD
+    assert group is not None
+    ones = [torch.ones(64, dtype=torch.uint8, device=device) for _ in range(4096)]  # wherever a small one has room
+    torch.stack(ones[::2]).sum()  # CUDA waits for all work where it first loads a kernel: here, and
+    kept = shared_memory(group, device, 1024)
+    kept.barrier(channel=0)
+    torch.cuda._sleep(4_000_000_000)  # type: ignore[no-untyped-call]  # cycles: two seconds
+    read = torch.stack(ones[::2])
+    del ones[::2]
+    shared_memory(group, device, 2048)
+    spoiled = int((read != 1).any(dim=1).sum())
+    dist.destroy_process_group()
+    return spoiled
+
+
+def test_memory_is_shared_without_touching_what_work_under_way_reads() -> None:
+    assert run_ranks(spoiled_blocks, RANKS) == [0] * RANKS
