@@ -86,6 +86,8 @@ def init_distributed(launch: LaunchConfig, patience_minutes: float = 0.0) -> tor
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # NCCL would register the buffers of a graph's collectives, which fails for such segments.
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    # torch says on every rank that what stages send goes one after the other: in the schedule's order, as it must.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     if use_cuda:
         # A launcher that shows each task only its own GPU leaves exactly one visible.
         device = torch.device("cuda", _local_rank() % torch.cuda.device_count())
