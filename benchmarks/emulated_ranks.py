@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.commands import require_ranks
 from benchmarks.train_step import checked, measure, parse_options, report, run_config, slowest_gemm
 from neox_core.config import RunConfig
-from neox_core.parallel.overlap.symmetric import SymmetricExchange, can_exchange, shared_memory
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, shared_memory, why_not
 from neox_core.parallel.ranks.mesh import Mesh, build_mesh, init_distributed
 
 ECHO = "echo"
@@ -128,8 +128,8 @@ def shared_with_the_other(config: RunConfig, device: torch.device) -> list[Pairs
     assert group is not None
     if device.type == "cpu":
         return []
-    if not can_exchange(group, device):
-        sys.exit("the two GPUs cannot read each other's memory: take two of one host that can")
+    if reason := why_not(group, device):
+        sys.exit(f"the two GPUs cannot exchange by copies, since {reason}")
     return [PairsMemory(dist.get_rank(), shared_memory(group, device, size)) for size in sizes(config)]
 
 

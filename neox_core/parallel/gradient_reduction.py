@@ -66,9 +66,13 @@ class OverlappedReduction:
     def finish(self) -> None:
         """Reduce what is left, and wait for all of it."""
         self._reduce_down_to(0, partial_buckets=True)
+        self.rejoin()
+        self.forget()
+
+    def rejoin(self) -> None:
+        """Have the current stream wait for what is under way."""
         for work in self._under_way:
             work.wait()
-        self.forget()
 
     def forget(self) -> None:
         """Nothing is under way."""

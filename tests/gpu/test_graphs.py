@@ -19,6 +19,7 @@ from neox_core.checkpoint.conversion.convert import convert
 from neox_core.checkpoint.conversion.toy_base import make_random_base
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import RunConfig, batch_geometry
+from neox_core.train.engine.graphs.capture import CudaRecorder
 from tests.distributed import run_ranks
 from tests.neox_core.train.small_training import MODELS, SEQUENCE, config_for, tokens
 
@@ -134,6 +135,36 @@ def check_equal(ranks: list[dict[str, Any]], precision: str) -> None:
 @pytest.mark.parametrize(("precision", "mode"), [("bf16", "none"), ("bf16", "selective"), ("fp32", "full")])
 def test_modes(precision: str, mode: str, tmp_path: Path) -> None:
     check_equal(run_all(tmp_path, (precision,), activation_checkpointing=mode), precision)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_recording_that_fails_leaves_no_memory_behind(joined: bool) -> None:
+    """With work on another stream, which CUDA wants joined: else torch would keep the memory pool open."""
+    stream, side = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        x = torch.ones(8, device="cuda")
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
+
+        def work() -> None:
+            large = torch.ones(1 << 28, device="cuda")
+            side.wait_stream(stream)
+            with torch.cuda.stream(side):
+                large.add_(1)
+            raise torch.OutOfMemoryError("as if there were no room")
+
+        recorder = CudaRecorder((lambda: stream.wait_stream(side)) if joined else (lambda: None))
+        with pytest.raises(torch.OutOfMemoryError, match="as if there were no room"):
+            recorder.record(work)
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= before
+        most = torch.cuda.mem_get_info()[0] - (1 << 30)
+        first = torch.empty(most, dtype=torch.uint8, device="cuda")
+        del first  # cached, and given back to make room for two of other sizes
+        parts = [torch.empty(part, dtype=torch.uint8, device="cuda") for part in (most // 3, most // 2)]
+        assert len(parts) == 2
+        assert float(x.sum()) == 8
 
 
 def test_masks_of_documents_change_from_one_replay_to_the_next(tmp_path: Path) -> None:

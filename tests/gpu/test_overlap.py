@@ -15,7 +15,8 @@ from torch import Tensor
 
 from neox_core.config import ActivationCheckpointing, LaunchConfig
 from neox_core.model import ModelDimensions
-from neox_core.parallel.overlap.symmetric import ROWS, Kind, SymmetricExchange, can_exchange, shared_memory
+from neox_core.parallel.overlap.exchange import Kind
+from neox_core.parallel.overlap.symmetric import ROWS, SymmetricExchange, shared_memory, why_not
 from tests.distributed import run_ranks
 from tests.gpu.several import DEVICE, MARKS, RANKS
 from tests.neox_core.parallel.overlap.blocks import run_block
@@ -58,7 +59,7 @@ def joined() -> LaggingExchange:
     device = init_distributed(LaunchConfig(device="cuda"))
     group = dist.group.WORLD
     assert group is not None
-    assert can_exchange(group, device)
+    assert why_not(group, device) is None
     return LaggingExchange(group, device)
 
 

@@ -7,10 +7,12 @@ those that others wait for (the ring of Megatron-LM's and of arXiv 2409.15241, o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Kind = Literal["gather", "scatter"]
 
 
 class Gathering(Protocol):
@@ -43,9 +45,14 @@ class Exchange(Protocol):
     """This rank's place among those that exchange."""
     size: int
     """How many they are."""
+    last: Kind | None
+    """What was begun last, on all ranks. To be set back where that is never done, as it could not be recorded."""
 
     def begin_gather(self, rows_MD: Tensor) -> Gathering:
         """Begin to fetch all ranks' rows."""
 
     def begin_scatter(self, rows: int, width: int, dtype: torch.dtype) -> Scattering:
         """Begin a sum of which each rank gets `rows`."""
+
+    def rejoin(self) -> None:
+        """Have the current stream wait for what others were to do for it, where both are being recorded."""

@@ -14,18 +14,18 @@ block is computed again, have a barrier between them. Barriers, a few microsecon
 from __future__ import annotations
 
 import math
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from neox_core.model.elementwise import fused_on_cuda
-
-Kind = Literal["gather", "scatter"]
+from neox_core.parallel.overlap.exchange import Kind
 
 ROWS = 4096
 """Of a product that fills a GPU: in tiles of 128 x 256, one with the 34B's w1 on eight ranks, of 2,752 columns, keeps
@@ -52,7 +52,8 @@ class SymmetricExchange:
         self._memory: dict[Kind, Any] = {}
         self._outgrown: list[Any] = []
         """What recorded work may still use."""
-        self._last: Kind | None = None
+        self.last: Kind | None = None
+        """See Exchange: two of a kind in a row have a barrier between them, on all ranks or on none."""
 
     def begin_gather(self, rows_MD: Tensor) -> _Gathering:
         """See Exchange."""
@@ -68,10 +69,17 @@ class SymmetricExchange:
         if memory is None or memory.buffer_size < size:
             self._outgrown += [memory] if memory else []
             memory = self._memory[kind] = self._share(size)
-        if kind == self._last:
+        if kind == self.last:
             memory.barrier(channel=0)
-        self._last = kind
+        self.last = kind
         return memory
+
+    def rejoin(self) -> None:
+        """See Exchange."""
+        with torch.cuda.stream(self.stream):
+            recorded = torch.cuda.is_current_stream_capturing()
+        if recorded:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @fused_on_cuda
@@ -174,13 +182,18 @@ def shared_memory(group: dist.ProcessGroup, device: torch.device, size: int) -> 
     return memory
 
 
-def can_exchange(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks of the group are on one host, whose GPUs read each other's memory. Collective."""
+def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """What keeps the group's ranks from such exchanges; None: nothing. Collective."""
     if device.type != "cuda":
-        return False
+        return "there is no GPU"
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (socket.gethostname(), _reads_all_peers()), group=group)
-    return len({host for host, _ in found}) == 1 and all(reads for _, reads in found)
+    dist.all_gather_object(found, (socket.gethostname(), torch.cuda.current_device(), _reads_all_peers()), group=group)
+    hosts, numbers, reads = zip(*found, strict=True)
+    if len(set(hosts)) > 1:
+        return f"the ranks are on {len(set(hosts))} hosts"
+    if len(set(numbers)) < len(numbers) and os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") != "1":
+        return "ranks do not see each other's GPUs: let each see all of its node's"  # torch takes them for one
+    return None if all(reads) else "the host's GPUs cannot read each other's memory"
 
 
 def _reads_all_peers() -> bool:

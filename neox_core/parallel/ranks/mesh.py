@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from neox_core.config.schema import LaunchConfig, ParallelConfig
 from neox_core.errors import ConfigError, LaunchError
 from neox_core.parallel.overlap.exchange import Exchange
-from neox_core.parallel.overlap.symmetric import SymmetricExchange, can_exchange
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, why_not
+
+logger = logging.getLogger(__name__)
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """As torchrun sets them."""
@@ -133,7 +136,6 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     pipeline_rank, data_rank = divmod(replica, data_size)
     group = neighbours_group(parallel.tensor)
     sequence = parallel.sequence and parallel.tensor > 1
-    overlaps = sequence and parallel.overlap == "auto" and can_exchange(group, device)
     return Mesh(
         rank=rank,
         local_rank=_local_rank(),
@@ -147,8 +149,15 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         tensor_group=group,
         device=device,
         sequence_parallel=sequence,
-        exchange=SymmetricExchange(group, device) if overlaps else None,
+        exchange=_exchange(group, device) if sequence and parallel.overlap == "auto" else None,
     )
+
+
+def _exchange(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
+    if reason := why_not(group, device):
+        logger.info("parallel.overlap: off, since %s", reason)
+        return None
+    return SymmetricExchange(group, device)
 
 
 def neighbours_group(size: int) -> dist.ProcessGroup:

@@ -96,6 +96,7 @@ ATTRIBUTES: Mapping[type, tuple[str, ...]] = {
         "seq_data_parallel_group",
         "skipped_steps",
         "stage_id",
+        "timers",
         "total_loss",
         "using_bf16_optimizer",
     ),

@@ -63,6 +63,7 @@ class TrainingEngine(PipelineEngine):  # type: ignore[misc]
         self._on_phase: Callable[[str], None] = _nobody
         super().__init__(**named)
         self.using_bf16_optimizer = True  # how DeepSpeed calls fp32 accumulation
+        self.timers = NoopTimer()  # DeepSpeed's own would keep two events of each step
         self.gradient_groups: tuple[str, ...] = ()
         """Names of the groups of layers in an outcome."""
 

@@ -9,6 +9,7 @@ need without graphs. Recording computes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,18 +61,40 @@ class CudaRecorder:
 
     That may not be the default stream, on which nothing can be recorded; nor may autograd's nodes that sum up
     parameters' gradients have been made on another one, where the backward pass would run them (see init_distributed).
+
+    Args:
+        rejoin: has the current stream wait for the others that work uses. Called where work fails, since CUDA cannot
+            end a recording that has left the current stream.
     """
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, rejoin: Callable[[], None]) -> None:
+        self._pool, self._rejoin = torch.cuda.graph_pool_handle(), rejoin
 
     def record(self, work: Callable[[], None]) -> Graph:
         """Other threads may use the device meanwhile, as NCCL's watchdog does."""
-        graph = torch.cuda.CUDAGraph()
+        graph, failure = torch.cuda.CUDAGraph(), None
         stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                try:
+                    work()
+                except RuntimeError as error:
+                    failure = error
+                    self._rejoin()
+        except RuntimeError as error:
+            self._close_pool()
+            failure = failure or error
+        if failure is not None:
+            raise failure
         return graph
+
+    def _close_pool(self) -> None:
+        """Where CUDA refuses to end a recording, torch 2.11 leaves its memory pool open, and then never again gives
+        cached memory back to make room."""
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # it is closed
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
 
 
 class RecordedMicroBatch:
@@ -155,7 +178,7 @@ class StageGraphs:
         targets: Tensor | None,
         count: int,
         in_flight: int,
-        new_recorder: Callable[[], Recorder] = CudaRecorder,
+        new_recorder: Callable[[], Recorder],
     ) -> None:
         recorders = [new_recorder() for _ in range(min(in_flight, count))]
         self._count = count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from operator import call
 from typing import Any
@@ -27,11 +28,12 @@ class GraphedStage:
     Args:
         engine: DeepSpeed's pipeline engine with our optimizer.
         reduces: there are several data-parallel ranks, which sum up gradients during a step's last backward pass.
-        new_recorder: makes what records a slot.
+        new_recorder: makes what records a slot; None: CUDA does.
     """
 
-    def __init__(self, engine: Any, reduces: bool, new_recorder: Any = CudaRecorder) -> None:
-        self._engine, self._reduces, self._new_recorder = engine, reduces, new_recorder
+    def __init__(self, engine: Any, reduces: bool, new_recorder: Any = None) -> None:
+        self._engine, self._reduces = engine, reduces
+        self._new_recorder = new_recorder or partial(CudaRecorder, self._rejoin)
         self._kind: tuple[Any, ...] = ()
         self._graphs: StageGraphs | None = None
         self._failed = False
@@ -114,6 +116,8 @@ class GraphedStage:
         self._forget_passes()
         # A stage that defers weights' gradients keeps a micro batch until these are added.
         in_flight = engine.num_stages - (engine.stage_id if engine.deferred is None else 0)
+        exchange = engine._mesh.exchange
+        exchanged = exchange.last if exchange else None
         try:
             self._graphs = StageGraphs(
                 self._work(last=False),
@@ -127,11 +131,22 @@ class GraphedStage:
             logger.info("CUDA graphs: recorded for steps of %d micro batches", count)
         except RuntimeError as error:
             self._failed = True
+            if exchange:
+                exchange.last = exchanged  # as for other ranks, which may have recorded all
             engine.optimizer.reduction.forget()
             if engine.deferred is not None:
                 engine.deferred.forget()
             reason = str(error).splitlines()[0]
             logger.warning("CUDA graphs: off, since recording a micro batch failed: %s", reason, exc_info=True)
+        if self._failed:
+            gc.collect()  # the error refers to the functions that failed, and these to activations
+
+    def _rejoin(self) -> None:
+        """Reductions and copies that were to run alongside what is recorded, which fails."""
+        with suppress(RuntimeError):  # as it may have failed, all that follows it fails
+            self._engine.optimizer.reduction.rejoin()
+            if exchange := self._engine._mesh.exchange:
+                exchange.rejoin()
 
     def _forget_passes(self) -> None:
         """DeepSpeed keeps the last micro batches' graphs of autograd, with nodes and memory of theirs."""

@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neox_core.parallel.overlap.exchange import Kind
+
 
 class CollectiveExchange:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.begun: list[str] = []
+        self.last: Kind | None = None
 
     def slices(self, rows: int) -> list[slice]:
         """Each rank's, this one's first."""
@@ -26,6 +29,8 @@ class CollectiveExchange:
     def begin_scatter(self, rows: int, width: int, dtype: torch.dtype) -> CollectiveScattering:
         self.begun.append("scatter")
         return CollectiveScattering(self, torch.full((self.size * rows, width), torch.nan, dtype=dtype))
+
+    def rejoin(self) -> None: ...
 
 
 class CollectiveGathering:

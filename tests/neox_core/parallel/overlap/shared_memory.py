@@ -26,5 +26,5 @@ def exchange_of(rank: int, ranks: int, stream: Any, share: Callable[[int], Any])
     """A rank's, without a process group."""
     exchange = cast(Any, SymmetricExchange.__new__(SymmetricExchange))
     exchange._share, exchange.device, exchange.rank, exchange.size = share, torch.device("cpu"), rank, ranks
-    exchange.stream, exchange._memory, exchange._outgrown, exchange._last = stream, {}, [], None
+    exchange.stream, exchange._memory, exchange._outgrown, exchange.last = stream, {}, [], None
     return cast(SymmetricExchange, exchange)

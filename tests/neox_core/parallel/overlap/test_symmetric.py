@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neox_core.parallel.overlap import symmetric
-from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of, shared_memory
+from neox_core.parallel.overlap.symmetric import SymmetricExchange, groups, others, rows_of, shared_memory, why_not
 from tests.neox_core.parallel.overlap.shared_memory import SharedMemory, exchange_of
 
 RANKS = [2, 3, 4, 6, 8]
@@ -142,6 +144,41 @@ def test_every_rank_gets_all_rows_and_the_sum_of_its_own(
             assert torch.equal(gathered, whole)
             for found in sums:
                 torch.testing.assert_close(found, total.tensor_split(ranks)[rank], rtol=1e-5, atol=1e-5)
+
+
+HOSTS = ["one", "one"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "numbers", "reads", "reason"),
+    [
+        (HOSTS, [0, 1], [True, True], None),
+        (["one", "other"], [0, 1], [True, True], "the ranks are on 2 hosts"),
+        (HOSTS, [0, 0], [True, True], "ranks do not see each other's GPUs"),
+        (HOSTS, [0, 1], [True, False], "cannot read each other's memory"),
+    ],
+)
+def test_what_keeps_ranks_from_exchanging(
+    hosts: list[str], numbers: list[int], reads: list[bool], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank asks, of which a launcher may have hidden the first one's GPU."""
+
+    def gather(found: list[Any], own: Any, group: Any) -> None:
+        found[:] = zip(hosts, numbers, reads, strict=True)
+        assert own == found[1]
+
+    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: numbers[1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: numbers[1] + 1)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, peer: reads[1])
+    monkeypatch.setattr(socket, "gethostname", lambda: hosts[1])
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    found = why_not(SimpleNamespace(), torch.device("cuda", 0))  # type: ignore[arg-type]
+    assert (found is None) if reason is None else (found is not None and reason in found)
+    if numbers == [0, 0]:
+        monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        assert why_not(SimpleNamespace(), torch.device("cuda", 0)) is None  # type: ignore[arg-type]
 
 
 def test_memory_is_shared_while_no_work_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             exchange = exchange_of(number, ranks, Stream(rank), memory)
             with rank:
                 for kind, rows in turns:
-                    exchange._last = exchange._last if asks else None
+                    exchange.last = exchange.last if asks else None
                     (gather if kind == "gather" else add_up)(exchange, rows)
         return order.races(), rank.waits
 

@@ -193,7 +193,8 @@ def train(config: RunConfig, shards: Path, validate: bool = False) -> dict[str, 
         if validate:
             engine.eval_batch(rank_batches(config, mesh.data_rank, first_step=100))
     scales = {name: p.detach().clone() for name, p in engine.module.named_parameters() if p.ndim == 1}
-    return {"losses": losses, "gradient norms": gradient_norms, "scales": scales}
+    timers = list(engine.timers.get_timers())
+    return {"losses": losses, "gradient norms": gradient_norms, "scales": scales, "timers": timers}
 
 
 def examine(shards: dict[str, Path], scratch: Path) -> dict[Any, Any]:
@@ -271,6 +272,10 @@ def test_validation_does_not_disturb_training(ranks: list[dict[Any, Any]]) -> No
         assert rank["full"]["losses"] == rank["validated"]["losses"]
         assert rank["full"]["gradient norms"] == rank["validated"]["gradient norms"]
         assert len(set(rank["full"]["losses"])) == STEPS
+
+
+def test_no_timer_keeps_something_of_each_step(ranks: list[dict[Any, Any]]) -> None:
+    assert [rank["validated"]["timers"] for rank in ranks] == [[]] * RANKS
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16-packed"])

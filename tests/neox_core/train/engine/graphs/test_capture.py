@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -168,13 +169,14 @@ def test_what_was_recorded_is_of_the_number_by_which_all_ranks_divide(tmp_path: 
     assert replayed == plain
 
 
-def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], int, int]:
+def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], int, int, str]:
     from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
     from neox_core.train.engine.deepspeed_engine import build_engine
     from neox_core.train.engine.graphs import graphed_stage
 
     class Broken:
         def record(self, work: Callable[[], None]) -> Any:
+            exchange.last = "gather"
             failure = RuntimeError("operation not permitted when stream is capturing")
             with mock.patch.object(engine.module.loss_fn, "_mean", side_effect=failure):
                 work()
@@ -185,20 +187,23 @@ def fail_to_record(config: RunConfig, shards: Path) -> tuple[list[float], int, i
     graphed_stage.logger.addHandler(handler)
     mesh = build_mesh(config.parallel, init_distributed(config.launch))
     engine = build_engine(config, mesh, batch_geometry(config), NeoxCheckpoint(shards).layer)
+    exchange = SimpleNamespace(last="scatter")
+    engine._mesh = replace(mesh, exchange=exchange)
     engine._graphs = graphed_stage.GraphedStage(engine, False, Broken)
     batches = rank_batches(config, 0)
     seen: list[Tensor] = []
     engine.observe(None, lambda losses, targets: seen.append(losses))
     losses = [float(engine.train_batch(batches)) for _ in range(STEPS)]
     said = [m for m in messages if "off, since recording a micro batch failed: operation not permitted" in m]
-    return losses, len(said), len(seen)
+    return losses, len(said), len(seen), exchange.last
 
 
 def test_what_cannot_be_recorded_goes_on_without_and_says_so_once(tmp_path: Path) -> None:
     config = config_for("gqa", 1, 1, 1)
     make_random_base(MODELS["gqa"], tmp_path / "base", seed=7)
     convert(tmp_path / "base", tmp_path / "shards", MODELS["gqa"], config.parallel)
-    ((losses, said, seen),) = run_ranks(fail_to_record, 1, config, tmp_path / "shards")
+    ((losses, said, seen, exchanged),) = run_ranks(fail_to_record, 1, config, tmp_path / "shards")
     assert said == 1
+    assert exchanged == "scatter", "or the next barrier would depend on what other ranks could record"
     assert seen == STEPS * batch_geometry(config).accumulation_steps
     assert losses[-1] < losses[0]
