@@ -21,7 +21,8 @@ from tasks.identity.stage import StageIdentity, find
 from tasks.identity.training import Training, find_training
 from tasks.jobs.job import Job
 from tasks.jobs.retry import NoAnswer
-from tasks.train import CONFIG_FILE, training_jobs
+from tasks.new_training import CONFIG_FILE
+from tasks.train import training_jobs
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from tasks.identity.training import Training
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
+from tasks.new_training import CONFIG_FILE, say_if_new
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
-"""In the scratch folder: the configuration of the training that has it, for those who look in."""
 FAILURE_FILE = "failed"
 """Left in the scratch folder by a train stage that failed, for an evaluation that waits for its checkpoints."""
 RESTART_FILE = "restart"
@@ -60,6 +59,7 @@ def train(training: Training, progress: Progress) -> StageResult:
 def _train(training: Training, progress: Progress) -> StageResult:
     config, scratch = training.config, training.scratch
     data, weights = require(training.data), require(training.weights)
+    say_if_new(training)
     scratch.mkdir(parents=True, exist_ok=True)
     write_atomically(scratch / CONFIG_FILE, config.model_dump_json())
 

@@ -10,7 +10,7 @@ from neox_core.config import RunConfig, SourceAmount
 from neox_core.data.order_version import data_order
 
 # How the result is computed, seen or kept, but not what it is: these may change between a stop and a resume.
-_NOT_LOGICAL = {
+NOT_LOGICAL = {
     "micro_batch_size",
     "activation_checkpointing",
     "memory_gib",
@@ -34,7 +34,7 @@ def training_logic(config: RunConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "data_order": data_order(config),
-        "train": config.train.model_dump(mode="json", exclude=_NOT_LOGICAL),
+        "train": config.train.model_dump(mode="json", exclude=NOT_LOGICAL),
         "sources": _amounts(config.data.sources),
         "weight_changes": [
             {"from_step": change.from_step, "sources": _amounts(change.sources)}

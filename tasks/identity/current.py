@@ -97,7 +97,7 @@ def _record(config: RunConfig, stage: str) -> Path:
     if stage == CONVERT:
         logic = convert_logic(config) | {"random_seed": config.base_model.random_seed}
     else:
-        logic = prepare_logic(config)
+        logic = prepare_logic(config) | ({"test": True} if config.data.test else {})  # else the others' name stays
     key = fingerprint(stage, logic | {"places": _places(config, stage)}, {})
     return config.workdir / _RECORDS / f"{stage}-{key[:16]}.json"
 

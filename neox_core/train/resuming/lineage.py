@@ -58,8 +58,7 @@ def earlier_configs(config: RunConfig) -> list[tuple[RunConfig, int]]:
     steps = {change.from_step for change in config.data.weight_changes}
     steps |= {change.from_step for change in config.train.changes}
     found = [(_without_changes(config, step), step - 1) for step in steps]
-    for length in config.train.extends:
-        shorter = _shortened(config, length)
+    for shorter in (same for length in config.train.extends for same in _shortened(config, length)):
         common = _last_common_step(shorter.train, config.train)
         found += [(shorter, common), *((earlier, min(last, common)) for earlier, last in earlier_configs(shorter))]
     return sorted(found, key=lambda pair: pair[1], reverse=True)
@@ -73,10 +72,13 @@ def _without_changes(config: RunConfig, from_step: int) -> RunConfig:
     return config.model_copy(update={"data": data, "train": config.train.model_copy(update={"changes": changes})})
 
 
-def _shortened(config: RunConfig, steps: int) -> RunConfig:
-    """The configuration of a training of this many steps."""
+def _shortened(config: RunConfig, steps: int) -> list[RunConfig]:
+    """The configuration of a training of this many steps, and the same one that leaves `decay_steps` to its default."""
     cut = _without_changes(config, steps + 1)
-    return cut.model_copy(update={"train": cut.train.model_copy(update={"steps": steps, "extends": ()})})
+    given = cut.train.model_copy(update={"steps": steps, "extends": ()})
+    default = given.model_copy(update={"schedule": given.schedule.model_copy(update={"decay_steps": None})})
+    same = [given, default] if default != given and _last_common_step(default, given) == steps else [given]
+    return [cut.model_copy(update={"train": train}) for train in same]
 
 
 def _last_common_step(shorter: TrainConfig, longer: TrainConfig) -> int:

@@ -57,6 +57,19 @@ def test_an_edited_text_changes_nothing_until_prepare_data_is_run_again(config: 
     assert training.data.folder == first.artifact.folder  # what was resolved before stays what it was
 
 
+def test_the_same_configuration_with_test_splits_has_a_record_of_its_own(config: RunConfig) -> None:
+    """Else it would hide the training of the one without."""
+    first = prepare(config, silent)
+    training, with_test = resolve_training(config), changed(config, "data.test", True)
+    path = Path(config.data.input) / "code" / "test" / "0.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"text": WORDS * 200}))
+    second = prepare(with_test, silent)
+    assert second.artifact.fingerprint != first.artifact.fingerprint
+    assert resolve_training(config) == training
+    assert resolve_training(with_test).data.fingerprint == second.artifact.fingerprint
+
+
 def test_taking_an_edit_back_finds_the_old_training(config: RunConfig) -> None:
     prepare(config, silent)
     training, path = resolve_training(config), Path(config.data.input) / "code" / "train" / "0.jsonl"

@@ -102,12 +102,16 @@ def test_shorter_trainings_are_ancestors_where_learning_rates_agree() -> None:
     fixed = {"decay_steps": 500}
     assert found(200, 100, **fixed) == (Ancestor(name(100, **fixed), 100),)
     assert found(200, 100) == (Ancestor(name(100), 10),)  # the cosine ends at `steps`: only the warmup is the same
-    wsd = {"kind": "wsd", "decay_steps": 20}
-    assert found(200, 100, **wsd) == (Ancestor(name(100, **wsd), 80),)
-    assert found(300, 100, 200, **wsd) == (Ancestor(name(200, **wsd), 180), Ancestor(name(100, **wsd), 80))
+    written_out = {"decay_steps": 100}
+    assert found(200, 100, **written_out) == (Ancestor(name(100, **written_out), 100), Ancestor(name(100), 100))
+    by_share = {"kind": "wsd", "decay_share": 0.2}
+    assert found(200, 100, **by_share, decay_steps=20)[-1] == Ancestor(name(100, **by_share), 80)
+    wsd = {"kind": "wsd", "decay_steps": 19}  # no share of any of these lengths
+    assert found(200, 100, **wsd) == (Ancestor(name(100, **wsd), 81),)
+    assert found(300, 100, 200, **wsd) == (Ancestor(name(200, **wsd), 181), Ancestor(name(100, **wsd), 81))
     assert found(200, 100, changes=(50, 150), **wsd) == (
         Ancestor(name(200, changes=(50,), **wsd), 149),
-        Ancestor(name(100, changes=(50,), **wsd), 80),
+        Ancestor(name(100, changes=(50,), **wsd), 81),
         Ancestor(name(200, **wsd), 49),
         Ancestor(name(100, **wsd), 49),
     )
