@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,35 +15,53 @@ if TYPE_CHECKING:
     from neox_core.storage.folders import Location
 
 _META, _HUGGINGFACE = "params.json", "config.json"
+_MAKING = ".random-weights"
+"""Lies in a toy's folder while weights are made there, and after a kill says that they were."""
 
 
 def make_toy_base(config: RunConfig) -> bool:
     """Make the random weights that `base_model.random_seed` describes, unless `base_model.path` holds weights.
 
+    What a killed process had made of them is made anew; nothing else is replaced.
+
     Returns:
         Whether they were made; never without a seed.
+
+    Raises:
+        ConfigError: as `_check_to_be_made`.
     """
     base = config.base_model
     if base.random_seed is None or isinstance(base.path, str) or _described(base.path):
         return False
+    _check_to_be_made(base.path)
     from neox_core.checkpoint.conversion.convert import base_architecture
     from neox_core.checkpoint.conversion.toy_base import make_random_base
 
-    make_random_base(base_architecture(config.model, base.rope_theta, base.vocab_size), base.path, base.random_seed)
-    return True
+    mark = base.path / _MAKING
+    base.path.mkdir(parents=True, exist_ok=True)
+    with mark.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be making them
+        if missing := not _described(base.path):
+            _remove_parts(base.path)
+            model = base_architecture(config.model, base.rope_theta, base.vocab_size)
+            make_random_base(model, base.path, base.random_seed)
+        mark.unlink(missing_ok=True)
+    return missing
 
 
 def check_base(config: RunConfig) -> None:
     """Check that the base weights' files are there, or can be made.
 
     Raises:
-        ConfigError, StorageError: as `base_digests`.
+        ConfigError, StorageError: as `base_digests` and `_check_to_be_made`.
     """
     base = config.base_model
     if isinstance(base.path, str):
         _remote_digests(base.path, config)
     elif _described(base.path) or base.random_seed is None:
         _files(base.path)
+    else:
+        _check_to_be_made(base.path)
 
 
 def base_digests(config: RunConfig) -> dict[str, str]:
@@ -56,6 +76,39 @@ def base_digests(config: RunConfig) -> dict[str, str]:
     paths = _files(config.base_model.path)
     digests = digest_cache(config.workdir).digests(paths)
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+
+
+def _check_to_be_made(folder: Path) -> None:
+    """Check that a toy's weights can be made without harm to what is there.
+
+    Raises:
+        ConfigError: the folder holds something that was not made here.
+    """
+    from neox_core.checkpoint.formats.model_files import some
+
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise ConfigError(f"base_model.path {folder} cannot be read: {error.strerror}: give a folder") from None
+    if names and _MAKING not in names:
+        raise ConfigError(
+            f"base_model.path {folder} holds {some(names)}, but neither {_META} nor {_HUGGINGFACE}, and "
+            "base_model.random_seed makes weights only where nothing is: if these are weights to start from, add the "
+            "file that describes them; if not, give the path of a folder that is missing or empty"
+        )
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what a killed process had made, perhaps of another model; no process may be making weights there now."""
+    from neox_core.checkpoint.conversion.toy_base import MOST_SHARDS
+    from neox_core.checkpoint.formats.model_files import shard_name
+    from neox_core.storage.atomic import remove_remains
+
+    for name in (*map(shard_name, range(MOST_SHARDS)), _META):
+        (folder / name).unlink(missing_ok=True)
+        remove_remains(folder / name)
 
 
 def _described(folder: Path) -> bool:

@@ -18,12 +18,14 @@ from neox_core.config import ModelConfig
 from neox_core.storage.atomic import atomic_file, write_atomically
 from neox_core.storage.tensor_writer import StreamedTensor, write_torch
 
+MOST_SHARDS = 2
+"""Of a base whose number of shards is not given."""
 _STD = 0.02
 """Standard deviation of the weights at initialisation (GPT-2's)."""
 _WRITES_TO_RESIDUAL = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
-def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = 2) -> None:
+def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = MOST_SHARDS) -> None:
     """Write random weights as params.json (last) and `shards` consolidated.NN.pth files.
 
     bf16; normal with standard deviation 0.02; what writes to the residual stream is scaled by 1/sqrt(2·layers), so
