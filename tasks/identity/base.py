@@ -33,7 +33,7 @@ def make_toy_base(config: RunConfig) -> bool:
     base = config.base_model
     if base.random_seed is None or isinstance(base.path, str) or _described(base.path):
         return False
-    _check_to_be_made(base.path)
+    _check_to_be_made(config, base.path)
     from neox_core.checkpoint.conversion.convert import base_architecture
     from neox_core.checkpoint.conversion.toy_base import make_random_base
 
@@ -61,7 +61,7 @@ def check_base(config: RunConfig) -> None:
     elif _described(base.path) or base.random_seed is None:
         _files(base.path)
     else:
-        _check_to_be_made(base.path)
+        _check_to_be_made(config, base.path)
 
 
 def base_digests(config: RunConfig) -> dict[str, str]:
@@ -78,12 +78,13 @@ def base_digests(config: RunConfig) -> dict[str, str]:
     return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
 
 
-def _check_to_be_made(folder: Path) -> None:
+def _check_to_be_made(config: RunConfig, folder: Path) -> None:
     """Check that a toy's weights can be made without harm to what is there.
 
     Raises:
-        ConfigError: the folder holds something that was not made here.
+        ConfigError: the folder holds something that was not made here, or Meta's format cannot hold the model.
     """
+    from neox_core.checkpoint.formats.meta_params import meta_problem
     from neox_core.checkpoint.formats.model_files import some
 
     try:
@@ -97,6 +98,11 @@ def _check_to_be_made(folder: Path) -> None:
             f"base_model.path {folder} holds {some(names)}, but neither {_META} nor {_HUGGINGFACE}, and "
             "base_model.random_seed makes weights only where nothing is: if these are weights to start from, add the "
             "file that describes them; if not, give the path of a folder that is missing or empty"
+        )
+    if problem := meta_problem(config.model):
+        raise ConfigError(
+            f"base_model.random_seed cannot make weights of this model: {problem}: change the model, or leave "
+            "random_seed out and give weights in Hugging Face's format as base_model.path"
         )
 
 

@@ -25,23 +25,28 @@ _STD = 0.02
 _WRITES_TO_RESIDUAL = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
-def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int = MOST_SHARDS) -> None:
+def make_random_base(model: ModelConfig, folder: Path, seed: int, shards: int | None = None) -> None:
     """Write random weights as params.json (last) and `shards` consolidated.NN.pth files.
 
     bf16; normal with standard deviation 0.02; what writes to the residual stream is scaled by 1/sqrt(2·layers), so
     that the stream's variance does not grow with depth (GPT-2); norms are ones. Equal seeds give equal weights, for
     any number of shards. Memory: one tensor, in fp32; every shard draws all weights anew.
 
+    Args:
+        shards: None: two, so that toys try what large models need, or one where two do not divide the model.
+
     Raises:
-        ConfigError: the model cannot be cut into that many shards.
+        ConfigError: the model cannot be cut into that many shards, or Meta's format cannot hold it.
     """
+    params = json.dumps(meta_params(model), indent=1)
+    shards = shards or math.gcd(MOST_SHARDS, model.num_kv_heads, model.intermediate_size, model.vocab_size)
     check_divides(model, shards, "shards")
     shards = math.gcd(shards, model.num_kv_heads)  # Meta's shards never have a KV head in common
     for shard in range(shards):
         tensors = list(_shard(model, seed, shards, shard))
         with atomic_file(folder / shard_name(shard)) as temporary:
             _save(tensors, temporary)
-    write_atomically(folder / PARAMS_FILE, json.dumps(meta_params(model), indent=1))
+    write_atomically(folder / PARAMS_FILE, params)
 
 
 def _save(tensors: list[StreamedTensor], path: Path) -> None:

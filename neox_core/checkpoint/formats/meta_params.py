@@ -66,19 +66,32 @@ def read_params(path: str, content: dict[str, Any], embedding_rows: int) -> Mode
     return model
 
 
+def meta_problem(model: ModelConfig) -> str | None:
+    """Why Meta's format cannot hold a model; None: it can."""
+    if model.tied_embeddings:
+        return "Meta's format has no word for tied embeddings"
+    if model.attention_bias:
+        return "Meta's format has no word for the biases of model.attention_bias"
+    if model.family != "llama" or model.head_dim * model.num_attention_heads != model.hidden_size:
+        return (
+            f"Meta's format holds Llama with heads of hidden_size / num_attention_heads, not {model.family} with heads "
+            f"of {model.head_dim}"
+        )
+    if scaling := model.rope_scaling:
+        same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling != _LLAMA3.model_copy(update=same):
+            return f"Meta's format cannot say that positions are scaled by {scaling}"
+    return None
+
+
 def meta_params(model: ModelConfig) -> dict[str, Any]:
     """The params.json of a model.
 
     Raises:
         ConfigError: Meta's format has no words for it.
     """
-    if model.tied_embeddings:
-        raise ConfigError("Meta's format has no word for tied embeddings: export to Hugging Face's format")
-    if model.family != "llama" or model.head_dim * model.num_attention_heads != model.hidden_size:
-        raise ConfigError(
-            f"Meta's format holds Llama with heads of hidden_size / num_attention_heads, not {model.family} with heads "
-            f"of {model.head_dim}: export to Hugging Face's format"
-        )
+    if problem := meta_problem(model):
+        raise ConfigError(f"{problem}: export to Hugging Face's format")
     return {
         "dim": model.hidden_size,
         "n_layers": model.num_layers,
@@ -118,17 +131,10 @@ def _rope_scaling(values: Values) -> RopeScalingConfig | None:
 
 
 def _scaling_params(model: ModelConfig) -> dict[str, Any]:
-    """The entries of params.json that say how positions are scaled.
-
-    Raises:
-        ConfigError: in a way that Meta's format has no words for.
-    """
+    """The entries of params.json that say how positions are scaled, if they are."""
     scaling = model.rope_scaling
     if scaling is None:
         return {}
-    same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
-    if scaling != _LLAMA3.model_copy(update=same):
-        raise ConfigError(f"Meta's format cannot say that positions are scaled by {scaling}: export to Hugging Face's")
     return {
         "use_scaled_rope": True,
         "rope_scaling_factor": scaling.factor,

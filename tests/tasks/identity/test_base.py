@@ -60,8 +60,23 @@ def test_weights_are_made_anew_after_a_kill(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(KeyboardInterrupt):
             make_toy_base(small(tmp_path))
     assert (tmp_path / "consolidated.01.pth").exists()
-    config = small(tmp_path, num_kv_heads=1)  # has one shard
+    config = small(tmp_path, intermediate_size=33)  # has one shard
     check_base(config)
     assert make_toy_base(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["consolidated.00.pth", "params.json"]
-    assert MetaCheckpoint(tmp_path).model.num_kv_heads == 1
+    assert MetaCheckpoint(tmp_path).model.intermediate_size == 33
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "qwen2"}, r"random_seed cannot make weights of this model: .*, not qwen2 with heads of 2: change"),
+        ({"tied_embeddings": True}, "no word for tied embeddings: change the model, or leave random_seed out"),
+        ({"attention_bias": True}, r"no word for the biases of model\.attention_bias"),
+    ],
+)
+def test_a_model_that_is_none_of_metas(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    for use in (check_base, make_toy_base):
+        with pytest.raises(ConfigError, match=message):
+            use(small(tmp_path / "base", **change))
+    assert not (tmp_path / "base").exists()

@@ -61,6 +61,23 @@ def test_shards_that_do_not_divide(tmp_path: Path, model_of: ModelOf) -> None:
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"num_attention_heads": 3, "num_kv_heads": 3, "hidden_size": 48}, {"intermediate_size": 33}, {"vocab_size": 129}],
+)
+def test_one_shard_where_two_do_not_divide(tmp_path: Path, model_of: ModelOf, odd: dict[str, int]) -> None:
+    model = model_of(**odd)
+    make_random_base(model, tmp_path, seed=1)
+    meta = MetaCheckpoint(tmp_path)
+    assert (meta.num_shards, meta.model) == (1, model)
+
+
+def test_nothing_is_written_of_a_model_that_is_none_of_metas(tmp_path: Path, model_of: ModelOf) -> None:
+    with pytest.raises(ConfigError, match="not qwen2 with heads of 8: export to Hugging Face's format"):
+        make_random_base(model_of(family="qwen2"), tmp_path / "base", seed=1)
+    assert not (tmp_path / "base").exists()
+
+
 def test_no_params_before_all_shards(tmp_path: Path, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
     save = toy_base._save
 
