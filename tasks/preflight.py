@@ -9,6 +9,7 @@ from pathlib import Path
 
 from neox_core.checkpoint.formats.huggingface_tokenizer import PLAIN_TOKENIZER, tokenizer_problem
 from neox_core.config import EMBEDDED, RunConfig, batch_geometry
+from neox_core.config.families import FamilyName
 from neox_core.data.tokenization.tokenizer_file import TokenizerKind, kind_of_file
 from neox_core.errors import ConfigError
 from neox_core.evaluation.lengths import check_item_sets
@@ -56,7 +57,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if CONVERT in stages and not outlived(config, CONVERT):
         check_base(config)
     if EXPORT in stages:
-        note_tokenizer(config.tokenizer.file)
+        note_tokenizer(config.tokenizer.file, config.model.family)
     for stage in (PREPARE_DATA, CONVERT):
         if later and stage not in stages:
             current(config, stage)
@@ -79,11 +80,11 @@ def check_workdir(workdir: Path) -> None:
         ) from None
 
 
-def note_tokenizer(path: Path) -> None:
+def note_tokenizer(path: Path, family: FamilyName) -> None:
     """Say now what the export will say of it, weeks later."""
     if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:
         return
-    if problem := tokenizer_problem(path):
+    if problem := tokenizer_problem(path, family):
         logger.warning(
             "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file next to the model, "
             "as %s",

@@ -37,6 +37,8 @@ class Family:
     no_rope_interval: int | None = None
     """What a config.json without no_rope_layer_interval means: every n-th layer is without rotary positions; None: the
     family's layers all have them."""
+    own_tokenizer: bool = False
+    """transformers' AutoTokenizer builds the family's usual, byte-level tokenizer, whatever the folder's files say."""
     sliding_window: int | None = None
     """What a config.json without sliding_window means; None: the family's models attend to all earlier positions."""
 
@@ -44,7 +46,7 @@ class Family:
 FAMILIES: Mapping[FamilyName, Family] = {
     "llama": Family("Llama", kv_heads_default=True),
     "mistral": Family("Mistral", attention_bias=False, sliding_window=4096),
-    "qwen2": Family("Qwen2", qkv_bias=True, attention_bias=False),
+    "qwen2": Family("Qwen2", qkv_bias=True, attention_bias=False, own_tokenizer=True),
     "qwen3": Family("Qwen3", qk_norm="head", head_dim_default=False),
     "olmo2": Family("Olmo2", qk_norm="projection", norms_after=True, kv_heads_default=True, norm_eps_default=1e-5),
     "smollm3": Family("SmolLM3", rope_theta_default=2e6, tied_default=True, no_rope_interval=4),

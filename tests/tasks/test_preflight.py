@@ -86,10 +86,12 @@ def test_a_source_without_text_is_not_repeated_too_often(tmp_path: Path, content
 
 
 def test_a_tokenizer_that_export_gives_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    note_tokenizer(small(tmp_path).tokenizer.model)
+    note_tokenizer(small(tmp_path).tokenizer.model, "llama")
     assert not caplog.records
-    note_tokenizer(train_model(tmp_path))
-    (message,) = caplog.messages
+    note_tokenizer(small(tmp_path).tokenizer.model, "qwen2")
+    note_tokenizer(train_model(tmp_path), "llama")
+    of_family, message = caplog.messages
+    assert "every tokenizer of the family qwen2 as byte-level, so no equal tokenizer.json can be written" in of_family
     assert "normalizes text (nmt_nfkc, remove_extra_whitespaces), so no equal tokenizer.json can be written" in message
 
 

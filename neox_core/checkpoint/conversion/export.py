@@ -31,6 +31,7 @@ from neox_core.checkpoint.formats.outputs import OutputFile, finished_files, wri
 from neox_core.checkpoint.formats.special_ids import GENERATION_FILE, SpecialIds, config_differences
 from neox_core.checkpoint.formats.tokenizer_folder import tiktoken_folder, tokenizer_folder
 from neox_core.config import ModelConfig
+from neox_core.config.families import FamilyName
 from neox_core.data.tokenization.tokenizer_file import (
     COMPANIONS,
     TOKENIZER_JSON,
@@ -110,7 +111,7 @@ def export_huggingface(
     if len(files) > 1:
         others[INDEX_FILE] = index_file(files).encode()
     if tokenizer is not None:
-        others |= _tokenizer(tokenizer, sequence_length, known, note)
+        others |= _tokenizer(tokenizer, model.family, sequence_length, known, note)
     others[CONFIG_FILE] = texts[CONFIG_FILE].encode()
     return _write(open_target(target), weights, files, others, progress, prove) | note
 
@@ -124,14 +125,16 @@ def _special_ids(tokenizer: Path | None, base: SpecialIds | None) -> SpecialIds:
     return SpecialIds({key: value for key, value in ids.items() if value >= 0}, base.generation if base else None)
 
 
-def _tokenizer(tokenizer: Path, sequence_length: int, special: SpecialIds, note: dict[str, str]) -> dict[str, bytes]:
+def _tokenizer(
+    tokenizer: Path, family: FamilyName, sequence_length: int, special: SpecialIds, note: dict[str, str]
+) -> dict[str, bytes]:
     """The tokenizer's files; `note` gets a line where only its own file is exported."""
     kind = kind_of_file(tokenizer)
     if kind is TokenizerKind.JSON:
         return tokenizer_folder(tokenizer, special)
     if kind is TokenizerKind.TIKTOKEN:
         return tiktoken_folder(tokenizer, special)
-    if problem := tokenizer_problem(tokenizer):
+    if problem := tokenizer_problem(tokenizer, family):
         note["tokenizer"] = (
             f"it {problem}, so no equal tokenizer.json can be written: {PLAIN_TOKENIZER} is its own file, to be read "
             "with sentencepiece"

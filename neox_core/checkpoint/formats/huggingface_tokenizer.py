@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from neox_core.config.families import FAMILIES, FamilyName
 from neox_core.data.tokenization.tokenizer_file import (
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
@@ -82,12 +83,14 @@ def tokenizer_files(path: Path, sequence_length: int) -> dict[str, str]:
     }
 
 
-def tokenizer_problem(path: Path) -> str | None:
-    """Why no equal tokenizer.json can be written for a SentencePiece model; None: one can.
+def tokenizer_problem(path: Path, family: FamilyName) -> str | None:
+    """Why no tokenizer.json can be written that is equal to a SentencePiece model; None: one can.
 
     Raises:
         CheckpointError: the model is missing or damaged.
     """
+    if FAMILIES[family].own_tokenizer:
+        return f"is a SentencePiece model, and transformers reads every tokenizer of the family {family} as byte-level"
     return _problem(proto.ModelProto.FromString(load_sentencepiece(path).serialized_model_proto()))
 
 
@@ -157,11 +160,14 @@ def compare_tokenizers(folder: Path, texts: Sequence[str]) -> int:
     for number, text in enumerate(texts):
         expected, found = encode(text), ours(text, verbose=False, **settings)["input_ids"]
         if expected != found:
-            place = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), -1)
+            pairs = enumerate(zip(expected, found, strict=False))
+            shorter = min(len(expected), len(found))
+            place = next((i for i, pair in pairs if pair[0] != pair[1]), shorter)
+            where = f"token {place}" if place < shorter else f"which has {len(found)} in place of {len(expected)} ids"
             near = ours.decode(expected[max(0, place - 3) : place + 5])
             raise CheckpointError(
-                f"{folder}: the tokenizer's ids differ from those of {TOKENIZER_MODEL} in text {number}, "
-                f"token {place}, near {near!r}"
+                f"{folder}: the tokenizer's ids differ from those of {TOKENIZER_MODEL} in text {number}, {where}, "
+                f"near {near!r}"
             )
         tokens += len(expected)
     return tokens

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sentencepiece
@@ -199,6 +200,13 @@ def test_tokenizer_equals_sentencepiece_on_odd_text(tokenizer_folder: Path) -> N
     parts += ["\x00", "\u2028", "\r", ".", "\\", "$"]
     texts = ["".join(choose.choice(parts) * choose.choice([1, 1, 2, 3, 7, 20]) for _ in range(30)) for _ in range(3000)]
     assert compare_tokenizers(tokenizer_folder, texts) > 100_000
+
+
+def test_ids_that_end_too_early_are_counted(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = Mock(return_value={"input_ids": [404, 312]}, decode=Mock(return_value="Let x"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", Mock(return_value=shorter))
+    with pytest.raises(CheckpointError, match=r"in text 0, which has 2 in place of 3 ids, near 'Let x'"):
+        compare_tokenizers(tokenizer_folder, ["Let x"])
 
 
 def test_tokenizer_decodes_and_knows_its_special_ids(tokenizer_folder: Path) -> None:

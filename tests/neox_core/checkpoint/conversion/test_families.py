@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neox_core.checkpoint.conversion.convert import convert, open_source
-from neox_core.checkpoint.conversion.export import export_huggingface
+from neox_core.checkpoint.conversion.export import export_huggingface, prove_export
 from neox_core.checkpoint.conversion.proof import prove, prove_conversion
 from neox_core.checkpoint.formats.huggingface_config import read_config
 from neox_core.checkpoint.formats.neox import NeoxCheckpoint
 from neox_core.config import ModelConfig, ParallelConfig
-from neox_core.config.families import FAMILIES
+from neox_core.config.families import FAMILIES, FamilyName
 from neox_core.errors import CheckpointError, ConfigError
+from tests.paths import ROOT
+
+TOKENIZER = ROOT / "data/tokenizers/demo-2048.model"
 
 CASES: dict[str, dict[str, Any]] = {
     "llama 2:1": {"model_type": "llama"},
@@ -104,6 +108,22 @@ def test_round_trip_keeps_every_bit(case: str, tensor: int, pipeline: int, tmp_p
     assert tied == ("lm_head.weight" not in exported)
     assert all(torch.equal(exported[name], value) for name, value in original.items())
     assert open_source(tmp_path / "hf").model == model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sentencepiece_model_is_exported_as_transformers_will_read_it(family: FamilyName, tmp_path: Path) -> None:
+    """For some families AutoTokenizer builds a tokenizer of its own, which a finished training's export found out."""
+    write_model(tmp_path / "base", **CASES[family if family != "llama" else "llama 2:1"] | {"vocab_size": 2048})
+    model = open_source(tmp_path / "base").model
+    convert(tmp_path / "base", tmp_path / "neox", model, ParallelConfig())
+    prove_it = partial(prove_export, NeoxCheckpoint(tmp_path / "neox"), model=model)
+    summary = export_huggingface(tmp_path / "neox", tmp_path / "hf", model, TOKENIZER, 256, prove=prove_it)
+    if FAMILIES[family].own_tokenizer:
+        assert f"every tokenizer of the family {family} as byte-level, so no equal" in summary["tokenizer"]
+        assert (tmp_path / "hf/sentencepiece.model").read_bytes() == TOKENIZER.read_bytes()
+        assert not list((tmp_path / "hf").glob("tokenizer*"))
+    else:
+        assert summary["tokenizer_tokens"] > 100
 
 
 @pytest.mark.parametrize("family", ["qwen2", "olmo2"])
