@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flows.cli.options import ConfigArgument, SetOption, place_option
 from flows.cli.printing import print_rows, wide_console
-from neox_core.config import batch_geometry, load_config
+from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.errors import ConfigError
+
+_SINGLE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.pipeline_layers=null", "train.micro_batch_size=1")
+"""A layout that all models allow; --best tries others of each."""
 
 
 def plan(
@@ -51,13 +56,20 @@ def plan(
     from neox_core.planning.step_time import predict_run
     from neox_core.simulate import simulate as run_simulation
 
-    loaded = load_config(config, overrides or ())
+    loaded, problem = _load(config, overrides or (), nodes, best and not simulate)
     if calibrate is not None:
         if calibrate.exists():
             raise ConfigError(f"--calibrate {calibrate} exists: give another file, or read it with --hardware")
         measure(loaded).save(calibrate)
     card = load_hardware(str(calibrate or hardware))
     card = replace(card, memory_gib=gpu_memory or card.memory_gib)
+    console = wide_console()
+    if problem is not None:
+        if not (choices := fastest(loaded, card, nodes)):
+            raise problem
+        console.print(Text(f"not as configured: {problem}"))
+        console.print(best_table(None, choices, card, loaded))
+        return
     predicted = predict_run(loaded, card, nodes)
     peak = peak_tflops or card.peak / 1e12
     reached = predicted.utilisation(loaded, replace(card, peak=peak * 1e12)) / batch_geometry(loaded, nodes).busy
@@ -65,12 +77,32 @@ def plan(
     made = make_plan(loaded, nodes, share, peak, card.memory_gib)
     print_rows(f"plan of {config}", [*made.rows(), *cost_rows(loaded)])
     found = run_simulation(loaded, nodes, made.gpu_memory) if simulate else []
-    console = wide_console()
     console.print(memory_table(made, found))
     console.print(traffic_table(made, found))
     console.print(time_table(predicted, card, loaded))
     if best:
         console.print(best_table(choice_of(loaded, card, nodes), fastest(loaded, card, nodes), card, loaded))
+
+
+def _load(
+    path: Path, overrides: Sequence[str], nodes: int | None, any_layout: bool
+) -> tuple[RunConfig, ConfigError | None]:
+    """The configuration; where its layout cannot be run and any will do, one with another, and what is wrong.
+
+    Raises:
+        ConfigError: it cannot be run, whatever the layout.
+    """
+    try:
+        loaded = load_config(path, overrides)
+        batch_geometry(loaded, nodes)
+    except ConfigError as problem:
+        if not any_layout:
+            raise
+        try:
+            return load_config(path, (*overrides, *_SINGLE)), problem
+        except ConfigError:
+            raise problem from None
+    return loaded, None
 
 
 def data_plan(config: ConfigArgument, overrides: SetOption = None) -> None:

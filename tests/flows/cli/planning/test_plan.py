@@ -49,6 +49,39 @@ def test_the_fastest_layouts_are_shown_beside_llemmas(plan: Plan) -> None:
     assert "Llemma reached 2,416 tokens/s/GPU" in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "problem", "gpus"),
+    [
+        (("--nodes", "1", "--set", "launch.ranks_per_node=7"), "world size 7, which parallel.tensor 2 x", 7),
+        (("--nodes", "1", "--set", "parallel.tensor=3"), "parallel.tensor 3 does not divide model.num_attention", 8),
+        (("--nodes", "1", "--set", "train.micro_batch_size=3"), "is not divisible by micro batch 3", 8),
+    ],
+)
+def test_the_fastest_layouts_where_the_configured_one_cannot_be_run(
+    plan: Plan, words: tuple[str, ...], problem: str, gpus: int
+) -> None:
+    status, shown, err = plan(*words, "--gpu-memory", "80", "--best")
+    assert status == 0, err
+    assert shown.startswith("not as configured: ")
+    assert problem in " ".join(shown.split())
+    assert f"the fastest layouts on {gpus} a100-40gb" in shown
+    assert "as configured" not in shown.partition("the fastest")[2]
+    for further in ((), ("--best", "--simulate")):
+        status, _, err = plan(*words, *further)
+        assert status == 1
+        assert problem in err
+
+
+def test_what_no_layout_mends_is_an_error_with_best_too(plan: Plan) -> None:
+    for words, problem in (
+        (("--set", "train.sequence_length=4095"), "train.global_batch_tokens"),
+        (("--set", "parallel.tensor=3", "--gpu-memory", "1"), "parallel.tensor 3 does not divide"),
+    ):
+        status, shown, err = plan(*words, "--best")
+        assert (status, shown) == (1, "")
+        assert problem in err
+
+
 def test_a_file_of_figures_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "figures"
     path.write_text("mine")
