@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _META, _HUGGINGFACE = "params.json", "config.json"
 _MAKING = ".random-weights"
 """Lies in a toy's folder while weights are made there, and after a kill says that they were."""
+_WEIGHTS = (".pth", ".pt", ".bin", ".safetensors", ".gguf")
+"""How names of files with weights end."""
 
 
 def make_toy_base(config: RunConfig) -> bool:
@@ -82,22 +84,23 @@ def _check_to_be_made(config: RunConfig, folder: Path) -> None:
     """Check that a toy's weights can be made without harm to what is there.
 
     Raises:
-        ConfigError: the folder holds something that was not made here, or Meta's format cannot hold the model.
+        ConfigError: the folder holds weights that were not made here, or Meta's format cannot hold the model.
     """
     from neox_core.checkpoint.formats.meta_params import meta_problem
     from neox_core.checkpoint.formats.model_files import some
 
     try:
-        names = sorted(os.listdir(folder))
+        names = os.listdir(folder)
     except FileNotFoundError:
         names = []
     except OSError as error:
         raise ConfigError(f"base_model.path {folder} cannot be read: {error.strerror}: give a folder") from None
-    if names and _MAKING not in names:
+    weights = sorted(name for name in names if name.endswith(_WEIGHTS))
+    if weights and _MAKING not in names:
         raise ConfigError(
-            f"base_model.path {folder} holds {some(names)}, but neither {_META} nor {_HUGGINGFACE}, and "
-            "base_model.random_seed makes weights only where nothing is: if these are weights to start from, add the "
-            "file that describes them; if not, give the path of a folder that is missing or empty"
+            f"base_model.path {folder} holds {some(weights)}, but neither {_META} nor {_HUGGINGFACE}, and "
+            "base_model.random_seed makes weights only where none are: to start from these, add the file that "
+            "describes them; else give the path of another folder"
         )
     if problem := meta_problem(config.model):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A toy's base weights: random ones are made only where nothing is, or where they were being made before."""
+"""A toy's base weights: random ones are made only where none are, or where they were being made before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small(folder: Path, **model: Any) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.safetensors", ".hidden"])
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.safetensors", "pytorch_model.bin"])
 def test_what_someone_else_put_there_is_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
     for use in (check_base, make_toy_base):
@@ -34,6 +34,13 @@ def test_what_someone_else_put_there_is_kept(tmp_path: Path, name: str) -> None:
             use(small(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_other_files_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / ".gitkeep").touch()
+    (tmp_path / "tokenizer.model").write_text("mine")
+    assert make_toy_base(small(tmp_path))
+    assert (tmp_path / "tokenizer.model").read_text() == "mine"
 
 
 def test_a_file_is_no_folder_for_weights(tmp_path: Path) -> None:
