@@ -141,11 +141,12 @@ def _shortest_end(path: Path, others: Sequence[Path]) -> str:
 
 @lru_cache(maxsize=1)
 def load_items(paths: tuple[Path, ...], length: OverlapWords) -> EvaluationItems:
-    """Read evaluation sets, JSON lines: every text of an item but its id and name is looked for.
+    """Read evaluation sets, JSON lines: every text of an item, however deep, but what is called id or name is looked
+    for.
 
     Raises:
         ConfigError: a file does not exist.
-        DataError: a line is not a JSON object.
+        DataError: a line is not a JSON object, or a set has no item, or none with a text.
     """
     return EvaluationItems([item for number, path in enumerate(paths) for item in _items_of(number, path)], length)
 
@@ -155,7 +156,24 @@ def item_name(record: dict[str, Any], number: int) -> str:
     return f"line {number}" if record.get("id") is None else str(record["id"])
 
 
-def _items_of(set_number: int, path: Path) -> Iterator[Item]:
+def _items_of(set_number: int, path: Path) -> list[Item]:
+    """The texts of a set; an item without any has an empty one, so that it is counted."""
+    found: list[Item] = []
+    for number, record in _records(path):
+        texts = list(_texts(record)) or [("", "")]
+        found += [Item(set_number, item_name(record, number), field, words(text)) for field, text in texts]
+    if not found:
+        raise DataError(f"data.evaluation_sets: {path} holds no item: correct the path or the file")
+    if not any(item.words for item in found):
+        raise DataError(
+            f"data.evaluation_sets: no item of {path} has a text to look for, apart from id and name: correct the path "
+            "or the file"
+        )
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The items of a file, with the numbers of their lines."""
     if not path.is_file():
         raise ConfigError(f"data.evaluation_sets: {path} does not exist: correct the path")
     content = path.read_bytes()
@@ -166,13 +184,22 @@ def _items_of(set_number: int, path: Path) -> Iterator[Item]:
             continue
         try:
             record: Any = json.loads(line)  # which takes NaN, as the sets' own tools write it; they are small
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"evaluation set {path}, line {number} is not JSON ({error}): correct it") from None
         if not isinstance(record, dict):
             raise DataError(f"evaluation set {path}, line {number} is not a JSON object: correct it")
-        name = item_name(record, number)
-        for field, value in record.items():
-            texts = value if isinstance(value, list) else [value]
-            for text in texts if field not in _IDENTIFIERS else ():
-                if isinstance(text, str):
-                    yield Item(set_number, name, field, words(text))
+        yield number, record
+
+
+def _texts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The field of each text at any depth, such as messages.content, and the text, in their order."""
+    left: list[tuple[str, Any]] = [("", record)]
+    while left:
+        field, value = left.pop()
+        if isinstance(value, str):
+            yield field, value
+        elif isinstance(value, list):
+            left += [(field, part) for part in reversed(value)]
+        elif isinstance(value, dict):
+            named = [(key, part) for key, part in value.items() if key not in _IDENTIFIERS]
+            left += [(f"{field}.{key}" if field else key, part) for key, part in reversed(named)]

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,56 @@ def test_items_are_every_text_but_names(tmp_path: Path) -> None:
         load_items((path,), OverlapWords(4, 4))
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1 is not a JSON object"):
+        load_items((path,), OverlapWords(3, 3))
+
+
+def test_texts_of_an_item_are_found_at_any_depth(tmp_path: Path) -> None:
+    path, question = tmp_path / "set.jsonl", "How many mats did the seven cats sit on?"
+    records: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ["7", {"text": "a b"}]}]},
+        {"data": {"question": question, "id": "x", "name": question, "turns": [[1, [question]]]}},
+        {"id": "none", "answer": 7, "data": {"name": question}, "turns": []},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    looked_for = load_items((path,), OverlapWords(30, 8))
+    assert [(item.item, item.field, " ".join(item.words)) for item in looked_for.items] == [
+        ("line 1", "messages.role", "user"),
+        ("line 1", "messages.content", " ".join(words(question))),
+        ("line 1", "messages.role", "assistant"),
+        ("line 1", "messages.content", "7"),
+        ("line 1", "messages.content.text", "a b"),
+        ("line 2", "data.question", " ".join(words(question))),
+        ("line 2", "data.turns", " ".join(words(question))),
+        ("none", "", ""),
+    ]
+    found = looked_for.hits(f"The user and assistant, 7: {question}")
+    assert {(hit.item.item, hit.item.field) for hit in found} == {
+        ("line 1", "messages.content"),
+        ("line 2", "data.question"),
+        ("line 2", "data.turns"),
+    }
+    assert looked_for.coverage(["set"]) == {"set": {"items": 3, "by_runs": 0, "as_a_whole": 2, "not_checked": 1}}
+
+
+def test_a_set_with_nothing_to_look_for_is_refused(tmp_path: Path) -> None:
+    good, path = tmp_path / "good.jsonl", tmp_path / "set.jsonl"
+    good.write_text('{"question": "Why?"}\n')
+    for content in ("", "\n \n"):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"data\.evaluation_sets: .*/set\.jsonl holds no item: correct the path"):
+            load_items((good, path), OverlapWords(2, 2))
+    for content in ('{"name": "Who is it?"}\n{}', '{"answer": 1}', '{"question": ["?"]}'):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"no item of .*/set\.jsonl has a text to look for, apart from id and name"):
+            load_items((good, path), OverlapWords(2, 2))
+
+
+def test_an_item_of_great_depth_is_refused_or_read(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"q": ' + "[" * 500 + '"why not"' + "]" * 500 + "}")
+    assert [item.words for item in load_items((path,), OverlapWords(2, 2)).items] == [("why", "not")]
+    path.write_text('{"q": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
         load_items((path,), OverlapWords(3, 3))
 
 
