@@ -46,6 +46,7 @@ def own_prefect_server() -> Iterator[None]:
     held = hold_port()
     port = port_of(held)
     log = Path(os.environ[_HOME]) / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "uvicorn", "--factory", _PROGRAM, "--host", "127.0.0.1", "--port", str(port)]
     patient = {"PREFECT_SERVER_DATABASE_TIMEOUT": "120"}  # as in infra/prefect/env.sh
     own = {
