@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -35,6 +36,17 @@ def at_least(smallest: int) -> Callable[[str], int]:
         return int(text)
 
     return whole
+
+
+def positive(text: str) -> float:
+    """Type of a command line's number, which neither zero nor infinity is."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def require_gpus(count: int, model: str) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import at_least, require_gpus, run_json, torchrun, why
+from benchmarks.commands import at_least, positive, require_gpus, run_json, torchrun, why
 from benchmarks.node_rows import Row, fastest, limit_seconds, rows, table
 from benchmarks.peers import titan_rows
 from benchmarks.train_step import parse_options, run_config
@@ -59,9 +59,9 @@ def main() -> None:
         require_gpus(options.gpus or 1, "tiny" if options.toy else MODELS[0])
         _require_writable(options.results)
     gpus = options.gpus or torch.cuda.device_count() or 2
-    hardware = _hardware(options, gpus)
-    left = [] if options.table else _measure_rows(options, gpus, hardware, deadline)
-    results = {result["key"]: result for result in _read(options.results)}
+    results = _read(options.results)
+    hardware = _hardware(options, gpus, results)
+    left = [] if options.table else _measure_rows(options, gpus, hardware, results, deadline)
     sys.stdout.write(table(list(results.values()), hardware) + "\n")
     if left:
         sys.stdout.write(f"{len(left)} rows are left: run the same command again{_longer(left, options.minutes)}\n")
@@ -73,9 +73,12 @@ def _longer(left: list[float], minutes: float) -> str:
     return f", with --minutes {needed}: the longest may take so long" if needed > minutes else ""
 
 
-def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, deadline: float) -> list[float]:
-    """Measure rows that are not there; returns the seconds that those may take that there was no time for."""
-    results, left = {result["key"]: result for result in _read(options.results)}, list[float]()
+def _measure_rows(
+    options: argparse.Namespace, gpus: int, hardware: Hardware, results: dict[str, Any], deadline: float
+) -> list[float]:
+    """Measure rows that are not there and add them; returns the seconds that those may take for which there was no
+    time."""
+    left = list[float]()
     models = ("tiny",) if options.toy else MODELS
     peers = [peer for model in (() if options.toy else MODELS) for peer in _peers(model, gpus, hardware)]
     wanted: list[Row | Peer] = [*rows(gpus, hardware, models, options.toy), *peers]
@@ -91,6 +94,7 @@ def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, de
             continue
         result = _measure_peer(row) if isinstance(row, Peer) else _measure(row, limit)
         _append(options.results, result)
+        results[row.key] = result
         found = why(result) if "failed" in result else result.get("tokens_per_second", result.get("peers"))
         sys.stdout.write(f"{row.key}: {found}\n")
         sys.stdout.flush()
@@ -100,7 +104,7 @@ def _measure_rows(options: argparse.Namespace, gpus: int, hardware: Hardware, de
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="file to which rows are added")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all rows of this call")
+    parser.add_argument("--minutes", type=positive, default=9.0, help="for all rows of this call")
     parser.add_argument("--gpus", type=at_least(1), help="fewer than there are")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it, such as 34b-slice")
     parser.add_argument("--retry", action="store_true", help="measure rows again that failed")
@@ -120,18 +124,18 @@ def _require_writable(path: Path) -> None:
         sys.exit(f"{path} cannot be written ({error.strerror}): give another file")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Of rows that are there more than once, the last counts; a line that was cut off does not."""
-    found = []
+def _read(path: Path) -> dict[str, Any]:
+    """Rows by key. Of those that are there more than once, the last counts; a line that was cut off does not."""
+    found = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             sys.stderr.write(f"{path}: a line is incomplete, as after a call that was ended: {line[:60]}\n")
             continue
-        if not isinstance(row, dict) or "key" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
             sys.exit(f"{path} holds a line that is no row of this benchmark: {line[:60]}: give another file")
-        found.append(row)
+        found[row["key"]] = row
     return found
 
 
@@ -143,12 +147,13 @@ def _append(path: Path, result: dict[str, Any]) -> None:
         file.write(between + json.dumps(result).encode() + b"\n")
 
 
-def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
-    """This node's figures, measured once."""
+def _hardware(options: argparse.Namespace, gpus: int, results: dict[str, Any]) -> Hardware:
+    """This node's figures, measured once; the results must be of this node too."""
     path = options.results.with_suffix(".hardware.json")
     if options.table and not path.exists():
         sys.exit(f"{path}, the node's figures, is missing: they are measured by a call without --table")
     if not path.exists():
+        _require_device(_card(), options.results, results)
         name = "tiny" if options.toy else "7b"
         shapes = run_config(parse_options([name, "--micro-batch", "2"]), gpus)
         calibrate(shapes, seconds=0.2 if options.toy else 8.0).save(path)
@@ -158,7 +163,18 @@ def _hardware(options: argparse.Namespace, gpus: int) -> Hardware:
         sys.exit(f"{error}; without this file, the same command measures them again")
     if not options.table and hardware.name != (here := _card()):
         sys.exit(f"{path} is of {hardware.name}, and this node has {here}: give another file of results")
+    _require_device(hardware.name, options.results, results)
     return hardware
+
+
+def _require_device(name: str, path: Path, results: dict[str, Any]) -> None:
+    """End with a line that says so where a row was measured on another: predictions are of one."""
+    for key, row in results.items():
+        if row.get("device", name) != name:
+            sys.exit(
+                f"{path} holds a row of {row['device']} ({key}), and the figures here are of {name}: give another file "
+                f"of results, or put that node's {path.with_suffix('.hardware.json').name} next to it"
+            )
 
 
 def _card() -> str:

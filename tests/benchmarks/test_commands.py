@@ -103,8 +103,23 @@ def test_ranks_end_with_a_benchmark_that_is_ended(tmp_path: Path) -> None:
         (families.main, [], "7b needs 1 GPU here, and torch finds 0"),
         (node.main, ["rows.jsonl"], "7b needs 1 GPU here, and torch finds 0"),
         (node.main, ["missing/rows.jsonl", "--toy"], "must be a file, in a folder that is there"),
+        (node.main, ["rows.jsonl", "--minutes", "nan"], "nan is not a number above 0"),
+        (node.main, ["rows.jsonl", "--minutes", "inf"], "inf is not a number above 0"),
+        (node.main, ["rows.jsonl", "--minutes", "0"], "0 is not a number above 0"),
+        (node.main, ["rows.jsonl", "--minutes", "long"], "long is not a number above 0"),
         (node.main, ["rows.jsonl", "--table"], "rows.hardware.json, the node's figures, is missing"),
-        (node.main, ["other.jsonl", "--table"], "a line that is no row of this benchmark: [1]"),
+        (node.main, ["list.jsonl", "--toy"], "a line that is no row of this benchmark: [1]"),
+        (node.main, ["keys.jsonl", "--toy"], 'a line that is no row of this benchmark: {"key": ["a"]}'),
+        (
+            node.main,
+            ["moved.jsonl", "--toy"],
+            "moved.jsonl holds a row of NVIDIA H200 (b), and the figures here are of cpu",
+        ),
+        (
+            node.main,
+            ["other.jsonl", "--table"],
+            "other.jsonl holds a row of NVIDIA H200 (b), and the figures here are of h100",
+        ),
         (
             node.main,
             ["other.jsonl", "--toy"],
@@ -125,7 +140,10 @@ def test_what_cannot_be_measured_is_said_in_a_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(sys, "argv", ["benchmark", *words])
-    Path("other.jsonl").write_text("[1]\n")
+    Path("list.jsonl").write_text("[1]\n")
+    Path("keys.jsonl").write_text('{"key": ["a"]}\n')
+    for name in ("moved", "other"):
+        Path(f"{name}.jsonl").write_text('{"key": "a", "failed": "no"}\n{"key": "b", "device": "NVIDIA H200"}\n')
     CARDS["h100"].save(Path("other.hardware.json"))
     Path("cut.hardware.json").write_text('{"name": "cp')
     Path("linked.jsonl").symlink_to("missing/rows.jsonl")
