@@ -119,8 +119,8 @@ def is_gone(location: str, storage: StorageConfig) -> bool:
         StorageError: the object store does not answer.
     """
     if not location.startswith("s3://"):
-        return not (glob.glob(location, recursive=True) if glob.has_magic(location) else Path(location).exists())
-    if not glob.has_magic(location):
+        return not (Path(location).exists() or (glob.has_magic(location) and _matches(*_split_pattern(location))))
+    if not _is_pattern(location, storage):
         return _store(location, storage).is_empty()
     return _store(_before_pattern(location), storage).is_empty() or not _listed(location, storage)
 
@@ -160,11 +160,22 @@ def _in_folder(folder: Path) -> _Found:
 
 def _matching(pattern: str) -> _Found:
     """Files that match; a name begins below the last folder without a wildcard."""
-    parts = PurePosixPath(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    root = Path(*parts[:fixed])
-    paths = {Path(match) for match in glob.glob(pattern, recursive=True)}  # **/** finds a file more than once
-    return [_local(path, root) for path in paths if not path.is_dir() and not _is_ignored(path.name)]
+    root, rest = _split_pattern(pattern)
+    return [_local(path, root) for path in _matches(root, rest) if not path.is_dir() and not _is_ignored(path.name)]
+
+
+def _split_pattern(location: str) -> tuple[Path, str]:
+    """The last folder without a wildcard, and the pattern below it. What exists by its name is no wildcard: run[1]."""
+    parts = PurePosixPath(location).parts
+    fixed = 0
+    while fixed < len(parts) - 1 and (not glob.has_magic(parts[fixed]) or Path(*parts[: fixed + 1]).exists()):
+        fixed += 1
+    rest = glob.escape(parts[-1]) if Path(location).exists() else "/".join(parts[fixed:])
+    return Path(*parts[:fixed]), rest
+
+
+def _matches(root: Path, pattern: str) -> set[Path]:
+    return {root / match for match in glob.glob(pattern, root_dir=root, recursive=True)}  # **/** finds one repeatedly
 
 
 def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
@@ -180,7 +191,7 @@ def _local(path: Path, root: Path) -> tuple[str, str, int, str]:
 def _listed(location: str, storage: StorageConfig) -> _Found:
     """Objects below a prefix, or those that match a pattern."""
     url, pattern = location, ""
-    if glob.has_magic(location):
+    if _is_pattern(location, storage):
         url = _before_pattern(location)
         pattern = location[len(url) + 1 :]
     objects = _store(url, storage).list()
@@ -190,6 +201,11 @@ def _listed(location: str, storage: StorageConfig) -> _Found:
         for item in objects
         if _is_file(item.key) and (not pattern or _key_matches(item.key.split("/"), pattern.split("/")))
     ]
+
+
+def _is_pattern(location: str, storage: StorageConfig) -> bool:
+    """Whether a URL with wildcards is one: no prefix has it as its name."""
+    return glob.has_magic(location) and _store(location, storage).is_empty()
 
 
 def _before_pattern(location: str) -> str:

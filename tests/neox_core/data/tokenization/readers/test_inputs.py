@@ -62,6 +62,35 @@ def test_glob_names_files_below_its_fixed_part(tmp_path: Path) -> None:
         names(data_config(tmp_path, files={"train": f"{tmp_path}/raw/*.zst"}))
 
 
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("in[1]/p[1].jsonl", "in[1]/p1.jsonl", "in[1]/p2.jsonl", "in1/p1.jsonl", "in2/p1.jsonl"):
+        write(tmp_path / name)
+    for given, expected in (
+        ("in[1]/p[1].jsonl", ["p[1].jsonl"]),
+        ("in[1]/p[2].jsonl", ["p2.jsonl"]),
+        ("in[1]/p[12].jsonl", ["p1.jsonl", "p2.jsonl"]),
+        ("in[1]", ["p1.jsonl", "p2.jsonl", "p[1].jsonl"]),
+        ("in?/p[1].jsonl", ["in1/p1.jsonl", "in2/p1.jsonl"]),
+        ("in[2]/*.jsonl", ["in2/p1.jsonl"]),
+    ):
+        config = data_config(tmp_path, files={"train": f"{tmp_path}/{given}"})
+        assert names(config) == expected
+        assert not is_gone(f"{tmp_path}/{given}", STORAGE)
+    for given in ("in[1]/p[3].jsonl", "in[3]", "in[1]/p[2]"):
+        assert is_gone(f"{tmp_path}/{given}", STORAGE)
+
+
+def test_a_prefix_that_exists_is_no_pattern(store: ObjectStore, storage_config: StorageConfig) -> None:
+    for key in ("in[1]/a/train/0.jsonl", "in1/a/train/1.jsonl", "in2/a/train/2.jsonl"):
+        store.put_text(key, "text")
+    assert names(data_config(f"{storage_config.url}/in[1]"), storage_config) == ["0.jsonl"]
+    for given, expected in (("in[1]/a/train", ["0.jsonl"]), ("in[2]/a/train/*", ["in2/a/train/2.jsonl"])):
+        place = f"{storage_config.url}/{given}"
+        assert names(data_config("unused", files={"train": place}), storage_config) == expected
+        assert not is_gone(place, storage_config)
+    assert is_gone(f"{storage_config.url}/in[3]", storage_config)
+
+
 def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     config = data_config(tmp_path, "a")
     with pytest.raises(DataError, match=r"source 'a' has no train text: .*/a/train does not exist"):
