@@ -152,8 +152,9 @@ def _hardware(options: argparse.Namespace, gpus: int, results: dict[str, Any]) -
     path = options.results.with_suffix(".hardware.json")
     if options.table and not path.exists():
         sys.exit(f"{path}, the node's figures, is missing: they are measured by a call without --table")
-    if not path.exists():
-        _require_device(_card(), options.results, results)
+    here = None if options.table else _card()
+    if here and not path.exists():
+        _require_device(here, options.results, results)
         name = "tiny" if options.toy else "7b"
         shapes = run_config(parse_options([name, "--micro-batch", "2"]), gpus)
         calibrate(shapes, seconds=0.2 if options.toy else 8.0).save(path)
@@ -161,7 +162,7 @@ def _hardware(options: argparse.Namespace, gpus: int, results: dict[str, Any]) -
         hardware = load_hardware(str(path))
     except ConfigError as error:
         sys.exit(f"{error}; without this file, the same command measures them again")
-    if not options.table and hardware.name != (here := _card()):
+    if here and hardware.name != here:
         sys.exit(f"{path} is of {hardware.name}, and this node has {here}: give another file of results")
     _require_device(hardware.name, options.results, results)
     return hardware

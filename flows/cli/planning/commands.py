@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -14,6 +14,9 @@ from flows.cli.options import ConfigArgument, SetOption, place_option
 from flows.cli.printing import print_rows, wide_console
 from neox_core.config import RunConfig, batch_geometry, load_config
 from neox_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from neox_core.planning.hardware import Hardware
 
 _SINGLE = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.pipeline_layers=null", "train.micro_batch_size=1")
 """A layout that all models allow; --best tries others of each."""
@@ -49,19 +52,13 @@ def plan(
     from flows.cli.planning.memory_tables import memory_table, traffic_table
     from flows.cli.planning.time_tables import best_table, time_table
     from neox_core.evaluation.cost import cost_rows
-    from neox_core.planning.calibration import calibrate as measure
-    from neox_core.planning.hardware import load_hardware
     from neox_core.planning.plan import plan as make_plan
     from neox_core.planning.search import choice_of, fastest
     from neox_core.planning.step_time import predict_run
     from neox_core.simulate import simulate as run_simulation
 
     loaded, problem = _load(config, overrides or (), nodes, best and not simulate)
-    if calibrate is not None:
-        if calibrate.exists():
-            raise ConfigError(f"--calibrate {calibrate} exists: give another file, or read it with --hardware")
-        measure(loaded).save(calibrate)
-    card = load_hardware(str(calibrate or hardware))
+    card = _figures(loaded, hardware, calibrate)
     card = replace(card, memory_gib=gpu_memory or card.memory_gib)
     console = wide_console()
     if problem is not None:
@@ -103,6 +100,19 @@ def _load(
         except ConfigError:
             raise problem from None
     return loaded, None
+
+
+def _figures(config: RunConfig, hardware: str, calibrate: Path | None) -> Hardware:
+    """A card's, or this node's, which are measured and written to `calibrate` first."""
+    from neox_core.planning.calibration import calibrate as measure
+    from neox_core.planning.hardware import load_hardware
+
+    if calibrate is None:
+        return load_hardware(hardware)
+    if calibrate.exists():
+        raise ConfigError(f"--calibrate {calibrate} exists: give another file, or read it with --hardware")
+    measure(config).save(calibrate)
+    return load_hardware(str(calibrate))
 
 
 def data_plan(config: ConfigArgument, overrides: SetOption = None) -> None:
