@@ -1,4 +1,4 @@
-"""Weights that several tensor-parallel ranks hold: where they lie, their gradients' sum, and their part of the norm."""
+"""Weights that several tensor-parallel ranks hold: where they lie, and their gradients' sum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neox_core.parallel.norms import short_pieces
 from neox_core.parallel.sharding import Sharding, sharding_of
 
 
@@ -68,9 +67,3 @@ class ReplicatedGradients:
         total = torch.cat(self._pieces)
         dist.all_reduce(total, group=self._group)
         torch._foreach_copy_(self._pieces, torch.split(total, [piece.numel() for piece in self._pieces]))
-
-    def repeated_squares(self) -> Tensor | float:
-        """Sum of the squares that another rank of the group counts too; 0 on the group's first rank."""
-        if not self._pieces or dist.get_rank(self._group) == 0:
-            return 0.0
-        return torch.stack(torch._foreach_norm(short_pieces(self._pieces))).square().sum()

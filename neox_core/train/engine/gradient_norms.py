@@ -1,4 +1,4 @@
-"""Norms of the gradient per group of layers, from what each rank has of it."""
+"""The gradient's norm and that of each group of layers, from what each rank has of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class GradientNorms:
         self.names = group_names(model.num_layers)
         self._pieces: dict[str, list[Tensor]] = {}
         self._repeated: dict[str, list[Tensor]] = {}
-        """Parts of the pieces that a rank before this one counts too."""
+        """Parts of the pieces that a rank before this one counts too. They are counted and taken off again, so that a
+        NaN is seen whichever rank has it."""
         indices = {id(p): int(name.split(".")[0]) for name, p in module.named_parameters()}
         repeats_heads = mesh.tensor_rank % max(1, mesh.tensor_size // model.num_kv_heads)
         for parameters, gradient, ranks in zip(
@@ -43,11 +44,12 @@ class GradientNorms:
             first = dist.get_rank(ranks) * gradient.numel()
             groups = [_group(p, indices[id(p)], model.num_layers) for p in parameters]
             # Of replicated parameters, the first tensor-parallel rank has the whole gradient.
-            counted = [mesh.tensor_rank == 0 or not sharding_of(p).replicated for p in parameters]
+            repeats = [mesh.tensor_rank > 0 and sharding_of(p).replicated for p in parameters]
+            replicated = _runs(parameters, groups, repeats)
             shared = shared_elements(parameters) if repeats_heads else []
-            for name, runs in _runs(parameters, groups, counted).items():
+            for name, runs in _runs(parameters, groups, [True] * len(groups)).items():
                 self._pieces.setdefault(name, []).extend(_pieces(gradient, first, runs))
-                repeated = [r for r in shared if any(r.start in run for run in runs)]
+                repeated = replicated.get(name, []) + [r for r in shared if any(r.start in run for run in runs)]
                 self._repeated.setdefault(name, []).extend(_pieces(gradient, first, repeated))
         self._zero = torch.zeros((), device=mesh.device)
 
@@ -70,13 +72,13 @@ def _group(parameter: Tensor, index: int, num_layers: int) -> str:
     return NORMS if sharding_of(parameter).kind == "norm" else layer_group(index, num_layers)
 
 
-def _runs(parameters: Sequence[Tensor], groups: Sequence[str], counted: Sequence[bool]) -> dict[str, list[range]]:
-    """Where each group's counted parameters lie when all are flattened one after the other; neighbours as one range."""
+def _runs(parameters: Sequence[Tensor], groups: Sequence[str], wanted: Sequence[bool]) -> dict[str, list[range]]:
+    """Where each group's wanted parameters lie when all are flattened one after the other; neighbours as one range."""
     runs: dict[str, list[range]] = {}
     offset = 0
-    for parameter, group, counts in zip(parameters, groups, counted, strict=True):
+    for parameter, group, wants in zip(parameters, groups, wanted, strict=True):
         end = offset + parameter.numel()
-        if counts:
+        if wants:
             own = runs.setdefault(group, [])
             start = own.pop().start if own and own[-1].stop == offset else offset
             own.append(range(start, end))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from neox_core.optimizer import MasterWeights, UpdateRule, UpdateStep
 from neox_core.parallel.gradient_reduction import OverlappedReduction, average
-from neox_core.parallel.norms import short_pieces
 from neox_core.parallel.parameter_gathering import OverlappedGathering
 from neox_core.parallel.ranks.agreement import differs_from_first
 from neox_core.parallel.ranks.mesh import Mesh
@@ -39,6 +37,10 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         packed: keep the low half of the master weights only (see master_weights.py).
         others: what BF16_Optimizer takes.
     """
+
+    group_squares: Callable[[], Tensor]
+    """This rank's share of the squared gradient norm of groups of layers, [groups], which together are all. Set before
+    the first step, by whoever knows the layers."""
 
     def __init__(
         self,
@@ -75,18 +77,15 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.gathering = OverlappedGathering(self.bf16_groups_flat[MATRICES], group, sizes, layers)
         """Of matrices. Whoever reads parameters after a step waits for it: layers do, one by one."""
         self._kv_group = kv_group
-        self._replicated: list[ReplicatedGradients] = []
         self._summed: list[ReplicatedGradients] = []
         for rank, gradient, group in zip(own, self.fp32_groups_gradient_flat_partition, self.bf16_groups, strict=True):
-            self._replicate(gradient, rank * gradient.numel(), group)
+            self._sum_replicated(gradient, rank * gradient.numel(), group)
         self.tied_head: TiedHead | None = None
         """Of a model with tied embeddings, where this stage has a part in it."""
         self.loss_share = torch.zeros((), device=mesh.device)
         """What this rank adds to the global batch's loss; not finite, it stops the update on all ranks."""
         self.loss_limit = torch.full((), torch.inf, device=mesh.device)
         """A loss above it stops the update too."""
-        self.group_squares: Callable[[], Tensor] = partial(torch.zeros, 0, device=mesh.device)
-        """This rank's share of the squared gradient norm of groups of layers, [groups]."""
         self.copied: torch.cuda.Event | None = None
         """Of a stream that copies the state: the next update waits for it."""
         self.outcome = torch.zeros(0)
@@ -94,15 +93,12 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # a card that is full of freed blocks has none for NCCL
 
-    def _replicate(self, gradient: Tensor, first: int, parameters: list[Tensor]) -> None:
-        """Of a partition that begins at `first`, note what counts once in the norm and what ranks sum."""
-        ranks = self._mesh.tensor_group
-        self._replicated.append(ReplicatedGradients(gradient, first, replicated_elements(parameters), ranks))
-        self._summed.append(ReplicatedGradients(gradient, first, partial_elements(parameters), ranks))
+    def _sum_replicated(self, gradient: Tensor, first: int, parameters: list[Tensor]) -> None:
+        """Of a partition that begins at `first`, note what ranks sum."""
+        elements = partial_elements(parameters)
+        self._summed.append(ReplicatedGradients(gradient, first, elements, self._mesh.tensor_group))
         if self._kv_group is not None:
-            shared = ReplicatedGradients(gradient, first, shared_elements(parameters), self._kv_group)
-            self._replicated.append(shared)
-            self._summed.append(shared)
+            self._summed.append(ReplicatedGradients(gradient, first, shared_elements(parameters), self._kv_group))
 
     @property
     def fp16_groups(self) -> list[list[Tensor]]:
@@ -158,8 +154,9 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
         All ranks do the same, and none asks the device: `outcome` says later what was done.
         """
-        own = torch.stack([self.counted_share, self.loss_share.double(), self._own_square().double()])
-        own = torch.cat([own, self.group_squares().double()])
+        squares = self.group_squares().double()
+        own = torch.stack([self.counted_share, self.loss_share.double(), squares.sum()])
+        own = torch.cat([own, squares])
         total = own.clone()
         dist.all_reduce(total)
         # Loss and gradient in the buffers are to be divided by the share of positions that count. At least some do: a
@@ -188,14 +185,6 @@ class ShardedOptimizer(BF16_Optimizer):  # type: ignore[misc]
         if self._mesh.data_size > 1:
             super().clear_hp_grads()
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
-
-    def _own_square(self) -> Tensor:
-        """This rank's share of the whole model's squared gradient norm."""
-        parts = short_pieces(self.fp32_groups_gradient_flat_partition)
-        total = torch.stack([part.norm().square() for part in parts]).sum()
-        for shared in self._replicated:
-            total -= shared.repeated_squares()
-        return total
 
     def _update(self, scale: Tensor, applied: Tensor) -> None:
         for index, group in enumerate(self.optimizer.param_groups):

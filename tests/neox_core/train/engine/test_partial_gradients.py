@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,10 +81,12 @@ def make_optimizer(module: nn.Module, mesh: Any) -> Any:
 
 
 def train() -> dict[str, Any]:
-    """One rank: gradients of the first step, gradient norms of three, and the parameters after them."""
+    """One rank: gradients of the first step, gradient norms of three, and the parameters after them and after a fourth,
+    in which the last rank has a NaN."""
     import torch.distributed as dist
 
     from neox_core.parallel.ranks.mesh import build_mesh, init_distributed
+    from neox_core.train.engine.gradient_norms import GradientNorms
     from neox_core.train.engine.setup import attach_deepspeed
 
     device = init_distributed(LaunchConfig(device="cpu"))
@@ -93,21 +97,28 @@ def train() -> dict[str, Any]:
         make_optimizer(module, mesh)
     module.mark()
     optimizer = make_optimizer(module, mesh)
+    model: Any = SimpleNamespace(num_layers=1, num_kv_heads=HEADS)
+    optimizer.group_squares = GradientNorms(nn.Sequential(module), optimizer, model, mesh).squares
+    places = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    pairs = [pair for group, buffers in places for pair in zip(group, buffers, strict=True)]
+    buffers = {names[id(p)]: buffer.view(p.shape) for p, buffer in pairs}
     gradients: dict[str, Tensor] = {}
     norms = []
     for step in range(3):
         module(random(2, 5, HIDDEN, seed=10 + step)).mul(random(2, 5, HEAD_DIM, seed=20 + step)).mean().backward()
         optimizer.reduce_gradients()
         if step == 0:
-            places = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-            names = {id(parameter): name for name, parameter in module.named_parameters()}
-            found = [pair for group, buffers in places for pair in zip(group, buffers, strict=True)]
-            gradients = {names[id(p)]: buffer.detach().clone().view(p.shape) for p, buffer in found}
+            gradients = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         optimizer.counted_share = torch.tensor(float(mesh.tensor_rank == 0), dtype=torch.float64)
         optimizer.step()
         norms.append(float(optimizer._global_grad_norm))
         optimizer.zero_grad()
     assert not optimizer.differs_from_peers()
+    if mesh.tensor_rank == mesh.tensor_size - 1:  # of what the first rank has as well
+        buffers["before"][0] = math.nan
+    optimizer.step()
+    assert math.isnan(float(optimizer._global_grad_norm))
     parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     return {"gradients": gradients, "norms": norms, "parameters": parameters}
 
