@@ -165,6 +165,8 @@ def test_a_recording_that_fails_leaves_no_memory_behind(joined: bool) -> None:
         parts = [torch.empty(part, dtype=torch.uint8, device="cuda") for part in (most // 3, most // 2)]
         assert len(parts) == 2
         assert float(x.sum()) == 8
+        del parts
+        torch.cuda.empty_cache()  # for the processes of other tests
 
 
 def test_masks_of_documents_change_from_one_replay_to_the_next(tmp_path: Path) -> None:
