@@ -80,13 +80,17 @@ def normalize_and_add(x: Tensor, residual: Tensor, scale: Tensor, eps: float) ->
 
 @Kernel
 def norm_gradients(
-    x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of an x that was normalized, and passed on as it is where d_residual is given; and of the scale."""
+    x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float, total: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of an x that was normalized, and passed on as it is where d_residual is given; and of the scale.
+
+    Args:
+        total: fp32, to which the scale's gradient is added; None: it is returned.
+    """
     if x.is_cuda:
         from neox_core.model.norm_kernel import launch
 
-        return launch(x, scale, d_residual, d_normed, eps)
+        return launch(x, scale, d_residual, d_normed, eps, total)
     x32, d32 = x.float(), d_normed.float()
     inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     unit, d_unit = x32 * inverse, d32 * scale.float()
@@ -94,7 +98,10 @@ def norm_gradients(
     if d_residual is not None:
         d_x = d_residual.float() + d_x
     d_scale = (d32 * unit.to(x.dtype)).flatten(0, -2).sum(0)
-    return d_x.to(x.dtype), d_scale.to(scale.dtype)
+    if total is None:
+        return d_x.to(x.dtype), d_scale.to(scale.dtype)
+    total.add_(d_scale)
+    return d_x.to(x.dtype), None
 
 
 @fused_on_cuda
@@ -141,8 +148,7 @@ def _normalize_heads(x_BTNH: Tensor, scale: Tensor, eps: float, mean_square: Ten
     return _normalize(x_BTNH, scale.view(-1, head_dim), eps, mean_square)
 
 
-@fused_on_cuda
-def split_and_rotate(
+def _split_and_rotate(
     fused_BTF: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -152,6 +158,7 @@ def split_and_rotate(
     scales: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     means_BT2: Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys with their positions, and values, from a fused projection.
 
@@ -161,9 +168,10 @@ def split_and_rotate(
         grouped: instead, per KV head its queries, its k and its v.
         scales: of the norms that q and k get before they are rotated: [H], the same for each head, or of all heads.
         means_BT2: where they are normalized over all heads, and other ranks have some: mean squares of q and of k.
+        overwrite: nobody else reads the fused projection, whose memory the results may be.
 
     Returns:
-        q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous.
+        q [B,T,heads,H], k and v [B,T,kv_heads,H], contiguous but for where they overwrite the fused projection.
     """
     head_dim = 2 * cos.shape[-1]
     q, k, v = _split(fused_BTF, head_dim, heads, kv_heads, grouped)
@@ -171,3 +179,21 @@ def split_and_rotate(
         of_q, of_k = (None, None) if means_BT2 is None else means_BT2[..., None, None, :].unbind(-1)
         q, k = _normalize_heads(q, scales[0], eps, of_q), _normalize_heads(k, scales[1], eps, of_k)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
+
+
+_compiled_split_and_rotate = fused_on_cuda(_split_and_rotate)
+
+
+def _split_and_rotate_on_device(
+    fused_BTF: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, grouped: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None, eps: float = 0.0, means_BT2: Tensor | None = None,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not fused_BTF.is_cuda or scales is not None:
+        return _compiled_split_and_rotate(fused_BTF, cos, sin, heads, kv_heads, grouped, scales, eps, means_BT2)
+    from neox_core.model.rotation_kernel import Heads, split_and_rotate
+
+    return split_and_rotate(fused_BTF, cos, sin, Heads(2 * cos.shape[-1], heads, kv_heads, grouped), overwrite)
+
+
+split_and_rotate = Kernel(_split_and_rotate, _split_and_rotate_on_device)

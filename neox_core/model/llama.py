@@ -52,8 +52,8 @@ class Attention(nn.Module):
         """[B,T,D] -> [B,T,D]"""
         return self.dense(self.attend(self.query_key_value(x_BTD), positions_BT))
 
-    def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None) -> Tensor:
-        """What every token's heads read: fused projection [B,T,F] -> [B,T,N*H]"""
+    def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None, overwrite: bool = True) -> Tensor:
+        """What every token's heads read: fused projection [B,T,F], which it may overwrite, -> [B,T,N*H]"""
         cos, sin = self.rotary(fused_BTF.shape[1], positions_BT)
         dims = self.dims
         heads = dims.num_heads, dims.num_kv_heads, dims.grouped_qkv
@@ -61,7 +61,9 @@ class Attention(nn.Module):
         means_BT2 = None
         if dims.qk_norm == "projection" and self.of_all_heads is not None:
             means_BT2 = self.of_all_heads(mean_squares(fused_BTF, dims.head_dim, *heads))
-        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(fused_BTF, cos, sin, *heads, scales, dims.norm_eps, means_BT2)
+        q_BTNH, k_BTKH, v_BTKH = split_and_rotate(
+            fused_BTF, cos, sin, *heads, scales, dims.norm_eps, means_BT2, overwrite
+        )
         attended_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, self.dims.attention)
         return attended_BTNH.flatten(2)
 

@@ -15,8 +15,14 @@ from torch import Tensor
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def launch(x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x [..., D] and of the scale [D]."""
+_COLUMNS = 32
+"""Of the parts of the scale's gradient that a program adds up."""
+
+
+def launch(
+    x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor, eps: float, total: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [..., D] and of the scale [D], which is added to the total, fp32, where one is given."""
     width = x.shape[-1]
     rows = x.numel() // width
     d_normed = d_normed.contiguous()
@@ -24,12 +30,15 @@ def launch(x: Tensor, scale: Tensor, d_residual: Tensor | None, d_normed: Tensor
     programs = min(rows, _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count)
     d_x, parts = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    warps = min(max(block // 512, 4), 16)
+    warps = min(max(block // 1024, 4), 16)
     _rms_norm_backward[(programs,)](
         x, scale, added, d_normed, d_x, parts, rows, width, eps, programs,
         ADDS=d_residual is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    return d_x, parts.sum(0).to(scale.dtype)
+    if total is None:
+        return d_x, parts.sum(0).to(scale.dtype)
+    _add_rows[(triton.cdiv(width, _COLUMNS),)](parts, total, programs, width, ROWS=64, COLUMNS=_COLUMNS)
+    return d_x, None
 
 
 @triton.jit
@@ -54,3 +63,16 @@ def _rms_norm_backward(
         tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=inside)
         total += upstream * unit.to(d_x.dtype.element_ty).to(tl.float32)
     tl.store(parts + first.to(tl.int64) * width + columns, total, mask=inside)
+
+
+@triton.jit
+def _add_rows(parts, total, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    found = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None] * width + columns[None, :]
+        found += tl.load(parts + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    before = tl.load(total + columns, mask=inside, other=0.0)
+    tl.store(total + columns, before + tl.sum(found, axis=0), mask=inside)

@@ -27,12 +27,15 @@ from neox_core.config import ActivationCheckpointing
 class NoCheckpointing:
     """All that autograd asks for is kept. The other classes keep less, to the same results and gradients."""
 
+    keeps_arguments = False
+    """`recomputed` reads its function's arguments again, which must stay as they are."""
+
     def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
         """A block's forward pass, in which the other methods may be called."""
         return forward(*args)
 
     def recomputed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """The function's result. Of result and function, the arguments alone need to be kept."""
+        """The function's result. Of result and function, the arguments alone need to be kept (see keeps_arguments)."""
         return function(*args)
 
     def repeatable(self, result: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -50,6 +53,8 @@ class FullCheckpointing(NoCheckpointing):
 
 class SelectiveCheckpointing(NoCheckpointing):
     """The outputs of matrix products are kept."""
+
+    keeps_arguments = True
 
     def __init__(self) -> None:
         self._recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}

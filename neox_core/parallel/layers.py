@@ -15,7 +15,7 @@ from neox_core.model.elementwise import fused_on_cuda
 from neox_core.model.llama import MLP, Attention, RMSNorm
 from neox_core.parallel.activation_checkpointing import NoCheckpointing
 from neox_core.parallel.tensor_parallel import SplitRegion
-from neox_core.parallel.weight_gradients import linear_outputs
+from neox_core.parallel.weight_gradients import AccumulatingNorm, linear_outputs
 
 Passed = Tensor | tuple[Tensor, Tensor]
 """What a pipeline passes from layer to layer: token ids [B,T] or hidden states [B,T,D]; where rows are packs of
@@ -78,15 +78,15 @@ class FusedBlock(PipelineLayer):
 
     attention: Attention
     mlp: MLP
-    input_layernorm: RMSNorm
-    post_attention_layernorm: RMSNorm
-    post_feedforward_layernorm: RMSNorm
+    input_layernorm: AccumulatingNorm
+    post_attention_layernorm: AccumulatingNorm
+    post_feedforward_layernorm: AccumulatingNorm
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
         self.norms_after = block.norms_after
         for name, part in block.named_children():
-            self.add_module(name, part)
+            self.add_module(name, AccumulatingNorm.of(part) if isinstance(part, RMSNorm) else part)
         self.checkpointing = NoCheckpointing()
         """What is kept for the backward pass."""
 
@@ -104,17 +104,23 @@ class FusedBlock(PipelineLayer):
 
     def _block_then_norms(self, x_BTD: Tensor, positions_BT: Tensor | None) -> Tensor:
         after, last = self.post_attention_layernorm, self.post_feedforward_layernorm
-        h_BTD = norm_add(add(*self._attention(x_BTD, positions_BT)), x_BTD, after.scale, after.eps)
-        return norm_add(add(*self._mlp(h_BTD)), h_BTD, last.scale, last.eps)
+        attended_BTD = add(*self._attention(x_BTD, positions_BT))
+        h_BTD = norm_add(attended_BTD, x_BTD, after.scale, after.eps, after.accumulator)
+        return norm_add(add(*self._mlp(h_BTD)), h_BTD, last.scale, last.eps, last.accumulator)
 
-    def _add_norm(self, norm: RMSNorm, x_BTD: Tensor, *addends_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        total_BTD, normed_BTD = add_norm(x_BTD, addends_BTD, norm.scale, norm.eps)
+    def _add_norm(self, norm: AccumulatingNorm, x_BTD: Tensor, *addends_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        total_BTD, normed_BTD = add_norm(x_BTD, addends_BTD, norm.scale, norm.eps, norm.accumulator)
         return total_BTD, self.checkpointing.repeatable(normed_BTD, norm, total_BTD)
 
     def _attention(self, normed_BTD: Tensor, positions_BT: Tensor | None) -> Addends:
-        attention, recomputed = self.attention, self.checkpointing.recomputed
+        attention, checkpointing = self.attention, self.checkpointing
         return self._project_out(
-            recomputed(attention.attend, *self._project_in(normed_BTD, attention.query_key_value), positions_BT),
+            checkpointing.recomputed(
+                attention.attend,
+                *self._project_in(normed_BTD, attention.query_key_value),
+                positions_BT,
+                not checkpointing.keeps_arguments,
+            ),
             attention.dense,
         )
 

@@ -2,6 +2,7 @@
 
 A linear layer's own backward pass yields a bf16 gradient, which then is converted and added to the fp32 accumulator:
 three passes over memory per micro batch, and a rounding to bf16 before the sum. Here the product accumulates in place.
+So does a norm's backward pass, which is small, but is launched as often.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from neox_core.kernels.aligned import aligned_rows, empty_rows, parts
 from neox_core.kernels.arithmetic import arithmetic_type
 from neox_core.kernels.dispatch import Kernel
+from neox_core.model.llama import RMSNorm
 
 
 class DeferredGradients:
@@ -64,17 +66,17 @@ class DeferredGradients:
 
 @dataclass(frozen=True)
 class Accumulator:
-    """Where a linear layer's weight gradient goes."""
+    """Where the gradient of a linear layer's weight or of a norm's scale goes."""
 
     buffer: Tensor
-    """fp32, in the weight's shape."""
+    """fp32, in the parameter's shape."""
     on_gradient: Callable[[], None]
     """Called after each addition."""
     deferred: DeferredGradients | None = None
-    """Takes additions; None: each is done at once."""
+    """Takes additions of products; None: each is done at once."""
 
     def add(self, gradient_MO: Tensor, x_MI: Tensor) -> None:
-        """Add gradient^T x, of a layer's input and its output's gradient, now or when the time has come."""
+        """Add gradient^T x, of a linear layer's input and its output's gradient, now or when the time has come."""
         if self.deferred is None:
             self._add(gradient_MO, x_MI)
         else:
@@ -107,6 +109,22 @@ class AccumulatingLinear(nn.Linear):
         """[..., in] -> [..., out]"""
         (product,) = linear_outputs(x, self)
         return product if self.bias is None else product + self.bias
+
+
+class AccumulatingNorm(RMSNorm):
+    """A norm whose scale's gradient goes to its accumulator, once that is set (see add_norm); until then, to autograd.
+
+    What calls it as a module alone leaves it to autograd.
+    """
+
+    accumulator: Accumulator | None = None
+
+    @classmethod
+    def of(cls, norm: RMSNorm) -> Self:
+        """The same norm with the same scale."""
+        made = cls(len(norm.scale), norm.eps)
+        made.scale = norm.scale
+        return made
 
 
 def linear_outputs(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
@@ -191,16 +209,18 @@ def accept_accumulators(module: nn.Module) -> None:
                 setattr(parent, name, AccumulatingLinear.of(child))
 
 
-def accumulate_linear_gradients(module: nn.Module, optimizer: Any, deferred: DeferredGradients | None = None) -> None:
-    """Let every linear layer of a module that has no accumulator add its weight gradient to DeepSpeed's.
+def accumulate_gradients(module: nn.Module, optimizer: Any, deferred: DeferredGradients | None = None) -> None:
+    """Let every part of a module that takes an accumulator, and has none, add its gradient to DeepSpeed's.
 
     Args:
         optimizer: the ShardedOptimizer, which owns the accumulators.
         deferred: see Accumulator.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, p in enumerate(group)}
-    for linear in module.modules():
-        if isinstance(linear, AccumulatingLinear) and linear.accumulator is None:
-            group, index = places[id(linear.weight)]
-            buffer = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
-            linear.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index), deferred)
+    for part in module.modules():
+        if not isinstance(part, AccumulatingLinear | AccumulatingNorm) or part.accumulator is not None:
+            continue
+        parameter = part.weight if isinstance(part, AccumulatingLinear) else part.scale
+        group, index = places[id(parameter)]
+        buffer = optimizer.fp32_groups_gradients[group][index].view(parameter.shape)
+        part.accumulator = Accumulator(buffer, partial(optimizer.on_gradient, group, index), deferred)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.attention_kernel import causal_attention
+from neox_core.model.elementwise import norm_gradients, split_and_rotate
 from neox_core.model.rope import rope_tables
 from neox_core.parallel.loss import IGNORE_INDEX, logit_gradients, losses_of_parts, softmax_part, token_losses
 from tests.neox_core.model import reference
@@ -160,3 +161,73 @@ def test_losses_of_a_split_vocabulary(scale: float, z_loss: float) -> None:
     upstream = torch.ones_like(losses)
     gradients = [logit_gradients(*share, targets, *softmax, upstream, z_loss) for share in shares]
     check_losses(logits, targets, z_loss, losses, torch.cat(gradients, dim=-1))
+
+
+PROJECTIONS = [(8, 8, False, 128), (8, 8, True, 64), (16, 2, False, 128), (16, 2, True, 128), (6, 3, False, 40)]
+"""Query heads, KV heads, whether they lie in groups, and their width."""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("own_positions", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "grouped", "width"), PROJECTIONS)
+def test_split_and_rotation(
+    heads: int, kv_heads: int, grouped: bool, width: int, dtype: torch.dtype, own_positions: bool, overwrite: bool
+) -> None:
+    """Against the plain function on a CPU."""
+    generator = torch.Generator().manual_seed(heads)
+    cos, sin = rope_tables(width, 50, 1e4)
+    if own_positions:
+        cos, sin = (torch.stack([x, x.flip(0)]) for x in (cos, sin))
+    fused = torch.randn(2, 50, (heads + 2 * kv_heads) * width, generator=generator).to(dtype)
+    sizes = (heads, kv_heads, grouped)
+    plain = fused.float().clone().requires_grad_()
+    expected = split_and_rotate.function(plain, cos, sin, *sizes)
+    upstream = [torch.randn(x.shape, generator=generator).to(dtype) for x in expected]
+    torch.autograd.backward(expected, [x.float() for x in upstream])
+
+    leaf = fused.cuda().requires_grad_()
+    projected = leaf * 1  # what may be overwritten is no leaf
+    found = split_and_rotate(projected, cos.cuda(), sin.cuda(), *sizes, overwrite=overwrite)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    for x, of_cpu in zip(found, expected, strict=True):
+        assert largest_error(x.cpu(), of_cpu.detach().double()) < rounding
+    assert torch.equal(found[2].cpu().float(), expected[2])
+    shares = [x.untyped_storage().data_ptr() == projected.untyped_storage().data_ptr() for x in found]
+    assert shares == [overwrite and heads == kv_heads] * 3
+    torch.autograd.backward(found, [x.cuda() for x in upstream])
+    assert plain.grad is not None
+    assert leaf.grad is not None
+    assert largest_error(leaf.grad.cpu(), plain.grad.double()) < rounding
+    if not overwrite:
+        assert torch.equal(projected.cpu(), fused)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (37, 1000), (5000, 4096), (300, 8192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_a_norm(dtype: torch.dtype, rows: int, width: int, adds: bool) -> None:
+    """Against float64; added to what is there, in place of being rounded and returned."""
+    generator = torch.Generator().manual_seed(rows)
+    x, d_residual, d_normed = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(3))
+    scale, before = (torch.randn(width, generator=generator) for _ in range(2))
+    scale = scale.to(dtype)
+    x64, scale64 = x.double().requires_grad_(), scale.double().requires_grad_()
+    normed = scale64 * x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-5)
+    torch.autograd.backward(normed, d_normed.double())
+    assert x64.grad is not None
+    assert scale64.grad is not None
+    d_x64 = x64.grad + d_residual.double() if adds else x64.grad
+
+    on_gpu = [t.cuda() for t in (x, scale, d_residual, d_normed, before)]
+    x, scale, d_residual, d_normed, total = on_gpu
+    residual = d_residual if adds else None
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5  # what was normalized is rounded, and then its product
+    d_x, d_scale = norm_gradients(x, scale, residual, d_normed, 1e-5)
+    assert largest_error(d_x.cpu(), d_x64) < rounding
+    assert d_scale is not None
+    assert largest_error(d_scale.cpu(), scale64.grad) < rounding
+    again, nothing = norm_gradients(x, scale, residual, d_normed, 1e-5, total)
+    assert nothing is None
+    assert torch.equal(again, d_x)
+    assert largest_error(total.cpu(), before.double() + scale64.grad) < rounding

@@ -16,7 +16,7 @@ from neox_core.parallel.build import LayerWeights
 from neox_core.parallel.ranks.mesh import Mesh, neighbours_group
 from neox_core.parallel.sharding import sharding_of
 from neox_core.parallel.stages import defers
-from neox_core.parallel.weight_gradients import DeferredGradients, accumulate_linear_gradients
+from neox_core.parallel.weight_gradients import DeferredGradients, accumulate_gradients
 from neox_core.train.engine.gradient_norms import GradientNorms
 from neox_core.train.engine.pipeline_stage import build_stage
 from neox_core.train.engine.setup import attach_deepspeed, deepspeed_config
@@ -69,8 +69,8 @@ def build_engine(
 
 
 def accumulate_in_products(engine: TrainingEngine, geometry: BatchGeometry) -> None:
-    """Let matrix products add the weights' gradients to the optimizer's buffers, the head's with the loss."""
-    accumulate_linear_gradients(engine.module, engine.optimizer, engine.deferred)
+    """Let matrix products, and norms, add their gradients to the optimizer's buffers, the head's with the loss."""
+    accumulate_gradients(engine.module, engine.optimizer, engine.deferred)
     engine.module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
 
 

@@ -18,7 +18,7 @@ from neox_core.model import ModelDimensions, TransformerBlock
 from neox_core.model.document_attention import dense_mask
 from neox_core.parallel.activation_checkpointing import checkpointing_of
 from neox_core.parallel.layers import FusedBlock
-from neox_core.parallel.weight_gradients import accept_accumulators, accumulate_linear_gradients
+from neox_core.parallel.weight_gradients import accept_accumulators, accumulate_gradients
 from neox_core.planning.activations import block_bytes
 from neox_core.simulate.recorder import Recorder
 from tests.paths import CONFIGS
@@ -92,7 +92,7 @@ def gradients(
     buffers = [torch.zeros(p.numel()) for p in parameters]
     if accumulate:
         optimizer = stand_in(parameters, buffers)
-        accumulate_linear_gradients(block, optimizer)
+        accumulate_gradients(block, optimizer)
     found: list[Tensor] = []
     left: list[int] = []
     with Recorder() as recorder:
@@ -139,7 +139,7 @@ def test_what_is_computed_again(mode: ActivationCheckpointing, products: int, at
     parameters = list(block.parameters())
     buffers = [torch.zeros(p.numel()) for p in parameters]
     optimizer = stand_in(parameters, buffers)
-    accumulate_linear_gradients(block, optimizer)
+    accumulate_gradients(block, optimizer)
     y = block(torch.randn(2, TOKENS, 64, requires_grad=True))
     with CountProducts() as counted:
         y.sum().backward()

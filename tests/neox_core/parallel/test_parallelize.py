@@ -13,6 +13,7 @@ from torch import nn
 from neox_core.config import ActivationCheckpointing
 from neox_core.errors import ConfigError
 from neox_core.model import FinalNorm, OutputHead, TokenEmbedding, TransformerBlock
+from neox_core.model.llama import RMSNorm
 from neox_core.parallel.layers import FusedBlock, PipelineLayer
 from neox_core.parallel.parallelize import (
     STEPS,
@@ -23,7 +24,7 @@ from neox_core.parallel.parallelize import (
     parallelize,
     split_among_ranks,
 )
-from neox_core.parallel.weight_gradients import AccumulatingLinear, accumulate_linear_gradients
+from neox_core.parallel.weight_gradients import AccumulatingLinear, AccumulatingNorm, accumulate_gradients
 from tests.neox_core.parallel.test_build import DIMS, ONE_RANK
 
 LAYERS = (TokenEmbedding, TransformerBlock, FinalNorm, OutputHead)
@@ -65,7 +66,7 @@ def everything(layer_type: type[nn.Module], mode: ActivationCheckpointing, tenso
         fp32_groups_gradients=[[torch.zeros(p.numel()) for p in parameters]],
         on_gradient=lambda group, index: None,
     )
-    accumulate_linear_gradients(layer, optimizer)
+    accumulate_gradients(layer, optimizer)
     return layer
 
 
@@ -81,6 +82,10 @@ def test_no_forward_is_replaced(layer_type: type[nn.Module], mode: ActivationChe
         assert not part._forward_pre_hooks, name
     linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
     assert all(isinstance(part, AccumulatingLinear) and part.accumulator is not None for part in linears)
+    if isinstance(layer, FusedBlock):
+        norms = [part for part in layer.children() if isinstance(part, RMSNorm)]
+        assert norms
+        assert all(isinstance(part, AccumulatingNorm) and part.accumulator is not None for part in norms)
 
 
 @pytest.mark.parametrize("layer_type", LAYERS)
