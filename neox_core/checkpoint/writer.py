@@ -105,9 +105,7 @@ class CheckpointWriter:
             partial(self._failed, "uploaded"),
         )
         self._buffers = HostBuffers()
-        self._executor = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="checkpoint", initializer=partial(_begin, _device())
-        )
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=stand_back)
         self._writing: Future[str] | None = None
         self._problem = ""
         self._saves = 0
@@ -280,18 +278,6 @@ def _save_atomically(content: Any, path: Path) -> None:
             if isinstance(error.__context__, OSError):  # torch closed its archive after that, which failed as well
                 raise error.__context__ from None
             raise
-
-
-def _device() -> int | None:
-    """This rank's GPU."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-
-
-def _begin(device: int | None) -> None:
-    """In the thread of the checkpoints, for which CUDA may otherwise take memory of the host's first GPU."""
-    stand_back()
-    if device is not None:
-        torch.cuda.set_device(device)
 
 
 def _copied() -> torch.cuda.Event | None:
