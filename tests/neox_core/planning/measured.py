@@ -168,6 +168,9 @@ ROWS = [
     Row("h200", "34b", 8, 8, at(16632), tensor=2, graphs=True, overlap=True, note="FlashAttention 4, sums joined"),
     Row("h200", "7b", 32, 2, at(13868), graphs=True, note="FlashAttention 4"),
     Row("h200", "34b", 8, 8, at(16289), data=2, graphs=True, note="FlashAttention 4"),
+    Row("h200", "7b", 32, 2, at(13936), graphs=True, note="FlashAttention 4, rotation joined"),
+    Row("h200", "7b", 32, 2, at(13730), graphs=True, note="FlashAttention 4, rotation joined"),
+    Row("h200", "7b", 32, 8, at(13249), tensor=2, graphs=True, overlap=True, note="FlashAttention 4, rotation joined"),
 ]
 
 
