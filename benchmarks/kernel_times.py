@@ -17,7 +17,7 @@ PARTS = {
     "attention": r"flash|fmha|cudnn.*sdpa|attention",
     "optimizer": r"adam|multi_tensor|foreach",
     "loss": r"triton.*(softmax|nll_loss)",
-    "elementwise": r"triton|_rms_norm_backward",
+    "elementwise": r"triton|_rms_norm_backward|_add_rows|^_rotate",
     "other elementwise": r"elementwise|reduce|copy|cat|fill|norm|Memcpy|Memset|index|embedding",
 }
 

@@ -71,7 +71,7 @@ class ModelDimensions:
     def of_layer(self, number: int) -> ModelDimensions:
         """Those of one transformer layer, by its number in the whole model.
 
-        Layers without rotation run the same kernels on other tables, so that one compiled form serves them all.
+        Layers without rotation run the same kernels on other tables, so that one form of these serves them all.
         """
         return replace(self, rope_scaling=NO_ROTATION) if number in self.layers_without_rope else self
 

@@ -1,4 +1,4 @@
-"""Elementwise parts of the model. On GPUs each is compiled into one kernel forward and one backward."""
+"""Elementwise parts of the model. On GPUs each is one kernel forward and one backward, compiled or written by hand."""
 
 from __future__ import annotations
 

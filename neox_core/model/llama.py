@@ -50,10 +50,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D]"""
-        return self.dense(self.attend(self.query_key_value(x_BTD), positions_BT))
+        return self.dense(self.attend(self.query_key_value(x_BTD), positions_BT, overwrite=True))
 
-    def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None, overwrite: bool = True) -> Tensor:
-        """What every token's heads read: fused projection [B,T,F], which it may overwrite, -> [B,T,N*H]"""
+    def attend(self, fused_BTF: Tensor, positions_BT: Tensor | None, overwrite: bool = False) -> Tensor:
+        """What every token's heads read: fused projection [B,T,F], which it may overwrite if told so, -> [B,T,N*H]"""
         cos, sin = self.rotary(fused_BTF.shape[1], positions_BT)
         dims = self.dims
         heads = dims.num_heads, dims.num_kv_heads, dims.grouped_qkv

@@ -54,6 +54,8 @@ class _SplitAndRotate(torch.autograd.Function):
         fused_BTF = fused_BTF.detach().contiguous()
         made = _views(fused_BTF, heads) if overwrite else _separate(fused_BTF, heads)
         _launch(fused_BTF, made, cos, sin, heads, overwrite=overwrite)
+        if overwrite and not fused_BTF.is_inference():
+            torch.autograd.graph.increment_version(fused_BTF)  # so that whoever has kept it is told
         return made
 
     @staticmethod

@@ -41,7 +41,8 @@ def accept_accumulators(layer: nn.Module, place: Parallelism) -> nn.Module:
 
 
 def fuse(layer: nn.Module, place: Parallelism) -> PipelineLayer:
-    """The layer becomes the class that a pipeline calls; a block's additions join its norms."""
+    """The layer becomes the class that a pipeline calls; a block's additions join its norms, which get a place for the
+    optimizer's buffer."""
     if isinstance(layer, TokenEmbedding):
         return SplitEmbedding(layer)
     if isinstance(layer, TransformerBlock):
@@ -82,7 +83,8 @@ STEPS: tuple[Callable[[nn.Module, Parallelism], nn.Module], ...] = (
 def parallelize(layer: nn.Module, place: Parallelism) -> PipelineLayer:
     """Turn one of the model's layers, with a rank's dimensions and weights, into what the rank runs.
 
-    Afterwards nothing replaces a forward: the optimizer's buffers go where AccumulatingLinear has a place for them.
+    Afterwards nothing replaces a forward: the optimizer's buffers go where AccumulatingLinear and AccumulatingNorm
+    have a place for them.
 
     Raises:
         ConfigError: a parameter that nothing says how ranks hold.

@@ -76,8 +76,9 @@ def _elementwise_bytes(config: RunConfig, dims: ModelDimensions) -> tuple[float,
     """Bytes read and written per token by elementwise functions, forward and backward.
 
     Forward: two sums with their norms read two tensors and write two; the rotation reads the fused projection and
-    writes it; SwiGLU reads two and writes one. Backward: each norm reads three and writes one; the rotation as
-    forward; SwiGLU reads three and writes two, and its result once more.
+    writes it (in place it leaves values alone, which is not counted); SwiGLU reads two and writes one. Backward: each
+    norm reads three and writes one; the rotation as forward; SwiGLU reads three and writes two, and its result once
+    more.
 
     A norm after attention or MLP reads two and writes one, and backward reads two and writes one, with a sum of two
     gradients next to it. Norms of queries and keys read these once more backward.

@@ -1,4 +1,5 @@
-"""Stand-ins for what runs on GPUs: they keep and allocate what the GPU's kernels do, and compute nothing.
+"""Stand-ins for what runs on GPUs: they keep and allocate what the GPU's kernels do, and compute nothing. (A rotation
+in place makes new tensors here, of the same size, in place of the fused projection.)
 
 Simulated tensors say that they are on a CPU, since autograd asks for a GPU's driver otherwise.
 """

@@ -28,15 +28,19 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-2)])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (16, 2)])
-def test_documents_as_if_alone(heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "interleaved"), [(8, 8, False), (8, 8, True), (16, 2, False)])
+def test_documents_as_if_alone(
+    heads: int, kv_heads: int, interleaved: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Interleaved: a head's query, key and value lie next to each other, as after a rotation in place."""
     generator = torch.Generator().manual_seed(heads)
     sizes = (heads, kv_heads, kv_heads, heads)
     *qkv, upstream = [torch.randn(2, 512, n, 128, generator=generator).to("cuda", dtype) for n in sizes]
     inputs = [x.requires_grad_() for x in qkv]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     positions = torch.tensor([[place for n in row for place in range(n)] for row in LENGTHS], device="cuda")
-    output, expected = causal_attention(*inputs, positions), alone(*exact)
+    given = torch.stack(inputs, -2).unbind(-2) if interleaved else inputs
+    output, expected = causal_attention(*given, positions), alone(*exact)
     output.backward(upstream)
     expected.backward(upstream.double())
     pairs = [(output.detach(), expected.detach()), *((x.grad, x64.grad) for x, x64 in zip(inputs, exact, strict=True))]

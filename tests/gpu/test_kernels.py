@@ -71,16 +71,25 @@ def test_attention_in_bf16(heads: int, kv_heads: int, backend: str) -> None:
     check_attention(heads, kv_heads, torch.bfloat16, BF16_TOLERANCE, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_of_a_projection_that_was_rotated_in_place(backend: str) -> None:
+    """A head's query, key and value lie next to each other."""
+    check_attention(8, 8, torch.bfloat16, BF16_TOLERANCE, backend, interleaved=True)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_attention_in_fp32(heads: int, kv_heads: int) -> None:
     check_attention(heads, kv_heads, torch.float32, 1e-4, "auto")
 
 
-def check_attention(heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float, backend: str) -> None:
+def check_attention(
+    heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float, backend: str, interleaved: bool = False
+) -> None:
     """Output and gradients."""
     inputs, upstream = random_qkv(heads, kv_heads, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    output, expected = causal_attention(*inputs, backend=backend), reference.causal_attention(*exact)
+    given = torch.stack(inputs, -2).unbind(-2) if interleaved else inputs
+    output, expected = causal_attention(*given, backend=backend), reference.causal_attention(*exact)
     assert output.dtype == dtype
     assert largest_error(output, expected.detach()) < tolerance
     output.backward(upstream)

@@ -69,7 +69,7 @@ def build_engine(
 
 
 def accumulate_in_products(engine: TrainingEngine, geometry: BatchGeometry) -> None:
-    """Let matrix products, and norms, add their gradients to the optimizer's buffers, the head's with the loss."""
+    """Let products and blocks' norms add gradients to the optimizer's buffers, the head's product with the loss."""
     accumulate_gradients(engine.module, engine.optimizer, engine.deferred)
     engine.module.loss_fn.early_gradient = 1 / geometry.accumulation_steps
 

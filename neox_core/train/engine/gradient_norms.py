@@ -51,6 +51,7 @@ class GradientNorms:
                 self._pieces.setdefault(name, []).extend(_pieces(gradient, first, runs))
                 repeated = replicated.get(name, []) + [r for r in shared if any(r.start in run for run in runs)]
                 self._repeated.setdefault(name, []).extend(_pieces(gradient, first, repeated))
+        assert self._pieces.keys() <= set(self.names), "what is in no group would be missing in the whole norm"
         self._zero = torch.zeros((), device=mesh.device)
 
     def squares(self) -> Tensor:

@@ -121,6 +121,17 @@ def test_modes_agree_bit_for_bit_and_leave_nothing(
         assert left[1] - left[0] == kept[1] - kept[0], "memory that a micro batch leaves behind"
 
 
+def test_accumulators_get_what_autograd_gives() -> None:
+    """Of all parameters, norms' scales too."""
+    found, _ = gradients("none", torch.float32, None, accumulate=True)
+    expected, _ = gradients("none", torch.float32, None, accumulate=False)
+    buffers = found[4:]  # after outputs and inputs' gradients of two micro batches
+    of_autograd = expected[len(expected) - len(buffers) :]
+    assert len(expected) == 4 + 2 * len(buffers)
+    for one, other in zip(buffers, of_autograd, strict=True):
+        torch.testing.assert_close(one.view(other.shape), other, rtol=1e-5, atol=1e-6)
+
+
 class CountProducts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -67,8 +67,9 @@ def test_stand_ins_keep_what_compiled_functions_keep(name: str) -> None:
         assert kept_by_compiler(elementwise.swiglu.function, random(2, 64, 96), random(2, 64, 96)) == {0, 1}
     elif name == "split_and_rotate":
         cos, sin = torch.rand(64, 4), torch.rand(64, 4)
-        kept = kept_by_compiler(elementwise.split_and_rotate.function, random(2, 64, 12 * 8), cos, sin, 8, 2)
-        assert kept == {1, 2}
+        scales = random(8), random(8)  # without them, no compiler is asked
+        arguments = random(2, 64, 12 * 8), cos, sin, 8, 2, False, scales, 1e-5
+        assert kept_by_compiler(elementwise.split_and_rotate.function, *arguments) == {0, 1, 2}
     else:
         targets = torch.randint(96, (2, 64))
         assert kept_by_compiler(loss.whole_vocabulary_losses.function, random(2, 64, 96), targets, 0.0) - {1} == {0}
