@@ -16,6 +16,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from neox_core.config.families import FAMILIES, FamilyName
+from neox_core.data.tokenization.sentencepiece_model import merge_problem
 from neox_core.data.tokenization.tokenizer_file import (
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
@@ -109,7 +110,7 @@ def _problem(model: Any) -> str | None:
         return "puts the blank behind a word, or leaves it as it is"
     if min(spec.bos_id, spec.eos_id, spec.unk_id) < 0:
         return "lacks a begin, end or unknown id"
-    return None
+    return merge_problem([(piece.piece, piece.score, piece.type) for piece in model.pieces])
 
 
 def _build(model: Any) -> Any:

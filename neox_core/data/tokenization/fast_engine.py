@@ -13,7 +13,7 @@ import numpy as np
 
 from neox_core.data.indexed import Tokens
 from neox_core.data.tokenization.bpe_json import tokenizer_json
-from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel
+from neox_core.data.tokenization.sentencepiece_model import SentencePieceModel, merge_problem
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ class FastEngine:
         """The engine, or None if it is not installed or is not SentencePiece's equal for this model."""
         if not model.is_plain_bpe:
             _log.info("SentencePiece encodes: the model is not a plain byte-pair one")
+            return None
+        if problem := merge_problem(model.pieces):
+            _log.warning("SentencePiece encodes, as gigatoken would give other ids: the model %s", problem)
             return None
         try:
             engine = cls(model)

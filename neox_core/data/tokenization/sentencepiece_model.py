@@ -127,6 +127,26 @@ class SentencePieceModel:
         return [i for i in self._model.encode(text) if self._model.is_control(i) or self._model.IdToPiece(i) == text]
 
 
+def merge_problem(pieces: Sequence[Piece]) -> str | None:
+    """Why a list of merges cannot say what a byte-pair model does; None: one can.
+
+    Of neighbours whose unions score alike, SentencePiece joins the first in the text, where a list has one order for
+    all texts; of runs of one character, such as blanks, both make the same. And it joins characters without a piece.
+    """
+    scores = {text: score for text, score, kind in pieces if kind == _Piece.NORMAL}
+    joined = [text for text in scores if len(text) > 1]
+    if lacking := set("".join(joined)) - scores.keys():
+        text = next(text for text in joined if not lacking.isdisjoint(text))
+        character = next(character for character in text if character in lacking)
+        return f"has the piece {text!r}, but none for the character {character!r} alone"
+    first: dict[float, str] = {}
+    for text in joined:
+        other = first.setdefault(scores[text], text)
+        if other != text and len({*other, *text}) > 1:
+            return f"gives the pieces {other!r} and {text!r} the same score and makes whichever is first in a text"
+    return None
+
+
 def _array(ids: Sequence[int] | Tokens) -> Tokens:
     return np.asarray(ids, dtype=np.uint32)
 

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from neox_core.checkpoint.formats.huggingface_tokenizer import tokenizer_problem
 from neox_core.config import TokenizerConfig
 from neox_core.data.tokenization import fast_engine, sentencepiece_model
 from neox_core.data.tokenization.fast_engine import FastEngine
@@ -203,6 +204,49 @@ def test_a_model_with_unused_pieces_is_sentencepieces(tmp_path: Path, piece: str
     text = "the theorem of equations is interesting"
     assert tokenizer.engine.startswith("sentencepiece ")
     assert tokenizer.encode(text).tolist() == reference.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [
+        # as people extend Llama's vocabulary: pieces are appended, all with score 0
+        ({"cgh": 0.0, "ghb": 0.0}, "the same score"),
+        ({"ghb": 0.0, "cgh": 0.0}, "the same score"),
+        ({"\u5b9a\u7406": -5000.0}, "has the piece '\u5b9a\u7406', but none for the character '\u5b9a' alone"),
+    ],
+)
+def test_a_model_that_merges_cannot_express_is_sentencepieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, added: dict[str, float], reason: str
+) -> None:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(DEMO.read_bytes())
+    for piece, score in added.items():
+        proto.pieces.add(piece=piece, score=score, type=Type.NORMAL)
+    path = tmp_path / "extended.model"
+    path.write_bytes(proto.SerializeToString())
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    text = "a bdcghb bcghb \u5b9a\u7406"
+    assert Tokenizer(TokenizerConfig(model=path)).encode(text).tolist() == reference.encode(text)
+    assert reason in caplog.text
+    problem = tokenizer_problem(path, "llama")
+    assert problem is not None
+    assert reason in problem
+
+
+def test_runs_of_one_character_may_score_alike(tmp_path: Path) -> None:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(DEMO.read_bytes())
+    for length in (5, 7, 11, 2, 3):  # Llama's runs of blanks all have the score -1e9
+        proto.pieces.add(piece="~" * length, score=-1e9, type=Type.NORMAL)
+    path = tmp_path / "runs.model"
+    path.write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(TokenizerConfig(model=path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert tokenizer.engine.startswith("gigatoken ")
+    assert tokenizer_problem(path, "llama") is None
+    for length in range(60):
+        text = f"a{'~' * length} {'~' * (60 - length)}"
+        assert tokenizer.encode(text).tolist() == reference.encode(text)
 
 
 def test_one_wrong_id_is_found() -> None:
