@@ -84,6 +84,10 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     for name, where, size, _ in found:
         if format_of(name, formats) is None:
             raise DataError(f"{where} is not a {_kinds()} file: convert it or move it away")
+        if odd := {"", ".", ".."}.intersection(name.split("/")):  # an object's: no path of a part is made of it
+            raise DataError(
+                f"{where} has {odd.pop()!r} between slashes in its key: copy it to a key without, or move it"
+            )
         # A plain file may be a shard that nothing fell into; of these, the smallest has some bytes.
         if size == 0 and name.endswith((*COMPRESSIONS, ".parquet")) and not config.skip_damaged_files:
             raise DataError(f"{where} is empty (0 bytes): fetch it again or remove it, or set data.skip_damaged_files")

@@ -13,7 +13,7 @@ from neox_core.config import DataConfig, StorageConfig
 from neox_core.data.tokenization.readers import open_input, source_files
 from neox_core.data.tokenization.readers.inputs import _key_matches, content_digest, is_gone
 from neox_core.errors import DataError, StorageError
-from neox_core.storage.object_store import ObjectStore
+from neox_core.storage.object_store import ObjectInfo, ObjectStore
 
 STORAGE = StorageConfig(url="s3://unused/x")
 
@@ -170,6 +170,16 @@ def test_marks_of_folders_in_a_store_are_passed_over(store: ObjectStore, storage
     for pattern, expected in (("**", everything), ("**/*", everything), ("**/train.jsonl", ["train.jsonl"])):
         config = data_config("unused", files={"train": f"{storage_config.url}/a/train/{pattern}"})
         assert names(config, storage_config) == expected
+
+
+@pytest.mark.parametrize("key", ["/1.jsonl", "deep//1.jsonl", "../1.jsonl", "deep/./1.jsonl"])
+def test_a_key_that_would_be_another_files_path_is_refused(
+    store: ObjectStore, storage_config: StorageConfig, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Its part would lie outside the workdir, or be another file's."""
+    monkeypatch.setattr(ObjectStore, "list", lambda self, prefix="": [ObjectInfo(key, 4, "x")])
+    with pytest.raises(DataError, match=r"a/train/.*1\.jsonl has '\.{0,2}' between slashes in its key"):
+        names(data_config(storage_config.url), storage_config)
 
 
 def test_s3_prefix_and_pattern(tmp_path: Path, store: ObjectStore, storage_config: StorageConfig) -> None:
