@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -136,6 +137,12 @@ class DataConfig(Section):
                     f"weight_changes from step {change.from_step} must name every source and no other, with weight 0 "
                     f"for those to leave out: look at {', '.join(different)}"
                 )
+
+    @property
+    def drawn_sources(self) -> frozenset[str]:
+        """The sources that training draws from, at its start or after a change of weights."""
+        amounts: list[Mapping[str, SourceAmount]] = [self.sources, *(change.sources for change in self.weight_changes)]
+        return frozenset(name for given in amounts for name, amount in given.items() if amount.weight != 0)
 
     @property
     def validation_sources(self) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ _HEAD = """# Configuration
 <!-- Made by `make docs` from the field descriptions in neox_core/config. Do not edit. -->
 
 One YAML file. `include:` names a file or a list of files, from the folder of the file that includes them; they are
-merged below it, key by key: a source of an included mixture is left out with `weight: 0`. Other relative paths, those
-in included files too, are relative to the folder of the file that is run. An unknown key is an error that names the
-nearest right one. A key without a default must be given. None is YAML's `null`.
+merged below it, key by key: a source of an included mixture is left out with `weight: 0`, and needs no text then. Other
+relative paths, those in included files too, are relative to the folder of the file that is run. An unknown key is an
+error that names the nearest right one. A key without a default must be given. None is YAML's `null`.
 """
 
 

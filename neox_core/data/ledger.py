@@ -109,10 +109,7 @@ def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
 
 def _check_lengths(counts: Counts, config: RunConfig) -> None:
     """Every split that training or validation reads must hold a sequence."""
-    drawn = {name for name, source in config.data.sources.items() if source.weight != 0}
-    for change in config.data.weight_changes:
-        drawn |= {name for name, amount in change.sources.items() if amount.weight != 0}
-    read = [(name, "train") for name in config.data.sources if name in drawn]
+    read = [(name, "train") for name in config.data.sources if name in config.data.drawn_sources]
     read += [(name, "validation") for name in config.data.validation_sources if "validation" in counts.get(name, {})]
     length = config.train.sequence_length
     for name, split in read:

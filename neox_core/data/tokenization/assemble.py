@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from neox_core.config import DataConfig
-from neox_core.data.indexed import IndexedDataset
+from neox_core.data.indexed import IndexedDataset, IndexedWriter
 from neox_core.data.ledger import LEFT_OUT
-from neox_core.data.tokenization.filters.dropped import MadePart, ValidationTexts, find_dropped
+from neox_core.data.tokenization.filters.dropped import TRAIN, MadePart, ValidationTexts, find_dropped
 from neox_core.data.tokenization.filters.findings import REJECTED_FILE
 from neox_core.data.tokenization.merge import Mask, Part, merge
 from neox_core.data.tokenization.part import find_record
@@ -36,11 +36,13 @@ def plan_splits(
     parts: Sequence[MadePart], data: DataConfig, in_validation: Sequence[ValidationTexts]
 ) -> dict[tuple[str, str], SplitPlan]:
     """Decide for every source and split. A document that may be left out for several reasons counts for the first of
-    LEFT_OUT."""
+    LEFT_OUT. Of a source that is left out as a whole there are no parts."""
     dropped = find_dropped(parts, data, in_validation)
     places = defaultdict[tuple[str, str], list[int]](list)
     for place, part in enumerate(parts):
         places[part.file.source, part.file.split].append(place)
+    for source in data.sources:
+        places.setdefault((source, TRAIN), [])
     return {
         key: _plan_split([parts[place] for place in here], [dropped[place] for place in here])
         for key, here in places.items()
@@ -95,7 +97,12 @@ def merge_split(plan: SplitPlan, prefix: Path, workers: int) -> None:
     """
     counts = plan.counts
     accounted = sum(counts[unit] for unit in ("documents", *LEFT_OUT))
-    merge([Part(part.paths.prefix, keep) for part, keep in zip(plan.parts, plan.keep, strict=True)], prefix, workers)
+    parts = [Part(part.paths.prefix, keep) for part, keep in zip(plan.parts, plan.keep, strict=True)]
+    if parts:
+        merge(parts, prefix, workers)
+    else:
+        with IndexedWriter(prefix, np.dtype(np.uint16)):
+            pass
     merged = IndexedDataset(prefix)
     found = {"documents_in": accounted, "documents": len(merged), "tokens": len(merged.tokens)}
     if wrong := {unit: (value, counts[unit]) for unit, value in found.items() if value != counts[unit]}:

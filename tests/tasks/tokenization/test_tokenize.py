@@ -23,6 +23,7 @@ import zstandard
 
 from neox_core.artifact import DigestCache
 from neox_core.config import RunConfig, load_config
+from neox_core.data.dataset import open_training_data
 from neox_core.data.indexed import IndexedDataset
 from neox_core.data.ledger import LEFT_OUT, run_ledger
 from neox_core.data.tokenization.part import make_part
@@ -279,15 +280,31 @@ def test_input_digests(tmp_path: Path) -> None:
 def test_missing_input_is_found_before_any_work(tmp_path: Path) -> None:
     folder = small_input(tmp_path / "in", FILES)
     shutil.rmtree(folder / "b")
+    sources = {"a": {"weight": 1}, "b": {"weight": 1}}
     for call in (
-        lambda: prepare_data(small(folder), tmp_path / "out", tmp_path / "out"),
-        lambda: input_digests(small(folder), DigestCache(tmp_path / "cache.json")),
+        lambda: prepare_data(small(folder, sources=sources), tmp_path / "out", tmp_path / "out"),
+        lambda: input_digests(small(folder, sources=sources), DigestCache(tmp_path / "cache.json")),
     ):
         with pytest.raises(DataError, match="source 'b' has no train text"):
             call()
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=r"data\.input .*nowhere is not a folder"):
         prepare_data(small(tmp_path / "nowhere"), tmp_path / "out", tmp_path / "out")
+
+
+def test_a_source_that_is_left_out_needs_no_text(tmp_path: Path) -> None:
+    """Sections are merged, so that weight 0 is the way to leave out one of an included mixture."""
+    folder = small_input(tmp_path / "in", FILES)
+    shutil.rmtree(folder / "b")
+    config = small(folder)
+    summary = prepare_data(config, tmp_path / "out", tmp_path / "out")
+    assert set(summary["sources"]["b"]["train"].values()) == {0}
+    assert run_ledger(summary["sources"], config)["run"]["b"]["sequences"] == 0
+    assert len(IndexedDataset(tmp_path / "out/b/train")) == 0
+    assert len(open_training_data(tmp_path / "out", config).sequences(np.arange(3))) == 3
+    later = [{"from_step": 2, "sources": {"a": {"weight": 1}, "b": {"weight": 1}}}]
+    with pytest.raises(DataError, match=r"source 'b' has no train text: .*\(weight: 0 leaves a source out\)"):
+        prepare_data(small(folder, weight_changes=later), tmp_path / "out", tmp_path / "out")
 
 
 PARENT = """

@@ -59,8 +59,8 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
     """The files of one split of a source, sorted by name: `files.<split>` of the source, else
     `<input>/<source>/<split>/`.
 
-    Returns an empty list only for a split that the source need not have: test, if no place is given for it, and
-    validation of a source that is not used for evaluation.
+    Returns an empty list only for a split that the source need not have, if no place is given for it: test, validation
+    of a source that is not used for evaluation, and train of one that is left out by weight 0.
 
     Raises:
         DataError: there are none, or one is of another kind, not readable or, though packed, empty.
@@ -72,11 +72,12 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
         found = _listed(location, storage)
     else:
         found = _found_locally(location, is_pattern=given is not None)
-    optional = split == "test" or (split == "validation" and source not in config.validation_sources)
-    if not found and not (optional and given is None):
+    needed = {"train": config.drawn_sources, "validation": config.validation_sources, "test": ()}[split]
+    if not found and (source in needed or given is not None):
         missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
         lack = "does not exist" if missing else f"holds no {_kinds()} file"
-        hint = "" if split == "train" else ", or name the sources that have it in data.eval_sources"
+        without = ", or name the sources that have it in data.eval_sources"
+        hint = " (weight: 0 leaves a source out)" if split == "train" else without
         raise DataError(
             f"source {source!r} has no {split} text: {location} {lack}; correct data.input or data.sources{hint}"
         )
