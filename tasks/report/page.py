@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ def write_report(path: Path, data: ReportData) -> None:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    with suppress(ImportError):  # plotly takes what another thread has begun to import, as W&B's table does, for whole
+        import_module("pandas")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +19,7 @@ from neox_core.errors import DataError
 from neox_core.train.observe.rows import read_metrics
 from tasks.report.figures import SOURCE_COLOURS
 from tasks.report.page import ReportData, headline, summary_rows, total_seconds, write_report
+from tests.paths import ROOT
 
 
 def evaluation(step: int, **perplexity: float) -> dict[str, Any]:
@@ -71,6 +75,36 @@ DATA = ReportData(
     links={"model": "/runs/toy/hf", "W&B": "https://wandb.ai/x?a=1&b=2"},
     software={"torch": "2.13.0", "llemma-pretrain": "0.1.0"},
 )
+
+
+_SLOW_PANDAS = """
+import sys, time
+sys.modules["__main__"].begun.set()
+time.sleep(2)
+class Series: pass
+class Index: pass
+class DataFrame: pass
+"""
+_TWO_THREADS = """
+import sys, threading
+from pathlib import Path
+from tasks.report.page import write_report
+from tests.tasks.report.test_page import DATA
+begun = threading.Event()
+thread = threading.Thread(target=__import__, args=("pandas",))
+thread.start()
+begun.wait()
+write_report(Path(sys.argv[1]), DATA)
+"""
+
+
+def test_another_thread_is_importing_pandas(tmp_path: Path) -> None:
+    """W&B imports it with the first table of scores, while a chain's training renews the report."""
+    (tmp_path / "pandas.py").write_text(_SLOW_PANDAS)
+    path = tmp_path / "report.html"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    subprocess.run([sys.executable, "-c", _TWO_THREADS, str(path)], env=environment, check=True)
+    assert path.is_file()
 
 
 class Page(HTMLParser):
