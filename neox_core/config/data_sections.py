@@ -71,7 +71,9 @@ class TokenizeJobConfig(Section):
 class DataConfig(Section):
     """Raw text and its mixture."""
 
-    input: Location = Field(description="folder or s3:// prefix that holds <source>/<split>/")
+    input: Location = Field(
+        description="folder that holds <source>/<split>/, or s3:// prefix in the storage section's store"
+    )
     sources: dict[SourceName, SourceConfig] = Field(
         min_length=1,
         description="the mixture: per source a name, which is its folder's, and how much of it the run takes",

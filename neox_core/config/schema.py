@@ -186,6 +186,7 @@ class RunConfig(Section):
         _check_window(self.model, self.train)
         _check_weight_changes(self.data, self.train)
         _check_extension(self.data, self.train)
+        _check_inputs(self)
         return self
 
 
@@ -236,6 +237,19 @@ def _check_extension(data: DataConfig, train: TrainConfig) -> None:
         raise ValueError(
             f"train.extends {list(train.extends)}: data.sources gives {', '.join(amounts)} in tokens or epochs, which "
             "are other shares of a longer training: give weights (llemma data plan shows the shares)"
+        )
+
+
+def _check_inputs(config: RunConfig) -> None:
+    places = {"data.input": config.data.input, "base_model.path": config.base_model.path}
+    for name, source in config.data.sources.items():
+        places |= {f"data.sources.{name}.files.{split}": place for split, place in source.files.items()}
+    remote = [f"{key} {place}" for key, place in places.items() if str(place).startswith("s3://")]
+    if remote and config.storage.endpoint_url == EMBEDDED:
+        raise ValueError(
+            f"{' and '.join(remote)}: such places are in the storage section's store, but storage.endpoint_url is "
+            f"{EMBEDDED}, a server of the run's own that holds its checkpoints: give the store's address (null: AWS), "
+            "or a folder"
         )
 
 

@@ -45,6 +45,14 @@ def toy(tmp_path: Path, extra: str) -> RunConfig:
             "model: {rope_theta: 1, rope_scaling: {rope_type: yarn, factor: 8, original_max_position_embeddings: 9}}",
             r"yarn needs a rope_theta above 1, not 1\.0",
         ),
+        (
+            "data: {input: 's3://text/proof-pile'}",
+            "data.input s3://text/proof-pile: such places are in the storage section's store, but .* is embedded",
+        ),
+        (
+            "base_model: {path: 's3://b/base'}\ndata: {sources: {code: {files: {train: 's3://b/*.jsonl'}}}}",
+            r"base_model.path s3://b/base and data.sources.code.files.train s3://b/\*.jsonl: such places",
+        ),
         ("model: {unpadded_vocab_size: 2049}", "unpadded_vocab_size 2049 exceeds vocab_size 2048"),
         ("model: {intermediate_size: 687}", "parallel.tensor 2 does not divide model.intermediate_size 687"),
         ("model: {vocab_size: 2047}", "parallel.tensor 2 does not divide model.vocab_size 2047"),
