@@ -48,6 +48,7 @@ def check_run(config: RunConfig, stages: Collection[str] = STAGES) -> None:
     if EVALUATE in stages:
         check_item_sets(config)
         check_generation(config)
+        _check_writer(config)
     if PREPARE_DATA in stages and not outlived(config, PREPARE_DATA):
         if config.data.slurm:
             executor_named(config.data.slurm.executor).check(task_resources(config.data.slurm))
@@ -82,15 +83,40 @@ def check_workdir(workdir: Path) -> None:
 
 def note_tokenizer(path: Path, family: FamilyName) -> None:
     """Say now what the export will say of it, weeks later."""
-    if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:
-        return
-    if problem := tokenizer_problem(path, family):
+    if problem := _without_equal(path, family):
         logger.warning(
             "tokenizer %s %s, so no equal tokenizer.json can be written: export gives its own file next to the model, "
             "as %s",
             path,
             problem,
             PLAIN_TOKENIZER,
+        )
+
+
+def _without_equal(path: Path, family: FamilyName) -> str | None:
+    """Why a tokenizer cannot be exported as transformers reads it; None: it can, or is not there any more."""
+    if not path.is_file() or kind_of_file(path) is not TokenizerKind.SENTENCEPIECE:
+        return None
+    return tokenizer_problem(path, family)
+
+
+def _check_writer(config: RunConfig) -> None:
+    """Check that the exports of this run can write answers."""
+    if (generate := config.evaluate.generate) is None:
+        return
+    from neox_core.checkpoint.formats.huggingface_config import positions  # imports torch
+
+    if generate.max_tokens >= (length := positions(config.model, config.train.sequence_length)):
+        raise ConfigError(
+            f"evaluate.generate.max_tokens {generate.max_tokens} leaves no room for a prompt in the {length} positions "
+            "that exports of this run have, by train.sequence_length: give fewer"
+        )
+    path = config.tokenizer.file
+    if problem := _without_equal(path, config.model.family):
+        raise ConfigError(
+            f"evaluate.generate: tokenizer {path} {problem}, so no equal tokenizer.json can be written, and "
+            "transformers, by which answers are written, cannot read it: give a tokenizer.json as tokenizer.model, or "
+            "leave generate out"
         )
 
 

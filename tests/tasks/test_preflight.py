@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from neox_core.config import EvaluateConfig, EvaluationTask, RunConfig
+from neox_core.config import EvaluateConfig, EvaluationTask, GenerationConfig, RunConfig
 from neox_core.data.tokenization.readers import InputFile
 from neox_core.errors import ConfigError, DataError, LaunchError
 from tasks.jobs.executor import Resources
@@ -16,8 +16,9 @@ from tasks.jobs.slurm.executor import SlurmExecutor
 from tasks.preflight import check_run, check_workdir, note_tokenizer
 from tasks.tokenization.estimate import check_repeats, estimated_tokens
 from tests.neox_core.data.tokenization.test_tokenizer import train_model
+from tests.paths import ROOT
 from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
-from tests.tasks.tokenization.test_tokenize import small
+from tests.tasks.tokenization.test_tokenize import FILES, small, small_input
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
@@ -48,6 +49,20 @@ def test_a_set_of_which_no_item_fits(tmp_path: Path) -> None:
         DataError, match=r"tasks.sums: all 1 items are longer than train.sequence_length \d+; the short"
     ):
         check_run(config, ["train", "evaluate"])
+
+
+def test_answers_that_no_export_could_write(tmp_path: Path) -> None:
+    """A job on a GPU would find it out, beside the training."""
+    config = small(small_input(tmp_path / "in", FILES))
+    generate = GenerationConfig(every=1, tasks=("gsm8k_cot",), data=ROOT / "data/eval", max_tokens=255)
+    config = config.model_copy(update={"evaluate": EvaluateConfig(generate=generate)})
+    check_run(config, ["evaluate", "prepare-data", "convert"])
+    longer = EvaluateConfig(generate=generate.model_copy(update={"max_tokens": 256}))
+    with pytest.raises(ConfigError, match=r"max_tokens 256 leaves no room for a prompt in the 256 positions"):
+        check_run(config.model_copy(update={"evaluate": longer}), ["evaluate"])
+    odd = config.tokenizer.model_copy(update={"model": train_model(tmp_path)})
+    with pytest.raises(ConfigError, match=r"evaluate\.generate: tokenizer .* normalizes text .* cannot read it"):
+        check_run(config.model_copy(update={"tokenizer": odd}), ["evaluate"])
 
 
 def test_a_source_that_is_too_small_is_named_by_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -219,7 +219,7 @@ def rope_scaling(model: ModelConfig) -> dict[str, Any]:
     return {} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
 
 
-def _positions(model: ModelConfig, sequence_length: int) -> int:
+def positions(model: ModelConfig, sequence_length: int) -> int:
     """How many positions config.json gives the model.
 
     Of yarn's, those that it extends to, however long the sequences of a training are: transformers 4 takes the factor
@@ -251,7 +251,7 @@ def transformers_config(model: ModelConfig, sequence_length: int, **further: Any
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         rms_norm_eps=model.norm_eps,
-        max_position_embeddings=_positions(model, sequence_length),
+        max_position_embeddings=positions(model, sequence_length),
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta} | rope_scaling(model),
         tie_word_embeddings=model.tied_embeddings,
         **further,
