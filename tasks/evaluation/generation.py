@@ -20,6 +20,7 @@ from neox_core.errors import ConfigError
 from neox_core.storage.atomic import write_atomically
 from tasks.evaluation.kept_items import BASE_STEP, GENERATED, Result, generated_folder, written_name
 from tasks.harness.catalogue import TASKS, check_tasks, set_files
+from tasks.harness.documents import read_documents
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ class GenerationJob:
 
 
 def check_generation(config: RunConfig) -> None:
-    """Whether the harness, the tasks and their files are there.
+    """Whether the harness, the tasks and their files are there, and these can be read.
 
     Raises:
         ConfigError: one is not.
+        DataError: a line is no item of its task, or there are too few.
     """
     if (generate := config.evaluate.generate) is None:
         return
@@ -60,6 +62,9 @@ def check_generation(config: RunConfig) -> None:
             raise ConfigError(f"evaluate.generate: {path} does not exist: put the items there or correct `data`")
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("evaluate.generate needs the harness: `pip install 'llemma-pretrain[harness]'`")
+    for name in generate.tasks:
+        for file, at_least in TASKS[name].splits.values():
+            read_documents(generate.data / file, TASKS[name].document, name, at_least)
 
 
 def steps_to_generate(config: RunConfig, results: Mapping[int, Result], available: Collection[int]) -> list[int]:

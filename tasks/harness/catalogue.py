@@ -40,6 +40,11 @@ class HarnessTask:
     own: Mapping[str, Any] = field(default_factory=dict)
     """Of a task that the harness does not have: its templates."""
 
+    @property
+    def splits(self) -> dict[str, tuple[str, int]]:
+        """By the harness's name of it the file of each split, and how many items it must hold."""
+        return {"test": (self.file, 1)} | ({"train": (self.shots_file, self.shots)} if self.shots_file else {})
+
 
 def _solution(file: str, document: Document, prompt: str, text: str) -> HarnessTask:
     own = {"output_type": "loglikelihood", "doc_to_text": prompt, "doc_to_target": f" {text}"}
@@ -83,7 +88,7 @@ def check_tasks(names: Iterable[str]) -> None:
 def set_files(generate: GenerationConfig) -> list[Path]:
     """The files that tasks read; of those that are not known none."""
     known = [TASKS[name] for name in generate.tasks if name in TASKS]
-    names = dict.fromkeys(name for task in known for name in (task.file, task.shots_file) if name is not None)
+    names = dict.fromkeys(name for task in known for name, _ in task.splits.values())
     return [generate.data / name for name in names]
 
 
@@ -105,13 +110,11 @@ def write_task_files(settings: HarnessSettings, harness: Path) -> Path:
     check_tasks(settings.tasks)
     for name in settings.tasks:
         task = TASKS[name]
-        sources = {"test": task.file} | ({"train": task.shots_file} if task.shots_file else {})
-        at_least = {"test": 1, "train": task.shots}
         files = {
             split: write_documents(
-                settings.data / file, task.document, folder / f"{name}.{split}.jsonl", name, at_least[split]
+                settings.data / file, task.document, folder / f"{name}.{split}.jsonl", name, at_least
             )
-            for split, file in sources.items()
+            for split, (file, at_least) in task.splits.items()
         }
         text: dict[str, Any] = {"include": str(harness / task.include)} if task.include else {}
         text |= {"task": name, "tag": None, **task.own}

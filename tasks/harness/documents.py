@@ -81,6 +81,28 @@ def _text(record: Record, field: str, where: str) -> str:
     return value
 
 
+def read_documents(path: Path, document: Document, name: str, at_least: int = 1) -> list[dict[str, Any]]:
+    """A set's documents.
+
+    Args:
+        name: the task's.
+        at_least: so many are needed.
+
+    Raises:
+        ConfigError: the set is not there.
+        DataError: a line is no item of the task, or there are too few.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
+        )
+    documents = [{"id": identity} | document(record, where) for identity, record, where in read_records(path)]
+    if len(documents) < at_least:
+        held = f"{len(documents)} items, and task {name} needs {at_least}" if documents else "no item"
+        raise DataError(f"{path} holds {held}: correct the path or the file")
+    return documents
+
+
 def write_documents(path: Path, document: Document, written: Path, name: str, at_least: int = 1) -> Path:
     """Write a set's documents as JSON lines, the same for the same set, and as Parquet for the harness.
 
@@ -93,20 +115,12 @@ def write_documents(path: Path, document: Document, written: Path, name: str, at
         The Parquet file.
 
     Raises:
-        ConfigError: the set is not there, or answers were given to another one that had its name.
-        DataError: a line is no item of the task, or there are too few.
+        ConfigError, DataError: as `read_documents`; or answers were given to another set that had its name.
     """
     import pyarrow
     import pyarrow.parquet
 
-    if not path.is_file():
-        raise ConfigError(
-            f"task {name} reads {path}, which does not exist: put the items there, or give another --data"
-        )
-    documents = [{"id": identity} | document(record, where) for identity, record, where in read_records(path)]
-    if len(documents) < at_least:
-        held = f"{len(documents)} items, and task {name} needs {at_least}" if documents else "no item"
-        raise DataError(f"{path} holds {held}: correct the path or the file")
+    documents = read_documents(path, document, name, at_least)
     text = "".join(json.dumps(found) + "\n" for found in documents)
     if written.is_file() and written.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{written} holds other items than {path} does now: give another --out, or the items of then")

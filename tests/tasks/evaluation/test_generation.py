@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from neox_core.config import EvaluateConfig, GenerationConfig, ModelConfig, ParallelConfig, RunConfig
-from neox_core.errors import ConfigError
+from neox_core.errors import ConfigError, DataError
 from tasks.evaluation import generation
 from tasks.evaluation.contamination import without_overlap
 from tasks.evaluation.generation import GenerationJob, answers_so_far, check_generation, finish, steps_to_generate
@@ -54,6 +54,10 @@ def test_what_is_missing_is_said_at_the_start(tmp_path: Path) -> None:
         check_generation(configured(tmp_path))
     write_items(tmp_path)
     check_generation(configured(tmp_path))
+    items = tmp_path / "gsm8k_test.jsonl"
+    items.write_text(items.read_text() + json.dumps({"question": "How many?", "solution": "Two."}) + "\n")
+    with pytest.raises(DataError, match=r"gsm8k_test.jsonl, line \d+ has no text 'answer': correct it"):
+        check_generation(configured(tmp_path))
     unknown = GenerationConfig(every=1, tasks=("sums",), data=tmp_path)
     with pytest.raises(ConfigError, match="unknown task 'sums'"):
         check_generation(CONFIG.model_copy(update={"evaluate": EvaluateConfig(generate=unknown)}))
