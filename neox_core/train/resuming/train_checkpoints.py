@@ -156,32 +156,31 @@ class TrainCheckpoints:
             if newest := newest_checkpoint(self.store, self.job.fingerprint, self.job.ancestors, before):
                 found[0] = (newest[0], self._with_skipped(*newest))
             local = newest_local(self._folder, self.job.fingerprint)
-            if (
-                local
-                and local.step < before
-                and self._is_own_layout(local)
-                and (newest is None or local.step > newest[1].step)
-            ):
+            if local and local.step < before and (newest is None or local.step > newest[1].step):
                 found[1] = (self.job.prefix, self._with_skipped(self.job.prefix, local))
         dist.broadcast_object_list(found, src=0)
         stored: tuple[str, Manifest] | None = found[0]
         on_disk: tuple[str, Manifest] | None = found[1]
         if on_disk is None:
             return stored
-        folder = self._folder / on_disk[1].name
-        if not here_on_all_ranks(folder, [record for record in on_disk[1].files if self._wanted(record.path)]):
+        folder, wanted = self._folder / on_disk[1].name, self._wanted(on_disk[1])
+        if not here_on_all_ranks(folder, [record for record in on_disk[1].files if wanted(record.path)]):
             logger.warning("%s is not whole on local disk: not used", folder)
             return stored
         logger.info("%s is newer than what the store has", folder)
         return on_disk
 
-    def _wanted(self, name: str) -> bool:
-        """Whether this rank needs the file on its node: weights and metadata, and its own optimizer state."""
-        own = self.engine.optimizer_file(name, self._place, self.mesh.tensor_size)
-        return own or (self.mesh.local_rank == 0 and self.engine.shared_file(name))
+    def _wanted(self, manifest: Manifest) -> Callable[[str], bool]:
+        """Says whether this rank wants a file on its node: weights and metadata, and the optimizer state that it goes
+        on from, which is its own or, of another layout, that of some ranks."""
+        resharding, tensor_size = self._resharding(manifest), manifest.layout["tensor"]
+        places = resharding.files() if resharding else {self._place}
 
-    def _is_own_layout(self, manifest: Manifest) -> bool:
-        return Layout.of_manifest(manifest.layout, self.config.model) == self._layout
+        def wanted(name: str) -> bool:
+            own = any(self.engine.optimizer_file(name, place, tensor_size) for place in places)
+            return own or (self.mesh.local_rank == 0 and self.engine.shared_file(name))
+
+        return wanted
 
     def _upload_unless_stored(self, prefix: str, manifest: Manifest) -> None:
         """Bring a checkpoint to the store that was on local disk only, under this job's number."""

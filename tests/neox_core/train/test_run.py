@@ -181,6 +181,28 @@ def test_other_layers_per_stage_are_another_layout(
     assert engine.loaded == [("global_step10", names)]
 
 
+def test_what_is_on_local_disk_alone_is_read_in_another_layout(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    """It was not used, and removed: the training went back to what the store had."""
+    saved, names = {"tensor": 1, "pipeline": 1, "data": 2}, [f"bf16_{own_file(rank)}" for rank in range(2)]
+    for step in (9, 10):
+        publish(store, job, step, saved, names)
+    downloaded = ("manifest.json", *names)
+    for name in downloaded:
+        store.get_file(f"{job.prefix}/global_step10/{name}", job.output / "checkpoints" / "global_step10" / name)
+    store.delete([f"{job.prefix}/global_step10/{name}" for name in downloaded])
+    resuming, uploaded = checkpoints(engine, store, job), list[tuple[int, list[str]]]()
+
+    def upload(manifest: Manifest, folder: Path, records: Sequence[FileRecord]) -> None:
+        uploaded.append((manifest.step, [record.path for record in records]))
+
+    resuming.writer.upload = upload  # type: ignore[method-assign,assignment]
+    assert resuming.resume() == TrainingState(10, DATA)
+    assert engine.resharding.saved == Layout(1, 2, (2,))
+    assert uploaded == [(10, names)]
+
+
 def own_file(data_rank: int, model_rank: int = 0) -> str:
     return f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
