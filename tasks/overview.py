@@ -12,6 +12,7 @@ from neox_core.artifact import Artifact
 from neox_core.config import RunConfig
 from neox_core.storage.claims import is_claimed
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
+from neox_core.train.observe.rows import read_rows
 from tasks.evaluate import EVALUATIONS_FILE
 from tasks.evaluation.jobs import evaluation_jobs
 from tasks.follow import describe, last_step
@@ -78,11 +79,10 @@ def newest_job(training: Training) -> Job | None:
 
 def last_incident(scratch: Path) -> str:
     """The last step that was not done, in words; empty if there was none."""
-    path = scratch / INCIDENTS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
+    records = read_rows(scratch / INCIDENTS_FILE)
+    if not records:
         return ""
-    record = json.loads(lines[-1])
+    record = records[-1]
     return f"step {record['step']}: {record['problem']} ({record['action']})"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from neox_core.storage.atomic import write_atomically
 from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import local_checkpoints
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
-from neox_core.train.observe.rows import read_metrics, training_figures
+from neox_core.train.observe.rows import read_metrics, read_rows, training_figures
 from neox_core.train.resuming.lineage import Ancestor
 from tasks.follow import follow, share_done
 from tasks.identity.specs import TRAIN
@@ -164,5 +163,4 @@ def _summary(training: Training, folder: Path, result: Mapping[str, Any]) -> dic
 
 def _incidents(path: Path) -> list[dict[str, Any]]:
     """The records of the steps that were not done, without their long lists."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [{name: record[name] for name in _INCIDENT_KEYS} for record in map(json.loads, lines)]
+    return [{name: record[name] for name in _INCIDENT_KEYS} for record in read_rows(path)]

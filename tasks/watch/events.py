@@ -33,8 +33,7 @@ def training_events(config: RunConfig) -> Iterator[Event]:
     if _is_recent(scratch / RESTART_FILE):
         text = (scratch / RESTART_FILE).read_text(encoding="utf-8")
         yield Event("restart", f"restart {_digest(name + text)}", text, "nothing, unless it happens again")
-    if _is_recent(scratch / INCIDENTS_FILE):
-        text = last_incident(scratch)
+    if _is_recent(scratch / INCIDENTS_FILE) and (text := last_incident(scratch)):
         yield Event(
             "incident",
             f"incident {_digest(name + text)}",

@@ -1,4 +1,4 @@
-"""The training's rows, as metrics.jsonl has them, and what they come to."""
+"""The training's rows, as metrics.jsonl and incidents.jsonl have them, and what they come to."""
 
 from __future__ import annotations
 
@@ -17,27 +17,42 @@ logger = logging.getLogger(__name__)
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl into one row per step, in order of steps.
 
-    A resumed run repeats steps: the later line's values win. A run that was killed may leave half a last line, which
-    is passed over with a warning. A file that does not exist yet has no rows.
+    A resumed run repeats steps: the later line's values win.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_rows(path):
+        rows.setdefault(int(row["step"]), {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl or incidents.jsonl, a row per line.
+
+    A run that was killed may leave half a last line, which is passed over with a warning. A file that does not exist
+    yet has no rows.
 
     Raises:
         DataError: another line is not a JSON object with a step.
     """
     if not path.exists():
         return []
-    rows: dict[int, dict[str, Any]] = {}
+    rows = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            rows.setdefault(int(values["step"]), {}).update(values)
+            row = json.loads(line)
+            int(row["step"])
+            rows.append(row)
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise DataError(
                     f"{path}, line {number} is not a JSON object with a step ({error!r}): remove the line"
                 ) from None
             logger.warning("%s: the last line is incomplete and is passed over", path)
-    return [rows[step] for step in sorted(rows)]
+    return rows
 
 
 def training_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

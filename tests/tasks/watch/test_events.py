@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from neox_core.config import RunConfig
+from tasks import train
 from tasks.identity.training import resolve_training
 from tasks.watch.events import training_events
 from tasks.watch.notify import Event
@@ -46,6 +47,17 @@ def test_the_last_restart_and_the_last_incident_of_this_day(config: RunConfig) -
     assert told(config)["incident"].key == first["incident"].key
     make_older(incidents, 2000)
     assert set(told(config)) == {"restart"}
+
+
+def test_half_an_incident_of_a_run_that_was_killed_is_none(config: RunConfig, tmp_path: Path) -> None:
+    whole = {"step": 3, "problem": "spike", "action": "skip", "loss": 9.5, "gradient_norm": 2.0, "ranks": [0]}
+    incidents = write(config, "incidents.jsonl", '{"step": 3, "problem": "sp')
+    assert told(config) == {}
+    assert train._incidents(incidents) == []
+    incidents.write_text(json.dumps(whole | {"sources": {"code": 2}, "documents": []}) + '\n{"step": 5, "pro')
+    assert told(config)["incident"].text == "step 3: spike (skip)"
+    assert train._incidents(incidents) == [whole | {"sources": {"code": 2}}]
+    assert train._incidents(tmp_path / "absent") == []
 
 
 def test_a_job_at_work_without_a_step(config: RunConfig, cluster: ScriptedExecutor) -> None:
