@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from neox_core.config import RunConfig
+from neox_core.config import RunConfig, sequences_before
 from neox_core.progress import Progress, short_time
 from neox_core.train.ends.saving import behind
-from neox_core.train.observe.rows import read_metrics
+from neox_core.train.observe.rows import read_rows
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
 from tasks.jobs.status import Status
@@ -50,8 +50,9 @@ def share_done(config: RunConfig, metrics: Path) -> float:
 
 
 def last_step(metrics: Path) -> Mapping[str, Any] | None:
-    """The metrics of the last training step, if there was one."""
-    rows = [row for row in (read_metrics(metrics) if metrics.is_file() else []) if "train/loss" in row]
+    """The metrics of the training step that was done last, if there was one; a training that goes on from a checkpoint
+    does some again."""
+    rows = [row for row in read_rows(metrics) if "train/loss" in row]
     return rows[-1] if rows else None
 
 
@@ -102,7 +103,9 @@ def _step(row: Mapping[str, Any], config: RunConfig) -> str:
 
 
 def _left(row: Mapping[str, Any], config: RunConfig) -> str:
-    tokens = (config.train.steps - row["step"]) * config.train.global_batch_tokens
+    train = config.train
+    sequences = sequences_before(train, train.steps + 1) - sequences_before(train, row["step"] + 1)
+    tokens = sequences * train.sequence_length
     return f", {short_time(tokens / row['train/tokens_per_second'])} left" if tokens else ""
 
 

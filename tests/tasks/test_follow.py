@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from neox_core.config import RunConfig
-from tasks.follow import describe, follow, last_step
+from neox_core.config.train_sections import TrainChange
+from tasks.follow import describe, follow, last_step, share_done
 from tasks.jobs.executor import Resources
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.launch import JobPlan, attach_or_submit
@@ -54,6 +55,22 @@ def test_the_jobs_state_comes_before_the_last_step(
     file = tmp_path / "none" if step is None else metrics(tmp_path, step)
     # 4 steps of 2,048 tokens at 8,192 tokens a minute: a minute is left.
     assert describe("7", status, time.time() - seen, last_step(file), file, config) == said
+
+
+def test_the_time_that_is_left_counts_the_batches_to_come(tmp_path: Path, config: RunConfig) -> None:
+    file, changes = metrics(tmp_path, 1), (TrainChange(from_step=6, global_batch_tokens=6 * 2048),)
+    larger = config.model_copy(update={"train": config.train.model_copy(update={"changes": changes})})
+    # A step of 2,048 tokens and three of six times as many.
+    assert describe("7", Status("running"), 0, last_step(file), file, larger) == f"{STEP}, 137 tokens/s, 4 min left"
+
+
+def test_steps_that_are_done_again_are_the_last_ones(tmp_path: Path, config: RunConfig) -> None:
+    file = metrics(tmp_path, 1)
+    with file.open("a") as rows:
+        again = {"step": 2, "train/loss": 4.6, "train/tokens_per_second": 8192.0 / 60}
+        rows.write(json.dumps(again) + "\n" + json.dumps({"step": 2, "validation/loss": 4.7}) + "\n")
+    assert describe("7", Status("running"), 0, last_step(file), file, config).startswith("step 2 of 8, loss 4.600")
+    assert share_done(config, file) == 0.25
 
 
 @pytest.mark.parametrize("reason", ["launch failed requeued held", "job_requeued_in_held_state", "JobHoldMaxRequeue"])
