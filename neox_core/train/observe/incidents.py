@@ -18,7 +18,7 @@ from neox_core.parallel.ranks.mesh import Mesh
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.guards import Incident
 from neox_core.train.observe.metrics import INCIDENTS_FILE, MetricsLog
-from neox_core.train.observe.row_file import RowFile
+from neox_core.train.observe.row_file import RowFile, restore
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class IncidentLog:
         self._metrics, self._groups, self._mesh = metrics, tuple(groups), mesh
         self._path = folder / INCIDENTS_FILE
         self._rows: RowFile | None = None
-        if mesh.rank == 0 and not self._path.exists() and (stored := store.get_text(self._key)):
-            self._path.write_text(stored, encoding="utf-8")
+        if mesh.rank == 0:
+            restore(self._path, store.get_text(self._key))
 
     def record(self, incident: Incident) -> None:
         """Write an incident down. Collective over all ranks."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 from neox_core.config import RunConfig
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.observe.row_file import RowFile
+from neox_core.train.observe.row_file import RowFile, restore
 from neox_core.train.observe.wandb_run import WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class MetricsLog:
     """Writes one row per call, on rank 0 only; on other ranks it does nothing.
 
     A run that is resumed continues its file and its W&B run, whose id is the training's fingerprint. `backup` puts the
-    file next to the checkpoints in the store, from where it comes back if the folder is lost. A job in whose folder
-    another one has begun to write, writes no more.
+    file next to the checkpoints in the store, from where it comes back if the folder is lost, or is one that other jobs
+    have not written to since. A job in whose folder another one has begun to write, writes no more.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
         self._store, self._key = store, f"{prefix}/{METRICS_FILE}"
-        if not self._path.exists():
-            self._path.write_text(store.get_text(self._key) or "", encoding="utf-8")
+        restore(self._path, store.get_text(self._key))
         self._rows = RowFile(self._path)
         self._token, self._writer = uuid4().hex, folder / _WRITER_FILE
         write_atomically(self._writer, self._token)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neox_core.storage.atomic import write_atomically
 from neox_core.storage.full_disk import is_full, room_wanted
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,24 @@ class RowFile:
         if self._is_full:
             logger.warning("%s has room again: all rows are written", self._path)
         self._is_full = False
+
+
+def restore(path: Path, stored: str | None) -> None:
+    """Bring a file of rows back from its copy in the store: it was lost, or a job elsewhere has gone on since.
+
+    Args:
+        stored: the copy, whose rows have the times at which they were written; None: there is none.
+    """
+    if stored and (not path.exists() or _last_time(stored) > _last_time(path.read_text(errors="replace"))):
+        write_atomically(path, stored)  # half of it would be all that is copied next
+
+
+def _last_time(rows: str) -> float:
+    """Unix time of the last whole row; 0 if there is none, or it does not say."""
+    try:
+        return float(json.loads(rows[: rows.rfind("\n")].rpartition("\n")[2])["time"])
+    except (ValueError, TypeError, KeyError):
+        return 0.0
 
 
 def _end_last_line(path: Path) -> None:

@@ -95,6 +95,14 @@ def test_a_file_that_is_there_is_not_replaced_by_the_backup(store: ObjectStore, 
     assert len(read_metrics(tmp_path / METRICS_FILE)) == 1
 
 
+def test_a_folder_that_another_one_went_on_from_has_the_rows_of_both(store: ObjectStore, tmp_path: Path) -> None:
+    for step, folder in enumerate(("first", "second", "first")):
+        with open_log(tmp_path / folder, store) as log:
+            log.log(step, train__loss=3.0)
+            log.backup()()
+    assert [row["step"] for row in read_metrics(tmp_path / "first" / METRICS_FILE)] == [0, 1, 2]
+
+
 def test_other_ranks_are_silent(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "start_wandb", lambda *args: pytest.fail("W&B was started"))
     with open_log(tmp_path / "new", store, rank=1, mode="offline") as log:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neox_core.train.observe.row_file import RowFile
+from neox_core.train.observe.row_file import RowFile, restore
 from tests.full_disk import Disk, put_on_disk
 
 
@@ -59,3 +59,30 @@ def test_half_a_last_line_is_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFi
     file.close()
     assert rows(path.read_text()) == [1, 2]
     assert "incomplete" in caplog.text
+
+
+def test_a_copy_comes_back_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written of it would be taken for all that there is, and be copied to the store."""
+    path, stored = tmp_path / "metrics.jsonl", '{"step": 1, "time": 1.0}\n{"step": 2, "time": 2.0}\n'
+    with monkeypatch.context() as full:
+        put_on_disk(full, lambda opened: opened.parent == tmp_path, lambda: Disk(30))
+        with pytest.raises(OSError, match="No space left"):
+            restore(path, stored)
+    assert not path.exists()
+    restore(path, stored)
+    assert path.read_text() == stored
+    restore(tmp_path / "none", None)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_copy_of_a_job_with_another_folder_is_taken_if_it_is_newer(tmp_path: Path) -> None:
+    path, earlier = tmp_path / "metrics.jsonl", '{"step": 1, "time": 1.0}\n'
+    path.write_text(earlier + '{"step": 2, "time": 2.0}\n{"ste')
+    restore(path, earlier)
+    assert path.read_text().startswith(earlier + '{"step": 2')
+    stored = earlier + '{"step": 2, "time": 3.0}\n{"step": 3, "time": 4.0}\n'
+    restore(path, stored)
+    assert path.read_text() == stored
+    path.write_text("\0\0\n")
+    restore(path, stored)
+    assert path.read_text() == stored
