@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _chosen(training: Training) -> tuple[str, Manifest]:
     if training.config.export.checkpoint == "last":
         return training.prefix, last_manifest(training)
     best_by, found = training.config.checkpoints.best_by, training.lineage_checkpoints()
-    ranks = _ranks(training, best_by)
+    ranks = _ranks(training, best_by, found)
     if not ranks:
         raise CheckpointError(f"export.checkpoint is best, and no checkpoint has the score {best_by}: give last")
     step = min(sorted(ranks), key=ranks.__getitem__)
@@ -92,11 +92,14 @@ def _chosen(training: Training) -> tuple[str, Manifest]:
     return found[step]
 
 
-def _ranks(training: Training, best_by: str) -> dict[int, float]:
-    """By step, the lower the better; of validation, steps that have a checkpoint."""
+def _ranks(training: Training, best_by: str, found: Collection[int]) -> dict[int, float]:
+    """By step, the lower the better; of validation, steps that have a checkpoint or had one, as `found` has those that
+    are in the store."""
     if best_by == VALIDATION:
+        train = training.config.train
         losses = validation_losses(require(training.spec.identity).folder / METRICS_FILE)
-        return {step: loss for step, loss in losses.items() if step % training.config.train.checkpoint_interval == 0}
+        due = {step for step in losses if step % train.checkpoint_interval == 0 or step == train.steps}
+        return {step: loss for step, loss in losses.items() if step in due.union(found) and step != BASE_STEP}
     evaluated = require(evaluate_spec(training.config, training.fingerprint).identity)
     scores = {result["step"]: scored_tasks(result) for result in evaluated.summary["evaluations"]}
     return {step: rank for step, rank in ranking(best_by, scores).items() if step != BASE_STEP}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,8 +45,9 @@ def has_answers(tasks: Tasks) -> bool:
 
 
 def ranking(best_by: str, scores: Mapping[int, Tasks]) -> dict[int, float]:
-    """A number by step, of those that have the score TASK/METRIC: the lower, the better."""
+    """A number by step, of those that have the score TASK/METRIC: the lower, the better; NaN is the worst."""
     task, _, metric = best_by.rpartition("/")
     sign = 1 if metric in _LOWER_IS_BETTER else -1
     found = {step: tasks.get(task, {}).get("metrics", {}).get(metric) for step, tasks in scores.items()}
-    return {step: sign * float(score["value"]) for step, score in found.items() if score is not None}
+    ranks = {step: sign * float(score["value"]) for step, score in found.items() if score is not None}
+    return {step: math.inf if math.isnan(rank) else rank for step, rank in ranks.items()}

@@ -57,12 +57,20 @@ def test_the_best_by_a_score_of_the_evaluation(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_best_by_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {25: 3.0, 30: 1.0, 50: 2.0, 75: 2.5}  # none was saved at 30
+    losses = {0: 0.5, 20: "NaN", 25: 3.0, 30: 1.0, 50: 2.0, 75: 2.5}  # none was saved at 0 and 30
     lines = "".join(f'{{"step": {step}, "validation/loss": {loss}}}\n' for step, loss in losses.items())
     (tmp_path / "metrics.jsonl").write_text(lines)
     monkeypatch.setattr(export, "require", lambda identity: SimpleNamespace(folder=tmp_path))
     found = export._chosen(Trained(configured(tmp_path, "validation"), (25, 50, 75, 100)))  # type: ignore[arg-type]
     assert found[1].step == 50
+    # A job that was stopped saves at any step, and the last step is saved whatever the interval.
+    found = export._chosen(Trained(configured(tmp_path, "validation"), (25, 30, 75)))  # type: ignore[arg-type]
+    assert found[1].step == 30
+    with (tmp_path / "metrics.jsonl").open("a") as rows:
+        rows.write(f'{{"step": {CONFIG.train.steps + 1}, "validation/loss": 0.75}}\n')
+    longer = configured(tmp_path, "validation")
+    longer = longer.model_copy(update={"train": longer.train.model_copy(update={"steps": CONFIG.train.steps + 1})})
+    assert export._chosen(Trained(longer, (25, CONFIG.train.steps + 1)))[1].step == CONFIG.train.steps + 1  # type: ignore[arg-type]
 
 
 def test_another_choice_is_another_model(tmp_path: Path) -> None:

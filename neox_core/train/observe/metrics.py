@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -93,9 +94,9 @@ class MetricsLog:
 
 
 def validation_losses(metrics: Path) -> dict[int, float]:
-    """By step, as the metrics have them; the last of a step that was repeated."""
+    """By step, as the metrics have them; the last of a step that was repeated. What is no number is the worst."""
     if not metrics.is_file():
         return {}
     lines = metrics.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.endswith("}") and _LOSS in line]
-    return {row["step"]: row[_LOSS] for row in rows}
+    return {row["step"]: math.inf if math.isnan(row[_LOSS]) else row[_LOSS] for row in rows}

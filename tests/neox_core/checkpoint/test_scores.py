@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -25,6 +27,7 @@ def test_the_best_is_the_lowest() -> None:
     found = {25: scores(1.5, 0.1), 50: scores(1.0, 0.3), 75: scores(1.2, 0.2), 100: {}}
     assert ranking("sums/bits_per_byte", found) == {25: 1.5, 50: 1.0, 75: 1.2}
     assert ranking("facts, written/greedy", found) == {25: -0.1, 50: -0.3, 75: -0.2}
+    assert ranking("facts, written/greedy", {25: scores(1.0, math.nan)}) == {25: math.inf}
 
 
 def test_the_best_by_a_score_stay_and_so_do_those_without_one(store: ObjectStore) -> None:

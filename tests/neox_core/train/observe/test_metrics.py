@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Literal
 
 import pytest
 
-from neox_core.config import RunConfig, WandbConfig, load_config
+from neox_core.checkpoint.retention import superseded
+from neox_core.config import CheckpointsConfig, RunConfig, WandbConfig, load_config
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.observe import metrics
-from neox_core.train.observe.metrics import METRICS_FILE, MetricsLog
+from neox_core.train.observe.metrics import METRICS_FILE, MetricsLog, validation_losses
 from neox_core.train.observe.rows import read_metrics
 from tests.paths import CONFIGS
 
@@ -101,6 +103,16 @@ def test_a_folder_that_another_one_went_on_from_has_the_rows_of_both(store: Obje
             log.log(step, train__loss=3.0)
             log.backup()()
     assert [row["step"] for row in read_metrics(tmp_path / "first" / METRICS_FILE)] == [0, 1, 2]
+
+
+def test_a_validation_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    """Among others it had sorted anyhow, and the best checkpoint was removed."""
+    losses = {5: math.nan, 10: 2.0, 15: 3.0}
+    rows = [json.dumps({"step": step, "validation/loss": loss}) + "\n" for step, loss in losses.items()]
+    (tmp_path / METRICS_FILE).write_text("".join(rows))
+    found = validation_losses(tmp_path / METRICS_FILE)
+    assert found == {5: math.inf, 10: 2.0, 15: 3.0}
+    assert superseded([5, 10, 15, 20], CheckpointsConfig(keep_last=1, keep_best=1), found) == [5, 15]
 
 
 def test_other_ranks_are_silent(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
