@@ -1,6 +1,8 @@
-"""Says that a training begins at step 0, and in what it is another than the last one of its workdir.
+"""Says that a training begins at step 0: in what it is another than the last one of its workdir, or that its
+checkpoints are gone.
 
-Whoever changed a setting that does not look as if it mattered, such as a source of validation, may have meant to go on.
+Whoever changed a setting that does not look as if it mattered, such as a source of validation, or another place of the
+store, may have meant to go on.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from neox_core.errors import StorageError
+from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.identity import NOT_LOGICAL
 from tasks.identity.training import Training
+from tasks.jobs.node.plan import Restarts
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,16 @@ _UNRELATED |= {("train", name) for name in NOT_LOGICAL}
 
 
 def say_if_new(training: Training) -> None:
-    """Log it, if neither the workdir nor the store has anything of the training, and the workdir has another one."""
+    """Log it, if the store has nothing of the training, and the workdir has another one or has seen its checkpoints."""
+    saved = Restarts(0, training.scratch / SAVED_FILE).saved_so_far()
+    if saved and not _is_stored(training):
+        logger.warning(
+            "%s has saved step %d, but %s holds no checkpoint of it: unless one lies on a local disk, it begins at "
+            "step 0 again. Is storage.url still the same?",
+            training.spec.folder.name,
+            saved,
+            training.config.storage.url,
+        )
     others = list(training.scratch.parent.glob(f"train-*/{CONFIG_FILE}"))
     if not others or training.scratch.exists() or training.was_begun() or _is_stored(training):
         return

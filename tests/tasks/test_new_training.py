@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from neox_core.config import RunConfig
+from neox_core.train.ends.saving import SAVED_FILE
 from tasks import new_training
 from tasks.identity.training import Training
 from tasks.new_training import CONFIG_FILE, say_if_new
@@ -49,6 +50,19 @@ def test_what_differs_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "train.optimizer.lr was" in text
     assert "workers" not in text
     assert "log_interval" not in text
+
+
+def test_checkpoints_that_are_gone_are_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, empty_store: dict[int, object]
+) -> None:
+    """Another storage.url had a finished training done again, without a word."""
+    config = config_in(tmp_path)
+    training = begin(config)
+    (training.scratch / SAVED_FILE).write_text("20")
+    text = said(config, caplog)
+    assert f"{training.spec.folder.name} has saved step 20, but {config.storage.url} holds no" in text
+    empty_store[10] = None
+    assert said(config, caplog) == ""
 
 
 def test_many_settings_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
