@@ -140,7 +140,8 @@ class TrainCheckpoints:
         end = incident.batch.first + incident.batch.count
         skipped = (*skipped, SkippedSequences(manifest.step, first, end - first))
         if self.mesh.rank == 0:
-            record = {"step": manifest.step, "skipped": [asdict(window) for window in skipped]}
+            windows = [asdict(window) for window in skipped]
+            record = {"step": manifest.step, "attempt": manifest.attempt, "skipped": windows}
             self.check_lease()
             self.store.put_text(f"{self.job.prefix}/{_SKIPPED_FILE}", json.dumps(record))
         dist.barrier()
@@ -193,7 +194,10 @@ class TrainCheckpoints:
     def _with_skipped(self, prefix: str, manifest: Manifest) -> Manifest:
         for key in dict.fromkeys((self.job.prefix, prefix)):
             text = self.store.get_text(f"{key}/{_SKIPPED_FILE}")
-            if text is not None and (record := json.loads(text))["step"] == manifest.step:
+            if text is None:
+                continue
+            record = json.loads(text)  # of a version up to 0.2, without the job's number
+            if (record["step"], record.get("attempt", manifest.attempt)) == (manifest.step, manifest.attempt):
                 return replace(manifest, skipped=record["skipped"])
         return manifest
 

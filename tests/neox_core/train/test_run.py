@@ -238,6 +238,25 @@ def test_going_back(one_rank: None, engine: Engine, store: ObjectStore, job: Tra
     assert saved.resume() == TrainingState(9, DATA)
 
 
+def test_what_was_skipped_after_a_checkpoint_says_nothing_of_the_next_of_its_step(
+    one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
+) -> None:
+    """The first one was damaged or removed, and training has come there again from one before, on other sequences."""
+    for step in (9, 10):
+        publish(store, job, step, LAYOUT)
+    saved = checkpoints(engine, store, job)
+    store.delete([f"{job.prefix}/global_step10/manifest.json"])
+    saved.go_back(incident(10, 9 * BATCH))  # after 9, of which nothing is left
+    publish_manifest(store, job.prefix, Manifest(10, 11 * BATCH, (), LAYOUT, job.fingerprint, {}, skipped=[
+        {"after_step": 9, "first": 9 * BATCH, "count": BATCH}
+    ]))  # fmt: skip
+    assert len(saved.go_back(incident(11, 11 * BATCH)).skipped) == 2
+    assert len(saved.resume().skipped) == 2
+    store.delete([f"{job.prefix}/global_step10/manifest.json"])
+    publish_manifest(store, job.prefix, Manifest(10, 10 * BATCH, (), LAYOUT, job.fingerprint, {}, attempt=2))
+    assert saved.resume() == TrainingState(10, DATA)
+
+
 def test_what_an_ancestor_skipped_after_its_checkpoint(
     one_rank: None, engine: Engine, store: ObjectStore, job: TrainJob
 ) -> None:
