@@ -128,7 +128,8 @@ def check_consumed(data: MixtureDataset, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"{manifest.name} was trained on {found} of source {name!r}, but the mixture of this "
                 f"configuration takes {expected} up to there: state changes of weights in data.weight_changes only, "
-                "and only for steps to come"
+                "and only for steps to come; where a source's amount is in tokens or epochs, its share is of the whole "
+                "run's tokens, so that train.changes cannot change the batch of a training that has begun"
             )
 
 
