@@ -132,11 +132,19 @@ def _evaluate_source(
         "tokens": tokens,
         "bytes": counts["bytes"],
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss * counts["tokens"] / counts["bytes"] / math.log(2),
     }
     logger.info("%s: perplexity %.3f over %d tokens", source, result["perplexity"], tokens)
     return result
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean loss; infinite where that is too large for a float, as of a training that has diverged."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _batches(

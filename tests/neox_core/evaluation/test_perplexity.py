@@ -20,7 +20,7 @@ from neox_core.checkpoint.manifest import Manifest, publish_manifest
 from neox_core.config import EvaluateConfig, ModelConfig, ParallelConfig, RunConfig, SourceConfig, StorageConfig
 from neox_core.data.indexed import IndexedWriter
 from neox_core.errors import CheckpointError
-from neox_core.evaluation.perplexity import EvaluateJob, _download, evaluate_checkpoints
+from neox_core.evaluation.perplexity import EvaluateJob, _download, evaluate_checkpoints, perplexity
 from neox_core.storage.digest import sha256_of
 from neox_core.storage.object_store import ObjectStore
 from tests.distributed import run_ranks
@@ -148,3 +148,10 @@ def test_losses_are_transformers(evaluation: Evaluation, windows: int | None) ->
 def test_a_step_without_a_checkpoint(evaluation: Evaluation, store: ObjectStore) -> None:
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7 below s3://.*: there are \[5\]"):
         _download(store, evaluation.job, 7, cast(Any, None))
+
+
+def test_the_perplexity_of_a_training_that_has_diverged() -> None:
+    """Its evaluation ended in an OverflowError, again and again."""
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(9743.05) == math.inf
+    assert math.isnan(perplexity(math.nan))
