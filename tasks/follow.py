@@ -10,7 +10,7 @@ from typing import Any
 from neox_core.config import RunConfig, sequences_before
 from neox_core.progress import Progress, short_time
 from neox_core.train.ends.saving import behind
-from neox_core.train.observe.rows import read_rows
+from neox_core.train.observe.rows import last_row
 from tasks.jobs.failure import JobFailed
 from tasks.jobs.job import Job
 from tasks.jobs.status import Status
@@ -52,8 +52,7 @@ def share_done(config: RunConfig, metrics: Path) -> float:
 def last_step(metrics: Path) -> Mapping[str, Any] | None:
     """The metrics of the training step that was done last, if there was one; a training that goes on from a checkpoint
     does some again."""
-    rows = [row for row in read_rows(metrics) if "train/loss" in row]
-    return rows[-1] if rows else None
+    return last_row(metrics, "train/loss")
 
 
 def describe(

@@ -73,6 +73,14 @@ def test_steps_that_are_done_again_are_the_last_ones(tmp_path: Path, config: Run
     assert share_done(config, file) == 0.25
 
 
+def test_a_look_at_the_last_step_reads_no_other_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Progress looks each second, for weeks, also while a full disk keeps half a row."""
+    file = metrics(tmp_path, 1)
+    file.write_text("no row\n" + file.read_text() + '{"step": 5, "train/loss": 4.5, "train/tok')
+    assert (last_step(file) or {})["step"] == 4
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("reason", ["launch failed requeued held", "job_requeued_in_held_state", "JobHoldMaxRequeue"])
 def test_a_held_requeue_ends_the_attempt(tmp_path: Path, config: RunConfig, reason: str) -> None:
     scheduler = ScriptedExecutor()

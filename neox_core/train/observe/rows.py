@@ -55,6 +55,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_row(path: Path, name: str) -> dict[str, Any] | None:
+    """The last row of metrics.jsonl that has a value of this name, without parsing those before it, as it is asked for
+    again and again; half a row, which may get its other half this moment, does not count."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        if f'"{name}"'.encode() in line and line.endswith(b"}"):
+            row: dict[str, Any] = json.loads(line)
+            return row
+    return None
+
+
 def training_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """First and last loss, steps, and the median of speed and utilisation, as the first steps of a job warm up; empty
     before the first step."""
