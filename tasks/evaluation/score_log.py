@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from neox_core.config import RunConfig
-from neox_core.train.observe.wandb_run import WandbRun, start_wandb
+from neox_core.train.observe.wandb_run import StartedRun, WandbRun, start_wandb
 from tasks.evaluation.kept_items import Result, scored_tasks
 
 
@@ -27,7 +27,7 @@ class ScoreLog:
 
     def __init__(self, config: RunConfig, folder: Path, run: WandbRun) -> None:
         self._config, self._folder, self._identity = config, folder, run
-        self._run: Any = None
+        self._run: StartedRun | None = None
 
     def __enter__(self) -> ScoreLog:
         return self

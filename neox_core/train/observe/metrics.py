@@ -10,14 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from uuid import uuid4
 
 from neox_core.config import RunConfig
 from neox_core.storage.atomic import write_atomically
 from neox_core.storage.object_store import ObjectStore
 from neox_core.train.observe.row_file import RowFile, restore
-from neox_core.train.observe.wandb_run import WandbRun, start_wandb
+from neox_core.train.observe.wandb_run import StartedRun, WandbRun, start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class MetricsLog:
         self, config: RunConfig, folder: Path, store: ObjectStore, prefix: str, run_id: str, rank: int
     ) -> None:
         self._active = rank == 0
-        self._wandb: Any = None
+        self._wandb: StartedRun | None = None
         if not self._active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +79,7 @@ class MetricsLog:
     def note(self, name: str, text: str) -> None:
         """Put a text into the summary of the W&B run."""
         if self._active and self._wandb is not None:
-            self._wandb.summary[name] = text
+            self._wandb.note(name, text)
 
     def backup(self) -> Callable[[], None]:
         """What copies the rows so far to the store when it is called, in whatever thread."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -40,22 +41,75 @@ class WandbRun:
         return self.fingerprint[:_ID_LENGTH]
 
 
-def start_wandb(config: RunConfig, folder: Path, run: WandbRun) -> Any:
-    """A run of W&B, gone on with if there is one with this id; offline where W&B cannot be reached.
+class StartedRun:
+    """A run of W&B. Its failures, and those of its process and of the disk, are logged once and end nothing: whoever
+    tells it something writes that to a file of ours too.
+
+    Args:
+        start: W&B's own run.
+    """
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._run = _borne(start)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Record values by name."""
+        self._tell(lambda run: run.log(row))
+
+    def note(self, name: str, text: str) -> None:
+        """Put a text into the run's summary."""
+        self._tell(lambda run: run.summary.update({name: text}))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Nothing more comes."""
+        self._tell(lambda run: run.finish(exit_code=exit_code))
+
+    def _tell(self, call: Callable[[Any], object]) -> None:
+        def told() -> Any:
+            call(self._run)
+            return self._run
+
+        if self._run is not None:
+            self._run = _borne(told)
+
+
+def _borne(call: Callable[[], Any]) -> Any:
+    """What the call returns; None if it fails."""
+    try:
+        return call()
+    except Exception as error:  # of whatever W&B consists of
+        logger.error("W&B has failed, and is told nothing more by this job: %s: %s", type(error).__name__, error)
+        return None
+
+
+def start_wandb(config: RunConfig, folder: Path, run: WandbRun) -> StartedRun:
+    """A run of W&B, gone on with if there is one with this id; offline where W&B cannot be reached or refuses.
 
     Args:
         folder: W&B's files come into its folder `wandb`; the run's address too, for `address_of`.
     """
+    return StartedRun(partial(_start, config, folder, run))
+
+
+def _start(config: RunConfig, folder: Path, run: WandbRun) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode = config.wandb.mode
-    if mode == "online" and not _reachable(os.environ.get("WANDB_BASE_URL", _WANDB_URL)):
-        logger.warning(
-            "W&B cannot be reached: this job writes offline, into %s; upload later: llemma wandb sync CONFIG",
-            folder / _FOLDER,
-        )
-        mode = "offline"
+    if config.wandb.mode == "online":
+        try:
+            if _reachable(os.environ.get("WANDB_BASE_URL", _WANDB_URL)):
+                return _init(config, folder, run, "online")
+            problem = "cannot be reached"
+        except wandb.errors.Error as error:  # no key, or not that project's
+            problem = f"refuses this job ({error})"
+        place = folder / _FOLDER
+        logger.warning("W&B %s: this job writes offline, into %s; later: llemma wandb sync CONFIG", problem, place)
+    return _init(config, folder, run, "offline")
+
+
+def _init(config: RunConfig, folder: Path, run: WandbRun, mode: Literal["online", "offline"]) -> Any:
+    import wandb
+
     started = wandb.init(
         mode=mode,
         project=config.wandb.project,

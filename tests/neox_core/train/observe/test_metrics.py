@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import re
 import socket
 import time
+import types
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +17,11 @@ import pytest
 from neox_core.checkpoint.retention import superseded
 from neox_core.config import CheckpointsConfig, RunConfig, WandbConfig, load_config
 from neox_core.storage.object_store import ObjectStore
-from neox_core.train.observe import metrics
+from neox_core.train.observe import metrics, wandb_run
 from neox_core.train.observe.metrics import METRICS_FILE, MetricsLog, validation_losses
 from neox_core.train.observe.rows import read_metrics
 from tests.paths import CONFIGS
+from tests.wandb_server import wandb_server
 
 Mode = Literal["disabled", "offline", "online"]
 RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -183,3 +187,65 @@ def test_without_a_network_wandb_writes_offline(
     assert all(RUN_ID[:16] in folder.name for folder in folders)
     assert "W&B cannot be reached" in caplog.text
     assert "wandb sync" in caplog.text
+
+
+class LostRun:
+    """A run whose process was killed."""
+
+    summary: Any = types.MappingProxyType({})
+
+    def log(self, row: dict[str, float]) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    def finish(self, exit_code: int) -> None:
+        raise ConnectionResetError("Connection lost")
+
+
+def test_a_wandb_process_that_dies_ends_no_training(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wandb_run, "_init", lambda *args: LostRun())
+    with open_log(tmp_path, store, mode="offline") as log:
+        for step in (1, 2, 3):
+            log.log(step, train__loss=3.0)
+            log.note("incident", "a spike")
+    with open_log(tmp_path, store, mode="offline") as log:
+        log.note("incident", "a spike")
+    with open_log(tmp_path, store, mode="offline"):
+        pass
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == [1, 2, 3]
+    assert caplog.text.count("W&B has failed, and is told nothing more by this job: ") == 3
+
+
+def test_where_wandb_cannot_even_begin_the_training_goes_on(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(wandb_run, "_init", full)
+    with open_log(tmp_path, store, mode="offline") as log:
+        log.log(1, train__loss=3.0)
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == [1]
+    assert "OSError: [Errno 28] No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("key", [None, "too short"])
+def test_where_wandb_refuses_a_job_writes_offline(
+    key: str | None,
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # which has no key
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        with open_log(tmp_path, store, mode="online") as log:
+            log.log(1, train__loss=3.0)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert re.search(r"W&B refuses this job \(.*API key.*\): this job writes offline", caplog.text)
