@@ -13,6 +13,7 @@ from neox_core.config import RunConfig
 from neox_core.errors import CheckpointError, StorageError
 from neox_core.progress import Progress
 from neox_core.storage.atomic import write_atomically
+from neox_core.storage.full_disk import room_below, write_if_room
 from neox_core.train.ends.saving import SAVED_FILE
 from neox_core.train.job import local_checkpoints
 from neox_core.train.observe.metrics import INCIDENTS_FILE, METRICS_FILE
@@ -44,14 +45,15 @@ def train(training: Training, progress: Progress) -> StageResult:
 
     Raises:
         LaunchError: the job failed; the message is the failing rank's. Or SLURM does not answer for long.
+        ConfigError: the workdir's disk is full.
     """
     failure = training.scratch / FAILURE_FILE
     failure.unlink(missing_ok=True)
     try:
-        return _train(training, progress)
+        with room_below(training.config.workdir):
+            return _train(training, progress)
     except BaseException as error:
-        failure.parent.mkdir(parents=True, exist_ok=True)
-        failure.write_text(str(error), encoding="utf-8")
+        write_if_room(failure, str(error))
         raise
 
 
@@ -78,7 +80,7 @@ def _train(training: Training, progress: Progress) -> StageResult:
         )
 
     def waiting(why: str) -> None:
-        write_atomically(scratch / RESTART_FILE, why)
+        write_if_room(scratch / RESTART_FILE, why)
         progress(share_done(config, scratch / METRICS_FILE), why)
 
     def build(folder: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neox_core.errors import ConfigError
+from neox_core.storage.atomic import write_atomically
 
 
 def is_full(error: OSError) -> bool:
@@ -32,6 +33,15 @@ def room_below(folder: Path) -> Iterator[None]:
             f"the disk of {folder} is full: it has {_free(folder):,} bytes left; make room and give the same command "
             "again, which goes on from what is kept"
         ) from error
+
+
+def write_if_room(path: Path, text: str) -> None:
+    """Write a small file atomically; on a full disk, do without: a note of what is said elsewhere, too."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_full(error):
+            raise
 
 
 def room_wanted(path: Path, need: int) -> str:

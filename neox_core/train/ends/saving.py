@@ -10,7 +10,7 @@ from neox_core.checkpoint.lease import SupersededError
 from neox_core.checkpoint.manifest import Manifest
 from neox_core.checkpoint.reports import Reports
 from neox_core.storage.atomic import write_atomically
-from neox_core.storage.full_disk import is_full
+from neox_core.storage.full_disk import write_if_room
 from neox_core.train.ends.stopping import Stop, Stopping
 from neox_core.train.observe.metrics import METRICS_FILE, validation_losses
 
@@ -80,11 +80,7 @@ def _show(path: Path, text: str) -> None:
     if not text:
         path.unlink(missing_ok=True)
         return
-    try:
-        write_atomically(path, text)
-    except OSError as error:  # the log says it too
-        if not is_full(error):
-            raise
+    write_if_room(path, text)  # the log says it too
 
 
 def behind(output: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from submitit.core.utils import cloudpickle_dump
 
 from neox_core.artifact import Artifact
+from neox_core.errors import ConfigError, LaunchError
+from neox_core.progress import Progress, silent
 from tasks import evaluate, train
 from tasks.evaluation import jobs
 from tasks.identity.current import note_current
@@ -19,6 +22,7 @@ from tasks.identity.training import Training, resolve_training
 from tasks.jobs.rank_record import result_file
 from tasks.jobs.retry import SchedulerRetry
 from tests.e2e.runs import Run, copy_text, write_run
+from tests.full_disk import Disk, put_on_disk
 from tests.tasks.jobs.slurm.fake_slurm import FakeSlurm
 
 SILENT = "job 42 may be at work: SLURM does not answer"
@@ -106,3 +110,19 @@ def test_silence_is_no_failed_training(training: Training, fake_slurm: FakeSlurm
     fake_slurm.sacct("FAILED")
     fake_slurm.be_silent("sacct", 1)
     assert [evaluate._training_failed(training, 0.0, retry_policy) for _ in range(2)] == [False, True]
+
+
+def test_a_full_disk_hides_no_failure_and_is_one_in_words(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_on_disk(monkeypatch, lambda opened: ".failed." in opened.name, lambda: Disk(0))
+    failure: Exception = LaunchError("job 42 failed")
+
+    def fail(training: Training, progress: Progress) -> StageResult:
+        raise failure
+
+    monkeypatch.setattr(train, "_train", fail)
+    with pytest.raises(LaunchError, match="job 42 failed"):
+        train.train(training, silent)
+    failure = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConfigError, match=r"the disk of \S+ is full: .*give the same command again"):
+        train.train(training, silent)
+    assert not (training.scratch / train.FAILURE_FILE).exists()
