@@ -22,7 +22,7 @@ LOCAL_END_TIME = "LLEMMA_JOB_END_TIME"
 END_TIMES = ("SLURM_JOB_END_TIME", LOCAL_END_TIME)
 """Environment variables: the unix time at which the scheduler ends the job; the second one is of local jobs."""
 _INTERVALS = 50
-"""Steps whose longest counts."""
+"""Steps whose longest counts for each of those to come; for one of them the longest of all does, with a validation."""
 _SAVE_MARGIN = 1.5
 """Of the time that a save may take, over the longest so far."""
 _UNMEASURED_SHARE, _UNMEASURED_SECONDS = 0.1, 300.0
@@ -72,7 +72,7 @@ class Stopping:
         self._boundaries, self._stop_at = 0, -1
         self._signal: int | None = None
         now = time.time()
-        self._steps = deque([0.0], maxlen=_INTERVALS)
+        self._steps, self._longest = deque([0.0], maxlen=_INTERVALS), 0.0
         self._last: float | None = None
         self._save_seconds = min(_UNMEASURED_SECONDS, _UNMEASURED_SHARE * max(0.0, (ends_at or now) - now))
         self._measured = False
@@ -102,6 +102,7 @@ class Stopping:
         now = time.time()
         if self._last is not None:  # what comes before the first boundary is mostly the start of the job
             self._steps.append(now - self._last)
+            self._longest = max(self._longest, now - self._last)
         self._last = now
         if self._signal is not None:
             name = signal.Signals(self._signal).name
@@ -116,7 +117,7 @@ class Stopping:
     @property
     def lead(self) -> float:
         """Seconds that the steps until a stop and its save take, as measured."""
-        return (self._ahead + 2) * max(self._steps) + _SAVE_MARGIN * self._save_seconds
+        return (self._ahead + 1) * max(self._steps) + self._longest + _SAVE_MARGIN * self._save_seconds
 
     def _agree(self, now: float) -> None:
         if self._rank == 0:

@@ -187,6 +187,22 @@ def test_the_start_of_a_job_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopping.lead == pytest.approx(2 * 5.0 + 1.5 * 30.0)
 
 
+def test_no_validation_begins_that_the_time_limit_would_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One every 100 steps of a second takes half a minute. What came after the last save was lost."""
+    clock = [1000.0]
+    monkeypatch.setattr("neox_core.train.ends.stopping.time.time", lambda: clock[0])
+    after_third = 1000.0 + 300 + 3 * 30
+    stopping = Stopping(dist.HashStore(), 0, 1, after_third + 120.0)
+    stopping.saved(1.0)
+    step, stop = 0, None
+    while stop is None:
+        step += 1
+        clock[0] += 31.0 if step % 100 == 0 else 1.0
+        stop = stopping.due()
+    assert 300 < step < 400, "the fourth validation would be over after the end"
+    assert after_third < clock[0] < after_third + 120
+
+
 def test_a_signal_is_heard_while_the_block_lasts() -> None:
     assert threading.current_thread() is threading.main_thread()
     stopping = Stopping(dist.HashStore(), 0, 1, None)
