@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,8 @@ def merge_problem(pieces: Sequence[Piece]) -> str | None:
     """Why a list of merges cannot say what a byte-pair model does; None: one can.
 
     Of neighbours whose unions score alike, SentencePiece joins the first in the text, where a list has one order for
-    all texts; of runs of one character, such as blanks, both make the same. And it joins characters without a piece.
+    all texts; of runs of one character, such as blanks, both make the same, and of the pieces with the highest score
+    where none begins as another ends. And it joins characters without a piece.
     """
     scores = {text: score for text, score, kind in pieces if kind == _Piece.NORMAL}
     joined = [text for text in scores if len(text) > 1]
@@ -139,12 +141,26 @@ def merge_problem(pieces: Sequence[Piece]) -> str | None:
         text = next(text for text in joined if not lacking.isdisjoint(text))
         character = next(character for character in text if character in lacking)
         return f"has the piece {text!r}, but none for the character {character!r} alone"
+    highest = max((scores[text] for text in joined), default=0.0)
     first: dict[float, str] = {}
-    for text in joined:
-        other = first.setdefault(scores[text], text)
-        if other != text and len({*other, *text}) > 1:
-            return f"gives the pieces {other!r} and {text!r} the same score and makes whichever is first in a text"
+    tied = ((first.setdefault(scores[text], text), text) for text in joined if scores[text] < highest)
+    meeting = _meeting([text for text in joined if scores[text] == highest], scores)
+    for one, other in (*tied, *meeting):
+        if one != other and len({*one, *other}) > 1:
+            return f"gives the pieces {one!r} and {other!r} the same score and makes whichever is first in a text"
     return None
+
+
+def _meeting(texts: Sequence[str], pieces: Container[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of them that can want the same piece of a text, as the end of the one and the beginning of the other."""
+    beginning, ending = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for text in texts:
+        for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text))):
+            if left in pieces and right in pieces:
+                beginning[left].append(text)
+                ending[right].append(text)
+    for piece in beginning.keys() & ending.keys():
+        yield from product(ending[piece], beginning[piece])
 
 
 def _array(ids: Sequence[int] | Tokens) -> Tokens:

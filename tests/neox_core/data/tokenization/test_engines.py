@@ -249,6 +249,22 @@ def test_runs_of_one_character_may_score_alike(tmp_path: Path) -> None:
         assert tokenizer.encode(text).tolist() == reference.encode(text)
 
 
+def test_appended_pieces_that_never_meet_may_score_alike(tmp_path: Path) -> None:
+    """A few marks at the score 0, which is the default, took tokenizer.json and gigatoken from a vocabulary."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(DEMO.read_bytes())
+    for piece in ("\u2581<S", "\u2581<S>", "\u2581<E", "\u2581<E>", "qxz"):
+        proto.pieces.add(piece=piece, score=0.0, type=Type.NORMAL)
+    path = tmp_path / "marks.model"
+    path.write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(TokenizerConfig(model=path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert tokenizer.engine.startswith("gigatoken ")
+    assert tokenizer_problem(path, "llama") is None
+    for text in ("a <S> <E><S> qxzqx <SE>", "  <S <E> qxz<S>", "<S>text <E>  <Eq>x"):
+        assert tokenizer.encode(text).tolist() == reference.encode(text)
+
+
 def test_one_wrong_id_is_found() -> None:
     tokenizer = Tokenizer(TokenizerConfig(model=DEMO))
     ids = tokenizer.encode_document("some text")
