@@ -79,6 +79,12 @@ def test_a_look_at_the_last_step_reads_no_other_row(tmp_path: Path, caplog: pyte
     file.write_text("no row\n" + file.read_text() + '{"step": 5, "train/loss": 4.5, "train/tok')
     assert (last_step(file) or {})["step"] == 4
     assert caplog.text == ""
+    with file.open("a") as rows:
+        rows.write("\n" + '{"step": 4, "validation/loss": 4.5}\n' * 10_000)
+    assert (last_step(file) or {})["step"] == 4
+    with file.open("a") as rows:  # as another node sees what is being written over NFS
+        rows.write("\0" * 40 + ' "train/loss": 4.5}')
+    assert (last_step(file) or {})["step"] == 4
 
 
 @pytest.mark.parametrize("reason", ["launch failed requeued held", "job_requeued_in_held_state", "JobHoldMaxRequeue"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median_high
@@ -12,6 +13,9 @@ from typing import Any
 from neox_core.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+_TAIL = 1 << 16
+"""Bytes in which the last row is looked for first."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -56,14 +60,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def last_row(path: Path, name: str) -> dict[str, Any] | None:
-    """The last row of metrics.jsonl that has a value of this name, without parsing those before it, as it is asked for
-    again and again; half a row, which may get its other half this moment, does not count."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        if f'"{name}"'.encode() in line and line.endswith(b"}"):
-            row: dict[str, Any] = json.loads(line)
-            return row
+    """The last row of metrics.jsonl that has a value of this name, without reading all those before it, as it is asked
+    for again and again; half a row, which may get its other half this moment, does not count."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for length in (_TAIL, size):
+            file.seek(max(0, size - length))
+            for line in reversed(file.read().splitlines()):
+                if f'"{name}"'.encode() in line and (row := _whole(line)):
+                    return row
     return None
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def training_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
