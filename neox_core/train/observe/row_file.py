@@ -67,18 +67,10 @@ def restore(path: Path, stored: str | None) -> None:
     """Bring a file of rows back from its copy in the store: it was lost, or a job elsewhere has gone on since.
 
     Args:
-        stored: the copy, whose rows have the times at which they were written; None: there is none.
+        stored: the copy, whole rows of which no two are the same, as each has its time; None: there is none.
     """
-    if stored and (not path.exists() or _last_time(stored) > _last_time(path.read_text(errors="replace"))):
+    if stored and not (path.exists() and stored.splitlines()[-1] in path.read_text(errors="replace")):
         write_atomically(path, stored)  # half of it would be all that is copied next
-
-
-def _last_time(rows: str) -> float:
-    """Unix time of the last whole row; 0 if there is none, or it does not say."""
-    try:
-        return float(json.loads(rows[: rows.rfind("\n")].rpartition("\n")[2])["time"])
-    except (ValueError, TypeError, KeyError):
-        return 0.0
 
 
 def _end_last_line(path: Path) -> None:

@@ -86,3 +86,14 @@ def test_the_copy_of_a_job_with_another_folder_is_taken_if_it_is_newer(tmp_path:
     path.write_text("\0\0\n")
     restore(path, stored)
     assert path.read_text() == stored
+
+
+def test_whose_clock_is_ahead_does_not_matter(tmp_path: Path) -> None:
+    """Rows of a node with another clock were taken for older ones, and lost."""
+    path, earlier = tmp_path / "metrics.jsonl", '{"step": 1, "time": 50.0}\n'
+    path.write_text(earlier + '{"step": 2, "time": 20.0}\n')
+    restore(path, earlier)
+    assert rows(path.read_text()) == [1, 2]
+    stored = earlier + '{"step": 2, "time": 10.0}\n{"step": 3, "time": 15.0}\n'
+    restore(path, stored)
+    assert path.read_text() == stored
