@@ -75,7 +75,7 @@ def write_report(path: Path, data: ReportData) -> None:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    with suppress(ImportError):  # plotly takes what another thread has begun to import, as W&B's table does, for whole
+    with suppress(Exception):  # plotly takes what another thread has begun to import, as W&B's table does, for whole
         import_module("pandas")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined

@@ -107,6 +107,14 @@ def test_another_thread_is_importing_pandas(tmp_path: Path) -> None:
     assert path.is_file()
 
 
+def test_a_pandas_that_cannot_be_imported_is_none(tmp_path: Path) -> None:
+    """One that was built for another numpy raises ValueError."""
+    (tmp_path / "pandas.py").write_text("raise ValueError('numpy.dtype size changed')")
+    script = _TWO_THREADS.partition("begun =")[0] + "write_report(Path(sys.argv[1]), DATA)"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "report.html")], env=environment, check=True)
+
+
 class Page(HTMLParser):
     """Collects text, tags with attributes, and the bodies of scripts."""
 
