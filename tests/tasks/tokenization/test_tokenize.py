@@ -305,6 +305,9 @@ def test_a_source_that_is_left_out_needs_no_text(tmp_path: Path) -> None:
     later = [{"from_step": 2, "sources": {"a": {"weight": 1}, "b": {"weight": 1}}}]
     with pytest.raises(DataError, match=r"source 'b' has no train text: .*\(weight: 0 leaves a source out\)"):
         prepare_data(small(folder, weight_changes=later), tmp_path / "out", tmp_path / "out")
+    named = {"a": {"weight": 1}, "b": {"weight": 0, "files": {"train": str(tmp_path / "nowhere/*.jsonl")}}}
+    with pytest.raises(DataError, match=r"'b' has no train text: .*; correct data\.input or data\.sources$"):
+        prepare_data(small(folder, sources=named), tmp_path / "out", tmp_path / "out")
 
 
 PARENT = """

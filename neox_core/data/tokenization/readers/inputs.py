@@ -77,7 +77,7 @@ def source_files(config: DataConfig, storage: StorageConfig, source: str, split:
         missing = given is None and not location.startswith("s3://") and not Path(location).is_dir()
         lack = "does not exist" if missing else f"holds no {_kinds()} file"
         without = ", or name the sources that have it in data.eval_sources"
-        hint = " (weight: 0 leaves a source out)" if split == "train" else without
+        hint = without if split != "train" else " (weight: 0 leaves a source out)" if source in needed else ""
         raise DataError(
             f"source {source!r} has no {split} text: {location} {lack}; correct data.input or data.sources{hint}"
         )
