@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,12 @@ from tasks.evaluation.kept_items import generated_folder
 from tasks.identity.specs import EVALUATE
 from tasks.identity.stage import StageSpec, require
 from tasks.identity.training import Training
+from tasks.jobs.failure import JobFailed
 from tasks.jobs.launch import Job, find_jobs, submit_or_attach
 from tasks.jobs.restarts import run_to_end
 from tasks.jobs.retry import SchedulerRetry
+
+logger = logging.getLogger(__name__)
 
 
 class Report(Protocol):
@@ -65,7 +70,12 @@ def _key_prefix(spec: StageSpec) -> str:
 def evaluate_steps(
     spec: StageSpec, training: Training, prefix: str, steps: list[int], report: Report
 ) -> list[dict[str, Any]]:
-    """Evaluate some steps in one job of `parallel.tensor` ranks on one node."""
+    """Evaluate some steps in one job of `parallel.tensor` ranks on one node.
+
+    Returns:
+        A result per step; none if the job failed and steps have left the store meanwhile, as `checkpoints.keep_last`
+        has it while a job waits for its turn: the others are left to another job.
+    """
     config, data, weights = spec.config, require(training.data), require(training.weights)
     counts = {
         source: splits["validation"] for source, splits in data.summary["sources"].items() if "validation" in splits
@@ -87,7 +97,15 @@ def evaluate_steps(
             config.parallel.tensor,
         )
 
-    results: list[dict[str, Any]] = follow_to_end(submit, report, config.launch.max_restarts)
+    try:
+        results: list[dict[str, Any]] = follow_to_end(submit, report, config.launch.max_restarts)
+    except JobFailed as error:
+        gone = [step for step in steps if step and step not in training.lineage_checkpoints()]
+        if not gone:
+            raise
+        logger.warning("steps %s are not evaluated, their checkpoints have left the store: %s", gone, error)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return []
     return results
 
 
