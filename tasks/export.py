@@ -99,7 +99,8 @@ def _ranks(training: Training, best_by: str, found: Collection[int]) -> dict[int
         train = training.config.train
         losses = validation_losses(require(training.spec.identity).folder / METRICS_FILE)
         due = {step for step in losses if step % train.checkpoint_interval == 0 or step == train.steps}
-        return {step: loss for step, loss in losses.items() if step in due.union(found) and step != BASE_STEP}
+        saved = due.union(found) - {BASE_STEP}
+        return {step: loss for step, loss in losses.items() if step in saved}
     evaluated = require(evaluate_spec(training.config, training.fingerprint).identity)
     scores = {result["step"]: scored_tasks(result) for result in evaluated.summary["evaluations"]}
     return {step: rank for step, rank in ranking(best_by, scores).items() if step != BASE_STEP}

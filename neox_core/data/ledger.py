@@ -109,7 +109,8 @@ def _advice(name: str, use: Mapping[str, float], config: RunConfig) -> str:
 
 def _check_lengths(counts: Counts, config: RunConfig) -> None:
     """Every split that training or validation reads must hold a sequence."""
-    read = [(name, "train") for name in config.data.sources if name in config.data.drawn_sources]
+    drawn = config.data.drawn_sources
+    read = [(name, "train") for name in config.data.sources if name in drawn]
     read += [(name, "validation") for name in config.data.validation_sources if "validation" in counts.get(name, {})]
     length = config.train.sequence_length
     for name, split in read:

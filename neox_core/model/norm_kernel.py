@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 _PROGRAMS_PER_PROCESSOR = 2
-
-
 _COLUMNS = 32
 """Of the parts of the scale's gradient that a program adds up."""
 

@@ -100,7 +100,8 @@ def evaluate_steps(
     try:
         results: list[dict[str, Any]] = follow_to_end(submit, report, config.launch.max_restarts)
     except JobFailed as error:
-        gone = [step for step in steps if step and step not in training.lineage_checkpoints()]
+        stored = training.lineage_checkpoints()
+        gone = [step for step in steps if step and step not in stored]
         if not gone:
             raise
         logger.warning("steps %s are not evaluated, their checkpoints have left the store: %s", gone, error)

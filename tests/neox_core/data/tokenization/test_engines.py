@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +131,27 @@ def changed(**pieces: int) -> bytes:
     return content
 
 
+def extended(folder: Path, added: Mapping[str, float]) -> Path:
+    """A file of the demo's model with pieces appended, of these scores."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(DEMO.read_bytes())
+    for piece, score in added.items():
+        proto.pieces.add(piece=piece, score=score, type=Type.NORMAL)
+    path = folder / "extended.model"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def check_merges_say_the_same(path: Path, texts: Iterable[str]) -> None:
+    """Gigatoken encodes, to SentencePiece's ids, and an equal tokenizer.json can be written."""
+    tokenizer = Tokenizer(TokenizerConfig(model=path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert tokenizer.engine.startswith("gigatoken ")
+    assert tokenizer_problem(path, "llama") is None
+    for text in texts:
+        assert tokenizer.encode(text).tolist() == reference.encode(text)
+
+
 def test_no_segments_where_a_piece_holds_a_border(monkeypatch: pytest.MonkeyPatch) -> None:
     for piece in ("a▁b", "a\nb"):
         calls: list[str] = []
@@ -218,12 +239,7 @@ def test_a_model_with_unused_pieces_is_sentencepieces(tmp_path: Path, piece: str
 def test_a_model_that_merges_cannot_express_is_sentencepieces(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, added: dict[str, float], reason: str
 ) -> None:
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(DEMO.read_bytes())
-    for piece, score in added.items():
-        proto.pieces.add(piece=piece, score=score, type=Type.NORMAL)
-    path = tmp_path / "extended.model"
-    path.write_bytes(proto.SerializeToString())
+    path = extended(tmp_path, added)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     text = "a bdcghb bcghb \u5b9a\u7406"
     assert Tokenizer(TokenizerConfig(model=path)).encode(text).tolist() == reference.encode(text)
@@ -234,35 +250,16 @@ def test_a_model_that_merges_cannot_express_is_sentencepieces(
 
 
 def test_runs_of_one_character_may_score_alike(tmp_path: Path) -> None:
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(DEMO.read_bytes())
-    for length in (5, 7, 11, 2, 3):  # Llama's runs of blanks all have the score -1e9
-        proto.pieces.add(piece="~" * length, score=-1e9, type=Type.NORMAL)
-    path = tmp_path / "runs.model"
-    path.write_bytes(proto.SerializeToString())
-    tokenizer = Tokenizer(TokenizerConfig(model=path))
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    assert tokenizer.engine.startswith("gigatoken ")
-    assert tokenizer_problem(path, "llama") is None
-    for length in range(60):
-        text = f"a{'~' * length} {'~' * (60 - length)}"
-        assert tokenizer.encode(text).tolist() == reference.encode(text)
+    """As Llama's runs of blanks, which all have the score -1e9."""
+    path = extended(tmp_path, {"~" * length: -1e9 for length in (5, 7, 11, 2, 3)})
+    check_merges_say_the_same(path, (f"a{'~' * length} {'~' * (60 - length)}" for length in range(60)))
 
 
 def test_appended_pieces_that_never_meet_may_score_alike(tmp_path: Path) -> None:
     """A few marks at the score 0, which is the default, took tokenizer.json and gigatoken from a vocabulary."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(DEMO.read_bytes())
-    for piece in ("\u2581<S", "\u2581<S>", "\u2581<E", "\u2581<E>", "qxz"):
-        proto.pieces.add(piece=piece, score=0.0, type=Type.NORMAL)
-    path = tmp_path / "marks.model"
-    path.write_bytes(proto.SerializeToString())
-    tokenizer = Tokenizer(TokenizerConfig(model=path))
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    assert tokenizer.engine.startswith("gigatoken ")
-    assert tokenizer_problem(path, "llama") is None
-    for text in ("a <S> <E><S> qxzqx <SE>", "  <S <E> qxz<S>", "<S>text <E>  <Eq>x"):
-        assert tokenizer.encode(text).tolist() == reference.encode(text)
+    marks = ("\u2581<S", "\u2581<S>", "\u2581<E", "\u2581<E>", "qxz")
+    path = extended(tmp_path, dict.fromkeys(marks, 0.0))
+    check_merges_say_the_same(path, ("a <S> <E><S> qxzqx <SE>", "  <S <E> qxz<S>", "<S>text <E>  <Eq>x"))
 
 
 def test_one_wrong_id_is_found() -> None:
